@@ -1,0 +1,145 @@
+"""Checkpoints: written so that a crash leaves the old one whole, verified when loaded."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vecpg.policy import Policy
+
+FORMAT = 1
+_KIND = "vecpg checkpoint"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain types, nested) to `path`, whole or not at all.
+
+    The file is on the disk before it takes the place of the old one.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written; the old file is untouched.
+    """
+    content = {"kind": _KIND, "format": FORMAT, "state": state, "sha256": _digest(state)}
+    data = io.BytesIO()
+    torch.save(content, data)
+    write_atomically(path, data.getvalue())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by one with this content, or leave it as it is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` wrote, verified.
+
+    Nothing in the file is executed (`weights_only=True`).
+
+    Raises:
+        ValueError: there is no such file, it is not a checkpoint, it is damaged, or a newer vecpg
+            wrote it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # torch raises a dozen different types for files that are cut, empty or something else.
+    except Exception as error:
+        raise ValueError(
+            f"{path} ({len(data)} bytes) is not a vecpg checkpoint, or it is damaged"
+        ) from error
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise ValueError(f"{path} is not a vecpg checkpoint")
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {content['format']}, and this vecpg reads up to {FORMAT};"
+            " use a newer vecpg"
+        )
+    state: dict[str, Any] = content["state"]
+    if _digest(state) != content["sha256"]:
+        raise ValueError(f"{path} is damaged: its content does not match its digest")
+    return state
+
+
+def find(run_or_checkpoint: str | Path) -> Path:
+    """The checkpoint a path stands for: a run directory means its `best`.
+
+    Raises:
+        ValueError: the path is neither.
+    """
+    path = Path(run_or_checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / "best.pt"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; give a run directory or a .pt file in one")
+    return path
+
+
+def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu") -> Policy:
+    """The trained policy of a run directory (its best) or of one checkpoint.
+
+    Args:
+        run_or_checkpoint: such as `runs/CartPole-v1__reinforce__1__1795310000`.
+        device: where the policy should be.
+
+    Raises:
+        ValueError: no checkpoint there, or a damaged one.
+    """
+    return policy_of(load(find(run_or_checkpoint)), device)
+
+
+def policy_state(policy: Policy, parameters: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of a policy: how to build it, and its parameters (or others)."""
+    return {
+        "description": policy.description(),
+        "parameters": policy.state_dict() if parameters is None else parameters,
+    }
+
+
+def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
+    """The policy a checkpoint's state describes."""
+    policy = Policy.from_description(state["policy"]["description"])
+    policy.load_state_dict(state["policy"]["parameters"])
+    return policy.to(device).eval()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, state)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}:".encode())
+            _feed(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} items".encode())
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(json.dumps(value).encode())

@@ -1,0 +1,302 @@
+"""What the scripts share: flags from a dataclass, one-line errors, exit codes.
+
+Torch is imported only once the flags are right, so that `--help` and mistakes cost no time.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from vecpg.config import Config, ConfigError, to_dict
+from vecpg.recipes import RECIPES
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SIGNAL = 128
+
+_T = TypeVar("_T")
+_registry = ConstructorRegistry()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """`scripts/train.py` and the command `vecpg-train`."""
+    arguments = sys.argv[1:] if args is None else list(args)
+    config = parse_config(arguments)
+    prepare_process()
+    with exit_codes():
+        _check_cheaply(config)
+        from vecpg.train import train
+
+        result = train(config)
+        print(json.dumps(result.summary), flush=True)
+        run_dir = result.summary["run_dir"]
+        print(
+            f"curves:   tensorboard --logdir {config.out_dir}\n"
+            f"evaluate: python scripts/evaluate.py {run_dir}",
+            file=sys.stderr,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The flags of `scripts/evaluate.py`."""
+
+    path: tyro.conf.Positional[str]
+    """A run directory (its best policy) or a checkpoint."""
+    episodes: int = 100
+    """How many whole episodes, exactly. At least 1."""
+    seed: int = 1
+    """Fixes start states and draws; they are never those of training or confirmation."""
+    stochastic: bool = False
+    """Draw actions; without it the most probable one is taken."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.episodes < 1:
+            raise ConfigError(f"--episodes: expected at least 1, got {self.episodes}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"--seed: expected a number from 0 to 2**64 - 1, got {self.seed}")
+
+
+def evaluate_main(args: Sequence[str] | None = None) -> None:
+    """`scripts/evaluate.py`."""
+    config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
+    prepare_process()
+    with exit_codes():
+        from vecpg import checkpoint
+        from vecpg.evaluate import evaluate
+
+        try:
+            state = checkpoint.load(checkpoint.find(config.path))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        result = evaluate(
+            checkpoint.policy_of(state),
+            state["config"]["env_id"],
+            config.episodes,
+            env_kwargs=state["config"]["env_kwargs"],
+            max_episode_steps=state["config"]["max_episode_steps"],
+            greedy=not config.stochastic,
+            seed=config.seed,
+        )
+        numbers = {
+            "return_mean": result.return_mean,
+            "return_std": result.return_std,
+            "length_mean": result.length_mean,
+            "episodes": len(result.returns),
+        }
+        print(json.dumps(numbers), flush=True)
+
+
+def parse_config(args: Sequence[str]) -> Config:
+    """The settings that the flags of `scripts/train.py` give, `--recipe` read first."""
+    name = _recipe_name(args)
+    if name == "list":
+        for recipe, (config, what) in RECIPES.items():
+            changed = {k: v for k, v in to_dict(config).items() if v != to_dict(Config())[k]}
+            print(f"{recipe}: {what}" + "".join(f"\n    {k} = {v}" for k, v in changed.items()))
+        raise SystemExit(0)
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
+    return parse(Config, args, default=RECIPES[name][0], description=_DESCRIPTION)
+
+
+_DESCRIPTION = (
+    "Train a policy with REINFORCE on many copies of a Gymnasium environment at once. One JSON line"
+    " goes to stdout; everything else to stderr and to the run directory."
+)
+
+
+def parse(
+    kind: Callable[..., _T],
+    args: Sequence[str],
+    *,
+    default: _T | None = None,
+    description: str | None = None,
+) -> _T:
+    """Tyro over a dataclass or function, with errors in one line and exit status 2."""
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed: _T = tyro.cli(
+                kind, args=args, description=description, registry=_registry, **options
+            )
+    except ConfigError as error:
+        fail(str(error))
+    except SystemExit as exit_:
+        if exit_.code:
+            fail(_one_line(box.getvalue()))
+        raise
+    return parsed
+
+
+def prepare_process() -> None:
+    """Log to stderr in plain lines, and find modules beside the user for `module:Id`."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vecpg").setLevel(logging.INFO)
+    sys.path.append(os.getcwd())
+
+
+@contextlib.contextmanager
+def exit_codes() -> Any:
+    """End the process as DESIGN promises: 2 before the first step, 1 after it, 128 + signal."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error))
+    except KeyboardInterrupt as error:
+        signum = getattr(error, "signum", 2)
+        print(f"stopped by {error or 'SIGINT'}", file=sys.stderr)
+        raise SystemExit(EXIT_SIGNAL + signum) from None
+    except Exception as error:
+        from vecpg.envs import EnvironmentFailure
+
+        if isinstance(error, EnvironmentFailure):
+            cause = error.__cause__
+            traceback.print_exception((cause.__cause__ or cause) if cause else error)
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_FAILED) from None
+        if isinstance(error, FloatingPointError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_FAILED) from None
+        raise
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_USAGE)
+
+
+def _check_cheaply(config: Config) -> None:
+    """What is wrong with the environment or the directory, before torch is loaded."""
+    from vecpg.envs import check_time_limit, find_spec, resolve_vectorization
+
+    try:
+        spec = find_spec(config.env_id)
+        resolve_vectorization(spec, config.vectorization)
+        check_time_limit(spec, config.max_episode_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    out_dir = Path(config.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out-dir {out_dir} cannot be written: {error.strerror}") from error
+
+
+def _recipe_name(args: Sequence[str]) -> str:
+    name = Config().recipe
+    for index, arg in enumerate(args):
+        if arg.startswith("--recipe="):
+            name = arg.partition("=")[2]
+        elif arg == "--recipe" and index + 1 < len(args):
+            name = args[index + 1]
+    return name
+
+
+def _one_line(box: str) -> str:
+    """Tyro's framed error without frame, help text and footer; flags it suggests are kept."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        inside = line.strip().strip("│").strip()
+        if not line.strip().startswith("│"):
+            continue
+        if inside and set(inside) == {"─"}:
+            sections.append([])
+        elif inside:
+            sections[-1].append(inside)
+    message = " ".join(sections[0])
+    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
+    message = re.sub(r"^Error parsing (--[\w-]+): ", r"\1: ", message)
+    for section in sections[1:]:
+        if section and section[0].startswith("Perhaps you meant"):
+            flags = re.findall(r"(?<!\S)--[a-z][\w-]*", " ".join(section))
+            message += f"; did you mean {' or '.join(dict.fromkeys(flags))}?"
+    return message
+
+
+@_registry.primitive_rule
+def _integers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Whole numbers, also as 1e6 and 500_000."""
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda given: _integer(given[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_registry.primitive_rule
+def _nothing(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
+    """`none` for what is not set."""
+    if info.type not in (None, types.NoneType):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none",
+        instance_from_str=lambda given: _none(given[0]),
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: ["none"],
+    )
+
+
+@_registry.primitive_rule
+def _json_objects(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """Keyword arguments as one JSON object."""
+    if info.type is not dict and getattr(info.type, "__origin__", None) is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda given: _json_object(given[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
+
+
+def _integer(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError, OverflowError):
+        if (number := float(text)) == int(number):
+            return int(number)
+    raise ValueError(f"expected a whole number, got {text}")
+
+
+def _none(text: str) -> None:
+    if text.lower() != "none":
+        raise ValueError(f"expected none, got {text}")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {text} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {text}")
+    return value

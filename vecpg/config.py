@@ -1,0 +1,200 @@
+"""The settings of a run: one frozen dataclass, checked when it is made.
+
+Only the standard library is imported here, so that `--help` and a wrong flag cost no time.
+"""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work here, found before the first environment step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a training run. The flags of `scripts/train.py` are these fields.
+
+    Raises:
+        ConfigError: a value outside its range, with the range and what was given.
+
+    Example:
+        >>> Config(num_envs=8).learning_rate == Config().learning_rate
+        True
+        >>> Config(num_envs=0)
+        Traceback (most recent call last):
+            ...
+        vecpg.config.ConfigError: --num-envs: expected at least 1, got 0
+    """
+
+    recipe: str = "default"
+    """Named settings that the other flags override. `--recipe list` prints them all."""
+
+    env_id: str = "CartPole-v1"
+    """A registered Gymnasium id; `module:Id` imports the module first."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment, as JSON; used in training and evaluation alike."""
+    max_episode_steps: int | None = None
+    """Time limit in steps; none keeps the environment's own."""
+    num_envs: int = 64
+    """Parallel copies of the environment, N. At least 1."""
+    num_steps: int = 1
+    """Start window: a copy starts another episode while it has made fewer real steps in this
+    iteration. 1 means exactly one episode per copy. At least 1."""
+    vectorization: Literal["auto", "sync", "vector_entry_point"] = "auto"
+    """How the copies are stepped. auto: the environment's own vectorized form, else sync."""
+    device: str = "auto"
+    """cpu, cuda or cuda:i, for the policy and its update. auto is cpu until a committed
+    measurement shows CUDA faster."""
+    threads: int = 1
+    """Torch threads of this process. Part of the configuration, because sums may change in
+    their last bits with it. At least 1."""
+
+    total_timesteps: int | None = 500_000
+    """End with the iteration that reaches this many real environment steps."""
+    total_episodes: int | None = None
+    """End with the iteration that reaches this many episodes."""
+    total_iterations: int | None = None
+    """End after this many iterations (one collection and one update each)."""
+
+    hidden_sizes: tuple[int, ...] = (64,)
+    """Widths of the hidden layers."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Nonlinearity after each hidden layer."""
+
+    learning_rate: float = 2e-2
+    """Adam's step size. Greater than 0."""
+    gamma: float = 0.99
+    """Discount per step, in [0, 1]."""
+    weights: Literal["reward_to_go", "full_return"] = "reward_to_go"
+    """What multiplies grad log pi(a_t|s_t): the rewards from t on, or of the whole episode."""
+    baseline: Literal["none", "mean", "timestep_mean", "leave_one_out"] = "leave_one_out"
+    """What is subtracted from the weights. Unbiased: none and leave_one_out."""
+    normalize: bool = False
+    """Shift and scale the weights to mean 0 and standard deviation 1 over the iteration."""
+    reduction: Literal["episode", "step", "sum"] = "episode"
+    """Divide the summed loss by the number of environments, by the number of counted steps,
+    or by nothing."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus (mean over counted steps, in nats). At least 0."""
+    max_grad_norm: float | None = None
+    """Scale the gradient down to this norm when it is longer; none never does."""
+
+    target_return: float | Literal["auto"] | None = "auto"
+    """Mean return at which the environment counts as solved. auto: the environment's
+    reward_threshold; none: never stop for it."""
+    return_window: int = 100
+    """The mean is over the last whole iterations that make at least this many episodes."""
+    confirm: bool = True
+    """Solved only when a greedy evaluation reaches the target too."""
+    eval_episodes: int = 100
+    """Fresh episodes per evaluation. At least 1."""
+
+    seed: int = 1
+    """Every random number of the run is a function of this. 0 to 2**64 - 1."""
+    out_dir: str = "runs"
+    """Run directories are made in here."""
+    exp_name: str = "reinforce"
+    """Part of the run directory's name."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
+    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
+    """One live line; without it, a plain line every `--log-every` seconds."""
+    log_every: float = 2.0
+    """Seconds between plain progress lines."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if isinstance(self.hidden_sizes, list):  # as JSON has it
+            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name, expected in typing.get_type_hints(Config).items():
+            _check_type(name, getattr(self, name), expected)
+        for name in ("num_envs", "num_steps", "threads", "return_window", "eval_episodes"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in (
+            "max_episode_steps",
+            "total_timesteps",
+            "total_episodes",
+            "total_iterations",
+        ):
+            value = getattr(self, name)
+            _check(name, value is None or value >= 1, "at least 1, or none", value)
+        limits = (self.total_timesteps, self.total_episodes, self.total_iterations)
+        if limits == (None, None, None):
+            raise ConfigError(
+                "a run needs an end: expected one of --total-timesteps, --total-episodes and"
+                " --total-iterations, got none of them"
+            )
+        sizes = self.hidden_sizes
+        _check("hidden_sizes", all(size >= 1 for size in sizes), "widths of at least 1", sizes)
+        _check("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]", self.gamma)
+        for name in ("learning_rate", "save_every", "log_every"):
+            value = getattr(self, name)
+            _check(name, 0 < value < math.inf, "a finite number greater than 0", value)
+        _check("ent_coef", 0 <= self.ent_coef < math.inf, "a finite number >= 0", self.ent_coef)
+        norm = self.max_grad_norm
+        _check("max_grad_norm", norm is None or norm > 0, "greater than 0, or none", norm)
+        target = self.target_return
+        finite = not isinstance(target, int | float) or math.isfinite(target)
+        _check("target_return", finite, "a finite number, auto or none", target)
+        _check("seed", 0 <= self.seed < 2**64, "a number from 0 to 2**64 - 1", self.seed)
+        _check("env_id", self.env_id != "", "a Gymnasium id", self.env_id)
+        for name in ("exp_name", "out_dir"):
+            _check(name, getattr(self, name) != "", "a name", getattr(self, name))
+        _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain JSON types; `Config(**to_dict(config)) == config`."""
+    return dataclasses.asdict(config) | {"hidden_sizes": list(config.hidden_sizes)}
+
+
+def _check(name: str, holds: bool, expected: str, got: object) -> None:
+    if not holds:
+        raise ConfigError(f"{flag(name)}: expected {expected}, got {got}")
+
+
+def _check_type(name: str, value: object, expected: Any) -> None:
+    if not _matches(value, expected):
+        raise ConfigError(f"{flag(name)}: expected {_words(expected)}, got {value!r}")
+
+
+def _matches(value: object, expected: Any) -> bool:
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, one) for one in typing.get_args(expected))
+    if origin is Literal:
+        return value in typing.get_args(expected)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, int) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _words(expected: Any) -> str:
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(one) for one in typing.get_args(expected))
+    if origin is Literal:
+        return " or ".join(typing.get_args(expected))
+    if origin is tuple:
+        return "whole numbers"
+    if origin is dict:
+        return "a dictionary"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(expected, "none")

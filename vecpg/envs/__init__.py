@@ -1,0 +1,164 @@
+"""Vector environments for any Gymnasium id, all in the NEXT_STEP autoreset mode.
+
+In that mode the observation that comes with an episode's end is the true final one, and the step
+after it only resets: its action is ignored and its reward is 0. No torch is imported here.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+
+class EnvironmentFailure(RuntimeError):
+    """An environment raised, or returned something that is not a number."""
+
+
+class SubEnvironmentError(RuntimeError):
+    """One copy of the environment raised; `index` says which, `__cause__` says what."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"environment {index}")
+        self.index = index
+
+
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    *,
+    vectorization: str = "auto",
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+) -> VectorEnv:
+    """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
+
+    Args:
+        env_id: a registered id; `module:Id` imports the module first.
+        num_envs: the number of copies, at least 1.
+        vectorization: "sync" steps N ordinary environments in this process;
+            "vector_entry_point" uses the environment's own vectorized form; "auto" takes that
+            where there is one, else "sync".
+        env_kwargs: keyword arguments of the environment.
+        max_episode_steps: time limit in steps; None keeps the environment's own.
+
+    Raises:
+        ValueError: an unknown id, an environment that cannot be made, has no time limit, or runs
+            in another autoreset mode.
+
+    Example:
+        >>> envs = make_envs("CartPole-v1", 3, vectorization="sync")
+        >>> obs, info = envs.reset(seed=[1, 2, 3])
+        >>> obs.shape
+        (3, 4)
+    """
+    spec = find_spec(env_id)
+    vectorization = resolve_vectorization(spec, vectorization)
+    check_time_limit(spec, max_episode_steps)
+    kwargs = dict(env_kwargs or {})
+    if max_episode_steps is not None:
+        kwargs["max_episode_steps"] = max_episode_steps
+    try:
+        if vectorization == "sync":
+            make = functools.partial(_make_one, spec, kwargs)
+            envs: VectorEnv = SyncVectorEnv(
+                [functools.partial(make, index) for index in range(num_envs)],
+                autoreset_mode=AutoresetMode.NEXT_STEP,
+            )
+        else:
+            envs = gymnasium.make_vec(
+                spec, num_envs, vectorization_mode="vector_entry_point", **kwargs
+            )
+    # Whatever its constructor raises, the user has to hear which environment it was.
+    except Exception as error:
+        raise ValueError(f"{env_id} could not be made: {_words(error)}") from error
+    check_autoreset(envs)
+    return envs
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """The registered specification of an id, with Gymnasium's own suggestion when there is none."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        return gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id}: {_words(error)}") from error
+
+
+def resolve_vectorization(spec: EnvSpec, vectorization: str) -> str:
+    """What "auto" stands for, and a refusal of what this environment does not have."""
+    if vectorization == "auto":
+        return "vector_entry_point" if spec.vector_entry_point is not None else "sync"
+    needed = {"sync": spec.entry_point, "vector_entry_point": spec.vector_entry_point}
+    if vectorization not in needed:
+        raise ValueError(
+            f"--vectorization: expected auto, sync or vector_entry_point, got {vectorization!r}"
+        )
+    if needed[vectorization] is None:
+        other = "vector_entry_point" if vectorization == "sync" else "sync"
+        raise ValueError(
+            f"--vectorization: {spec.id} has no {vectorization} form; use {other} or auto"
+        )
+    return vectorization
+
+
+def check_time_limit(spec: EnvSpec, max_episode_steps: int | None) -> None:
+    """Refuse an environment whose episodes may never end."""
+    if max_episode_steps is None and spec.max_episode_steps is None:
+        raise ValueError(
+            f"{spec.id} has no time limit, and REINFORCE needs whole episodes;"
+            " give one with --max-episode-steps"
+        )
+
+
+def check_autoreset(envs: VectorEnv) -> None:
+    """Refuse a vector environment that is not in NEXT_STEP mode."""
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise ValueError(
+            f"expected a vector environment in autoreset mode NEXT_STEP, got {mode} from"
+            f" {type(envs.unwrapped).__name__}; make it with vecpg.envs.make_envs, or with"
+            ' vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP}'
+        )
+
+
+def has_one_generator(envs: VectorEnv) -> bool:
+    """Whether all copies draw from one generator, so that one seed resets them all."""
+    return not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+
+
+class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Says which copy raised; SyncVectorEnv passes on only what."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
+        super().__init__(env)
+        self.index = index
+
+    def step(self, action: Any) -> Any:
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            raise SubEnvironmentError(self.index) from error
+
+    def reset(self, **kwargs: Any) -> Any:
+        try:
+            return self.env.reset(**kwargs)
+        except Exception as error:
+            raise SubEnvironmentError(self.index) from error
+
+
+def _make_one(spec: EnvSpec, kwargs: dict[str, Any], index: int) -> gymnasium.Env[Any, Any]:
+    # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
+    return _Numbered(gymnasium.make(spec, disable_env_checker=index > 0, **kwargs), index)
+
+
+def _words(error: Exception) -> str:
+    """The error in one line, with its type where the message alone would not say."""
+    text = " ".join(str(error).split())
+    if isinstance(error, gymnasium.error.Error) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

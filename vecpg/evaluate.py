@@ -1,0 +1,126 @@
+"""Exactly K whole episodes under a frozen policy."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vecpg.envs import has_one_generator, make_envs
+from vecpg.noise import Purpose, reset_seeds, uniforms
+from vecpg.policy import Policy
+from vecpg.rollout import play
+
+# One episode each for the usual hundred; more copies only cost time to make.
+_MOST_ENVS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Undiscounted returns and lengths of the episodes, in order of (environment, start).
+
+    return_std divides by n - 1, and is 0 for one episode.
+    """
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def return_mean(self) -> float:
+        """Mean return of an episode."""
+        return statistics.fmean(self.returns)
+
+    @property
+    def return_std(self) -> float:
+        """Standard deviation of the returns."""
+        return statistics.stdev(self.returns) if len(self.returns) > 1 else 0.0
+
+    @property
+    def length_mean(self) -> float:
+        """Mean number of steps of an episode."""
+        return statistics.fmean(self.lengths)
+
+
+def evaluate(
+    policy: Policy,
+    env_id: str,
+    episodes: int,
+    *,
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    greedy: bool = True,
+    seed: int = 1,
+    purpose: Purpose = Purpose.EVALUATION_RESET,
+    draw: int = 0,
+) -> EvalResult:
+    """Play whole episodes in Gymnasium's own environment, whatever training used.
+
+    Every copy of the environment plays a number of episodes that is fixed beforehand. (Taking the
+    first to finish would favour short ones.)
+
+    Args:
+        policy: is not changed.
+        env_id: a registered id, or `module:Id`.
+        episodes: how many, exactly. At least 1.
+        env_kwargs: keyword arguments of the environment.
+        max_episode_steps: time limit; None keeps the environment's own.
+        greedy: True = the most probable action; False = draw actions.
+        seed: with `purpose` and `draw` fixes start states and draws.
+        purpose: which stream of start states; training's is never used here.
+        draw: a further number for another set of episodes.
+
+    Raises:
+        ValueError: an environment that cannot be made, or `episodes` below 1.
+        EnvironmentFailure: an environment raised or returned a number that is not finite.
+
+    Example:
+        >>> from vecpg.envs import make_envs
+        >>> envs = make_envs("CartPole-v1", 1)
+        >>> policy = Policy(envs.single_observation_space, envs.single_action_space)
+        >>> len(evaluate(policy, "CartPole-v1", 10).returns)
+        10
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    num_envs = min(episodes, _MOST_ENVS)
+    quotas = np.full(num_envs, episodes // num_envs)
+    quotas[: episodes % num_envs] += 1
+    envs = make_envs(env_id, num_envs, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
+
+    def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
+        rows = torch.from_numpy(np.asarray(obs, np.float32)).to(policy.device)
+        if greedy:
+            actions = policy(rows).argmax(dim=0) + policy.first_action
+        else:
+            noise = uniforms(seed, draw, range(t, t + 1), num_envs, purpose, policy.device)
+            actions = policy.sample(rows, noise[0])
+        chosen: NDArray[Any] = actions.cpu().numpy()
+        return chosen
+
+    seeds = reset_seeds(seed, draw, num_envs, purpose)
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    lengths: list[list[int]] = [[] for _ in range(num_envs)]
+    total = np.zeros(num_envs)
+    length = np.zeros(num_envs, np.int64)
+    try:
+        with torch.inference_mode():
+            for row, _ in play(
+                envs,
+                act,
+                lambda _, finished: finished < quotas,
+                seeds=seeds[0] if has_one_generator(envs) else seeds,
+            ):
+                total += np.where(row.mask, row.rewards, 0)
+                length += row.mask
+                for n in np.flatnonzero(row.terminations | row.truncations):
+                    returns[n].append(float(total[n]))
+                    lengths[n].append(int(length[n]))
+                    total[n] = length[n] = 0
+    finally:
+        envs.close()
+    return EvalResult(
+        tuple(value for one in returns for value in one),
+        tuple(value for one in lengths for value in one),
+    )

@@ -1,0 +1,138 @@
+"""From rewards to the numbers that weigh grad log pi: weights, baselines, normalization.
+
+Masked rows never take part: they are selected away, not multiplied by zero, so they may hold NaN.
+Sums are formed in float64.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vecpg.returns import reward_to_go
+
+if TYPE_CHECKING:
+    from vecpg.config import Config
+    from vecpg.rollout import Rollout
+
+# Environments are taken in blocks of about this many rows, so that the temporaries stay small.
+_BLOCK_ROWS = 2**18
+
+
+def advantages(rollout: "Rollout", config: "Config") -> Tensor:
+    """w_t - b_t: what multiplies grad log pi(a_t|s_t).
+
+    The weight w_t is, by `config.weights`, the reward-to-go sum over k >= t of gamma^(k-t) r_k, or
+    the full return sum over k >= 0 of gamma^k r_k, the same for the whole episode. The baseline b_t
+    is, by `config.baseline`:
+
+    - "none": 0.
+    - "mean": the mean of w over all counted rows.
+    - "timestep_mean": the mean over counted rows of the same age (steps since the episode began).
+    - "leave_one_out": the mean over counted rows of the same age in other environments, 0 where
+      there is none.
+
+    With `config.normalize` the result is shifted and scaled to mean 0 and standard deviation 1
+    (n - 1) over all counted rows; if they are all equal, or there is only one, it is 0.
+
+    Args:
+        rollout: T steps of N environments.
+        config: `weights`, `gamma`, `baseline` and `normalize` are read.
+
+    Returns:
+        (T, N) float32, 0 where masked.
+
+    Source: Williams (1992), section 3; Kool et al. (2019), "Buy 4 REINFORCE samples, get a baseline
+    for free!", section 3, for leaving one out.
+    """
+    mask, dones = rollout.mask, rollout.dones
+    weights = reward_to_go(rollout.rewards, dones, config.gamma, mask=mask)
+    if config.weights == "full_return":
+        for block in _blocks(mask):
+            first = _first_rows(mask[:, block], dones[:, block])
+            whole = weights[:, block].gather(0, first)
+            weights[:, block] = torch.where(mask[:, block], whole, 0.0)
+    if config.baseline == "mean":
+        weights = torch.where(mask, weights - masked_mean(weights, mask).to(weights.dtype), 0.0)
+    if config.baseline in ("timestep_mean", "leave_one_out"):
+        _subtract_mean_by_age(weights, mask, dones, config.baseline == "leave_one_out")
+    if config.normalize:
+        weights = normalized(weights, mask)
+    return weights
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `values` where `mask`, in float64; 0 where nothing counts.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(2., dtype=torch.float64)
+    """
+    total = torch.where(mask, values, 0.0).sum(dtype=torch.float64)
+    return total / mask.sum().clamp(min=1)
+
+
+def normalized(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` shifted and scaled to mean 0 and standard deviation 1 (n - 1) where `mask`, else 0.
+
+    If the standard deviation is 0, or only one row counts, everything is 0.
+
+    Example:
+        >>> normalized(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor([-0.7071,  0.7071,  0.0000])
+    """
+    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
+    squares = centred.square().sum(dtype=torch.float64)
+    deviation = (squares / (mask.sum() - 1).clamp(min=1)).sqrt()
+    return torch.where(deviation > 0, centred / deviation, 0.0)
+
+
+def _subtract_mean_by_age(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
+    """Subtract in place the mean over rows of the same age, of all or of other environments."""
+    length = mask.shape[0]
+    total = torch.zeros(length, dtype=torch.float64, device=weights.device)
+    count = torch.zeros_like(total)
+    for block in _blocks(mask):
+        block_total, block_count = _sums_by_age(weights, mask, dones, block)[:2]
+        total += block_total.sum(dim=1)
+        count += block_count.sum(dim=1)
+    for block in _blocks(mask):
+        own_total, own_count, age = _sums_by_age(weights, mask, dones, block)
+        if others:
+            means = (total[:, None] - own_total) / (count[:, None] - own_count)
+            means = torch.where(count[:, None] > own_count, means, 0.0)
+        else:
+            means = (total / count)[:, None].expand(own_total.shape)
+        centred = weights[:, block] - means.gather(0, age)
+        weights[:, block] = torch.where(mask[:, block], centred, 0.0).to(weights.dtype)
+
+
+def _sums_by_age(
+    weights: Tensor, mask: Tensor, dones: Tensor, block: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum and number of the weights of each (age, environment), and every row's age."""
+    mask, weights = mask[:, block], weights[:, block]
+    steps = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    age = steps - _first_rows(mask, dones[:, block])
+    total = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
+    count = torch.zeros_like(total)
+    total.scatter_add_(0, age, torch.where(mask, weights, 0.0).to(torch.float64))
+    count.scatter_add_(0, age, mask.to(torch.float64))
+    return total, count, age
+
+
+def _first_rows(mask: Tensor, dones: Tensor) -> Tensor:
+    """(T, N) int64: the row in which each counted row's episode began."""
+    begins = mask.clone()
+    begins[1:] &= dones[:-1] | ~mask[:-1]
+    steps = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    return torch.where(begins, steps, 0).cummax(dim=0).values
+
+
+def _blocks(mask: Tensor) -> Iterator[slice]:
+    """All environments, a few at a time."""
+    length, num_envs = mask.shape
+    width = max(1, _BLOCK_ROWS // max(1, length))
+    for start in range(0, num_envs, width):
+        yield slice(start, start + width)

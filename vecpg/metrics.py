@@ -1,0 +1,90 @@
+"""Episode statistics, and where the numbers of an iteration go: metrics.jsonl and TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import FileWriter
+from torch.utils.tensorboard.summary import hparams, text
+
+from vecpg.rollout import Rollout
+
+# Not drawn as curves: they identify the row.
+_COUNTERS = ("iteration", "env_steps", "episodes")
+
+
+def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Undiscounted return and length of every episode, in order of (environment, start).
+
+    Args:
+        rollout: whole episodes.
+
+    Returns:
+        (episodes,) float64 returns and (episodes,) int64 lengths.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> ends = torch.tensor([[False, True], [True, False]])
+        >>> rows = Rollout(
+        ...     torch.zeros(2, 2, 1), torch.zeros(2, 2, dtype=torch.int64), rewards, ends,
+        ...     torch.zeros_like(ends), torch.tensor([[True, True], [True, False]]),
+        ...     torch.zeros(0, 1), torch.zeros(0, 2, dtype=torch.int64))
+        >>> episode_statistics(rows)
+        (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
+    """
+    rewards = torch.where(rollout.mask, rollout.rewards, 0.0)
+    totals = rewards.to(torch.float64).cumsum(dim=0).mT
+    steps = rollout.mask.cumsum(dim=0).mT
+    n, t = rollout.dones.mT.nonzero(as_tuple=True)
+    first = torch.ones_like(n, dtype=torch.bool)
+    first[1:] = n[1:] != n[:-1]
+    return _differences(totals[n, t], first), _differences(steps[n, t], first)
+
+
+def _differences(values: Tensor, first: Tensor) -> Tensor:
+    before = torch.zeros_like(values)
+    before[1:] = values[:-1]
+    return values - torch.where(first, 0, before)
+
+
+class Metrics:
+    """Writes one line and one point per tag for each iteration."""
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any]) -> None:
+        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._events = FileWriter(str(run_dir))
+        plain = {
+            name: value if isinstance(value, int | float | str) else json.dumps(value)
+            for name, value in settings.items()
+        }
+        # SummaryWriter.add_hparams would start a second run in a subdirectory.
+        summaries: tuple[Summary, ...] = hparams(plain, {"charts/episodic_return": 0.0})
+        for summary in summaries:
+            self._events.add_summary(summary)
+        table = "".join(f"|{name}|{value}|\n" for name, value in plain.items())
+        self._events.add_summary(text("hyperparameters", "|setting|value|\n|-|-|\n" + table))
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._lines.close()
+        self._events.close()
+
+    def log(self, row: dict[str, float | None]) -> None:
+        """Write one iteration: `iteration`, `env_steps`, `episodes`, and the tags.
+
+        None is null in metrics.jsonl and no point in TensorBoard.
+        """
+        self._lines.write(json.dumps(row, allow_nan=False) + "\n")
+        self._lines.flush()
+        points = {
+            tag: value for tag, value in row.items() if tag not in _COUNTERS and value is not None
+        }
+        self.draw(points, int(row["env_steps"] or 0))
+
+    def draw(self, points: dict[str, float], env_steps: int) -> None:
+        """One point of each of these TensorBoard curves."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+        self._events.add_summary(Summary(value=values), env_steps)

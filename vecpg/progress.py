@@ -1,0 +1,76 @@
+"""What a person sees meanwhile, on stderr: one live line at a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vecpg.config import Config
+
+
+class Progress:
+    """Shows how far a run is: of its steps, or else of its episodes or iterations."""
+
+    def __init__(self, config: Config) -> None:
+        totals = {
+            "steps": config.total_timesteps,
+            "episodes": config.total_episodes,
+            "iterations": config.total_iterations,
+        }
+        self._unit, self._total = next((u, n) for u, n in totals.items() if n is not None)
+        self._every = config.log_every
+        self._next_line = 0.0
+        self._live = config.progress
+        if self._live:
+            self._redirect = logging_redirect_tqdm()
+            self._bar = tqdm(
+                total=self._total,
+                unit=f" {self._unit}",
+                unit_scale=True,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit} {desc}",
+            )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._redirect.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.close()
+            self._redirect.__exit__(kind, error, traceback)
+
+    def show(self, row: dict[str, float | None], *, last: bool) -> None:
+        """Bring the line up to date.
+
+        Args:
+            row: as `Metrics.log` takes it.
+            last: whether this is the run's last iteration, which is always shown.
+        """
+        best = row["charts/best_return"]
+        words = f"return {row['charts/episodic_return']:.1f}"
+        words += "" if best is None else f", best {best:.1f}"
+        words += f", {row['charts/SPS']:,.0f} steps/s"
+        if self._live:
+            units = {"steps": "env_steps", "episodes": "episodes", "iterations": "iteration"}
+            done = min(int(row[units[self._unit]] or 0), self._total)
+            self._bar.set_description_str(words, refresh=False)
+            self._bar.update(done - self._bar.n)
+            if last:
+                self._bar.refresh()
+            return
+        now = time.monotonic()
+        if last or now >= self._next_line:
+            self._next_line = now + self._every
+            counts = f"iteration {row['iteration']}, {row['env_steps']:,} steps: "
+            print(counts + words, file=sys.stderr, flush=True)

@@ -1,0 +1,304 @@
+"""The story: a run from its settings to its summary. Read this first, top to bottom."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+
+from vecpg import checkpoint
+from vecpg.checkpoint import load_policy
+from vecpg.config import Config, ConfigError, to_dict
+from vecpg.device import resolve_device
+from vecpg.envs import find_spec, make_envs, resolve_vectorization
+from vecpg.evaluate import EvalResult, evaluate
+from vecpg.interrupts import Interrupts
+from vecpg.loss import advantages
+from vecpg.metrics import Metrics, episode_statistics
+from vecpg.noise import Purpose
+from vecpg.policy import Policy
+from vecpg.progress import Progress
+from vecpg.rollout import collect
+from vecpg.run_directory import make_run_directory, write_json
+from vecpg.stopping import Stopping
+from vecpg.update import UpdateStats, update
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run leaves: its best policy, its directory, and the numbers of summary.json."""
+
+    policy: Policy
+    run_dir: Path
+    summary: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Counters:
+    """How far a run is."""
+
+    iteration: int = 0
+    env_steps: int = 0
+    vector_steps: int = 0
+    episodes: int = 0
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent in each phase, in the iteration at hand and in total."""
+
+    device: torch.device
+    started: float = field(default_factory=time.perf_counter)
+    last: dict[str, float] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+
+    def since_start(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what happens inside to `name`."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last[name] = time.perf_counter() - started
+        self.total[name] = self.total.get(name, 0.0) + self.last[name]
+
+
+def train(config: Config) -> TrainResult:
+    """Train a policy with REINFORCE, and leave a run directory behind.
+
+    Args:
+        config: every setting.
+
+    Returns:
+        the best policy, the run directory, and the summary.
+
+    Raises:
+        ConfigError: something that can be known before the first environment step.
+        EnvironmentFailure: an environment raised or returned a number that is not finite.
+        FloatingPointError: the gradient is not finite.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+
+    Example:
+        >>> import tempfile
+        >>> out_dir = tempfile.mkdtemp()
+        >>> result = train(Config(num_envs=8, total_iterations=2, out_dir=out_dir, progress=False))
+        >>> result.summary["iterations"]
+        2
+    """
+    with _before_the_first_step():
+        spec = find_spec(config.env_id)
+        vectorization = resolve_vectorization(spec, config.vectorization)
+        device, reason = resolve_device(config.device)
+        envs = make_envs(
+            config.env_id,
+            config.num_envs,
+            vectorization=vectorization,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+        )
+        policy = _make_policy(config, envs).to(device)
+        run_dir = make_run_directory(config)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    counters = Counters()
+
+    def confirm(policy: Policy) -> EvalResult:
+        return _evaluate(policy, config, Purpose.CONFIRMATION_RESET, counters.iteration)
+
+    target = spec.reward_threshold if config.target_return == "auto" else config.target_return
+    stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
+    _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
+    _log.info("run directory: %s", run_dir)
+    if config.baseline == "leave_one_out" and config.num_envs == 1:
+        _log.info("baseline leave_one_out: with one environment it equals none")
+    _save(run_dir, config, policy, optimizer, counters, stopping)
+
+    with _threads(config.threads), Interrupts() as interrupts, Progress(config) as progress:
+        metrics = Metrics(run_dir, to_dict(config))
+        clock = Clock(device)
+        saved = clock.started
+        try:
+            while not (stopping.solved or _limit_reached(config, counters)):
+                with clock.phase("collect"):  # N environments, whole episodes, (T, N)
+                    rollout = collect(
+                        envs,
+                        policy,
+                        num_steps=config.num_steps,
+                        seed=config.seed,
+                        iteration=counters.iteration,
+                    )
+                returns, lengths = episode_statistics(rollout)
+                evaluation = stopping.consider(policy, returns)
+                with interrupts.held():
+                    with clock.phase("returns"):  # weights minus baseline, (T, N)
+                        weights = advantages(rollout, config)
+                    with clock.phase("update"):  # one batched gradient step
+                        stats = update(policy, optimizer, rollout, weights, config)
+                    counters.iteration += 1
+                    counters.env_steps += int(rollout.mask.sum())
+                    counters.vector_steps += rollout.mask.numel()
+                    counters.episodes += returns.numel()
+                    row = _row(counters, clock, stopping, returns, lengths, stats, evaluation)
+                    metrics.log(row)
+                    ending = stopping.solved or _limit_reached(config, counters)
+                    progress.show(row, last=ending)
+                    if time.perf_counter() - saved >= config.save_every and not ending:
+                        _save(run_dir, config, policy, optimizer, counters, stopping)
+                        saved = time.perf_counter()
+            wall_seconds = clock.since_start() - stopping.evaluation_seconds
+            if stopping.evaluation is None:
+                final = _evaluate(policy, config, Purpose.CONFIRMATION_RESET, counters.iteration)
+                metrics.draw({"eval/episodic_return": final.return_mean}, counters.env_steps)
+            else:
+                final = stopping.evaluation
+        finally:
+            # What an interrupted or failed iteration did is dropped: it can be done again.
+            _save(run_dir, config, policy, optimizer, counters, stopping)
+            metrics.close()
+            envs.close()
+
+    summary = {
+        "env_id": config.env_id,
+        "num_envs": config.num_envs,
+        "num_steps": config.num_steps,
+        "seed": config.seed,
+        "device": str(device),
+        "vectorization": vectorization,
+        "recipe": config.recipe,
+        "iterations": counters.iteration,
+        "env_steps": counters.env_steps,
+        "vector_steps": counters.vector_steps,
+        "episodes": counters.episodes,
+        "wall_seconds": wall_seconds,
+        "compile_seconds": 0.0,
+        "steps_per_second": counters.env_steps / wall_seconds,
+        "collect_seconds": clock.total["collect"],
+        "returns_seconds": clock.total["returns"],
+        "update_seconds": clock.total["update"],
+        "best_return": stopping.best_return,
+        "eval_return_mean": final.return_mean,
+        "eval_return_std": final.return_std,
+        "eval_episodes": len(final.returns),
+        "target_return": target,
+        "solved": None if target is None else stopping.solved,
+        "solved_env_steps": counters.env_steps if stopping.solved else None,
+        "solved_seconds": stopping.solved_at - clock.started if stopping.solved else None,
+        "run_dir": _relative(run_dir),
+    }
+    write_json(run_dir / "summary.json", summary)
+    return TrainResult(load_policy(run_dir, device), run_dir, summary)
+
+
+@contextmanager
+def _before_the_first_step() -> Iterator[None]:
+    """Whatever is wrong by now is a matter of settings."""
+    try:
+        yield
+    except (ValueError, OSError, gymnasium.error.Error) as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make_policy(config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any]) -> Policy:
+    """Parameters drawn from the seed, without touching torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Policy(
+            envs.single_observation_space,
+            envs.single_action_space,
+            hidden_sizes=config.hidden_sizes,
+            activation=config.activation,
+        )
+
+
+def _limit_reached(config: Config, counters: Counters) -> bool:
+    limits = (
+        (config.total_timesteps, counters.env_steps),
+        (config.total_episodes, counters.episodes),
+        (config.total_iterations, counters.iteration),
+    )
+    return any(limit is not None and reached >= limit for limit, reached in limits)
+
+
+def _evaluate(policy: Policy, config: Config, purpose: Purpose, draw: int) -> EvalResult:
+    return evaluate(
+        policy,
+        config.env_id,
+        config.eval_episodes,
+        env_kwargs=config.env_kwargs,
+        max_episode_steps=config.max_episode_steps,
+        seed=config.seed,
+        purpose=purpose,
+        draw=draw,
+    )
+
+
+def _row(
+    counters: Counters,
+    clock: Clock,
+    stopping: Stopping,
+    returns: torch.Tensor,
+    lengths: torch.Tensor,
+    stats: UpdateStats,
+    evaluation: EvalResult | None,
+) -> dict[str, float | None]:
+    """One line of metrics.jsonl. Reading the statistics is where the host waits for the device."""
+    seconds = clock.since_start() - stopping.evaluation_seconds
+    return {
+        "iteration": counters.iteration,
+        "env_steps": counters.env_steps,
+        "episodes": counters.episodes,
+        "charts/episodic_return": returns.mean().item(),
+        "charts/best_return": stopping.best_return,
+        "charts/episodic_length": lengths.to(torch.float64).mean().item(),
+        "charts/SPS": counters.env_steps / seconds,
+        "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
+        "losses/policy_loss": stats.policy_loss.item(),
+        "losses/entropy": stats.entropy.item(),
+        "losses/grad_norm": stats.grad_norm.item(),
+        **{f"perf/{phase}_s": spent for phase, spent in clock.last.items()},
+    }
+
+
+def _save(
+    run_dir: Path,
+    config: Config,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    counters: Counters,
+    stopping: Stopping,
+) -> None:
+    """Write `last` and `best`. Until the return window is full, the newest policy is the best."""
+    common = {"config": to_dict(config), "counters": asdict(counters)}
+    last = common | {
+        "policy": checkpoint.policy_state(policy),
+        "optimizer": optimizer.state_dict(),
+    }
+    best = common | {"policy": checkpoint.policy_state(policy, stopping.best_parameters)}
+    checkpoint.save(run_dir / "checkpoints" / "last.pt", last)
+    checkpoint.save(run_dir / "checkpoints" / "best.pt", best)
+
+
+def _relative(run_dir: Path) -> str:
+    """Relative to where the command ran, if below it."""
+    resolved, here = run_dir.resolve(), Path.cwd()
+    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)

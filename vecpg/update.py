@@ -1,0 +1,100 @@
+"""One gradient step over a whole rollout, in chunks, so that memory stays flat."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vecpg.policy import Policy
+from vecpg.rollout.data import Rollout
+
+if TYPE_CHECKING:
+    from vecpg.config import Config
+
+# Rows of one forward and backward pass. Measured on two cores: 2048 to 8192 are equally fast, and
+# at 4096 the activations of a 64-wide network stay in the cache.
+CHUNK_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What an update did, as tensors without dimensions on the policy's device.
+
+    policy_loss: the surrogate whose gradient was followed; its value means nothing by itself.
+    entropy:     mean over counted rows, in nats, before the step.
+    grad_norm:   length of the gradient before any clipping.
+    """
+
+    policy_loss: Tensor
+    entropy: Tensor
+    grad_norm: Tensor
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    config: "Config",
+) -> UpdateStats:
+    """One step along the policy gradient estimate of a rollout.
+
+        loss = -(sum of log pi(a_t|s_t) * advantages[t, n] over counted rows) / D
+               - ent_coef * (mean entropy over counted rows)
+
+    D is num_envs, the number of counted rows, or 1, by `config.reduction` "episode", "step" or
+    "sum". Masked rows are never looked at.
+
+    Args:
+        policy: its gradients are overwritten and left in place.
+        optimizer: over the policy's parameters.
+        rollout: T steps of N environments, collected by this policy.
+        advantages: (T, N) float32.
+        config: `reduction`, `ent_coef` and `max_grad_norm` are read.
+
+    Returns:
+        `UpdateStats`.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; nothing was changed.
+    """
+    rows = rollout.mask.numel()
+    mask = rollout.mask.reshape(rows)
+    obs = rollout.obs.reshape(rows, *policy.obs_shape)
+    actions = rollout.actions.reshape(rows)
+    weights = advantages.reshape(rows)
+    count = mask.sum().clamp(min=1)
+    divisors: dict[str, Tensor | int] = {
+        "episode": rollout.mask.shape[1],
+        "step": count,
+        "sum": 1,
+    }
+    divisor = divisors[config.reduction]
+
+    optimizer.zero_grad(set_to_none=True)
+    policy_loss = torch.zeros((), dtype=torch.float64, device=obs.device)
+    entropy_sum = torch.zeros_like(policy_loss)
+    for start in range(0, rows, CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        counted = mask[chunk]
+        log_probs, entropy = policy.log_probs_and_entropy(
+            obs[chunk][counted], actions[chunk][counted]
+        )
+        surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
+        entropy_total = entropy.sum()
+        bonus = config.ent_coef * entropy_total / count if config.ent_coef > 0 else 0.0
+        torch.autograd.backward(surrogate - bonus)
+        policy_loss += surrogate.detach()
+        entropy_sum += entropy_total.detach()
+
+    grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+    if not bool(grad_norm.isfinite()):
+        raise FloatingPointError(
+            f"the gradient's norm is {grad_norm.item()}; the policy was left as it was;"
+            " lower --learning-rate, or set --max-grad-norm"
+        )
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
+    optimizer.step()
+    return UpdateStats(policy_loss, entropy_sum / count, grad_norm)
