@@ -24,7 +24,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full, or the directory cannot be written; the old file is untouched.
     """
-    content = {"kind": _KIND, "format": FORMAT, "state": state, "sha256": _digest(state)}
+    digest = _digest([FORMAT, state])
+    content = {"kind": _KIND, "format": FORMAT, "state": state, "sha256": digest}
     data = io.BytesIO()
     torch.save(content, data)
     write_atomically(path, data.getvalue())
@@ -70,14 +71,14 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError(f"{path} is not a vecpg checkpoint")
+    state: dict[str, Any] = content.get("state", {})
+    if _digest([content.get("format"), state]) != content.get("sha256"):
+        raise ValueError(f"{path} is damaged: its content does not match its digest")
     if content["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {content['format']}, and this vecpg reads up to {FORMAT};"
             " use a newer vecpg"
         )
-    state: dict[str, Any] = content["state"]
-    if _digest(state) != content["sha256"]:
-        raise ValueError(f"{path} is damaged: its content does not match its digest")
     return state
 
 
@@ -123,7 +124,7 @@ def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Poli
     return policy.to(device).eval()
 
 
-def _digest(state: dict[str, Any]) -> str:
+def _digest(state: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest, state)
     return digest.hexdigest()

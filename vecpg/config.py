@@ -62,7 +62,7 @@ class Config:
     total_iterations: int | None = None
     """End after this many iterations (one collection and one update each)."""
 
-    hidden_sizes: tuple[int, ...] = (64,)
+    hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Nonlinearity after each hidden layer."""

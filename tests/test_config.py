@@ -1,0 +1,73 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from vecpg.config import Config, ConfigError, to_dict
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("num_envs", [0, -1], "--num-envs: expected at least 1, got"),
+        ("num_envs", [1.5, "8", True, None], "--num-envs: expected a whole number, got"),
+        ("num_steps", [0], "--num-steps: expected at least 1"),
+        ("threads", [0], "--threads: expected at least 1"),
+        ("total_timesteps", [0, -5], "--total-timesteps: expected at least 1, or none"),
+        ("total_episodes", [0], "--total-episodes"),
+        ("total_iterations", [0], "--total-iterations"),
+        ("max_episode_steps", [0], "--max-episode-steps"),
+        ("gamma", [-0.1, 1.1, math.nan], r"--gamma: expected a number in \[0, 1\], got"),
+        ("learning_rate", [0.0, -1.0, math.nan, math.inf], "--learning-rate: expected a finite"),
+        ("ent_coef", [-1.0, math.nan], "--ent-coef"),
+        ("max_grad_norm", [0.0, -1.0, math.nan], "--max-grad-norm"),
+        ("hidden_sizes", [(0,), (64, -1), "64", (1.5,), 64], "--hidden-sizes"),
+        ("activation", ["gelu"], "--activation: expected tanh or relu, got 'gelu'"),
+        ("weights", ["gae"], "--weights: expected reward_to_go or full_return"),
+        ("baseline", ["value"], "--baseline: expected none or mean or"),
+        ("reduction", ["mean"], "--reduction"),
+        ("vectorization", ["fast"], "--vectorization"),
+        ("target_return", ["high", math.nan, math.inf], "--target-return"),
+        ("return_window", [0], "--return-window"),
+        ("eval_episodes", [0], "--eval-episodes"),
+        ("seed", [-1, 2**64], "--seed"),
+        ("save_every", [0.0], "--save-every"),
+        ("log_every", [-1.0], "--log-every"),
+        ("env_kwargs", ["{}"], "--env-kwargs: expected a dictionary"),
+        ("env_id", [""], "--env-id"),
+        ("exp_name", ["", "a/b"], "--exp-name"),
+    ],
+)
+def test_a_value_outside_its_range_is_named_with_the_range(name, values, message):
+    for value in values:
+        with pytest.raises(ConfigError, match=message):
+            Config(**{name: value})
+
+
+def test_a_run_needs_an_end():
+    with pytest.raises(ConfigError, match="a run needs an end"):
+        Config(total_timesteps=None)
+    assert Config(total_timesteps=None, total_episodes=5).total_episodes == 5
+
+
+def test_json_and_back():
+    config = Config(hidden_sizes=(3, 4), env_kwargs={"a": [1]}, target_return=None)
+    assert Config(**json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_setting_says_what_it_is():
+    import inspect
+
+    source = inspect.getsource(Config)
+    for field in dataclasses.fields(Config):
+        after = source.split(f"    {field.name}: ", 1)[1].split("\n", 1)[1].lstrip()
+        assert after.startswith('"""'), field.name
+
+
+def test_the_standard_library_is_enough():
+    code = "import sys, vecpg.config; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.strip() == b"[]"

@@ -1,0 +1,154 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from vecpg import loss
+from vecpg.config import Config
+from vecpg.loss import advantages, masked_mean, normalized
+from vecpg.rollout import Rollout
+
+
+def make_rollout(episodes, reset_rows=True, poison=True, seed=0):
+    """A rollout with episodes of these lengths, for each environment; NaN where nothing counts."""
+    g = torch.Generator().manual_seed(seed)
+    gap = int(reset_rows)
+    length = max(sum(lengths) + gap * (len(lengths) - 1) for lengths in episodes)
+    shape = (length, len(episodes))
+    mask, dones = torch.zeros(shape, dtype=bool), torch.zeros(shape, dtype=bool)
+    for n, lengths in enumerate(episodes):
+        t = 0
+        for steps in lengths:
+            mask[t : t + steps, n] = True
+            dones[t + steps - 1, n] = True
+            t += steps + gap
+    rewards = torch.randn(shape, generator=g)
+    if poison:
+        rewards[~mask] = math.nan
+    return Rollout(
+        obs=torch.zeros(*shape, 1),
+        actions=torch.zeros(shape, dtype=torch.int64),
+        rewards=rewards,
+        terminations=dones,
+        truncations=torch.zeros(shape, dtype=bool),
+        mask=mask,
+        final_obs=torch.zeros(0, 1),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+
+
+def by_hand(rollout, config):
+    """The definitions, episode by episode, in float64."""
+    rows = {}  # (n, episode, age) -> (t, weight)
+    for n in range(rollout.mask.shape[1]):
+        number, rewards, times = 0, [], []
+        for t in range(rollout.mask.shape[0]):
+            if not rollout.mask[t, n]:
+                continue
+            rewards.append(rollout.rewards[t, n].item())
+            times.append(t)
+            if rollout.dones[t, n]:
+                for age, time in enumerate(times):
+                    first = 0 if config.weights == "full_return" else age
+                    weight = sum(
+                        config.gamma ** (k - first) * r for k, r in enumerate(rewards) if k >= first
+                    )
+                    rows[n, number, age] = (time, weight)
+                number, rewards, times = number + 1, [], []
+    out = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+    for (n, _, age), (t, weight) in rows.items():
+        others = {
+            "none": [],
+            "mean": [w for _, w in rows.values()],
+            "timestep_mean": [w for (_, _, a), (_, w) in rows.items() if a == age],
+            "leave_one_out": [w for (m, _, a), (_, w) in rows.items() if a == age and m != n],
+        }[config.baseline]
+        out[t, n] = weight - (sum(others) / len(others) if others else 0.0)
+    if config.normalize:
+        values = [out[t, n].item() for (n, _, _), (t, _) in rows.items()]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        for (n, _, _), (t, _) in rows.items():
+            out[t, n] = (out[t, n] - mean) / deviation
+    return out
+
+
+RAGGED = [[3, 1, 4], [6], [1, 1, 1, 1], [2, 5]]
+
+
+@pytest.mark.parametrize("reset_rows", [True, False])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
+@pytest.mark.parametrize("baseline", ["none", "mean", "timestep_mean", "leave_one_out"])
+@pytest.mark.parametrize("block_rows", [1, 20, 2**18])
+def test_advantages_are_the_definition(
+    monkeypatch, reset_rows, normalize, weights, baseline, block_rows
+):
+    monkeypatch.setattr(loss, "_BLOCK_ROWS", block_rows)
+    config = Config(weights=weights, baseline=baseline, normalize=normalize, gamma=0.9)
+    rollout = make_rollout(RAGGED, reset_rows)
+    result = advantages(rollout, config)
+    assert (result[~rollout.mask] == 0).all()
+    torch.testing.assert_close(result.double(), by_hand(rollout, config), atol=2e-6, rtol=1e-5)
+
+
+def test_leave_one_out_by_hand():
+    # Returns-to-go at gamma 1: environment 0 has 2, 1; environment 1 has 3, 2, 1, then 1.
+    rollout = make_rollout([[2], [3, 1]])
+    rollout.rewards[rollout.mask] = 1.0
+    result = advantages(rollout, Config(gamma=1.0))
+    # Age 0: others of environment 0 are 3 and 1, mean 2; of environment 1 there is 2.
+    # Age 1: 1 against 2. Age 2: nobody else is alive, so nothing is subtracted.
+    assert result.tolist() == [[2 - 2, 3 - 2], [1 - 2, 2 - 1], [0, 1], [0, 0], [0, 1 - 2]]
+
+
+def test_a_sole_survivor_keeps_its_return():
+    rollout = make_rollout([[5], [1]])
+    alone = advantages(rollout, Config(gamma=0.9))[1:, 0]
+    plain = advantages(rollout, Config(gamma=0.9, baseline="none"))[1:, 0]
+    assert torch.equal(alone, plain)
+    assert (alone != 0).all()
+
+
+def test_with_one_environment_leave_one_out_is_none():
+    rollout = make_rollout([[5, 2, 7]])
+    assert torch.equal(advantages(rollout, Config()), advantages(rollout, Config(baseline="none")))
+
+
+def test_the_order_of_environments_does_not_matter():
+    order = [2, 0, 3, 1]
+    plain, shuffled = make_rollout(RAGGED), make_rollout([RAGGED[n] for n in order])
+    for to, origin in enumerate(order):
+        shuffled.rewards[:, to] = plain.rewards[:, origin]
+    for baseline, weights in itertools.product(
+        ("mean", "timestep_mean", "leave_one_out"), ("reward_to_go", "full_return")
+    ):
+        config = Config(baseline=baseline, weights=weights)
+        torch.testing.assert_close(
+            advantages(shuffled, config), advantages(plain, config)[:, order]
+        )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e6, 0.1, 1e30])
+def test_equal_weights_normalize_to_zero(value):
+    mask = torch.rand(70, 9) < 0.8
+    result = normalized(torch.full((70, 9), value), mask)
+    assert torch.equal(result, torch.zeros(70, 9))
+
+
+def test_one_row_normalizes_to_zero():
+    rollout = make_rollout([[1]])
+    assert advantages(rollout, Config(normalize=True, baseline="none")).tolist() == [[0.0]]
+
+
+def test_normalized_has_mean_zero_and_deviation_one():
+    values = torch.randn(200, 30) * 40 + 1000
+    mask = torch.rand(200, 30) < 0.5
+    counted = normalized(values.masked_fill(~mask, math.nan), mask)[mask].double()
+    assert abs(counted.mean().item()) < 1e-5
+    assert counted.std().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_mean_over_nothing_is_zero():
+    assert masked_mean(torch.tensor([math.nan]), torch.tensor([False])).item() == 0

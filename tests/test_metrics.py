@@ -1,0 +1,101 @@
+import json
+import math
+
+import gymnasium
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vecpg.config import Config, to_dict
+from vecpg.envs import make_envs
+from vecpg.metrics import Metrics, episode_statistics
+from vecpg.policy import Policy
+from vecpg.rollout import collect
+
+
+def test_episode_statistics_agree_with_gymnasiums_own_wrapper():
+    envs = make_envs("environments:Counting-v0", 6)
+    torch.manual_seed(0)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    recorded = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs, buffer_length=10_000)
+    seen = []
+
+    real = recorded.step
+
+    def step(actions):
+        result = real(actions)
+        if "episode" in result[4]:
+            for n in result[4]["_episode"].nonzero()[0]:
+                seen.append((n, result[4]["episode"]["r"][n], result[4]["episode"]["l"][n]))
+        return result
+
+    recorded.step = step
+    rollout = collect(recorded, policy, num_steps=1, seed=1, iteration=0)
+    returns, lengths = episode_statistics(rollout)
+    first = {}
+    for n, episode_return, length in seen:
+        first.setdefault(n, (episode_return, length))
+    assert list(zip(returns.tolist(), lengths.tolist(), strict=True)) == [
+        first[n] for n in range(6)
+    ]
+
+
+def test_episode_statistics_are_in_order_of_environment_and_start():
+    envs = make_envs("environments:Counting-v0", 6)
+    torch.manual_seed(0)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    rollout = collect(envs, policy, num_steps=25, seed=1, iteration=0)
+    rollout.rewards[~rollout.mask] = math.nan
+    expected = []
+    for n in range(6):
+        total = length = 0
+        for t in range(len(rollout.mask)):
+            if rollout.mask[t, n]:
+                total, length = total + rollout.rewards[t, n].item(), length + 1
+                if rollout.dones[t, n]:
+                    expected.append((total, length))
+                    total = length = 0
+    returns, lengths = episode_statistics(rollout)
+    assert list(zip(returns.tolist(), lengths.tolist(), strict=True)) == expected
+
+
+def row(iteration, env_steps, **tags):
+    return {"iteration": iteration, "env_steps": env_steps, "episodes": 3, **tags}
+
+
+def test_lines_and_curves_hold_what_was_logged(tmp_path):
+    metrics = Metrics(tmp_path, to_dict(Config()))
+    rows = [
+        row(1, 100, **{"charts/episodic_return": 5.0, "charts/best_return": None}),
+        row(2, 250, **{"charts/episodic_return": 7.5, "charts/best_return": 6.25}),
+    ]
+    metrics.log(rows[0])
+    # Flushed after every iteration, so that a killed run keeps its lines.
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(rows[0]) + "\n"
+    metrics.log(rows[1])
+    metrics.draw({"eval/episodic_return": 9.0}, 250)
+    metrics.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "charts/episodic_return",
+        "charts/best_return",
+        "eval/episodic_return",
+    }
+    curve = [(point.step, point.value) for point in events.Scalars("charts/episodic_return")]
+    assert curve == [(100, 5.0), (250, 7.5)]
+    assert [point.step for point in events.Scalars("charts/best_return")] == [250]
+    hyperparameters = events.SummaryMetadata("_hparams_/session_start_info")
+    assert b"learning_rate" in hyperparameters.plugin_data.content
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_number_that_is_not_json_is_refused(tmp_path):
+    metrics = Metrics(tmp_path, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics.log(row(1, 1, tag=math.nan))
+    metrics.close()

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+
+from vecpg.noise import Purpose, philox, reset_seeds, uniforms
+
+# The known answers that come with Random123 (kat_vectors, philox4x32-10).
+VECTORS = [
+    ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    (
+        [0xFFFFFFFF] * 4,
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+    ),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        (0xA4093822, 0x299F31D0),
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), VECTORS, ids=["zeros", "ones", "pi"])
+def test_philox_gives_the_published_words(counter, key, words):
+    assert [int(word) for word in philox([torch.tensor(c) for c in counter], key)] == words
+
+
+def test_philox_agrees_with_plain_integers():
+    generator = np.random.default_rng(0)
+    counters = generator.integers(0, 2**32, (50, 4))
+    key = (0x12345678, 0x9ABCDEF0)
+    many = torch.stack(philox(list(torch.from_numpy(counters).T), key), dim=1)
+
+    def one(c, k0, k1):
+        c0, c1, c2, c3 = (int(x) for x in c)
+        for _ in range(10):
+            p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+            c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 % 2**32, (p0 >> 32) ^ c3 ^ k1, p0 % 2**32
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        return [c0, c1, c2, c3]
+
+    assert many.tolist() == [one(c, *key) for c in counters]
+
+
+def test_uniforms_are_uniform():
+    numbers = uniforms(3, 5, range(1000), 200, Purpose.ACTION).double()
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    for power in (1, 2, 3):
+        expected, spread = 1 / (power + 1), (1 / (2 * power + 1) - 1 / (power + 1) ** 2) ** 0.5
+        error = (numbers**power).mean().item() - expected
+        assert abs(error) < 4 * spread / numbers.numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 4},
+        {"seed": 3 + 2**32},
+        {"iteration": 6},
+        {"steps": range(1, 9)},
+        {"purpose": Purpose.EVALUATION_RESET},
+    ],
+)
+def test_every_part_of_the_key_matters(other):
+    given = {
+        "seed": 3,
+        "iteration": 5,
+        "steps": range(8),
+        "num_envs": 8,
+        "purpose": Purpose.ACTION,
+    }
+    assert not torch.isclose(uniforms(**given), uniforms(**given | other)).any()
+
+
+def test_a_number_does_not_depend_on_what_is_drawn_with_it():
+    whole = uniforms(3, 5, range(100), 8, Purpose.ACTION)
+    assert torch.equal(whole[40:64, :5], uniforms(3, 5, range(40, 64), 5, Purpose.ACTION))
+
+
+def test_environments_draw_different_numbers():
+    numbers = uniforms(3, 5, range(50), 50, Purpose.ACTION)
+    assert numbers.unique().numel() == numbers.numel()
+
+
+def test_reset_seeds_differ_between_environments_iterations_seeds_and_purposes():
+    seeds = [
+        one
+        for seed in (1, 2)
+        for iteration in range(50)
+        for purpose in (Purpose.TRAINING_RESET, Purpose.CONFIRMATION_RESET)
+        for one in reset_seeds(seed, iteration, 64, purpose)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(type(one) is int and 0 <= one < 2**32 for one in seeds)
+
+
+def test_the_first_reset_seeds_do_not_depend_on_how_many_there_are():
+    few = reset_seeds(7, 3, 5, Purpose.TRAINING_RESET)
+    assert reset_seeds(7, 3, 500, Purpose.TRAINING_RESET)[:5] == few

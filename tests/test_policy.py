@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from vecpg.policy import Policy
+
+
+def make_policy(actions=3, start=0, **kwargs):
+    torch.manual_seed(0)
+    return Policy(spaces.Box(-1, 1, (2, 2)), spaces.Discrete(actions, start=start), **kwargs)
+
+
+def probabilities(policy, obs):
+    """Softmax of the network's output, without the policy's own arithmetic."""
+    logits = policy.network(obs.reshape(len(obs), -1)).double()
+    return torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("actions", [1, 2, 3, 18])
+def test_log_probs_and_entropy_are_those_of_the_softmax(actions):
+    policy = make_policy(actions, start=-2)
+    obs = torch.randn(7, 2, 2)
+    taken = torch.randint(0, actions, (7,)) - 2
+    log_probs, entropy = policy.log_probs_and_entropy(obs, taken)
+    expected = probabilities(policy, obs)
+    picked = expected[torch.arange(7), taken + 2]
+    torch.testing.assert_close(log_probs.double(), picked.log(), atol=1e-6, rtol=1e-5)
+    by_hand = torch.stack([-sum(p * math.log(p) for p in row) for row in expected.detach()])
+    torch.testing.assert_close(entropy.double(), by_hand, atol=1e-6, rtol=1e-5)
+
+
+def test_sampling_inverts_the_distribution_function():
+    policy = make_policy(4, start=10)
+    obs = torch.randn(1, 2, 2)
+    edges = probabilities(policy, obs)[0].cumsum(0).tolist()
+    for action, (low, high) in enumerate(zip([0.0, *edges], edges, strict=False)):
+        inside = torch.tensor([low + 1e-4, (low + high) / 2, high - 1e-4])
+        drawn = policy.sample(obs.expand(3, 2, 2), inside)
+        assert drawn.tolist() == [10 + action] * 3
+
+
+def test_sampling_at_the_ends_stays_inside_the_action_space():
+    policy = make_policy(3)
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    assert policy.sample(torch.zeros(2, 2, 2), ends).tolist() == [0, 2]
+
+
+def test_an_observation_that_is_not_a_number_still_gives_a_legal_action():
+    drawn = make_policy(3).sample(torch.full((1, 2, 2), torch.nan), torch.tensor([0.7]))
+    assert drawn.tolist() == [0]
+
+
+def test_act_takes_one_observation_or_a_batch_and_gives_back_the_same_kind():
+    policy = make_policy(3, start=5)
+    batch = np.random.default_rng(0).normal(size=(6, 2, 2))
+    actions = policy.act(batch)
+    expected = probabilities(policy, torch.from_numpy(batch).float()).argmax(dim=1) + 5
+    assert actions.tolist() == expected.tolist()
+    single = policy.act(batch[3])
+    assert isinstance(single, np.int64)
+    assert spaces.Discrete(3, start=5).contains(single)
+    assert single == expected[3]
+    as_tensor = policy.act(torch.from_numpy(batch))
+    assert isinstance(as_tensor, torch.Tensor)
+    assert torch.equal(as_tensor, expected)
+
+
+def test_act_draws_with_the_generator_it_is_given():
+    policy = make_policy(2)
+    obs = np.zeros((20000, 2, 2), np.float32)
+    drawn = policy.act(obs, greedy=False, generator=torch.Generator().manual_seed(1))
+    again = policy.act(obs, greedy=False, generator=torch.Generator().manual_seed(1))
+    assert np.array_equal(drawn, again)
+    p = probabilities(policy, torch.zeros(1, 2, 2))[0, 1].item()
+    assert abs(drawn.mean() - p) < 4 * math.sqrt(p * (1 - p) / 20000)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 3, 2), (1, 1, 2, 2)])
+def test_act_refuses_another_shape(shape):
+    with pytest.raises(ValueError, match=r"expected shape \(2, 2\)"):
+        make_policy().act(np.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "message"),
+    [
+        (spaces.Discrete(4), spaces.Discrete(2), r"observation space Discrete\(4\).*: Box"),
+        (spaces.Box(-1, 1, (2,)), spaces.MultiBinary(2), r"action space MultiBinary.*: Discrete"),
+    ],
+)
+def test_an_unsupported_space_is_named_with_what_is_supported(observation, action, message):
+    with pytest.raises(ValueError, match=message):
+        Policy(observation, action)
+
+
+def test_a_description_builds_the_same_network_again():
+    policy = make_policy(3, start=5, hidden_sizes=(7, 5), activation="relu")
+    twin = Policy.from_description(policy.description())
+    twin.load_state_dict(policy.state_dict())
+    obs = np.random.default_rng(0).normal(size=(50, 2, 2))
+    assert np.array_equal(policy.act(obs), twin.act(obs))
+    assert any(isinstance(layer, torch.nn.ReLU) for layer in twin.network)

@@ -1,0 +1,245 @@
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.noise import Purpose, reset_seeds
+from vecpg.policy import Policy
+from vecpg.rollout import collect
+
+
+def policy_for(envs):
+    torch.manual_seed(0)
+    return Policy(envs.single_observation_space, envs.single_action_space)
+
+
+def episodes_of(rollout, n):
+    """Row numbers of each episode of environment n, cut at the ends."""
+    episodes, rows = [], []
+    for t in range(len(rollout.mask)):
+        if rollout.mask[t, n]:
+            rows.append(t)
+            if rollout.dones[t, n]:
+                episodes.append(rows)
+                rows = []
+    assert rows == [], "an episode was cut"
+    return episodes
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
+def test_every_field_of_every_row_belongs_together(num_steps):
+    envs = make_envs("environments:Counting-v0", 5)
+    policy = policy_for(envs)
+    for iteration in range(2):
+        rollout = collect(envs, policy, num_steps=num_steps, seed=3, iteration=iteration)
+        seeds = reset_seeds(3, iteration, 5, Purpose.TRAINING_RESET)
+        final = {
+            tuple(row): obs
+            for row, obs in zip(
+                rollout.final_rows.tolist(), rollout.final_obs.tolist(), strict=True
+            )
+        }
+        for n in range(5):
+            # What this copy must have drawn, from a copy of its own.
+            alone = gymnasium.make("environments:Counting-v0").unwrapped
+            alone.reset(seed=seeds[n])
+            started = 0
+            for number, rows in enumerate(episodes_of(rollout, n)):
+                assert started < num_steps, "an episode was started after the window"
+                started += len(rows)
+                assert rows == list(range(rows[0], rows[0] + alone.length))
+                last = rows[-1]
+                for age, t in enumerate(rows):
+                    assert rollout.obs[t, n].tolist() == [number, age]
+                    assert rollout.rewards[t, n] == rollout.actions[t, n]
+                    assert rollout.terminations[t, n] == (t == last and alone.end != 1)
+                    assert rollout.truncations[t, n] == (t == last and alone.end != 0)
+                if alone.end != 0:
+                    assert final.pop((last, n)) == [number, len(rows)]
+                alone.reset()
+            assert started >= num_steps
+        assert final == {}
+        masked = ~rollout.mask
+        assert (rollout.rewards[masked] == 0).all()
+        assert not rollout.dones[masked].any()
+        assert rollout.mask[-1].any(), "the last row is of use"
+
+
+def test_a_window_of_one_step_is_one_episode_each():
+    envs = make_envs("environments:Counting-v0", 50)
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.dones.sum(dim=0).tolist() == [1] * 50
+
+
+def test_only_the_reset_row_stands_between_two_episodes():
+    envs = make_envs("environments:Counting-v0", 8)
+    rollout = collect(envs, policy_for(envs), num_steps=30, seed=1, iteration=0)
+    for n in range(8):
+        episodes = episodes_of(rollout, n)
+        assert len(episodes) > 1
+        for rows, following in zip(episodes, episodes[1:], strict=False):
+            assert following[0] == rows[-1] + 2
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])
+def test_a_rollout_is_a_function_of_seed_and_iteration(vectorization):
+    def rollout(seed, iteration, warm_up=0):
+        envs = make_envs("CartPole-v1", 6, vectorization=vectorization)
+        policy = policy_for(envs)
+        for earlier in range(warm_up):
+            collect(envs, policy, num_steps=20, seed=9, iteration=earlier)
+        return collect(envs, policy, num_steps=20, seed=seed, iteration=iteration)
+
+    one = rollout(1, 4)
+    same = rollout(1, 4, warm_up=3)
+    for name in one.__slots__:
+        counted = (one.mask, same.mask) if name in ("obs", "actions") else (..., ...)
+        assert torch.equal(getattr(one, name)[counted[0]], getattr(same, name)[counted[1]])
+    for other in (rollout(1, 5), rollout(2, 4)):
+        assert not torch.equal(one.obs[0], other.obs[0])
+
+
+def test_start_states_of_neighbouring_seeds_and_iterations_are_all_distinct():
+    envs = make_envs("CartPole-v1", 64, vectorization="sync", max_episode_steps=1)
+    policy = policy_for(envs)
+    starts = [
+        collect(envs, policy, num_steps=1, seed=seed, iteration=iteration).obs[0]
+        for seed in (1, 2)
+        for iteration in range(50)
+    ]
+    assert torch.cat(starts).unique(dim=0).shape[0] == 2 * 50 * 64
+
+
+def test_the_buffers_grow():
+    envs = make_envs("environments:CoinLength-v0", 4)
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.mask.shape == (200, 4)
+    assert sorted(set(rollout.mask.sum(dim=0).tolist())) == [2, 200]
+
+
+class Poisoned(gymnasium.vector.VectorEnv):
+    """Three copies, episodes of 2, 3 and 4 steps; NaN in every row that does not count."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(self):
+        self.num_envs = 3
+        self.single_observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.single_action_space = spaces.Discrete(2)
+        self.lengths = np.array([2, 3, 4])
+
+    def reset(self, *, seed=None, options=None):
+        assert isinstance(seed, int)
+        self.age = np.zeros(3, int)
+        self.played = np.zeros(3, int)
+        return np.zeros((3, 1)), {}
+
+    def step(self, actions):
+        assert set(actions.tolist()) <= {0, 1}
+        resets = self.age == self.lengths
+        self.age = np.where(resets, 0, self.age + 1)
+        ends = self.age == self.lengths
+        idle = self.played >= 1
+        self.played += ends
+        rewards = np.where(resets | idle, math.nan, 1.0)
+        obs = np.where(idle & ~resets, math.nan, self.age)[:, None]
+        return obs, rewards, ends, np.zeros(3, bool), {}
+
+
+def test_rows_that_do_not_count_may_hold_nan():
+    envs = Poisoned()
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.mask.sum(dim=0).tolist() == [2, 3, 4]
+    assert rollout.rewards.sum(dim=0).tolist() == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", "environment 2 failed at step 3 .reset with seed {seed}.: ZeroDivisionError"),
+        ("raise at reset", "environment 2 failed at its reset .reset with seed {seed}.: OSError"),
+        ("nan observation", r"environment 2 returned the observation \[nan\] at step 3 .*{seed}"),
+        ("nan reward", "environment 2 returned the reward nan at step 3 .*{seed}"),
+    ],
+)
+def test_a_faulty_environment_is_named_with_step_and_seed(fault, message):
+    from environments import Faulty
+
+    envs = make_envs("environments:Faulty-v0", 4, env_kwargs={"fault": fault})
+    for index, env in enumerate(envs.envs):
+        env.unwrapped.guilty = index == 2
+    assert Faulty.made
+    seed = reset_seeds(1, 0, 4, Purpose.TRAINING_RESET)[2]
+    with pytest.raises(EnvironmentFailure, match=message.format(seed=seed)):
+        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+
+
+def test_another_autoreset_mode_is_refused():
+    envs = SyncVectorEnv(
+        [lambda: gymnasium.make("CartPole-v1")], autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    with pytest.raises(ValueError, match="NEXT_STEP"):
+        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+
+
+# -- The start window is unbiased ----------------------------------------------------------------
+
+# Pushes towards where the pole falls, not always: episodes of about 50 steps, up to several 100.
+SKILL = torch.tensor([0.0, 0.1, 2.0, 1.0])
+
+
+def medium_policy():
+    policy = Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2), hidden_sizes=())
+    with torch.no_grad():
+        policy.network[0].weight.copy_(torch.stack([-SKILL / 2, SKILL / 2]))
+        policy.network[0].bias.zero_()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def true_length():
+    """Mean episode length and its error, one environment at a time, sampled without vecpg."""
+    env, rng, lengths = gymnasium.make("CartPole-v1").unwrapped, np.random.default_rng(5), []
+    for _ in range(1500):
+        obs, steps, over = env.reset(seed=int(rng.integers(2**31)))[0], 0, False
+        while not over and steps < 500:
+            p = 1 / (1 + math.exp(-float(SKILL.numpy() @ obs)))
+            obs, _, over, _, _ = env.step(int(rng.random() < p))
+            steps += 1
+        lengths.append(steps)
+    return np.mean(lengths), np.std(lengths, ddof=1) / math.sqrt(len(lengths))
+
+
+def pooled_length(rollout):
+    """All steps / all episodes, and its error: environments are independent, episodes are not."""
+    steps = rollout.mask.sum(dim=0).double()
+    episodes = rollout.dones.sum(dim=0).double()
+    mean = steps.sum() / episodes.sum()
+    residuals = steps - mean * episodes
+    error = residuals.std() * math.sqrt(len(steps)) / episodes.sum()
+    return mean.item(), error.item()
+
+
+def without_tails(rollout, rows):
+    """What a collector keeps that stops after `rows` steps and drops unfinished episodes."""
+    mask, dones = rollout.mask[:rows].clone(), rollout.dones[:rows]
+    finished = dones.flip(0).cummax(dim=0).values.flip(0)
+    return type("Cut", (), {"mask": mask & finished, "dones": dones})
+
+
+@pytest.mark.parametrize("num_steps", [1, 64, 200])
+def test_the_start_window_favours_no_length(num_steps, true_length):
+    envs = make_envs("CartPole-v1", 1500 if num_steps == 1 else 500)
+    rollout = collect(envs, medium_policy(), num_steps=num_steps, seed=11, iteration=0)
+    mean, error = pooled_length(rollout)
+    true_mean, true_error = true_length
+    assert 40 < true_mean < 80, "the policy should be of medium skill"
+    assert abs(mean - true_mean) < 3.5 * math.hypot(error, true_error)
+    if num_steps > 1:
+        biased, biased_error = pooled_length(without_tails(rollout, num_steps))
+        assert biased < true_mean - 5 * math.hypot(biased_error, true_error)

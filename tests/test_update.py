@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from gymnasium import spaces
+
+from vecpg import update as update_module
+from vecpg.config import Config
+from vecpg.policy import Policy
+from vecpg.rollout import Rollout
+from vecpg.update import update
+
+T, N = 37, 5
+
+
+def make_policy(hidden_sizes=(8,)):
+    torch.manual_seed(1)
+    return Policy(spaces.Box(-1, 1, (3,)), spaces.Discrete(3), hidden_sizes=hidden_sizes)
+
+
+def make_case(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(T, N, generator=g) < 0.6
+    rollout = Rollout(
+        obs=torch.randn(T, N, 3, generator=g),
+        actions=torch.randint(0, 3, (T, N), generator=g),
+        rewards=torch.zeros(T, N),
+        terminations=torch.zeros(T, N, dtype=bool),
+        truncations=torch.zeros(T, N, dtype=bool),
+        mask=mask,
+        final_obs=torch.zeros(0, 3),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+    rollout.obs[~mask] = math.nan
+    return rollout, torch.randn(T, N, generator=g).masked_fill(~mask, math.nan)
+
+
+def expected_gradient(policy, rollout, advantages, config):
+    """Row by row: grad log softmax is onehot - p, through the chain rule of one linear layer."""
+    weight = policy.network[0].weight.detach().double()
+    bias = policy.network[0].bias.detach().double()
+    rows = rollout.mask.nonzero().tolist()
+    divisor = {"episode": N, "step": len(rows), "sum": 1}[config.reduction]
+    total_w, total_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    for t, n in rows:
+        x = rollout.obs[t, n].double()
+        p = torch.softmax(weight @ x + bias, dim=0)
+        onehot = torch.eye(3, dtype=torch.float64)[rollout.actions[t, n]]
+        entropy = -(p * p.log()).sum()
+        to_logits = -advantages[t, n].double() * (onehot - p) / divisor
+        to_logits += config.ent_coef / len(rows) * p * (p.log() + entropy)
+        total_w += torch.outer(to_logits, x)
+        total_b += to_logits
+    return total_w, total_b
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["episode", "step", "sum"])
+def test_the_gradient_is_the_formula_whatever_the_chunks(
+    monkeypatch, reduction, ent_coef, chunk_rows
+):
+    monkeypatch.setattr(update_module, "CHUNK_ROWS", chunk_rows)
+    policy = make_policy(hidden_sizes=())
+    rollout, advantages = make_case()
+    config = Config(reduction=reduction, ent_coef=ent_coef)
+    weight, bias = expected_gradient(policy, rollout, advantages, config)
+    stats = update(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, advantages, config)
+    layer = policy.network[0]
+    torch.testing.assert_close(layer.weight.grad.double(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.bias.grad.double(), bias, atol=1e-5, rtol=1e-4)
+    norm = math.sqrt(weight.square().sum() + bias.square().sum())
+    assert stats.grad_norm.item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_statistics_are_means_over_counted_rows():
+    policy = make_policy()
+    rollout, advantages = make_case()
+    log_probs, entropy = policy.log_probs_and_entropy(
+        rollout.obs[rollout.mask], rollout.actions[rollout.mask]
+    )
+    stats = update(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, advantages, Config())
+    assert stats.entropy.item() == pytest.approx(entropy.mean().item(), rel=1e-5)
+    surrogate = -(log_probs * advantages[rollout.mask]).sum().item() / N
+    assert stats.policy_loss.item() == pytest.approx(surrogate, rel=1e-4, abs=1e-5)
+
+
+def test_masked_rows_change_nothing_bit_for_bit():
+    gradients = []
+    for other in (math.nan, 7.0):
+        policy = make_policy()
+        rollout, advantages = make_case()
+        rollout.obs[~rollout.mask] = other
+        rollout.actions[~rollout.mask] = 1
+        advantages = advantages.masked_fill(~rollout.mask, other)
+        optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+        update(policy, optimizer, rollout, advantages, Config())
+        gradients.append([p.grad for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_one_step_of_the_optimizer_is_taken():
+    policy = make_policy()
+    before = [p.detach().clone() for p in policy.parameters()]
+    update(policy, torch.optim.SGD(policy.parameters(), 0.5), *make_case(), Config())
+    for old, new in zip(before, policy.parameters(), strict=True):
+        assert torch.equal(new, old - 0.5 * new.grad)
+
+
+def test_gradients_of_an_earlier_update_do_not_add_up():
+    policy = make_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    first = update(policy, optimizer, *make_case(), Config())
+    second = update(policy, optimizer, *make_case(), Config())
+    assert torch.equal(first.grad_norm, second.grad_norm)
+
+
+def test_clipping_scales_the_gradient_down_to_the_limit_and_reports_what_it_was():
+    policy, free = make_policy(), make_policy()
+    case = make_case()
+    plain = update(free, torch.optim.SGD(free.parameters(), 0.0), *case, Config())
+    norm = plain.grad_norm.item()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    clipped = update(policy, optimizer, *case, Config(max_grad_norm=norm / 3))
+    assert clipped.grad_norm.item() == pytest.approx(norm)
+    for long, short in zip(free.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(short.grad, long.grad / 3, rtol=1e-4, atol=1e-7)
+    loose = update(policy, optimizer, *case, Config(max_grad_norm=norm * 3))
+    assert loose.grad_norm.item() == pytest.approx(norm)
+    for long, same in zip(free.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(same.grad, long.grad)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    policy = make_policy()
+    before = [p.detach().clone() for p in policy.parameters()]
+    rollout, advantages = make_case()
+    advantages[tuple(rollout.mask.nonzero()[0])] = math.inf
+    with pytest.raises(FloatingPointError, match="left as it was; lower --learning-rate"):
+        update(policy, torch.optim.SGD(policy.parameters(), 0.5), rollout, advantages, Config())
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_a_rollout_without_counted_rows_has_no_gradient():
+    policy = make_policy()
+    rollout, advantages = make_case()
+    rollout.mask[:] = False
+    optimizer = torch.optim.SGD(policy.parameters(), 0.5)
+    stats = update(policy, optimizer, rollout, advantages, Config(reduction="step", ent_coef=1.0))
+    assert (stats.grad_norm.item(), stats.policy_loss.item(), stats.entropy.item()) == (0, 0, 0)
+
+
+def test_memory_does_not_grow_with_the_rollout():
+    """The largest tensor that a forward pass keeps has one chunk's rows."""
+    policy = make_policy(hidden_sizes=(16,))
+    rows = 3 * update_module.CHUNK_ROWS
+    rollout = Rollout(
+        obs=torch.zeros(rows, 1, 3),
+        actions=torch.zeros(rows, 1, dtype=torch.int64),
+        rewards=torch.zeros(rows, 1),
+        terminations=torch.zeros(rows, 1, dtype=bool),
+        truncations=torch.zeros(rows, 1, dtype=bool),
+        mask=torch.ones(rows, 1, dtype=bool),
+        final_obs=torch.zeros(0, 3),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+        update(policy, optimizer, rollout, torch.ones(rows, 1), Config(ent_coef=0.1))
+    assert max(kept) <= 16 * update_module.CHUNK_ROWS
