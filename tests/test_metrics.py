@@ -25,8 +25,9 @@ def test_episode_statistics_agree_with_gymnasiums_own_wrapper():
     def step(actions):
         result = real(actions)
         if "episode" in result[4]:
-            for n in result[4]["_episode"].nonzero()[0]:
-                seen.append((n, result[4]["episode"]["r"][n], result[4]["episode"]["l"][n]))
+            episode = result[4]["episode"]
+            ended = result[4]["_episode"].nonzero()[0]
+            seen.extend((n, episode["r"][n], episode["l"][n]) for n in ended)
         return result
 
     recorded.step = step

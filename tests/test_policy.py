@@ -10,7 +10,10 @@ from vecpg.policy import Policy
 
 def make_policy(actions=3, start=0, **kwargs):
     torch.manual_seed(0)
-    return Policy(spaces.Box(-1, 1, (2, 2)), spaces.Discrete(actions, start=start), **kwargs)
+    policy = Policy(spaces.Box(-1, 1, (2, 2)), spaces.Discrete(actions, start=start), **kwargs)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return policy
 
 
 def probabilities(policy, obs):
@@ -94,6 +97,11 @@ def test_act_refuses_another_shape(shape):
 def test_an_unsupported_space_is_named_with_what_is_supported(observation, action, message):
     with pytest.raises(ValueError, match=message):
         Policy(observation, action)
+
+
+def test_a_fresh_policy_has_no_preference():
+    policy = Policy(spaces.Box(-1, 1, (2,)), spaces.Discrete(4))
+    assert probabilities(policy, torch.randn(50, 2)).max() < 0.26
 
 
 def test_a_description_builds_the_same_network_again():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import gymnasium
@@ -82,7 +83,7 @@ def test_only_the_reset_row_stands_between_two_episodes():
     for n in range(8):
         episodes = episodes_of(rollout, n)
         assert len(episodes) > 1
-        for rows, following in zip(episodes, episodes[1:], strict=False):
+        for rows, following in itertools.pairwise(episodes):
             assert following[0] == rows[-1] + 2
 
 

@@ -15,7 +15,10 @@ T, N = 37, 5
 
 def make_policy(hidden_sizes=(8,)):
     torch.manual_seed(1)
-    return Policy(spaces.Box(-1, 1, (3,)), spaces.Discrete(3), hidden_sizes=hidden_sizes)
+    policy = Policy(spaces.Box(-1, 1, (3,)), spaces.Discrete(3), hidden_sizes=hidden_sizes)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return policy
 
 
 def make_case(seed=0):

@@ -119,7 +119,8 @@ def policy_state(policy: Policy, parameters: dict[str, Tensor] | None = None) ->
 
 def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
     """The policy a checkpoint's state describes."""
-    policy = Policy.from_description(state["policy"]["description"])
+    with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
+        policy = Policy.from_description(state["policy"]["description"])
     policy.load_state_dict(state["policy"]["parameters"])
     return policy.to(device).eval()
 

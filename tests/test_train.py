@@ -1,0 +1,338 @@
+import json
+import logging
+import math
+import os
+import signal
+
+import gymnasium
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vecpg import checkpoint
+from vecpg import train as train_module
+from vecpg.config import Config, ConfigError
+from vecpg.envs import EnvironmentFailure
+from vecpg.interrupts import Interrupted
+from vecpg.train import train
+
+SUMMARY_KEYS = [
+    "env_id",
+    "num_envs",
+    "num_steps",
+    "seed",
+    "device",
+    "vectorization",
+    "recipe",
+    "iterations",
+    "env_steps",
+    "vector_steps",
+    "episodes",
+    "wall_seconds",
+    "compile_seconds",
+    "steps_per_second",
+    "collect_seconds",
+    "returns_seconds",
+    "update_seconds",
+    "best_return",
+    "eval_return_mean",
+    "eval_return_std",
+    "eval_episodes",
+    "target_return",
+    "solved",
+    "solved_env_steps",
+    "solved_seconds",
+    "run_dir",
+]
+TAGS = [
+    "charts/episodic_return",
+    "charts/best_return",
+    "charts/episodic_length",
+    "charts/SPS",
+    "eval/episodic_return",
+    "losses/policy_loss",
+    "losses/entropy",
+    "losses/grad_norm",
+    "perf/collect_s",
+    "perf/returns_s",
+    "perf/update_s",
+]
+
+
+def short(tmp_path, **settings):
+    given = {"num_envs": 8, "total_iterations": 3, "eval_episodes": 4, "return_window": 10}
+    return Config(**given | {"out_dir": str(tmp_path), "progress": False} | settings)
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [
+        {k: v for k, v in row.items() if k != "charts/SPS" and not k.startswith("perf/")}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])
+def test_cartpole_is_solved(tmp_path, vectorization):
+    result = train(
+        Config(vectorization=vectorization, seed=2, out_dir=str(tmp_path), progress=False)
+    )
+    assert result.summary["solved"] is True
+    assert result.summary["eval_return_mean"] >= 475
+    assert result.summary["solved_env_steps"] <= 500_000
+    env = gymnasium.make("CartPole-v1")
+    obs, _ = env.reset(seed=12345)
+    total, over = 0.0, False
+    while not over:
+        obs, reward, terminated, truncated, _ = env.step(result.policy.act(obs))
+        total, over = total + reward, terminated or truncated
+    assert total >= 475
+
+
+def test_the_summary_and_the_run_directory_agree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(short("runs"))
+    summary = result.summary
+    assert list(summary) == SUMMARY_KEYS
+    assert summary["run_dir"] == str(result.run_dir)
+    assert json.loads((result.run_dir / "summary.json").read_text()) == summary
+    rows = lines(result.run_dir)
+    assert list(rows[0]) == ["iteration", "env_steps", "episodes", *TAGS]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    last = rows[-1]
+    for key in ("env_steps", "episodes"):
+        assert summary[key] == last[key]
+    assert summary["iterations"] == 3
+    assert summary["vector_steps"] % 8 == 0
+    assert summary["vector_steps"] > summary["env_steps"]
+    assert summary["best_return"] == max(row["charts/best_return"] or 0 for row in rows)
+    speed = summary["env_steps"] / summary["wall_seconds"]
+    assert summary["steps_per_second"] == pytest.approx(speed)
+    for phase in ("collect", "returns", "update"):
+        spent = sum(row[f"perf/{phase}_s"] for row in rows)
+        assert summary[f"{phase}_seconds"] == pytest.approx(spent)
+    assert summary["eval_episodes"] == 4
+    assert (summary["solved"], summary["solved_seconds"]) == (False, None)
+    assert summary["target_return"] == 475.0
+
+
+def test_the_mean_return_of_cartpole_is_its_mean_length(tmp_path):
+    rows = lines(train(short(tmp_path)).run_dir)
+    steps = episodes = 0
+    for row in rows:
+        assert row["charts/episodic_return"] == row["charts/episodic_length"]
+        new = row["env_steps"] - steps, row["episodes"] - episodes
+        assert row["charts/episodic_return"] == pytest.approx(new[0] / new[1])
+        steps, episodes = row["env_steps"], row["episodes"]
+
+
+def test_the_curves_are_over_environment_steps(tmp_path):
+    result = train(short(tmp_path))
+    events = EventAccumulator(str(result.run_dir))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(TAGS)
+    steps = [row["env_steps"] for row in lines(result.run_dir)]
+    assert [point.step for point in events.Scalars("losses/entropy")] == steps
+    final = events.Scalars("eval/episodic_return")
+    assert [point.step for point in final] == steps[-1:]
+    assert final[0].value == pytest.approx(result.summary["eval_return_mean"])
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, vectorization):
+    settings = {"vectorization": vectorization, "num_steps": 30, "total_iterations": 4}
+    torch.manual_seed(1)
+    one = train(short(tmp_path, **settings))
+    torch.manual_seed(2)
+    two = train(short(tmp_path, **settings))
+    other = train(short(tmp_path, **settings, seed=5))
+    assert without_clock(lines(one.run_dir)) == without_clock(lines(two.run_dir))
+    assert without_clock(lines(one.run_dir)) != without_clock(lines(other.run_dir))
+    for a, b in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torchs_own_generator_and_threads_are_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    torch.set_num_threads(2)
+    train(short(tmp_path, total_iterations=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "reached"),
+    [
+        ({"total_timesteps": 300, "total_iterations": None}, lambda row: row["env_steps"] >= 300),
+        ({"total_episodes": 17, "total_iterations": None}, lambda row: row["episodes"] >= 17),
+        ({"total_iterations": 2}, lambda row: row["iteration"] >= 2),
+    ],
+)
+def test_the_run_ends_with_the_iteration_that_reaches_a_limit(tmp_path, limits, reached):
+    rows = lines(train(short(tmp_path, **limits)).run_dir)
+    assert [reached(row) for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
+def test_checkpoints_are_there_before_the_first_iteration(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise EnvironmentFailure("at once")
+
+    monkeypatch.setattr(train_module, "collect", fails)
+    with pytest.raises(EnvironmentFailure):
+        train(short(tmp_path))
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 0
+    assert checkpoint.load_policy(run_dir).num_actions == 2
+
+
+def test_last_is_the_state_after_the_last_update_and_best_the_best_collector(tmp_path):
+    collected, updated = [], []
+    real_collect, real_update = train_module.collect, train_module.update
+
+    def collect(envs, policy, **kwargs):
+        collected.append([p.detach().clone() for p in policy.parameters()])
+        return real_collect(envs, policy, **kwargs)
+
+    def update(policy, *args):
+        stats = real_update(policy, *args)
+        updated.append([p.detach().clone() for p in policy.parameters()])
+        return stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "collect", collect)
+        patch.setattr(train_module, "update", update)
+        result = train(short(tmp_path, return_window=1, total_iterations=6))
+    rows = lines(result.run_dir)
+    means = [row["charts/episodic_return"] for row in rows]
+    best = means.index(max(means))
+    state = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
+    last = checkpoint.policy_of(state)
+
+    def equal(policy, parameters):
+        return all(torch.equal(a, b) for a, b in zip(policy.parameters(), parameters, strict=True))
+
+    assert equal(last, updated[-1])
+    assert equal(result.policy, collected[best])
+    assert equal(checkpoint.load_policy(result.run_dir), collected[best])
+    assert state["counters"]["env_steps"] == result.summary["env_steps"]
+    assert state["optimizer"]["state"]
+
+
+def test_a_solved_run_keeps_the_policy_that_was_confirmed(tmp_path):
+    settings = {"env_id": "environments:Constant-v0", "total_iterations": 9}
+    result = train(short(tmp_path, **settings, target_return=-5.0))
+    assert result.summary["solved"] is True
+    # 8 episodes each: the window of 10 is full after two iterations.
+    assert result.summary["iterations"] == 2
+    assert result.summary["solved_env_steps"] == 2 * 8 * 5
+    assert result.summary["solved_seconds"] >= result.summary["wall_seconds"] / 2
+    assert lines(result.run_dir)[-1]["eval/episodic_return"] == -5.0
+
+
+def test_without_confirmation_the_window_is_enough_and_the_final_policy_is_evaluated(tmp_path):
+    settings = {"env_id": "environments:Constant-v0", "total_iterations": 9, "confirm": False}
+    result = train(short(tmp_path, **settings, target_return=-5.0))
+    assert result.summary["solved"] is True
+    assert result.summary["eval_return_mean"] == -5.0
+    assert lines(result.run_dir)[-1]["eval/episodic_return"] is None
+
+
+def test_no_target_never_stops_and_solved_is_null(tmp_path):
+    settings = {"env_id": "environments:Constant-v0", "total_iterations": 4}
+    for target in (None, "auto"):
+        summary = train(short(tmp_path, **settings, target_return=target)).summary
+        assert (summary["target_return"], summary["solved"]) == (None, None)
+        assert summary["iterations"] == 4
+
+
+def test_a_stuck_run_says_so_in_one_line(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(short(tmp_path, env_id="environments:Constant-v0", total_iterations=8))
+    assert caplog.text.count("every episode has returned -5 for 5 iterations") == 1
+
+
+def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    one = train(short(tmp_path, num_envs=1))
+    assert "with one environment it equals none" in caplog.text
+    none = train(short(tmp_path, num_envs=1, baseline="none"))
+    assert without_clock(lines(one.run_dir)) == without_clock(lines(none.run_dir))
+
+
+def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
+    result = train(short(tmp_path, return_window=10**6))
+    assert result.summary["best_return"] is None
+    last = checkpoint.load_policy(result.run_dir / "checkpoints" / "last.pt")
+    for a, b in zip(result.policy.parameters(), last.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env_id": "CartPol-v1"}, "Did you mean: `CartPole`"),
+        ({"env_id": "environments:Endless-v0"}, "no time limit"),
+        ({"env_id": "FrozenLake-v1"}, r"observation space Discrete\(16\) is not supported"),
+        ({"env_id": "Pendulum-v1"}, "action space Box.* is not supported; supported: Discrete"),
+        ({"device": "gpu"}, "--device"),
+        ({"env_kwargs": {"no_such": 1}}, "could not be made"),
+    ],
+)
+def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train(short(tmp_path, **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_faulty_environment_ends_the_run_with_a_checkpoint(tmp_path):
+    with pytest.raises(EnvironmentFailure, match="environment . failed at step 3"):
+        train(short(tmp_path, env_id="environments:Faulty-v0"))
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 0
+    assert not (run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["collect", "update"])
+def test_a_signal_drops_a_collection_but_finishes_an_update(tmp_path, monkeypatch, moment):
+    calls = []
+    real = getattr(train_module, moment)
+
+    def interrupted(*args, **kwargs):
+        calls.append(moment)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, moment, interrupted)
+    with pytest.raises(Interrupted):
+        train(short(tmp_path))
+    (run_dir,) = tmp_path.iterdir()
+    finished = 1 if moment == "collect" else 2
+    state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+    assert state["counters"]["iteration"] == finished
+    assert len(lines(run_dir)) == finished
+    reference = train(short(tmp_path / "other", total_iterations=finished))
+    other = checkpoint.load(reference.run_dir / "checkpoints" / "last.pt")
+    for name, value in other["policy"]["parameters"].items():
+        assert torch.equal(state["policy"]["parameters"][name], value)
+
+
+def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
+    saves = []
+    real = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, state: (saves.append(path), real(path, state))
+    )
+    train(short(tmp_path, total_iterations=5, save_every=1e-9))
+    # last and best: before the first iteration, after four of five, at the end.
+    assert len(saves) == 2 * 6
+
+
+def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
+    for row in lines(train(short(tmp_path, num_envs=1, normalize=True)).run_dir):
+        assert all(value is None or math.isfinite(value) for value in row.values())
