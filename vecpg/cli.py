@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -34,10 +35,9 @@ _registry = ConstructorRegistry()
 
 def main(args: Sequence[str] | None = None) -> None:
     """`scripts/train.py` and the command `vecpg-train`."""
-    arguments = sys.argv[1:] if args is None else list(args)
-    config = parse_config(arguments)
-    prepare_process()
     with exit_codes():
+        config = parse_config(sys.argv[1:] if args is None else list(args))
+        prepare_process()
         _check_cheaply(config)
         from vecpg.train import train
 
@@ -74,25 +74,25 @@ class EvaluateConfig:
 
 def evaluate_main(args: Sequence[str] | None = None) -> None:
     """`scripts/evaluate.py`."""
-    config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
-    prepare_process()
     with exit_codes():
+        config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
+        prepare_process()
         from vecpg import checkpoint
         from vecpg.evaluate import evaluate
 
         try:
             state = checkpoint.load(checkpoint.find(config.path))
+            result = evaluate(
+                checkpoint.policy_of(state),
+                state["config"]["env_id"],
+                config.episodes,
+                env_kwargs=state["config"]["env_kwargs"],
+                max_episode_steps=state["config"]["max_episode_steps"],
+                greedy=not config.stochastic,
+                seed=config.seed,
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        result = evaluate(
-            checkpoint.policy_of(state),
-            state["config"]["env_id"],
-            config.episodes,
-            env_kwargs=state["config"]["env_kwargs"],
-            max_episode_steps=state["config"]["max_episode_steps"],
-            greedy=not config.stochastic,
-            seed=config.seed,
-        )
         numbers = {
             "return_mean": result.return_mean,
             "return_std": result.return_std,
@@ -155,16 +155,20 @@ def prepare_process() -> None:
 
 
 @contextlib.contextmanager
-def exit_codes() -> Any:
-    """End the process as DESIGN promises: 2 before the first step, 1 after it, 128 + signal."""
+def exit_codes() -> Iterator[None]:
+    """Exit statuses: 2 for what can be known before the first step, 1 after it, 128 + signal."""
     try:
         yield
     except ConfigError as error:
         fail(str(error))
     except KeyboardInterrupt as error:
-        signum = getattr(error, "signum", 2)
+        signum = getattr(error, "signum", signal.SIGINT)
         print(f"stopped by {error or 'SIGINT'}", file=sys.stderr)
         raise SystemExit(EXIT_SIGNAL + signum) from None
+    except BrokenPipeError:
+        # Whoever read stdout has gone (| head); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_SIGNAL + signal.SIGPIPE) from None
     except Exception as error:
         from vecpg.envs import EnvironmentFailure
 
@@ -216,19 +220,23 @@ def _recipe_name(args: Sequence[str]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """Tyro's framed error without frame, help text and footer; flags it suggests are kept."""
+    """Tyro's framed error without frame, help text and footer; flags it suggests are kept.
+
+    The frame is of lines where stdout can show them, else a title, a rule and no sides.
+    """
+    rows = box.splitlines()
     sections: list[list[str]] = [[]]
-    for line in box.splitlines():
-        inside = line.strip().strip("│").strip()
-        if not line.strip().startswith("│"):
-            continue
-        if inside and set(inside) == {"─"}:
+    for row in rows[1:] if box.startswith("╭") else rows[2:]:
+        inside = row.strip("│╰╯ ")
+        if inside and set(inside) <= {"─", "-"}:
             sections.append([])
         elif inside:
             sections[-1].append(inside)
-    message = " ".join(sections[0])
-    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
-    message = re.sub(r"^Error parsing (--[\w-]+): ", r"\1: ", message)
+    message = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(sections[0]))
+    union = re.match(r"(--[\w-]+): no type matching (\S+) could be .*? from \['(.*?)'\]", message)
+    if union:
+        choices = re.sub(r"[|,]", " or ", re.sub(r"[{}]", "", union[2])).lower()
+        message = f"{union[1]}: expected {choices}, got {union[3]}"
     for section in sections[1:]:
         if section and section[0].startswith("Perhaps you meant"):
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", " ".join(section))

@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and a wrong flag co
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -44,16 +45,13 @@ class Config:
     num_envs: int = 64
     """Parallel copies of the environment, N. At least 1."""
     num_steps: int = 1
-    """Start window: a copy starts another episode while it has made fewer real steps in this
-    iteration. 1 means exactly one episode per copy. At least 1."""
+    """A copy starts another episode while it has made fewer real steps. 1 = one episode each."""
     vectorization: Literal["auto", "sync", "vector_entry_point"] = "auto"
     """How the copies are stepped. auto: the environment's own vectorized form, else sync."""
     device: str = "auto"
-    """cpu, cuda or cuda:i, for the policy and its update. auto is cpu until a committed
-    measurement shows CUDA faster."""
+    """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int = 1
-    """Torch threads of this process. Part of the configuration, because sums may change in
-    their last bits with it. At least 1."""
+    """Torch threads. The last bits of the results may depend on it. At least 1."""
 
     total_timesteps: int | None = 500_000
     """End with the iteration that reaches this many real environment steps."""
@@ -74,20 +72,18 @@ class Config:
     weights: Literal["reward_to_go", "full_return"] = "reward_to_go"
     """What multiplies grad log pi(a_t|s_t): the rewards from t on, or of the whole episode."""
     baseline: Literal["none", "mean", "timestep_mean", "leave_one_out"] = "leave_one_out"
-    """What is subtracted from the weights. Unbiased: none and leave_one_out."""
+    """What is subtracted from the weights. Exactly unbiased: none and leave_one_out."""
     normalize: bool = False
     """Shift and scale the weights to mean 0 and standard deviation 1 over the iteration."""
     reduction: Literal["episode", "step", "sum"] = "episode"
-    """Divide the summed loss by the number of environments, by the number of counted steps,
-    or by nothing."""
+    """Divide the summed loss by num_envs, by the number of counted steps, or by nothing."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus (mean over counted steps, in nats). At least 0."""
     max_grad_norm: float | None = None
     """Scale the gradient down to this norm when it is longer; none never does."""
 
     target_return: float | Literal["auto"] | None = "auto"
-    """Mean return at which the environment counts as solved. auto: the environment's
-    reward_threshold; none: never stop for it."""
+    """Mean return that counts as solved. auto: the environment's own threshold; none: never."""
     return_window: int = 100
     """The mean is over the last whole iterations that make at least this many episodes."""
     confirm: bool = True
@@ -130,6 +126,8 @@ class Config:
                 "a run needs an end: expected one of --total-timesteps, --total-episodes and"
                 " --total-iterations, got none of them"
             )
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        _check("device", known, "auto, cpu, cuda or cuda:i", self.device)
         sizes = self.hidden_sizes
         _check("hidden_sizes", all(size >= 1 for size in sizes), "widths of at least 1", sizes)
         _check("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]", self.gamma)

@@ -86,7 +86,9 @@ def find_spec(env_id: str) -> EnvSpec:
             importlib.import_module(module)
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"--env-id {env_id}: {_words(error)}") from error
+        versions = [known for known in gymnasium.registry if known.startswith(f"{name}-v")]
+        hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
+        raise ValueError(f"--env-id {env_id}: {_words(error)}{hint}") from error
 
 
 def resolve_vectorization(spec: EnvSpec, vectorization: str) -> str:

@@ -1,0 +1,238 @@
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from vecpg.cli import EvaluateConfig, parse, parse_config
+from vecpg.config import Config
+
+# No PYTHONPATH: the scripts must find what they need, and modules beside the user.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
+def start(script, *args, cwd):
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def refused(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        parse_config([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_no_flags_are_the_default_config():
+    assert parse_config([]) == Config()
+
+
+def test_dashes_and_underscores_numbers_and_none():
+    config = parse_config(
+        shlex.split(
+            "--num-envs 1_000 --num_steps 1e2 --total-timesteps none --total_episodes 2E3"
+            " --hidden-sizes 3 4 5 --target-return none --max-grad-norm 0.5 --normalize"
+            " --no-confirm --seed 18446744073709551615"
+        )
+    )
+    assert (config.num_envs, config.num_steps, config.total_episodes) == (1000, 100, 2000)
+    assert (config.total_timesteps, config.target_return, config.max_grad_norm) == (None, None, 0.5)
+    assert config.hidden_sizes == (3, 4, 5)
+    assert config.normalize
+    assert not config.confirm
+    assert config.seed == 2**64 - 1
+
+
+def test_keyword_arguments_are_json():
+    config = parse_config(["--env-kwargs", '{"is_slippery": false, "size": [1, 2]}'])
+    assert config.env_kwargs == {"is_slippery": False, "size": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num-envs", 0], "--num-envs: expected at least 1, got 0"),
+        (["--num-envs", -1], "--num-envs: expected at least 1, got -1"),
+        (["--num-envs", "abc"], "--num-envs: expected a whole number, got abc"),
+        (["--num-envs", 1.5], "--num-envs: expected a whole number, got 1.5"),
+        (["--num-envs", "inf"], "--num-envs: expected a whole number, got inf"),
+        (["--num-envs"], "Missing value for argument '--num-envs'"),
+        (["--total-timesteps", 0], "--total-timesteps: expected at least 1, or none, got 0"),
+        (["--total-timesteps", "none"], "error: a run needs an end"),
+        (["--gamma", 1.01], "--gamma: expected a number in [0, 1], got 1.01"),
+        (["--gamma", -0.01], "--gamma: expected a number in [0, 1], got -0.01"),
+        (["--learning-rate", 0], "--learning-rate: expected a finite number greater than 0, got 0"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a finite number greater than 0"),
+        (["--num-env", 3], "--num-env, 3; did you mean --num-envs?"),
+        (["--gama", 0.9], "did you mean --gamma?"),
+        (["--target-return", "x"], "--target-return: expected none or float or auto, got x"),
+        (["--total-episodes", "x"], "--total-episodes: expected none or int, got x"),
+        (["--baseline", "foo"], "invalid choice 'foo' for argument '--baseline'"),
+        (["--env-kwargs", "[1]"], "--env-kwargs: expected a JSON object, got [1]"),
+        (["--env-kwargs", "{"], "--env-kwargs: expected a JSON object, got {"),
+        (["--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:i, got tpu"),
+        (["--recipe", "defalt"], "got defalt; did you mean default?"),
+        (["stray"], "Unrecognized options: stray"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, args, message):
+    assert message in refused(capsys, *args)
+
+
+def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
+    ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "train.py", "--gama", "1"],
+        capture_output=True,
+        text=True,
+        env=ascii_only,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: Unrecognized options: --gama, 1; did you mean --gamma?\n"
+
+
+def test_the_list_of_recipes_goes_to_stdout(capsys):
+    for args in (["--recipe", "list"], ["--num-envs", "3", "--recipe=list"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_config(args)
+        assert caught.value.code == 0
+        captured = capsys.readouterr()
+        assert captured.out.startswith("default: ")
+        assert captured.err == ""
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+
+
+def test_evaluate_flags(capsys):
+    config = parse(EvaluateConfig, ["runs/x", "--episodes", "1e1", "--stochastic"])
+    assert (config.path, config.episodes, config.stochastic, config.seed) == ("runs/x", 10, True, 1)
+    with pytest.raises(SystemExit) as caught:
+        parse(EvaluateConfig, ["runs/x", "--episodes", "0"])
+    assert caught.value.code == 2
+    assert "--episodes: expected at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--num-envs", "0"],
+        ["--env-id", "CartPol-v1"],
+        ["--env-id", "CliffWalking-v1"],
+        ["--out-dir", "file/runs"],
+    ],
+)
+def test_torch_is_not_loaded_for_help_or_a_mistake(tmp_path, args):
+    (tmp_path / "file").touch()
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "from vecpg.cli import main\n"
+        f"main({args!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == (0 if args == ["--help"] else 2)
+    assert result.stdout.endswith("False\n")
+    if args != ["--help"]:
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
+
+
+def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
+    code, out, err = finish(
+        start("train.py", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
+    )
+    assert code == 0
+    assert out.count("\n") == 1
+    summary = json.loads(out)
+    assert summary["run_dir"].startswith("runs/CartPole-v1__reinforce__3__")
+    assert json.loads((tmp_path / summary["run_dir"] / "summary.json").read_text()) == summary
+    assert "Traceback" not in err
+    assert "tensorboard --logdir runs" in err
+    assert "\r" not in err
+
+    code, out, err = finish(
+        start("evaluate.py", summary["run_dir"], "--episodes", 7, "--stochastic", cwd=tmp_path)
+    )
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert list(result) == ["return_mean", "return_std", "length_mean", "episodes"]
+    assert result["episodes"] == 7
+
+
+def test_an_id_with_a_module_beside_the_user(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    text = (tmp_path / "mine.py").read_text().replace("environments:", "mine:")
+    (tmp_path / "mine.py").write_text(text)
+    args = ["--env-id", "mine:Counting-v0", "--num-envs", 4, "--total-iterations", 1]
+    code, out, _ = finish(start("train.py", *args, "--eval-episodes", 3, cwd=tmp_path))
+    assert code == 0
+    assert json.loads(out)["episodes"] == 4
+
+
+def test_a_faulty_environment_is_status_1_with_one_traceback(tmp_path):
+    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    args = ["--env-id", "environments:Faulty-v0", "--num-envs", 4]
+    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+    assert (code, out) == (1, "")
+    assert err.count("Traceback") == 1
+    assert err.splitlines()[-1].startswith("error: environment ")
+    assert "failed at step 3 (reset with seed " in err
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_quietly_with_its_status(tmp_path, signum, status):
+    args = ["--target-return", "none", "--total-timesteps", "1e9", "--log-every", 0.01]
+    process = start("train.py", "--num-envs", 8, *args, cwd=tmp_path)
+    for line in process.stderr:
+        if line.startswith("iteration"):
+            break
+    process.send_signal(signum)
+    begun = time.monotonic()
+    code, out, err = finish(process)
+    assert (code, out) == (status, "")
+    assert time.monotonic() - begun < 10
+    assert "Traceback" not in err
+    assert f"stopped by {signum.name}" in err
+
+
+def test_nobody_reading_stdout_is_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT / 'scripts' / 'train.py'} --help | head -c 1"
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("path", ["nothing", "file"])
+def test_evaluating_what_is_no_checkpoint_is_status_2(tmp_path, path):
+    (tmp_path / "file").touch()
+    code, out, err = finish(start("evaluate.py", path, cwd=tmp_path))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
