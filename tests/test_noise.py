@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.noise import Purpose, philox, reset_seeds, uniforms
+from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [
@@ -76,6 +76,13 @@ def test_every_part_of_the_key_matters(other):
 def test_a_number_does_not_depend_on_what_is_drawn_with_it():
     whole = uniforms(3, 5, range(100), 8, Purpose.ACTION)
     assert torch.equal(whole[40:64, :5], uniforms(3, 5, range(40, 64), 5, Purpose.ACTION))
+
+
+def test_numbers_taken_step_by_step_are_the_same():
+    whole = uniforms(3, 5, range(200), 4, Purpose.ACTION)
+    noise = StepNoise(3, 5, 4, Purpose.ACTION, torch.device("cpu"))
+    for t in (0, 1, 63, 64, 65, 130, 2, 199):
+        assert torch.equal(noise(t), whole[t])
 
 
 def test_environments_draw_different_numbers():

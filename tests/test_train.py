@@ -336,3 +336,9 @@ def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
 def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
     for row in lines(train(short(tmp_path, num_envs=1, normalize=True)).run_dir):
         assert all(value is None or math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.slow
+def test_acrobot_is_learnt_with_the_same_settings(tmp_path):
+    summary = train(Config(env_id="Acrobot-v1", seed=3, out_dir=str(tmp_path))).summary
+    assert summary["eval_return_mean"] >= -120

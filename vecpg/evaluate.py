@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from vecpg.envs import has_one_generator, make_envs
-from vecpg.noise import Purpose, reset_seeds, uniforms
+from vecpg.noise import Purpose, StepNoise, reset_seeds
 from vecpg.policy import Policy
 from vecpg.rollout import play
 
@@ -89,13 +89,14 @@ def evaluate(
     quotas[: episodes % num_envs] += 1
     envs = make_envs(env_id, num_envs, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
 
+    noise = StepNoise(seed, draw, num_envs, purpose, policy.device)
+
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows = torch.from_numpy(np.asarray(obs, np.float32)).to(policy.device)
         if greedy:
             actions = policy(rows).argmax(dim=0) + policy.first_action
         else:
-            noise = uniforms(seed, draw, range(t, t + 1), num_envs, purpose, policy.device)
-            actions = policy.sample(rows, noise[0])
+            actions = policy.sample(rows, noise(t))
         chosen: NDArray[Any] = actions.cpu().numpy()
         return chosen
 

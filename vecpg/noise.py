@@ -25,11 +25,12 @@ class Purpose(IntEnum):
     EVALUATION_RESET = 3
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
     """Philox4x32-10: four random 32-bit words for each counter.
 
     Args:
-        counter: four int64 tensors that broadcast together, values in [0, 2**32).
+        counter: four int64 tensors that broadcast together, or integers, in [0, 2**32). The first
+            is a tensor.
         key: two integers in [0, 2**32).
 
     Returns:
@@ -38,8 +39,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     Source: Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.
 
     Example:
-        >>> zero = torch.tensor(0)
-        >>> [hex(word.item()) for word in philox([zero] * 4, (0, 0))]
+        >>> [hex(word.item()) for word in philox([torch.tensor(0), 0, 0, 0], (0, 0))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
     c0, c1, c2, c3 = counter
@@ -54,7 +54,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
             p0 & _WORD,
         )
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return [c0, c1, c2, c3]
+    return [torch.as_tensor(word) for word in (c0, c1, c2, c3)]
 
 
 def uniforms(
@@ -86,11 +86,36 @@ def uniforms(
     counter = (
         torch.arange(steps.start, steps.stop, device=device)[:, None],
         torch.arange(num_envs, device=device),
-        torch.tensor(iteration, device=device),
-        torch.tensor(int(purpose), device=device),
+        iteration,
+        int(purpose),
     )
     words = philox(counter, (seed & _WORD, seed >> 32))[0]
     return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+class StepNoise:
+    """The numbers of `uniforms`, a step at a time, made many steps at once.
+
+    A call of `uniforms` costs far more than its numbers.
+    """
+
+    _BLOCK = 64
+
+    def __init__(
+        self, seed: int, iteration: int, num_envs: int, purpose: Purpose, device: torch.device
+    ) -> None:
+        self._given = (num_envs, purpose, device)
+        self._seed, self._iteration = seed, iteration
+        self._start = -self._BLOCK
+        self._block = torch.empty(0)
+
+    def __call__(self, t: int) -> Tensor:
+        """(num_envs,) numbers for step t."""
+        if not self._start <= t < self._start + self._BLOCK:
+            self._start = t - t % self._BLOCK
+            steps = range(self._start, self._start + self._BLOCK)
+            self._block = uniforms(self._seed, self._iteration, steps, *self._given)
+        return self._block[t - self._start]
 
 
 def reset_seeds(seed: int, iteration: int, num_envs: int, purpose: Purpose) -> list[int]:

@@ -122,8 +122,8 @@ class Stopping:
         self._equal = (low, iterations + 1 if iterations and low == value else 1)
         if self._equal[1] == _STUCK_ITERATIONS:
             _log.warning(
-                "every episode has returned %g for %d iterations: there is nothing to learn from;"
-                " try another --seed, more --num-envs, or --ent-coef 0.01",
+                "every episode has returned %g for %d iterations, which teaches nothing; if more is"
+                " possible, try another --seed, more --num-envs or --ent-coef 0.01",
                 low,
                 _STUCK_ITERATIONS,
             )

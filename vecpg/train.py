@@ -17,7 +17,7 @@ from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
 from vecpg.envs import find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import EvalResult, evaluate
-from vecpg.interrupts import Interrupts
+from vecpg.interrupts import Interrupted, Interrupts
 from vecpg.loss import advantages
 from vecpg.metrics import Metrics, episode_statistics
 from vecpg.noise import Purpose
@@ -152,6 +152,7 @@ def train(config: Config) -> TrainResult:
                     metrics.log(row)
                     ending = stopping.solved or _limit_reached(config, counters)
                     progress.show(row, last=ending)
+                    del rollout, weights  # there is never more than one
                     if time.perf_counter() - saved >= config.save_every and not ending:
                         _save(run_dir, config, policy, optimizer, counters, stopping)
                         saved = time.perf_counter()
@@ -161,6 +162,9 @@ def train(config: Config) -> TrainResult:
                 metrics.draw({"eval/episodic_return": final.return_mean}, counters.env_steps)
             else:
                 final = stopping.evaluation
+        except Interrupted:
+            _log.info("iteration %d was the last; see %s", counters.iteration, run_dir)
+            raise
         finally:
             # What an interrupted or failed iteration did is dropped: it can be done again.
             _save(run_dir, config, policy, optimizer, counters, stopping)

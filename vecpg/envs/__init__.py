@@ -85,7 +85,8 @@ def find_spec(env_id: str) -> EnvSpec:
         if module:
             importlib.import_module(module)
         return gymnasium.spec(name)
-    except (gymnasium.error.Error, ImportError) as error:
+    # The module is the user's own, and may raise anything while it is imported.
+    except Exception as error:
         versions = [known for known in gymnasium.registry if known.startswith(f"{name}-v")]
         hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
         raise ValueError(f"--env-id {env_id}: {_words(error)}{hint}") from error

@@ -19,12 +19,9 @@ from vecpg.envs import (
     check_autoreset,
     has_one_generator,
 )
-from vecpg.noise import Purpose, reset_seeds, uniforms
+from vecpg.noise import Purpose, StepNoise, reset_seeds
 from vecpg.policy import Policy
 from vecpg.rollout.data import Rollout
-
-# Steps whose action noise is made at once: a call costs far more than its numbers.
-_NOISE_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +69,13 @@ def collect(
     check_autoreset(envs)
     rows = _Rows(num_steps + 1, envs.num_envs, policy.obs_shape)
     device = policy.device
-    noise = torch.empty(0)
+    noise = StepNoise(seed, iteration, envs.num_envs, Purpose.ACTION, device)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        nonlocal noise
         rows.make_room(t + 2)
         rows.obs[t] = obs
-        if t % _NOISE_STEPS == 0:
-            block = range(t, t + _NOISE_STEPS)
-            noise = uniforms(seed, iteration, block, envs.num_envs, Purpose.ACTION, device)
         seen = torch.from_numpy(rows.obs[t]).to(device, non_blocking=True)
-        actions = policy.sample(seen, noise[t % _NOISE_STEPS]).cpu().numpy()
+        actions = policy.sample(seen, noise(t)).cpu().numpy()
         rows.actions[t] = actions
         return actions
 
@@ -184,7 +177,12 @@ class _Rows:
             "final_obs": self.obs[t + 1, n],
             "final_rows": np.stack([t, n], axis=1),
         }
-        return Rollout(**{name: torch.from_numpy(rows).to(device) for name, rows in host.items()})
+        return Rollout(
+            **{
+                name: torch.from_numpy(rows).to(device, non_blocking=True)
+                for name, rows in host.items()
+            }
+        )
 
 
 def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int | list[int]:

@@ -1,0 +1,172 @@
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import vecpg
+
+PACKAGE = ROOT / "vecpg"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may import whom at run time. A module that is not named here may import anything but `train`.
+ALLOWED = {
+    "vecpg.config": set(),
+    "vecpg.recipes": {"vecpg.config"},
+    "vecpg.noise": set(),
+    "vecpg.returns": {"vecpg.returns"},
+    "vecpg.envs": set(),
+    "vecpg.policy": set(),
+    "vecpg.loss": {"vecpg.returns"},
+    "vecpg.rollout": {"vecpg.rollout", "vecpg.envs", "vecpg.noise", "vecpg.policy"},
+    "vecpg.update": {"vecpg.policy", "vecpg.rollout"},
+    "vecpg.metrics": {"vecpg.rollout"},
+    "vecpg.device": set(),
+    "vecpg.interrupts": set(),
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def run_time_imports(tree):
+    """Imported modules, without those that only type checkers see."""
+    skipped = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    hidden = {id(inner) for node in skipped for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            # `from vecpg import checkpoint` imports a module too.
+            yield from (
+                f"vecpg.{alias.name}"
+                for alias in node.names
+                if node.module == "vecpg" and (PACKAGE / f"{alias.name}.py").exists()
+            )
+
+
+def owner(name):
+    """The module of a name, with everything in a package counted as the package."""
+    return ".".join(name.split(".")[:2])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_one_way(path):
+    name = owner(module_name(path))
+    imported = {
+        owner(one)
+        for one in run_time_imports(ast.parse(path.read_text()))
+        if one.startswith("vecpg.")
+    }
+    if name != "vecpg.cli":
+        assert "vecpg.train" not in imported
+    if name in ALLOWED:
+        assert imported <= ALLOWED[name]
+
+
+def test_the_import_rule_sees_a_forbidden_import():
+    tree = ast.parse("import vecpg.train\nfrom vecpg import loss\nif TYPE_CHECKING:\n import x")
+    assert set(run_time_imports(tree)) == {"vecpg.train", "vecpg", "vecpg.loss"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_every_module_has_its_tests(path):
+    name = module_name(path)
+    if name != "vecpg" and path.name not in ("__init__.py",) and path.parent == PACKAGE:
+        assert (ROOT / "tests" / f"test_{path.stem}.py").exists()
+    if path.name == "__init__.py" and path.parent != PACKAGE:
+        assert (ROOT / "tests" / f"test_{path.parent.name}.py").exists()
+
+
+def test_returns_needs_neither_gymnasium_nor_tensorboard():
+    import subprocess
+    import sys
+
+    code = "import sys, vecpg.returns; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.strip() == b"set()"
+
+
+def test_public_names_are_there_and_are_no_modules():
+    assert sorted(vecpg._HOMES) == sorted(vecpg.__all__)
+    for name in vecpg.__all__:
+        assert getattr(vecpg, name) is getattr(importlib.import_module(vecpg._HOMES[name]), name)
+        assert not (PACKAGE / f"{name}.py").exists()
+        assert not (PACKAGE / name).exists()
+        assert getattr(vecpg, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        vecpg.nothing  # noqa: B018
+
+
+def tree_in_readme():
+    """Paths drawn in the README's file tree: two spaces of indent are one level."""
+    block = re.search(r"## Files\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    paths, parents = set(), []
+    for line in block[1].splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        entry = line.split()[0]
+        parents = [*parents[:indent], entry.rstrip("/")]
+        paths.add("/".join(parents))
+    return paths
+
+
+def test_the_readmes_file_tree_is_what_exists():
+    drawn = tree_in_readme()
+    for path in drawn:
+        assert (ROOT / path).exists(), path
+    expected = {
+        str(path.relative_to(ROOT))
+        for folder in ("vecpg", "scripts", "benchmarks", "docs")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md") and "results" not in path.parts
+    }
+    assert expected - drawn == {f for f in expected if f.endswith("__init__.py")} - drawn
+
+
+def test_the_readmes_set_up_lines_are_those_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    for command in ("pip install -c constraints.txt -e '.[test]'", "python -m pytest"):
+        assert command in readme
+        assert command in script
+
+
+def test_every_promise_of_semantics_names_a_test_that_exists():
+    text = (ROOT / "docs" / "semantics.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
+def test_every_requirement_is_pinned_without_local_tags():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    assert not any("+" in version for version in pins.values())
+    for requirement in wanted:
+        assert re.match(r"[A-Za-z0-9-]+", requirement)[0].lower() in pins
+        assert "<" not in requirement
+
+
+def test_no_file_is_a_drawer():
+    names = {path.name for path in Path(PACKAGE).rglob("*.py")}
+    assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
