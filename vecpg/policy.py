@@ -61,13 +61,15 @@ class Policy(nn.Module):
         layers: list[nn.Module] = []
         for width, next_width in itertools.pairwise(widths):
             layers += [nn.Linear(width, next_width), _ACTIVATIONS[activation]()]
-        head = nn.Linear(widths[-1], self.num_actions)
-        # Nearly uniform at first: a policy that starts with a preference may never see the reward
-        # that would correct it. Acrobot-v1 went from 8 of 10 seeds learning to all of them.
-        with torch.no_grad():
-            head.weight.mul_(0.01)
-            head.bias.zero_()
-        self.network = nn.Sequential(*layers, head)
+        self.network = nn.Sequential(*layers, nn.Linear(widths[-1], self.num_actions))
+        for layer in self.network:
+            if isinstance(layer, nn.Linear):
+                # The last one small: a policy that starts with a preference may never see the
+                # reward that would correct it. Against torch's own initialization, CartPole-v1 took
+                # 150 k steps instead of 180 k, and the slowest of 60 seeds 242 k instead of 456 k.
+                gain = 0.01 if layer is self.network[-1] else math.sqrt(2)
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
 
     @property
     def device(self) -> torch.device:

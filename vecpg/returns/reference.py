@@ -13,21 +13,35 @@ def reward_to_go(
     mask: Tensor | None,
     mask_mode: str,
 ) -> Tensor:
-    """See `vecpg.returns.reward_to_go`; `gamma` is float64 and broadcasts to `rewards`."""
-    gamma = gamma.expand(rewards.shape)
-    zero = torch.zeros(rewards.shape[1:], dtype=torch.float64, device=rewards.device)
-    carry = zero if last_values is None else last_values.to(torch.float64)
+    """See `vecpg.returns.reward_to_go`; `gamma` is float64 and broadcasts to `rewards`.
+
+    Every row is paid + discount * (what follows), where nothing follows an end.
+    """
+    paid = rewards.to(torch.float64)
+    discount = gamma.expand(rewards.shape)
+    ends = dones
+    if final_values is not None:
+        paid = paid + torch.where(dones, discount * final_values, 0.0)
+    if mask is not None:
+        # A masked row pays nothing, and lets through what its mode says.
+        paid = torch.where(mask, paid, 0.0)
+        ends = torch.where(mask, dones, mask_mode == "cut")
+        discount = torch.where(mask, discount, 1.0) if mask_mode == "skip" else discount
+
+    if last_values is None:
+        following = torch.zeros(rewards.shape[1:], dtype=torch.float64, device=rewards.device)
+    else:
+        following = last_values.to(torch.float64)
     rows = []
-    for t in reversed(range(rewards.shape[0])):
-        ending = zero if final_values is None else final_values[t].to(torch.float64)
-        row = rewards[t].to(torch.float64) + gamma[t] * torch.where(dones[t], ending, carry)
-        if mask is None:
-            carry = row
-        else:
-            through = {"cut": zero, "skip": carry, "decay": gamma[t] * carry}[mask_mode]
-            carry = torch.where(mask[t], row, through)
-            row = torch.where(mask[t], row, zero)
-        rows.append(row)
+    for row_paid, row_discount, row_ends in zip(
+        *(each.flip(0) for each in (paid, discount, ends)), strict=True
+    ):
+        # Selected, not multiplied by 0: what follows an end may be NaN or infinite.
+        following = row_paid + torch.where(row_ends, 0.0, row_discount * following)
+        rows.append(following)
     if not rows:
         return torch.empty_like(rewards)
-    return torch.stack(rows[::-1]).to(rewards.dtype)
+    returns = torch.stack(rows).flip(0)
+    if mask is not None:
+        returns = torch.where(mask, returns, 0.0)
+    return returns.to(rewards.dtype)
