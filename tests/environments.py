@@ -1,5 +1,11 @@
 """Small environments with known answers; `environments:Name-v0` makes one by id."""
 
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -122,12 +128,58 @@ class Bandit(gymnasium.Env):
         return np.zeros((2, 3)), float(action), True, False, {}
 
 
+class Misbehaving(gymnasium.Env):
+    """Does what its action says: 0 step, 1 sleep, 2 and 3 raise, 4 and 5 leave the process."""
+
+    def __init__(self, at_reset=None, dies_in_worker=False):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Discrete(6)
+        self.resets, self.at_reset = 0, at_reset
+        if dies_in_worker and multiprocessing.parent_process() is not None:
+            os._exit(5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.resets += 1
+        if self.resets == self.at_reset:
+            raise OSError("the simulator did not start")
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        if action == 1:
+            time.sleep(1.0)
+        if action == 2:
+            raise ValueError("100% wrong")
+        if action == 3:
+
+            class Local(Exception):
+                pass
+
+            raise Local("cannot be pickled")
+        if action == 4:
+            os._exit(7)
+        if action == 5:
+            sys.exit(3)
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+class Suicidal(Constant):
+    """Kills its own process at its fourth step, as the system does for want of memory."""
+
+    def step(self, action):
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
 for _env, _limit in (
     (Counting, 100),
     (CoinLength, 200),
     (Faulty, 10),
     (Constant, 10),
     (Bandit, 10),
+    (Misbehaving, 100),
+    (Suicidal, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -236,3 +238,45 @@ def test_evaluating_what_is_no_checkpoint_is_status_2(tmp_path, path):
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
+    """SIGINT goes to the whole process group, as a terminal sends it."""
+    args = ["--vectorization", "async", "--target-return", "none", "--total-timesteps", "1e9"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--num-envs", "4", *args]
+    process = subprocess.Popen(
+        [*command, "--log-every", "0.01"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stderr:
+        if line.startswith("iteration"):
+            break
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 4
+    os.killpg(process.pid, signal.SIGINT)
+    begun = time.monotonic()
+    code, out, err = finish(process)
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+    _, left = psutil.wait_procs(below, timeout=5)
+    assert left == []
+    assert time.monotonic() - begun < 10
+
+
+def test_a_killed_async_worker_is_status_1_without_a_traceback(tmp_path):
+    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    args = ["--env-id", "environments:Suicidal-v0", "--vectorization", "async", "--num-envs", 3]
+    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert re.match(
+        r"error: environment \d died at step 3 \(reset with seed \d+\): its process was killed by"
+        r" SIGKILL",
+        last,
+    )

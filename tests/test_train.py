@@ -155,6 +155,15 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, vec
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sync_and_async_give_identical_metrics(tmp_path, seed):
+    runs = [
+        train(short(tmp_path, vectorization=vectorization, num_steps=40, seed=seed))
+        for vectorization in ("sync", "async")
+    ]
+    assert without_clock(lines(runs[0].run_dir)) == without_clock(lines(runs[1].run_dir))
+
+
 def test_torchs_own_generator_and_threads_are_left_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(3)

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,9 +172,7 @@ def exit_codes() -> Iterator[None]:
         from vecpg.envs import EnvironmentFailure
 
         if isinstance(error, EnvironmentFailure):
-            cause = error.__cause__
-            traceback.print_exception((cause.__cause__ or cause) if cause else error)
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{error.trace}error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
         if isinstance(error, FloatingPointError):
             print(f"error: {error}", file=sys.stderr)

@@ -46,8 +46,10 @@ class Config:
     """Parallel copies of the environment, N. At least 1."""
     num_steps: int = 1
     """A copy starts another episode while it has made fewer real steps. 1 = one episode each."""
-    vectorization: Literal["auto", "sync", "vector_entry_point"] = "auto"
+    vectorization: Literal["auto", "sync", "async", "vector_entry_point"] = "auto"
     """How the copies are stepped. auto: the environment's own vectorized form, else sync."""
+    step_timeout: float = 60.0
+    """Seconds after which an async environment that has not answered counts as hung."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int = 1
@@ -131,7 +133,7 @@ class Config:
         sizes = self.hidden_sizes
         _check("hidden_sizes", all(size >= 1 for size in sizes), "widths of at least 1", sizes)
         _check("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]", self.gamma)
-        for name in ("learning_rate", "save_every", "log_every"):
+        for name in ("learning_rate", "step_timeout", "save_every", "log_every"):
             value = getattr(self, name)
             _check(name, 0 < value < math.inf, "a finite number greater than 0", value)
         _check("ent_coef", 0 <= self.ent_coef < math.inf, "a finite number >= 0", self.ent_coef)

@@ -106,6 +106,7 @@ def train(config: Config) -> TrainResult:
             vectorization=vectorization,
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
+            step_timeout=config.step_timeout,
         )
         policy = _make_policy(config, envs).to(device)
         run_dir = make_run_directory(config)

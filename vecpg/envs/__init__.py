@@ -12,17 +12,19 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from vecpg.envs.errors import EnvironmentFailure, SubEnvironmentError
+from vecpg.envs.workers import WorkerEnvs
 
-class EnvironmentFailure(RuntimeError):
-    """An environment raised, or returned something that is not a number."""
-
-
-class SubEnvironmentError(RuntimeError):
-    """One copy of the environment raised; `index` says which, `__cause__` says what."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"environment {index}")
-        self.index = index
+__all__ = [
+    "EnvironmentFailure",
+    "SubEnvironmentError",
+    "check_autoreset",
+    "check_time_limit",
+    "find_spec",
+    "has_one_generator",
+    "make_envs",
+    "resolve_vectorization",
+]
 
 
 def make_envs(
@@ -32,17 +34,19 @@ def make_envs(
     vectorization: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    step_timeout: float = 60.0,
 ) -> VectorEnv:
     """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
 
     Args:
         env_id: a registered id; `module:Id` imports the module first.
         num_envs: the number of copies, at least 1.
-        vectorization: "sync" steps N ordinary environments in this process;
-            "vector_entry_point" uses the environment's own vectorized form; "auto" takes that
-            where there is one, else "sync".
+        vectorization: "sync" steps N ordinary environments in this process; "async" steps each in
+            a process of its own; "vector_entry_point" uses the environment's own vectorized form;
+            "auto" takes that where there is one, else "sync".
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
+        step_timeout: seconds after which an async environment that has not answered counts as hung.
 
     Raises:
         ValueError: an unknown id, an environment that cannot be made, has no time limit, or runs
@@ -61,12 +65,12 @@ def make_envs(
     if max_episode_steps is not None:
         kwargs["max_episode_steps"] = max_episode_steps
     try:
+        make = functools.partial(_make_one, spec, kwargs)
+        makers = [functools.partial(make, index) for index in range(num_envs)]
         if vectorization == "sync":
-            make = functools.partial(_make_one, spec, kwargs)
-            envs: VectorEnv = SyncVectorEnv(
-                [functools.partial(make, index) for index in range(num_envs)],
-                autoreset_mode=AutoresetMode.NEXT_STEP,
-            )
+            envs: VectorEnv = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        elif vectorization == "async":
+            envs = WorkerEnvs(makers, step_timeout)
         else:
             envs = gymnasium.make_vec(
                 spec, num_envs, vectorization_mode="vector_entry_point", **kwargs
@@ -96,13 +100,17 @@ def resolve_vectorization(spec: EnvSpec, vectorization: str) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have."""
     if vectorization == "auto":
         return "vector_entry_point" if spec.vector_entry_point is not None else "sync"
-    needed = {"sync": spec.entry_point, "vector_entry_point": spec.vector_entry_point}
+    needed = {
+        "sync": spec.entry_point,
+        "async": spec.entry_point,
+        "vector_entry_point": spec.vector_entry_point,
+    }
     if vectorization not in needed:
         raise ValueError(
-            f"--vectorization: expected auto, sync or vector_entry_point, got {vectorization!r}"
+            f"--vectorization: expected auto, {', '.join(needed)}, got {vectorization!r}"
         )
     if needed[vectorization] is None:
-        other = "vector_entry_point" if vectorization == "sync" else "sync"
+        other = "sync" if vectorization == "vector_entry_point" else "vector_entry_point"
         raise ValueError(
             f"--vectorization: {spec.id} has no {vectorization} form; use {other} or auto"
         )
@@ -135,7 +143,7 @@ def has_one_generator(envs: VectorEnv) -> bool:
 
 
 class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Says which copy raised; SyncVectorEnv passes on only what."""
+    """Says which copy raised, in a form that passes between processes."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
         super().__init__(env)
@@ -145,13 +153,13 @@ class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             return self.env.step(action)
         except Exception as error:
-            raise SubEnvironmentError(self.index) from error
+            raise SubEnvironmentError.raised(self.index, error) from None
 
     def reset(self, **kwargs: Any) -> Any:
         try:
             return self.env.reset(**kwargs)
         except Exception as error:
-            raise SubEnvironmentError(self.index) from error
+            raise SubEnvironmentError.raised(self.index, error) from None
 
 
 def _make_one(spec: EnvSpec, kwargs: dict[str, Any], index: int) -> gymnasium.Env[Any, Any]:

@@ -4,6 +4,7 @@
 evaluation adds it up.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -206,16 +207,13 @@ def _check_finite(
 
 
 def _failure(error: Exception, when: str, seeds: int | list[int]) -> EnvironmentFailure:
-    if not isinstance(error, SubEnvironmentError):
-        return EnvironmentFailure(
-            f"the environments failed at {when} ({_reset(seeds, 0)}):"
-            f" {type(error).__name__}: {error}"
-        )
-    cause = error.__cause__
-    return EnvironmentFailure(
-        f"environment {error.index} failed at {when} ({_reset(seeds, error.index)}):"
-        f" {type(cause).__name__}: {cause}"
-    )
+    if isinstance(error, SubEnvironmentError):
+        who, verb, detail = f"environment {error.index}", error.verb, error.detail
+        seed, trace = _reset(seeds, error.index), error.trace
+    else:
+        who, verb, detail = "the environments", "failed", f"{type(error).__name__}: {error}"
+        seed, trace = _reset(seeds, 0), "".join(traceback.format_exception(error))
+    return EnvironmentFailure(f"{who} {verb} at {when} ({seed}): {detail}", trace)
 
 
 def _reset(seeds: int | list[int], index: int) -> str:
