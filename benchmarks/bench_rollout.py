@@ -1,0 +1,98 @@
+"""Stepping and collecting: environment steps per second, by vectorization and number of copies.
+
+`bare` steps the environments with random actions prepared beforehand; `collect` is what training
+does. Both report `vector_steps_per_second` (rows x copies); `collect` also `env_steps_per_second`
+(rows that count).
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import check_cartpole
+
+from vecpg.envs import has_one_generator, make_envs
+from vecpg.policy import Policy
+from vecpg.rollout import collect
+
+CASES = [
+    ("sync", 64),
+    ("async", 4),
+    ("async", 64),
+    ("vector_entry_point", 64),
+    ("vector_entry_point", 1024),
+    ("vector_entry_point", 16384),
+]
+BARE_ROWS = 100
+
+
+@pytest.fixture
+def envs(vectorization, num_envs):
+    made = make_envs("CartPole-v1", num_envs, vectorization=vectorization)
+    yield made
+    made.close()
+
+
+def fresh_policy(envs):
+    torch.manual_seed(0)
+    return Policy(envs.single_observation_space, envs.single_action_space)
+
+
+@pytest.mark.parametrize(("vectorization", "num_envs"), CASES)
+@pytest.mark.benchmark(group="bare stepping")
+def bench_bare(benchmark, record, envs, num_envs):
+    check_cartpole(collect(envs, fresh_policy(envs), num_steps=1, seed=1, iteration=0))
+    actions = np.random.default_rng(0).integers(0, 2, (BARE_ROWS, num_envs))
+    envs.reset(seed=1 if has_one_generator(envs) else list(range(num_envs)))
+
+    def bare():
+        for row in actions:
+            envs.step(row)
+
+    benchmark.pedantic(bare, rounds=5, warmup_rounds=1)
+    if benchmark.stats:
+        median = benchmark.stats.stats.median
+        record(vector_steps_per_second=round(BARE_ROWS * num_envs / median))
+
+
+@pytest.mark.parametrize(("vectorization", "num_envs"), CASES)
+@pytest.mark.benchmark(group="collect")
+def bench_collect(benchmark, record, envs, num_envs):
+    policy = fresh_policy(envs)
+    num_steps = 64 if num_envs > 4000 else 128
+    rollout = collect(envs, policy, num_steps=num_steps, seed=1, iteration=0)
+    check_cartpole(rollout)
+    benchmark.pedantic(
+        lambda: collect(envs, policy, num_steps=num_steps, seed=1, iteration=0),
+        rounds=5,
+        warmup_rounds=1,
+    )
+    if benchmark.stats:
+        median = benchmark.stats.stats.median
+        record(
+            num_steps=num_steps,
+            env_steps_per_second=round(rollout.mask.sum().item() / median),
+            vector_steps_per_second=round(rollout.mask.numel() / median),
+        )
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("how", ["sleep", "compute"])
+@pytest.mark.parametrize("milliseconds", [0.1, 1, 10])
+@pytest.mark.benchmark(group="8 copies of a slow environment")
+def bench_slow(benchmark, record, vectorization, how, milliseconds):
+    kwargs = {"seconds": milliseconds / 1000, "how": how}
+    envs = make_envs("slow:Slow-v0", 8, vectorization=vectorization, env_kwargs=kwargs)
+    rollout = collect(envs, fresh_policy(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.mask.shape == (20, 8)
+    assert rollout.mask.all()
+    rows = 20
+    actions = np.zeros((rows, 8), np.int64)
+
+    def bare():
+        for row in actions:
+            envs.step(row)
+
+    benchmark.pedantic(bare, rounds=5, warmup_rounds=1)
+    envs.close()
+    if benchmark.stats:
+        record(vector_steps_per_second=round(rows * 8 / benchmark.stats.stats.median))
