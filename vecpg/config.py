@@ -67,7 +67,7 @@ class Config:
     activation: Literal["tanh", "relu"] = "tanh"
     """Nonlinearity after each hidden layer."""
 
-    learning_rate: float = 2e-2
+    learning_rate: float = 1.2e-2
     """Adam's step size. Greater than 0."""
     gamma: float = 0.99
     """Discount per step, in [0, 1]."""
