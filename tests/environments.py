@@ -172,6 +172,22 @@ class Suicidal(Constant):
         return super().step(action)
 
 
+class Leaving(Constant):
+    """Asks Python to end, with a status that would mean success."""
+
+    def step(self, action):
+        sys.exit(0)
+
+
+class Talkative(Constant):
+    """Prints in Python and, as a C library would, to the file descriptor."""
+
+    def step(self, action):
+        print("hello from Python")
+        os.write(1, b"hello from C\n")
+        return super().step(action)
+
+
 for _env, _limit in (
     (Counting, 100),
     (CoinLength, 200),
@@ -180,6 +196,8 @@ for _env, _limit in (
     (Bandit, 10),
     (Misbehaving, 100),
     (Suicidal, 10),
+    (Talkative, 10),
+    (Leaving, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

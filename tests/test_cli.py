@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shlex
@@ -9,13 +10,17 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT
+from gymnasium import spaces
 
+from vecpg import checkpoint
 from vecpg.cli import EvaluateConfig, parse, parse_config
-from vecpg.config import Config
+from vecpg.config import Config, to_dict
+from vecpg.policy import Policy
 
-# No PYTHONPATH: the scripts must find what they need, and modules beside the user.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+# This checkout, wherever vecpg may be installed; the scripts find modules beside the user.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def start(script, *args, cwd):
@@ -185,6 +190,48 @@ def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     result = json.loads(out)
     assert list(result) == ["return_mean", "return_std", "length_mean", "episodes"]
     assert result["episodes"] == 7
+
+
+def test_evaluation_flags_are_used(tmp_path):
+    """A policy that takes action 1 with probability 3/4, in an environment that pays 100 for it."""
+    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    policy = Policy(spaces.Box(-1, 1, (2, 3)), spaces.Discrete(2, start=99), hidden_sizes=())
+    with torch.no_grad():
+        policy.network[0].weight.zero_()
+        policy.network[0].bias.copy_(torch.tensor([0.0, math.log(3)]))
+    config = to_dict(Config(env_id="environments:Bandit-v0", env_kwargs={"start": 99}))
+    state = {"policy": checkpoint.policy_state(policy), "config": config}
+    checkpoint.save(tmp_path / "x.pt", state)
+
+    def means(*args):
+        code, out, err = finish(start("evaluate.py", "x.pt", *args, cwd=tmp_path))
+        assert code == 0, err
+        return json.loads(out)["return_mean"]
+
+    assert means("--episodes", 40) == 100.0
+    one = means("--episodes", 40, "--stochastic")
+    other = means("--episodes", 40, "--stochastic", "--seed", 2)
+    assert 99.4 < one < 100
+    assert 99.4 < other < 100
+    assert one != other
+
+
+def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
+    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    args = ["--env-id", "environments:Talkative-v0", "--num-envs", 2, "--total-iterations", 1]
+    code, out, err = finish(start("train.py", *args, "--eval-episodes", 1, cwd=tmp_path))
+    assert code == 0
+    assert json.loads(out)["episodes"] == 2
+    assert "hello from Python" in err
+    assert "hello from C" in err
+
+
+def test_an_environment_that_leaves_python_is_status_1(tmp_path):
+    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+    args = ["--env-id", "environments:Leaving-v0", "--num-envs", 4]
+    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: environment ")
 
 
 def test_an_id_with_a_module_beside_the_user(tmp_path):

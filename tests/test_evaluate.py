@@ -4,7 +4,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from vecpg import evaluate as evaluate_module
 from vecpg.evaluate import EvalResult, evaluate
+from vecpg.noise import Purpose
 from vecpg.policy import Policy
 
 
@@ -48,6 +50,32 @@ def test_the_same_seed_plays_the_same_episodes():
     assert evaluate(cartpole, "CartPole-v1", 40, greedy=False, seed=3) == one
     assert evaluate(cartpole, "CartPole-v1", 40, greedy=False, seed=4) != one
     assert evaluate(cartpole, "CartPole-v1", 40, greedy=False, seed=3, draw=1) != one
+
+
+def test_start_states_are_none_of_trainings(monkeypatch):
+    asked = []
+    real = evaluate_module.reset_seeds
+
+    def noticed(*args):
+        asked.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(evaluate_module, "reset_seeds", noticed)
+    evaluate(policy(), "environments:Constant-v0", 3, seed=4, draw=2)
+    assert asked == [(4, 2, 3, Purpose.EVALUATION_RESET)]
+
+
+def test_it_runs_in_the_environments_own_vectorized_form(monkeypatch):
+    made = []
+    real = evaluate_module.make_envs
+
+    def noticed(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(evaluate_module, "make_envs", noticed)
+    evaluate(policy(inputs=4), "CartPole-v1", 3)
+    assert type(made[0]).__name__ == "CartPoleVectorEnv"
 
 
 def test_settings_of_the_environment_are_used():

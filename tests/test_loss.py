@@ -152,3 +152,81 @@ def test_normalized_has_mean_zero_and_deviation_one():
 
 def test_a_mean_over_nothing_is_zero():
     assert masked_mean(torch.tensor([math.nan]), torch.tensor([False])).item() == 0
+
+
+# -- The expectation is exact --------------------------------------------------------------------
+
+# A decision at every age: 1 goes on (to at most three actions), 0 ends the episode.
+THETA = torch.tensor([0.3, -0.6, 0.9], dtype=torch.float64)
+GO_ON = torch.sigmoid(THETA)
+
+
+def all_episodes():
+    """Every episode there can be: its actions, its probability and its rewards."""
+    for actions in ([0], [1, 0], [1, 1, 0], [1, 1, 1]):
+        probability, rewards = 1.0, []
+        for age, action in enumerate(actions):
+            p = GO_ON[age].item()
+            probability *= p if action else 1 - p
+            rewards.append(0.5 * (1 + age) if action else 2.0 - age)
+        yield actions, probability, rewards
+
+
+def all_windows(num_steps, steps=0):
+    """Every sequence of episodes of one environment under the start window."""
+    if steps >= num_steps:
+        yield [], 1.0
+        return
+    for episode in all_episodes():
+        for rest, probability in all_windows(num_steps, steps + len(episode[0])):
+            yield [episode, *rest], probability * episode[1]
+
+
+def scores(actions, ages):
+    """d log pi / d theta[age] of each action."""
+    return torch.where(actions == 1, 1 - GO_ON[ages], -GO_ON[ages])
+
+
+def estimate(columns, config):
+    """The summed gradient / num_envs that these outcomes give, through `advantages`."""
+    rollout = make_rollout([[len(actions) for actions, _, _ in column] for column in columns])
+    ages = torch.zeros_like(rollout.actions)
+    for n, column in enumerate(columns):
+        rows = rollout.mask[:, n].nonzero()[:, 0]
+        rollout.actions[rows, n] = torch.tensor([a for actions, _, _ in column for a in actions])
+        rollout.rewards[rows, n] = torch.tensor([r for _, _, rewards in column for r in rewards])
+        ages[rows, n] = torch.tensor([k for actions, _, _ in column for k in range(len(actions))])
+    counted = rollout.mask
+    terms = scores(rollout.actions, ages) * advantages(rollout, config).double()
+    gradient = torch.zeros(3, dtype=torch.float64)
+    return gradient.scatter_add_(0, ages[counted], terms[counted]) / len(columns)
+
+
+def expected_gradient(weights, gamma, num_steps):
+    """E[episodes per environment] x the expectation of one episode's estimator."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for actions, probability, rewards in all_episodes():
+        for age, action in enumerate(actions):
+            first = 0 if weights == "full_return" else age
+            weight = sum(gamma ** (k - first) * r for k, r in enumerate(rewards) if k >= first)
+            total[age] += probability * scores(torch.tensor(action), age) * weight
+    return total * sum(len(window) * p for window, p in all_windows(num_steps))
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out", "mean", "timestep_mean"])
+def test_the_expectation_over_every_outcome_is_the_policy_gradient(
+    baseline, weights, num_steps, num_envs
+):
+    config = Config(baseline=baseline, weights=weights, gamma=0.9)
+    total = torch.zeros(3, dtype=torch.float64)
+    for outcome in itertools.product(list(all_windows(num_steps)), repeat=num_envs):
+        probability = math.prod(p for _, p in outcome)
+        total += probability * estimate([window for window, _ in outcome], config)
+    error = (total - expected_gradient(weights, 0.9, num_steps)).abs().max().item()
+    if baseline in ("none", "leave_one_out"):
+        assert error < 1e-6
+    else:
+        assert error > 1e-2, "these contain the own return, and docs/semantics.md says so"

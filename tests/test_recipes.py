@@ -10,7 +10,7 @@ def test_every_recipe_carries_its_own_name():
     assert all(config.recipe == name for name, (config, _) in RECIPES.items())
 
 
-def test_the_default_is_exactly_unbiased():
+def test_the_default_is_one_of_the_exactly_unbiased():
     config = Config()
     assert config.weights == "reward_to_go"
     assert config.baseline == "leave_one_out"

@@ -191,14 +191,19 @@ def test_gradients(mode):
     assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_gradients_of_what_is_not_read_are_zero_not_nan():
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_what_is_not_read_are_zero_not_nan(mode):
     case = poison(make_case(3, 9, 4))
-    case["rewards"].requires_grad_()
-    case["final_values"].requires_grad_()
-    reward_to_go(**case).sum().backward()
+    case["dones"][-1] = True
+    case["mask"][-1] = True
+    case["rewards"][-1] = 1.0
+    case["final_values"][-1] = 1.0
+    case["last_values"].fill_(math.nan)
+    inputs = [case[name].requires_grad_() for name in ("rewards", "final_values", "gamma")]
+    reward_to_go(**case, mask_mode=mode).sum().backward()
     assert torch.equal(case["rewards"].grad[~case["mask"]].abs().sum(), torch.tensor(0.0))
-    assert case["rewards"].grad.isfinite().all()
-    assert case["final_values"].grad.isfinite().all()
+    for value in inputs:
+        assert value.grad.isfinite().all()
 
 
 R, D = torch.zeros(4, 3), torch.zeros(4, 3, dtype=bool)

@@ -105,6 +105,22 @@ def test_a_rollout_is_a_function_of_seed_and_iteration(vectorization):
         assert not torch.equal(one.obs[0], other.obs[0])
 
 
+def test_action_noise_is_a_function_of_seed_iteration_and_step():
+    """Every observation is the same here, so that actions differ by their noise alone."""
+    envs = make_envs("environments:Constant-v0", 40)
+    policy = policy_for(envs)
+    given = [(1, 0), (1, 1), (2, 0)]
+    drawn = [
+        collect(envs, policy, num_steps=1, seed=seed, iteration=iteration).actions
+        for seed, iteration in given
+    ]
+    again = collect(envs, policy, num_steps=1, seed=1, iteration=1).actions
+    assert torch.equal(again, drawn[1])
+    for one, other in itertools.combinations(drawn, 2):
+        assert 0.3 < (one != other).float().mean() < 0.7
+    assert 0.3 < (drawn[0][0] != drawn[0][1]).float().mean() < 0.7
+
+
 def test_start_states_of_neighbouring_seeds_and_iterations_are_all_distinct():
     envs = make_envs("CartPole-v1", 64, vectorization="sync", max_episode_steps=1)
     policy = policy_for(envs)

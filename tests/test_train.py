@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import signal
+import time
 
 import gymnasium
 import pytest
@@ -14,6 +15,7 @@ from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.interrupts import Interrupted
+from vecpg.noise import Purpose
 from vecpg.train import train
 
 SUMMARY_KEYS = [
@@ -162,6 +164,86 @@ def test_sync_and_async_give_identical_metrics(tmp_path, seed):
         for vectorization in ("sync", "async")
     ]
     assert without_clock(lines(runs[0].run_dir)) == without_clock(lines(runs[1].run_dir))
+
+
+def test_threads_of_the_caller_change_nothing(tmp_path):
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        runs.append(train(short(tmp_path, total_iterations=2, hidden_sizes=(128, 128))))
+    assert without_clock(lines(runs[0].run_dir)) == without_clock(lines(runs[1].run_dir))
+    for a, b in zip(runs[0].policy.parameters(), runs[1].policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_settings_reach_the_policy_the_optimizer_and_the_collector(tmp_path):
+    settings = {"hidden_sizes": (3, 5), "activation": "relu", "learning_rate": 0.125}
+    result = train(short(tmp_path, **settings, num_steps=50, total_iterations=1))
+    assert [p.shape[0] for p in result.policy.parameters()][::2] == [3, 5, 2]
+    assert any(isinstance(layer, torch.nn.ReLU) for layer in result.policy.network)
+    last = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
+    assert last["optimizer"]["param_groups"][0]["lr"] == 0.125
+    # Adam's first moment is (1 - 0.9) x the gradient, whose norm was logged.
+    moments = [state["exp_avg"] for state in last["optimizer"]["state"].values()]
+    norm = torch.cat([m.flatten() for m in moments]).norm().item() / (1 - 0.9)
+    assert norm == pytest.approx(lines(result.run_dir)[0]["losses/grad_norm"], rel=1e-4)
+    assert result.summary["episodes"] > 8, "a window of 50 steps holds several episodes"
+    other = train(short(tmp_path, total_iterations=1, seed=9)).policy
+    assert not torch.equal(other.network[0].weight, train(short(tmp_path)).policy.network[0].weight)
+
+
+def test_evaluation_uses_the_settings_of_the_environment(tmp_path):
+    settings = {"env_id": "environments:Bandit-v0", "env_kwargs": {"start": 7}}
+    summary = train(short(tmp_path, **settings, total_iterations=1)).summary
+    assert summary["eval_return_mean"] in (7.0, 8.0)
+    settings = {"env_id": "environments:Constant-v0", "max_episode_steps": 2}
+    assert train(short(tmp_path, **settings)).summary["eval_return_mean"] == -2.0
+
+
+def test_seconds_and_speeds_leave_evaluations_out(tmp_path, monkeypatch):
+    real = train_module.evaluate
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate", slow)
+    settings = {"env_id": "environments:Constant-v0", "target_return": -5.0}
+    summary = train(short(tmp_path, **settings)).summary
+    assert summary["solved"]
+    assert 0.5 < summary["solved_seconds"] < 30
+    assert summary["wall_seconds"] < summary["solved_seconds"] - 0.4
+    assert summary["vector_steps"] == 2 * 5 * 8
+
+
+def test_every_confirmation_plays_other_episodes_and_none_of_trainings(tmp_path, monkeypatch):
+    seen = []
+    real = train_module.evaluate
+
+    def noticed(*args, **kwargs):
+        seen.append((kwargs["purpose"], kwargs["draw"], kwargs["seed"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate", noticed)
+    train(short(tmp_path, target_return=1.0, eval_episodes=1, max_episode_steps=3, seed=6))
+    settings = {"env_id": "environments:Constant-v0", "target_return": -4.5}
+    train(short(tmp_path, **settings))
+    assert {purpose for purpose, _, _ in seen} == {Purpose.CONFIRMATION_RESET}
+    assert [seed for _, _, seed in seen] == [6, 1]
+
+
+def test_the_environments_are_closed(tmp_path, monkeypatch):
+    closed = []
+    real = train_module.make_envs
+
+    def make(*args, **kwargs):
+        envs = real(*args, **kwargs)
+        monkeypatch.setattr(envs, "close_extras", lambda **kw: closed.append(True))
+        return envs
+
+    monkeypatch.setattr(train_module, "make_envs", make)
+    train(short(tmp_path, vectorization="sync"))
+    assert closed == [True]
 
 
 def test_torchs_own_generator_and_threads_are_left_alone(tmp_path):

@@ -71,14 +71,14 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError(f"{path} is not a vecpg checkpoint")
-    state: dict[str, Any] = content.get("state", {})
-    if _digest([content.get("format"), state]) != content.get("sha256"):
-        raise ValueError(f"{path} is damaged: its content does not match its digest")
-    if content["format"] > FORMAT:
+    number = content.get("format")
+    if isinstance(number, int) and number > FORMAT:
         raise ValueError(
-            f"{path} has format {content['format']}, and this vecpg reads up to {FORMAT};"
-            " use a newer vecpg"
+            f"{path} has format {number}, and this vecpg reads up to {FORMAT}; use a newer vecpg"
         )
+    state: dict[str, Any] = content.get("state", {})
+    if _digest([number, state]) != content.get("sha256"):
+        raise ValueError(f"{path} is damaged: its content does not match its digest")
     return state
 
 

@@ -37,10 +37,11 @@ def main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse_config(sys.argv[1:] if args is None else list(args))
         prepare_process()
-        _check_cheaply(config)
-        from vecpg.train import train
+        with _stdout_kept_clean():
+            _check_cheaply(config)
+            from vecpg.train import train
 
-        result = train(config)
+            result = train(config)
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
         print(
@@ -80,16 +81,17 @@ def evaluate_main(args: Sequence[str] | None = None) -> None:
         from vecpg.evaluate import evaluate
 
         try:
-            state = checkpoint.load(checkpoint.find(config.path))
-            result = evaluate(
-                checkpoint.policy_of(state),
-                state["config"]["env_id"],
-                config.episodes,
-                env_kwargs=state["config"]["env_kwargs"],
-                max_episode_steps=state["config"]["max_episode_steps"],
-                greedy=not config.stochastic,
-                seed=config.seed,
-            )
+            with _stdout_kept_clean():
+                state = checkpoint.load(checkpoint.find(config.path))
+                result = evaluate(
+                    checkpoint.policy_of(state),
+                    state["config"]["env_id"],
+                    config.episodes,
+                    env_kwargs=state["config"]["env_kwargs"],
+                    max_episode_steps=state["config"]["max_episode_steps"],
+                    greedy=not config.stochastic,
+                    seed=config.seed,
+                )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         numbers = {
@@ -154,6 +156,20 @@ def prepare_process() -> None:
 
 
 @contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """Send to stderr whatever an environment prints, from C too: stdout carries one JSON line."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
     """Exit statuses: 2 for what can be known before the first step, 1 after it, 128 + signal."""
     try:
@@ -162,7 +178,7 @@ def exit_codes() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
-        print(f"stopped by {error or 'SIGINT'}", file=sys.stderr)
+        print(f"stopped by {signal.Signals(signum).name}", file=sys.stderr)
         raise SystemExit(EXIT_SIGNAL + signum) from None
     except BrokenPipeError:
         # Whoever read stdout has gone (| head); there is nobody to tell.

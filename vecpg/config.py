@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` and a wrong flag co
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -144,6 +145,12 @@ class Config:
         _check("target_return", finite, "a finite number, auto or none", target)
         _check("seed", 0 <= self.seed < 2**64, "a number from 0 to 2**64 - 1", self.seed)
         _check("env_id", self.env_id != "", "a Gymnasium id", self.env_id)
+        try:
+            json.dumps(self.env_kwargs, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"--env-kwargs: expected JSON types, got {self.env_kwargs} ({error})"
+            ) from None
         for name in ("exp_name", "out_dir"):
             _check(name, getattr(self, name) != "", "a name", getattr(self, name))
         _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)

@@ -47,7 +47,10 @@ def advantages(rollout: "Rollout", config: "Config") -> Tensor:
     for free!", section 3, for leaving one out.
     """
     mask, dones = rollout.mask, rollout.dones
-    weights = reward_to_go(rollout.rewards, dones, config.gamma, mask=mask)
+    weights = torch.empty_like(rollout.rewards)
+    for block in _blocks(mask):
+        paid, ends, counted = rollout.rewards[:, block], dones[:, block], mask[:, block]
+        weights[:, block] = reward_to_go(paid, ends, config.gamma, mask=counted)
     if config.weights == "full_return":
         for block in _blocks(mask):
             first = _first_rows(mask[:, block], dones[:, block])

@@ -15,6 +15,8 @@ from vecpg.rollout import Rollout
 # Not drawn as curves: they identify the row.
 _COUNTERS = ("iteration", "env_steps", "episodes")
 
+_BLOCK_ROWS = 2**18
+
 
 def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Undiscounted return and length of every episode, in order of (environment, start).
@@ -35,13 +37,24 @@ def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
         >>> episode_statistics(rows)
         (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
     """
-    rewards = torch.where(rollout.mask, rollout.rewards, 0.0)
-    totals = rewards.to(torch.float64).cumsum(dim=0).mT
-    steps = rollout.mask.cumsum(dim=0).mT
-    n, t = rollout.dones.mT.nonzero(as_tuple=True)
-    first = torch.ones_like(n, dtype=torch.bool)
-    first[1:] = n[1:] != n[:-1]
-    return _differences(totals[n, t], first), _differences(steps[n, t], first)
+    returns, lengths = [], []
+    # A few environments at a time, so that the temporaries stay small.
+    width = max(1, _BLOCK_ROWS // rollout.mask.shape[0])
+    for mask, rewards, dones in zip(
+        *(
+            torch.split(each, width, dim=1)
+            for each in (rollout.mask, rollout.rewards, rollout.dones)
+        ),
+        strict=True,
+    ):
+        totals = torch.where(mask, rewards, 0.0).cumsum(dim=0, dtype=torch.float64).mT
+        steps = mask.cumsum(dim=0).mT
+        n, t = dones.mT.nonzero(as_tuple=True)
+        first = torch.ones_like(n, dtype=torch.bool)
+        first[1:] = n[1:] != n[:-1]
+        returns.append(_differences(totals[n, t], first))
+        lengths.append(_differences(steps[n, t], first))
+    return torch.cat(returns), torch.cat(lengths)
 
 
 def _differences(values: Tensor, first: Tensor) -> Tensor:

@@ -136,8 +136,11 @@ class Policy(nn.Module):
         Raises:
             ValueError: a shape that is neither.
         """
-        given = torch.as_tensor(np.asarray(obs) if not isinstance(obs, Tensor) else obs)
-        rows = given.to(device=self.device, dtype=torch.float32)
+        if isinstance(obs, Tensor):
+            rows = obs.to(device=self.device, dtype=torch.float32)
+        else:
+            # A copy: torch takes neither reversed nor foreign-endian arrays.
+            rows = torch.from_numpy(np.array(obs, np.float32)).to(self.device)
         if rows.shape[rows.ndim - len(self.obs_shape) :] != self.obs_shape or rows.ndim not in (
             len(self.obs_shape),
             len(self.obs_shape) + 1,

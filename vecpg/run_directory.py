@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 import vecpg
-from vecpg.config import Config, to_dict
+from vecpg.checkpoint import write_atomically
+from vecpg.config import Config
 
 
 def make_run_directory(config: Config) -> Path:
-    """A new directory under `config.out_dir` with config.json, system.json and checkpoints/.
+    """A new directory under `config.out_dir` with system.json and checkpoints/.
 
     Raises:
         OSError: it cannot be made.
@@ -33,13 +34,12 @@ def make_run_directory(config: Config) -> Path:
             continue
     (run_dir / "checkpoints").mkdir()
     write_json(run_dir / "system.json", system())
-    write_json(run_dir / "config.json", to_dict(config))
     return run_dir
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """One JSON object, indented."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """One JSON object, indented; written whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def system() -> dict[str, Any]:

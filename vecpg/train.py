@@ -108,7 +108,8 @@ def train(config: Config) -> TrainResult:
             max_episode_steps=config.max_episode_steps,
             step_timeout=config.step_timeout,
         )
-        policy = _make_policy(config, envs).to(device)
+        with _threads(config.threads):  # an initialization may depend on it in its last bits
+            policy = _make_policy(config, envs).to(device)
         run_dir = make_run_directory(config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     counters = Counters()
@@ -123,6 +124,8 @@ def train(config: Config) -> TrainResult:
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
     _save(run_dir, config, policy, optimizer, counters, stopping)
+    # Last: a directory with a config.json has a checkpoint to go on from.
+    write_json(run_dir / "config.json", to_dict(config))
 
     with _threads(config.threads), Interrupts() as interrupts, Progress(config) as progress:
         metrics = Metrics(run_dir, to_dict(config))
@@ -167,10 +170,10 @@ def train(config: Config) -> TrainResult:
             _log.info("iteration %d was the last; see %s", counters.iteration, run_dir)
             raise
         finally:
-            # What an interrupted or failed iteration did is dropped: it can be done again.
-            _save(run_dir, config, policy, optimizer, counters, stopping)
             metrics.close()
             envs.close()
+            # What an interrupted or failed iteration did is dropped: it can be done again.
+            _save(run_dir, config, policy, optimizer, counters, stopping)
 
     summary = {
         "env_id": config.env_id,
@@ -209,7 +212,7 @@ def _before_the_first_step() -> Iterator[None]:
     """Whatever is wrong by now is a matter of settings."""
     try:
         yield
-    except (ValueError, OSError, gymnasium.error.Error) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -293,12 +296,16 @@ def _save(
     stopping: Stopping,
 ) -> None:
     """Write `last` and `best`. Until the return window is full, the newest policy is the best."""
-    common = {"config": to_dict(config), "counters": asdict(counters)}
-    last = common | {
+    last = {
+        "config": to_dict(config),
+        "counters": asdict(counters),
         "policy": checkpoint.policy_state(policy),
         "optimizer": optimizer.state_dict(),
     }
-    best = common | {"policy": checkpoint.policy_state(policy, stopping.best_parameters)}
+    best = {
+        "config": to_dict(config),
+        "policy": checkpoint.policy_state(policy, stopping.best_parameters),
+    }
     checkpoint.save(run_dir / "checkpoints" / "last.pt", last)
     checkpoint.save(run_dir / "checkpoints" / "best.pt", best)
 

@@ -91,8 +91,8 @@ def update(
     grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
     if not bool(grad_norm.isfinite()):
         raise FloatingPointError(
-            f"the gradient's norm is {grad_norm.item()}; the policy was left as it was;"
-            " lower --learning-rate, or set --max-grad-norm"
+            f"the gradient's norm is {grad_norm.item()}, and the policy was left as it was: the"
+            " rewards are too large (scale them, or --normalize), or so is --learning-rate"
         )
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)

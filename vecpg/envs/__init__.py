@@ -152,13 +152,13 @@ class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> Any:
         try:
             return self.env.step(action)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SubEnvironmentError.raised(self.index, error) from None
 
     def reset(self, **kwargs: Any) -> Any:
         try:
             return self.env.reset(**kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SubEnvironmentError.raised(self.index, error) from None
 
 

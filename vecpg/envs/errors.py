@@ -38,7 +38,7 @@ class SubEnvironmentError(RuntimeError):
         return f"environment {self.index} {self.verb}: {self.detail}"
 
     @classmethod
-    def raised(cls, index: int, error: Exception) -> "SubEnvironmentError":
+    def raised(cls, index: int, error: BaseException) -> "SubEnvironmentError":
         """What `error` says, without `error`."""
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return cls((index, "failed", detail, "".join(traceback.format_exception(error))))

@@ -20,13 +20,16 @@ def reward_to_go(
     paid = rewards.to(torch.float64)
     discount = gamma.expand(rewards.shape)
     ends = dones
-    if final_values is not None:
-        paid = paid + torch.where(dones, discount * final_values, 0.0)
     if mask is not None:
         # A masked row pays nothing, and lets through what its mode says.
         paid = torch.where(mask, paid, 0.0)
+        dones = dones & mask
         ends = torch.where(mask, dones, mask_mode == "cut")
         discount = torch.where(mask, discount, 1.0) if mask_mode == "skip" else discount
+    # Here and below values are selected before anything is multiplied by them: what is not read may
+    # be NaN, and 0 * NaN is NaN, in gradients too.
+    if final_values is not None:
+        paid = paid + discount * torch.where(dones, final_values, 0.0)
 
     if last_values is None:
         following = torch.zeros(rewards.shape[1:], dtype=torch.float64, device=rewards.device)
@@ -34,14 +37,13 @@ def reward_to_go(
         following = last_values.to(torch.float64)
     rows = []
     for row_paid, row_discount, row_ends in zip(
-        *(each.flip(0) for each in (paid, discount, ends)), strict=True
+        *(each.unbind()[::-1] for each in (paid, discount, ends)), strict=True
     ):
-        # Selected, not multiplied by 0: what follows an end may be NaN or infinite.
-        following = row_paid + torch.where(row_ends, 0.0, row_discount * following)
+        following = row_paid + row_discount * torch.where(row_ends, 0.0, following)
         rows.append(following)
     if not rows:
         return torch.empty_like(rewards)
-    returns = torch.stack(rows).flip(0)
+    returns = torch.stack(rows[::-1])
     if mask is not None:
         returns = torch.where(mask, returns, 0.0)
     return returns.to(rewards.dtype)

@@ -68,7 +68,7 @@ def collect(
         4
     """
     check_autoreset(envs)
-    rows = _Rows(num_steps + 1, envs.num_envs, policy.obs_shape)
+    rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy.obs_shape)
     device = policy.device
     noise = StepNoise(seed, iteration, envs.num_envs, Purpose.ACTION, device)
 
@@ -116,7 +116,7 @@ def play(
     try:
         # VectorEnv annotates one integer; Sync and Async document the list.
         obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failure(error, "its reset", seeds) from error
     steps = np.zeros(envs.num_envs, np.int64)
     episodes = np.zeros(envs.num_envs, np.int64)
@@ -128,7 +128,7 @@ def play(
         actions = act(t, obs)
         try:
             obs, rewards, terminations, truncations, _ = envs.step(actions)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
         # A row that resets carries the first observation of an episode.
         _check_finite("observation", obs, mask | resetting, f"step {t}", seeds)
@@ -195,6 +195,9 @@ def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int 
 def _check_finite(
     what: str, values: NDArray[Any], rows: NDArray[np.bool_], when: str, seeds: int | list[int]
 ) -> None:
+    # As float32, in which everything is stored: 1e300 would become infinite there.
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, np.float32)
     if np.isfinite(values).all():
         return
     bad = ~np.isfinite(values).reshape(len(rows), -1).all(axis=1) & rows
@@ -202,18 +205,20 @@ def _check_finite(
         index = int(bad.argmax())
         raise EnvironmentFailure(
             f"environment {index} returned the {what} {values[index]} at {when}"
-            f" ({_reset(seeds, index)}); expected finite numbers"
+            f" ({_reset(seeds, index)}); expected finite float32 numbers"
         )
 
 
-def _failure(error: Exception, when: str, seeds: int | list[int]) -> EnvironmentFailure:
+def _failure(error: BaseException, when: str, seeds: int | list[int]) -> EnvironmentFailure:
     if isinstance(error, SubEnvironmentError):
         who, verb, detail = f"environment {error.index}", error.verb, error.detail
-        seed, trace = _reset(seeds, error.index), error.trace
+        seed, trace = f" ({_reset(seeds, error.index)})", error.trace
     else:
         who, verb, detail = "the environments", "failed", f"{type(error).__name__}: {error}"
-        seed, trace = _reset(seeds, 0), "".join(traceback.format_exception(error))
-    return EnvironmentFailure(f"{who} {verb} at {when} ({seed}): {detail}", trace)
+        # Which of them it was is not known, so only a common seed can be named.
+        seed = f" ({_reset(seeds, 0)})" if isinstance(seeds, int) else ""
+        trace = "".join(traceback.format_exception(error))
+    return EnvironmentFailure(f"{who} {verb} at {when}{seed}: {detail}", trace)
 
 
 def _reset(seeds: int | list[int], index: int) -> str:
