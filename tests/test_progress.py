@@ -47,6 +47,17 @@ def test_a_run_of_episodes_or_iterations_counts_those(monkeypatch):
         assert " 50%" in stream.getvalue().split("\r")[-1]
 
 
+def test_the_nearest_of_several_limits_is_shown(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    limits = {"total_timesteps": 1_234_500, "total_iterations": 4}
+    with Progress(Config(progress=True, **limits)) as progress:
+        progress.show(ROW, last=True)
+    line = stream.getvalue().split("\r")[-1]
+    assert " 75%" in line
+    assert "3.00/4.00 iterations" in line
+
+
 def test_overshooting_the_end_is_all_of_it(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -12,23 +12,21 @@ from vecpg.config import Config
 
 
 class Progress:
-    """Shows how far a run is: of its steps, or else of its episodes or iterations."""
+    """Shows how far a run is towards the nearest of its limits."""
 
     def __init__(self, config: Config) -> None:
-        totals = {
-            "steps": config.total_timesteps,
-            "episodes": config.total_episodes,
-            "iterations": config.total_iterations,
+        limits = {
+            ("steps", "env_steps"): config.total_timesteps,
+            ("episodes", "episodes"): config.total_episodes,
+            ("iterations", "iteration"): config.total_iterations,
         }
-        self._unit, self._total = next((u, n) for u, n in totals.items() if n is not None)
+        self._limits = {names: limit for names, limit in limits.items() if limit is not None}
         self._every = config.log_every
         self._next_line = 0.0
         self._live = config.progress
         if self._live:
             self._redirect = logging_redirect_tqdm()
             self._bar = tqdm(
-                total=self._total,
-                unit=f" {self._unit}",
                 unit_scale=True,
                 file=sys.stderr,
                 dynamic_ncols=True,
@@ -62,10 +60,12 @@ class Progress:
         words += "" if best is None else f", best {best:.1f}"
         words += f", {row['charts/SPS']:,.0f} steps/s"
         if self._live:
-            units = {"steps": "env_steps", "episodes": "episodes", "iterations": "iteration"}
-            done = min(int(row[units[self._unit]] or 0), self._total)
+            done = {names: (row[names[1]] or 0) / limit for names, limit in self._limits.items()}
+            nearest = max(done, key=lambda names: done[names])
+            self._bar.unit = f" {nearest[0]}"
+            self._bar.total = self._limits[nearest]
             self._bar.set_description_str(words, refresh=False)
-            self._bar.update(done - self._bar.n)
+            self._bar.update(min(int(row[nearest[1]] or 0), self._bar.total) - self._bar.n)
             if last:
                 self._bar.refresh()
             return
