@@ -144,7 +144,7 @@ def test_load_policy_takes_a_run_directory_or_a_file(tmp_path):
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing: no such checkpoint"):
+    with pytest.raises(ValueError, match=r"nothing: expected a run directory or a checkpoint"):
         checkpoint.load_policy(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"best.pt: no such checkpoint"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: expected a run directory"):
         checkpoint.load_policy(tmp_path)

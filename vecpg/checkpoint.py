@@ -88,11 +88,13 @@ def find(run_or_checkpoint: str | Path) -> Path:
     Raises:
         ValueError: the path is neither.
     """
-    path = Path(run_or_checkpoint)
-    if path.is_dir():
-        path = path / "checkpoints" / "best.pt"
+    given = Path(run_or_checkpoint)
+    path = given / "checkpoints" / "best.pt" if given.is_dir() else given
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; give a run directory or a .pt file in one")
+        raise ValueError(
+            f"{given}: expected a run directory or a checkpoint, such as runs/RUN or"
+            " runs/RUN/checkpoints/last.pt"
+        )
     return path
 
 

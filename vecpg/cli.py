@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """The flags of `scripts/evaluate.py`."""
+    """Play whole episodes with a trained policy, greedily. One JSON line goes to stdout."""
 
     path: tyro.conf.Positional[str]
     """A run directory (its best policy) or a checkpoint."""
