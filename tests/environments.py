@@ -147,7 +147,7 @@ class Misbehaving(gymnasium.Env):
 
     def step(self, action):
         if action == 1:
-            time.sleep(1.0)
+            time.sleep(3.0)
         if action == 2:
             raise ValueError("100% wrong")
         if action == 3:
