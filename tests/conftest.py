@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
+
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
