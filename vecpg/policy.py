@@ -65,8 +65,8 @@ class Policy(nn.Module):
         for layer in self.network:
             if isinstance(layer, nn.Linear):
                 # The last one small: a policy that starts with a preference may never see the
-                # reward that would correct it. Against torch's own initialization, CartPole-v1 took
-                # 150 k steps instead of 180 k, and the slowest of 60 seeds 242 k instead of 456 k.
+                # reward that would correct it. At step size 2e-2 the median run of CartPole-v1 took
+                # 150 k steps, against 180 k with torch's own initialization and a small last layer.
                 gain = 0.01 if layer is self.network[-1] else math.sqrt(2)
                 nn.init.orthogonal_(layer.weight, gain)
                 nn.init.zeros_(layer.bias)

@@ -115,7 +115,16 @@ def train(config: Config) -> TrainResult:
     counters = Counters()
 
     def confirm(policy: Policy) -> EvalResult:
-        return _evaluate(policy, config, Purpose.CONFIRMATION_RESET, counters.iteration)
+        return evaluate(
+            policy,
+            config.env_id,
+            config.eval_episodes,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            seed=config.seed,
+            purpose=Purpose.CONFIRMATION_RESET,
+            draw=counters.iteration,
+        )
 
     target = spec.reward_threshold if config.target_return == "auto" else config.target_return
     stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
@@ -162,7 +171,7 @@ def train(config: Config) -> TrainResult:
                         saved = time.perf_counter()
             wall_seconds = clock.since_start() - stopping.evaluation_seconds
             if stopping.evaluation is None:
-                final = _evaluate(policy, config, Purpose.CONFIRMATION_RESET, counters.iteration)
+                final = confirm(policy)
                 metrics.draw({"eval/episodic_return": final.return_mean}, counters.env_steps)
             else:
                 final = stopping.evaluation
@@ -245,19 +254,6 @@ def _limit_reached(config: Config, counters: Counters) -> bool:
         (config.total_iterations, counters.iteration),
     )
     return any(limit is not None and reached >= limit for limit, reached in limits)
-
-
-def _evaluate(policy: Policy, config: Config, purpose: Purpose, draw: int) -> EvalResult:
-    return evaluate(
-        policy,
-        config.env_id,
-        config.eval_episodes,
-        env_kwargs=config.env_kwargs,
-        max_episode_steps=config.max_episode_steps,
-        seed=config.seed,
-        purpose=purpose,
-        draw=draw,
-    )
 
 
 def _row(

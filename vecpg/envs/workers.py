@@ -98,7 +98,11 @@ class WorkerEnvs(AsyncVectorEnv):
         try:
             yield
         except (EOFError, ConnectionError):
-            failure = self._death() or (0, "failed", "its connection was lost", "")
+            # The end of a connection comes a moment before that of its process.
+            deadline = time.monotonic() + _END_SECONDS
+            while not (failure := self._death()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            failure = failure or (0, "failed", "its connection was lost", "")
             self.close()
             raise SubEnvironmentError(failure) from None
         except BaseException:
@@ -119,11 +123,9 @@ class WorkerEnvs(AsyncVectorEnv):
 
     def _death(self) -> tuple[int, str, str, str] | None:
         """The first worker that is not alive, and what is known of its end."""
-        for _ in range(20):  # an end of file comes a moment before the process is gone
-            for index, process in enumerate(self.processes):
-                if process.exitcode is not None:
-                    return index, "died", _cause(process.exitcode), ""
-            time.sleep(0.01)
+        for index, process in enumerate(self.processes):
+            if process.exitcode is not None:
+                return index, "died", _cause(process.exitcode), ""
         return None
 
     def _hang(self) -> tuple[int, str, str, str]:
