@@ -56,7 +56,7 @@ def bench_train(benchmark, record, vectorization, num_envs, num_steps):
         steps["vector"] += rollout.mask.numel()
         return rollout
 
-    actions = np.random.default_rng(0).integers(0, 2, (100, num_envs))
+    actions = np.random.default_rng(0).integers(0, 2, (num_steps, num_envs))
 
     def bare():
         """Vector steps per second with actions that cost nothing."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms
+from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniform, uniforms
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [
@@ -105,3 +105,13 @@ def test_reset_seeds_differ_between_environments_iterations_seeds_and_purposes()
 def test_the_first_reset_seeds_do_not_depend_on_how_many_there_are():
     few = reset_seeds(7, 3, 5, Purpose.TRAINING_RESET)
     assert reset_seeds(7, 3, 500, Purpose.TRAINING_RESET)[:5] == few
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**64 - 1])
+def test_machine_code_draws_the_same_bits(seed):
+    words = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    iteration, purpose = np.uint64(2**32 - 1), np.uint64(Purpose.EVALUATION_RESET)
+    many = uniforms(seed, 2**32 - 1, range(5, 9), 100, Purpose.EVALUATION_RESET)
+    for t in range(5, 9):
+        ours = [uniform(*words, iteration, np.uint64(t), np.uint64(n), purpose) for n in range(100)]
+        assert np.array_equal(np.array(ours, np.float32), many[t - 5].numpy())

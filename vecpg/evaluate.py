@@ -110,10 +110,10 @@ def evaluate(
             for row, _ in play(
                 envs,
                 act,
-                lambda _, finished: finished < quotas,
+                quotas=quotas,
                 seeds=seeds[0] if has_one_generator(envs) else seeds,
             ):
-                total += np.where(row.mask, row.rewards, 0)
+                total += row.rewards
                 length += row.mask
                 for n in np.flatnonzero(row.terminations | row.truncations):
                     returns[n].append(float(total[n]))

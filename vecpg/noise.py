@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vecpg.returns.jit import jit
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -55,6 +57,21 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
         )
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return [torch.as_tensor(word) for word in (c0, c1, c2, c3)]
+
+
+@jit
+def uniform(seed_low, seed_high, iteration, step, env, purpose):  # type: ignore[no-untyped-def]
+    """The number that `uniforms` has for one step and environment, in machine code.
+
+    All arguments are uint64; `seed_low` and `seed_high` are the words of the seed.
+    """
+    word, shift = np.uint64(_WORD), np.uint64(32)
+    c0, c1, c2, c3, k0, k1 = step, env, iteration, purpose, seed_low, seed_high
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & word, (p0 >> shift) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + np.uint64(_WEYL[0])) & word, (k1 + np.uint64(_WEYL[1])) & word
+    return np.float32(c0 >> np.uint64(8)) * np.float32(2.0**-24)
 
 
 def uniforms(

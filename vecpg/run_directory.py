@@ -44,7 +44,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def system() -> dict[str, Any]:
     """Versions and hardware. Never a host name, a user or a path."""
-    packages = ("torch", "gymnasium", "numpy", "tensorboard")
+    packages = ("torch", "gymnasium", "numpy", "numba", "tensorboard")
     return {
         "vecpg": vecpg.__version__,
         "python": platform.python_version(),

@@ -23,6 +23,7 @@ from vecpg.metrics import Metrics, episode_statistics
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.progress import Progress
+from vecpg.returns.jit import Compilation
 from vecpg.rollout import collect
 from vecpg.run_directory import make_run_directory, write_json
 from vecpg.stopping import Stopping
@@ -52,25 +53,30 @@ class Counters:
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds spent in each phase, in the iteration at hand and in total."""
+    """Seconds spent in each phase, in the iteration at hand and in total, without compiling."""
 
     device: torch.device
+    compilation: Compilation
     started: float = field(default_factory=time.perf_counter)
     last: dict[str, float] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
 
     def since_start(self) -> float:
         """Seconds since the clock was made."""
-        return time.perf_counter() - self.started
+        return self.until(time.perf_counter())
+
+    def until(self, moment: float) -> float:
+        """Seconds from when the clock was made to a moment after the last compilation."""
+        return moment - self.started - self.compilation.seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add what happens inside to `name`."""
-        started = time.perf_counter()
+        started = self.since_start()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.last[name] = time.perf_counter() - started
+        self.last[name] = self.since_start() - started
         self.total[name] = self.total.get(name, 0.0) + self.last[name]
 
 
@@ -136,9 +142,14 @@ def train(config: Config) -> TrainResult:
     # Last: a directory with a config.json has a checkpoint to go on from.
     write_json(run_dir / "config.json", to_dict(config))
 
-    with _threads(config.threads), Interrupts() as interrupts, Progress(config) as progress:
+    with (
+        _threads(config.threads),
+        Interrupts() as interrupts,
+        Progress(config) as progress,
+        Compilation() as compilation,
+    ):
         metrics = Metrics(run_dir, to_dict(config))
-        clock = Clock(device)
+        clock = Clock(device, compilation)
         saved = clock.started
         try:
             while not (stopping.solved or _limit_reached(config, counters)):
@@ -197,7 +208,7 @@ def train(config: Config) -> TrainResult:
         "vector_steps": counters.vector_steps,
         "episodes": counters.episodes,
         "wall_seconds": wall_seconds,
-        "compile_seconds": 0.0,
+        "compile_seconds": compilation.seconds,
         "steps_per_second": counters.env_steps / wall_seconds,
         "collect_seconds": clock.total["collect"],
         "returns_seconds": clock.total["returns"],
@@ -209,7 +220,7 @@ def train(config: Config) -> TrainResult:
         "target_return": target,
         "solved": None if target is None else stopping.solved,
         "solved_env_steps": counters.env_steps if stopping.solved else None,
-        "solved_seconds": stopping.solved_at - clock.started if stopping.solved else None,
+        "solved_seconds": clock.until(stopping.solved_at) if stopping.solved else None,
         "run_dir": _relative(run_dir),
     }
     write_json(run_dir / "summary.json", summary)

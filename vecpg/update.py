@@ -1,11 +1,13 @@
-"""One gradient step over a whole rollout, in chunks, so that memory stays flat."""
+"""One gradient step over a whole rollout, a few rows at a time, so that memory stays flat."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vecpg import mlp
 from vecpg.policy import Policy
 from vecpg.rollout.data import Rollout
 
@@ -59,34 +61,18 @@ def update(
     Raises:
         FloatingPointError: the gradient is not finite; nothing was changed.
     """
-    rows = rollout.mask.numel()
-    mask = rollout.mask.reshape(rows)
-    obs = rollout.obs.reshape(rows, *policy.obs_shape)
-    actions = rollout.actions.reshape(rows)
-    weights = advantages.reshape(rows)
-    count = mask.sum().clamp(min=1)
+    count = rollout.mask.sum().clamp(min=1)
     divisors: dict[str, Tensor | int] = {
         "episode": rollout.mask.shape[1],
         "step": count,
         "sum": 1,
     }
     divisor = divisors[config.reduction]
-
+    differentiate = by_autograd if mlp.why_not(policy) else by_machine_code
     optimizer.zero_grad(set_to_none=True)
-    policy_loss = torch.zeros((), dtype=torch.float64, device=obs.device)
-    entropy_sum = torch.zeros_like(policy_loss)
-    for start in range(0, rows, CHUNK_ROWS):
-        chunk = slice(start, start + CHUNK_ROWS)
-        counted = mask[chunk]
-        log_probs, entropy = policy.log_probs_and_entropy(
-            obs[chunk][counted], actions[chunk][counted]
-        )
-        surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
-        entropy_total = entropy.sum()
-        bonus = config.ent_coef * entropy_total / count if config.ent_coef > 0 else 0.0
-        torch.autograd.backward(surrogate - bonus)
-        policy_loss += surrogate.detach()
-        entropy_sum += entropy_total.detach()
+    surrogate, entropy = differentiate(
+        policy, rollout, advantages, divisor, config.ent_coef / count
+    )
 
     grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
     if not bool(grad_norm.isfinite()):
@@ -97,4 +83,74 @@ def update(
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
     optimizer.step()
-    return UpdateStats(policy_loss, entropy_sum / count, grad_norm)
+    return UpdateStats(surrogate, entropy / count, grad_norm)
+
+
+def by_autograd(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Tensor,
+    divisor: Tensor | int,
+    ent_coef: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum over counted rows of -log pi * advantage / divisor - ent_coef * H.
+
+    H is the entropy. Any policy, any device.
+
+    Args:
+        policy: gets the gradient.
+        rollout: T steps of N environments.
+        advantages: (T, N) float32.
+        divisor: of the sum.
+        ent_coef: what one row's entropy is worth.
+
+    Returns:
+        the first part of the sum, and the summed entropy, float64 without dimensions.
+    """
+    rows = rollout.mask.numel()
+    mask = rollout.mask.reshape(rows)
+    obs = rollout.obs.reshape(rows, *policy.obs_shape)
+    actions = rollout.actions.reshape(rows)
+    weights = advantages.reshape(rows)
+    surrogate_sum = torch.zeros((), dtype=torch.float64, device=obs.device)
+    entropy_sum = torch.zeros_like(surrogate_sum)
+    for start in range(0, rows, CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        counted = mask[chunk]
+        log_probs, entropies = policy.log_probs_and_entropy(
+            obs[chunk][counted], actions[chunk][counted]
+        )
+        surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
+        entropy = entropies.sum()
+        torch.autograd.backward(surrogate - ent_coef * entropy)
+        surrogate_sum += surrogate.detach()
+        entropy_sum += entropy.detach()
+    return surrogate_sum, entropy_sum
+
+
+def by_machine_code(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Tensor,
+    divisor: Tensor | int,
+    ent_coef: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """As `by_autograd`, in machine code: policies that `mlp` serves, on the CPU."""
+    rows = rollout.mask.numel()
+    packed = mlp.pack(policy)
+    gradient = np.zeros(len(packed.parameters))
+    surrogate, entropy = mlp.sum_gradient(
+        rollout.obs.reshape(rows, -1).numpy(),
+        rollout.actions.reshape(rows).numpy(),
+        advantages.reshape(rows).numpy(),
+        rollout.mask.reshape(rows).numpy(),
+        policy.first_action,
+        1.0 / float(divisor),
+        float(ent_coef),
+        packed.parameters,
+        packed.widths,
+        packed.relu,
+        gradient,
+    )
+    mlp.set_gradients(policy, gradient)
+    return torch.tensor(surrogate, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64)

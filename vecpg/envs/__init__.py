@@ -13,6 +13,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from vecpg.envs.errors import EnvironmentFailure, SubEnvironmentError
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.envs.workers import WorkerEnvs
 
 __all__ = [
@@ -65,10 +66,13 @@ def make_envs(
     if max_episode_steps is not None:
         kwargs["max_episode_steps"] = max_episode_steps
     try:
-        make = functools.partial(_make_one, spec, kwargs)
-        makers = [functools.partial(make, index) for index in range(num_envs)]
+        # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
+        makers = [
+            functools.partial(gymnasium.make, spec, disable_env_checker=index > 0, **kwargs)
+            for index in range(num_envs)
+        ]
         if vectorization == "sync":
-            envs: VectorEnv = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+            envs: VectorEnv = InProcessEnvs(makers)
         elif vectorization == "async":
             envs = WorkerEnvs(makers, step_timeout)
         else:
@@ -140,31 +144,6 @@ def check_autoreset(envs: VectorEnv) -> None:
 def has_one_generator(envs: VectorEnv) -> bool:
     """Whether all copies draw from one generator, so that one seed resets them all."""
     return not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
-
-
-class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Says which copy raised, in a form that passes between processes."""
-
-    def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
-        super().__init__(env)
-        self.index = index
-
-    def step(self, action: Any) -> Any:
-        try:
-            return self.env.step(action)
-        except (Exception, SystemExit) as error:
-            raise SubEnvironmentError.raised(self.index, error) from None
-
-    def reset(self, **kwargs: Any) -> Any:
-        try:
-            return self.env.reset(**kwargs)
-        except (Exception, SystemExit) as error:
-            raise SubEnvironmentError.raised(self.index, error) from None
-
-
-def _make_one(spec: EnvSpec, kwargs: dict[str, Any], index: int) -> gymnasium.Env[Any, Any]:
-    # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
-    return _Numbered(gymnasium.make(spec, disable_env_checker=index > 0, **kwargs), index)
 
 
 def _words(error: Exception) -> str:

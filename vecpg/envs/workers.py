@@ -48,7 +48,10 @@ class WorkerEnvs(AsyncVectorEnv):
         _start_fork_server()
         with self._watched():
             super().__init__(
-                [functools.partial(_make_in_worker, make) for make in env_fns],
+                [
+                    functools.partial(_make_in_worker, make, index)
+                    for index, make in enumerate(env_fns)
+                ],
                 shared_memory=True,
                 context="forkserver",
                 autoreset_mode=AutoresetMode.NEXT_STEP,
@@ -163,8 +166,30 @@ def _start_fork_server() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _make_in_worker(make: Callable[[], gymnasium.Env[Any, Any]]) -> gymnasium.Env[Any, Any]:
+def _make_in_worker(
+    make: Callable[[], gymnasium.Env[Any, Any]], index: int
+) -> gymnasium.Env[Any, Any]:
     # The fork server may have been started before, by somebody else.
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make()
+    return _Numbered(make(), index)
+
+
+class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Says which copy raised, in a form that passes between processes."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
+        super().__init__(env)
+        self.index = index
+
+    def step(self, action: Any) -> Any:
+        try:
+            return self.env.step(action)
+        except (Exception, SystemExit) as error:
+            raise SubEnvironmentError.raised(self.index, error) from None
+
+    def reset(self, **kwargs: Any) -> Any:
+        try:
+            return self.env.reset(**kwargs)
+        except (Exception, SystemExit) as error:
+            raise SubEnvironmentError.raised(self.index, error) from None

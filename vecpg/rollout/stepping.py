@@ -4,16 +4,17 @@
 evaluation adds it up.
 """
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from vecpg import mlp
 from vecpg.envs import (
     EnvironmentFailure,
     SubEnvironmentError,
@@ -22,14 +23,20 @@ from vecpg.envs import (
 )
 from vecpg.noise import Purpose, StepNoise, reset_seeds
 from vecpg.policy import Policy
+from vecpg.returns.jit import jit
 from vecpg.rollout.data import Rollout
 
+# The square of the largest float32.
+_LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One step of N environments, on the host. Ends are False where `mask` is."""
+_log = logging.getLogger(__name__)
+_announced: set[str] = set()
 
-    rewards: NDArray[np.floating[Any]]
+
+class Row(NamedTuple):
+    """One step of N environments, on the host. Ends are False, and rewards 0, where `mask` is."""
+
+    rewards: NDArray[np.float64]
     terminations: NDArray[np.bool_]
     truncations: NDArray[np.bool_]
     mask: NDArray[np.bool_]
@@ -70,20 +77,19 @@ def collect(
     check_autoreset(envs)
     rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy.obs_shape)
     device = policy.device
-    noise = StepNoise(seed, iteration, envs.num_envs, Purpose.ACTION, device)
+    draw = _sampler(policy, seed, iteration, envs.num_envs)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows.make_room(t + 2)
         rows.obs[t] = obs
-        seen = torch.from_numpy(rows.obs[t]).to(device, non_blocking=True)
-        actions = policy.sample(seen, noise(t)).cpu().numpy()
-        rows.actions[t] = actions
+        actions: NDArray[np.int64] = rows.actions[t]
+        draw(t, rows.obs[t], actions)
         return actions
 
     seeds = _seeds(envs, seed, iteration, Purpose.TRAINING_RESET)
     length = 0
     with torch.inference_mode():
-        for row, following in play(envs, act, lambda steps, _: steps < num_steps, seeds=seeds):
+        for row, following in play(envs, act, num_steps=num_steps, seeds=seeds):
             rows.rewards[length] = row.rewards
             rows.terminations[length] = row.terminations
             rows.truncations[length] = row.truncations
@@ -97,51 +103,103 @@ def collect(
 def play(
     envs: VectorEnv,
     act: Callable[[int, NDArray[Any]], NDArray[Any]],
-    starts_another: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]],
     *,
+    num_steps: int | None = None,
+    quotas: NDArray[np.int64] | None = None,
     seeds: int | list[int],
 ) -> Iterator[tuple[Row, NDArray[Any]]]:
     """Reset, then step until every episode that counts has ended.
 
+    An environment that ends an episode starts another one if and only if it has made fewer than
+    `num_steps` real steps and finished fewer episodes than its quota.
+
     Args:
         envs: N environments in NEXT_STEP mode.
         act: from the step number and the observations to the actions.
-        starts_another: from the real steps and the finished episodes of each environment (both
-            (N,), counted from the reset) to whether it starts another one, asked as one ends.
+        num_steps: the start window in real steps, counted from the reset. None = no end.
+        quotas: (N,) episodes. None = no end.
         seeds: as the environments' `reset` takes them.
 
     Yields:
-        each row, and the observations that follow it (after an end, the final one).
+        each row, and the observations that follow it (after an end, the final one). A row's arrays
+        are written anew at the next one.
     """
     try:
         # VectorEnv annotates one integer; Sync and Async document the list.
         obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]
     except (Exception, SystemExit) as error:
         raise _failure(error, "its reset", seeds) from error
-    steps = np.zeros(envs.num_envs, np.int64)
-    episodes = np.zeros(envs.num_envs, np.int64)
-    mask = np.ones(envs.num_envs, np.bool_)
-    resetting = np.zeros(envs.num_envs, np.bool_)
-    _check_finite("observation", obs, mask, "its reset", seeds)
-    t = 0
-    while mask.any() or resetting.any():
+    num_envs = envs.num_envs
+    most = np.iinfo(np.int64).max
+    window = most if num_steps is None else num_steps
+    quotas = np.full(num_envs, most) if quotas is None else quotas
+    done = np.zeros((2, num_envs), np.int64)
+    state = np.ones(num_envs, np.int8)
+    row = Row(np.empty(num_envs), *np.empty((3, num_envs), np.bool_))
+    _check_observations(obs, state, "its reset", seeds)
+    t, playing = 0, num_envs
+    while playing:
         actions = act(t, obs)
         try:
             obs, rewards, terminations, truncations, _ = envs.step(actions)
         except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
-        # A row that resets carries the first observation of an episode.
-        _check_finite("observation", obs, mask | resetting, f"step {t}", seeds)
-        _check_finite("reward", rewards, mask, f"step {t}", seeds)
-        terminations = terminations & mask
-        truncations = truncations & mask
-        yield Row(rewards, terminations, truncations, mask), obs
-        ended = terminations | truncations
-        steps += mask
-        episodes += ended
-        mask = (mask & ~ended) | resetting
-        resetting = ended & starts_another(steps, episodes)
+        _check_observations(obs, state, f"step {t}", seeds)
+        rewards = np.asarray(rewards, np.float64)
+        playing, bad = _next_row(
+            rewards, terminations, truncations, window, quotas, done, state, *row
+        )
+        if bad >= 0:
+            raise _not_finite("reward", rewards[bad], bad, f"step {t}", seeds)
+        yield row, obs
         t += 1
+
+
+# What an environment does at a row.
+_FINISHED, _PLAYING, _RESETTING = 0, 1, 2
+
+
+@jit
+def _next_row(  # type: ignore[no-untyped-def]
+    rewards,
+    terminations,
+    truncations,
+    num_steps,
+    quotas,
+    done,
+    state,
+    row_rewards,
+    row_terminations,
+    row_truncations,
+    row_mask,
+):
+    """Write a row, and set what every environment does at the next.
+
+    `done` is (2, N), real steps and finished episodes so far. Returns how many environments have
+    not finished, and the index of one whose reward is not finite as float32, or -1.
+    """
+    playing = 0
+    bad = -1
+    for n in range(len(state)):
+        real = state[n] == _PLAYING
+        terminated = real and terminations[n]
+        truncated = real and truncations[n]
+        row_mask[n] = real
+        row_terminations[n] = terminated
+        row_truncations[n] = truncated
+        row_rewards[n] = rewards[n] if real else 0.0
+        if bad < 0 and not np.isfinite(np.float32(row_rewards[n])):
+            bad = n
+        if state[n] == _RESETTING:
+            state[n] = _PLAYING
+        elif real:
+            done[0, n] += 1
+            if terminated or truncated:
+                done[1, n] += 1
+                another = done[0, n] < num_steps and done[1, n] < quotas[n]
+                state[n] = _RESETTING if another else _FINISHED
+        playing += state[n] != _FINISHED
+    return playing, bad
 
 
 class _Rows:
@@ -165,13 +223,11 @@ class _Rows:
     def rollout(self, length: int, device: torch.device) -> Rollout:
         """The first `length` rows as tensors."""
         mask, truncations = self.mask[:length], self.truncations[:length]
-        rewards = self.rewards[:length]
-        rewards[~mask] = 0
         t, n = np.nonzero(truncations)
         host = {
             "obs": self.obs[:length],
             "actions": self.actions[:length],
-            "rewards": rewards,
+            "rewards": self.rewards[:length],
             "terminations": self.terminations[:length],
             "truncations": truncations,
             "mask": mask,
@@ -186,27 +242,55 @@ class _Rows:
         )
 
 
+def _sampler(
+    policy: Policy, seed: int, iteration: int, num_envs: int
+) -> Callable[[int, NDArray[np.float32], NDArray[np.int64]], None]:
+    """What draws, at step t, actions (N,) for observations (N, *obs_shape)."""
+    reason = mlp.why_not(policy)
+    if (how := reason or "") not in _announced:
+        _announced.add(how)
+        _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
+    if reason is None:
+        return mlp.sampler(policy, seed, iteration, Purpose.ACTION)
+    noise = StepNoise(seed, iteration, num_envs, Purpose.ACTION, policy.device)
+
+    def draw(t: int, obs: NDArray[np.float32], actions: NDArray[np.int64]) -> None:
+        seen = torch.from_numpy(obs).to(policy.device, non_blocking=True)
+        actions[...] = policy.sample(seen, noise(t)).cpu().numpy()
+
+    return draw
+
+
 def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int | list[int]:
     if has_one_generator(envs):
         return reset_seeds(seed, iteration, 1, purpose)[0]
     return reset_seeds(seed, iteration, envs.num_envs, purpose)
 
 
-def _check_finite(
-    what: str, values: NDArray[Any], rows: NDArray[np.bool_], when: str, seeds: int | list[int]
+def _check_observations(
+    obs: NDArray[Any], state: NDArray[np.int8], when: str, seeds: int | list[int]
 ) -> None:
+    """Those of environments that play or reset: a row that resets carries a first observation."""
+    # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
+    if float(np.vdot(obs, obs)) < _LARGEST_SQUARE:
+        return
     # As float32, in which everything is stored: 1e300 would become infinite there.
     with np.errstate(over="ignore"):
-        values = np.asarray(values, np.float32)
-    if np.isfinite(values).all():
-        return
-    bad = ~np.isfinite(values).reshape(len(rows), -1).all(axis=1) & rows
+        values = np.asarray(obs, np.float32)
+    finite = np.isfinite(values).reshape(len(state), -1).all(axis=1)
+    bad = ~finite & (state != _FINISHED)
     if bad.any():
         index = int(bad.argmax())
-        raise EnvironmentFailure(
-            f"environment {index} returned the {what} {values[index]} at {when}"
-            f" ({_reset(seeds, index)}); expected finite float32 numbers"
-        )
+        raise _not_finite("observation", values[index], index, when, seeds)
+
+
+def _not_finite(
+    what: str, value: Any, index: int, when: str, seeds: int | list[int]
+) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"environment {index} returned the {what} {value} at {when}"
+        f" ({_reset(seeds, index)}); expected finite float32 numbers"
+    )
 
 
 def _failure(error: BaseException, when: str, seeds: int | list[int]) -> EnvironmentFailure:

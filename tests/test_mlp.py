@@ -1,0 +1,126 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from vecpg import mlp
+from vecpg.noise import Purpose, uniforms
+from vecpg.policy import Policy
+from vecpg.rollout import Rollout
+from vecpg.update import by_autograd, by_machine_code
+
+# Rows, features, hidden sizes, actions: whole blocks of four and of 64, and what is left over.
+SHAPES = [
+    (1, 1, (), 1),
+    (3, 4, (64, 64), 2),
+    (63, 5, (33,), 3),
+    (65, 6, (7, 9, 11), 2),
+    (1000, 3, (256, 5), 18),
+]
+
+
+def make_policy(features, hidden_sizes, actions, activation="tanh", start=0):
+    torch.manual_seed(features)
+    policy = Policy(
+        spaces.Box(-1, 1, (features,)),
+        spaces.Discrete(actions, start=start),
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+    )
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter.shape)))
+    return policy
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(("rows", "features", "hidden_sizes", "num_actions"), SHAPES)
+def test_actions_are_those_of_the_policy(rows, features, hidden_sizes, num_actions, activation):
+    policy = make_policy(features, hidden_sizes, num_actions, activation, start=-4)
+    obs = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
+    actions = np.full(rows, 99)
+    seed, t = 2**40 + 7, 12
+    mlp.sampler(policy, seed, 3, Purpose.ACTION)(t, obs.numpy(), actions)
+    noise = uniforms(seed, 3, range(t, t + 1), rows, Purpose.ACTION)[0]
+    with torch.no_grad():
+        below = torch.softmax(policy(obs).double(), dim=0).cumsum(dim=0)
+    # Where the number lies within rounding of a boundary, either side is right.
+    clear = (below - noise).abs().min(dim=0).values > 1e-6
+    assert clear.float().mean() > 0.99
+    expected = policy.sample(obs, noise)
+    assert torch.equal(torch.from_numpy(actions)[clear], expected[clear])
+
+
+def make_rollout(policy, rows, masked=0.3):
+    g = torch.Generator().manual_seed(rows)
+    mask = torch.rand(rows, 2, generator=g) >= masked
+    none = torch.zeros(rows, 2, dtype=torch.bool)
+    rollout = Rollout(
+        obs=torch.randn(rows, 2, *policy.obs_shape, generator=g),
+        actions=torch.randint(0, policy.num_actions, (rows, 2), generator=g) + policy.first_action,
+        rewards=torch.zeros(rows, 2),
+        terminations=none,
+        truncations=none,
+        mask=mask,
+        final_obs=torch.zeros(0, *policy.obs_shape),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+    rollout.obs[~mask] = math.nan
+    rollout.actions[~mask] = 10**9
+    return rollout, torch.randn(rows, 2, generator=g).masked_fill(~mask, math.nan)
+
+
+def gradients(differentiate, policy, rollout, advantages):
+    policy.zero_grad()
+    sums = differentiate(policy, rollout, advantages, 7, 0.3)
+    return sums, [parameter.grad.clone() for parameter in policy.parameters()]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(("rows", "features", "hidden_sizes", "num_actions"), SHAPES)
+def test_the_gradient_is_that_of_autograd(rows, features, hidden_sizes, num_actions, activation):
+    policy = make_policy(features, hidden_sizes, num_actions, activation, start=5)
+    rollout, advantages = make_rollout(policy, rows)
+    sums, ours = gradients(by_machine_code, policy, rollout, advantages)
+    expected_sums, expected = gradients(by_autograd, policy, rollout, advantages)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+    scale = max(one.abs().max() for one in expected) + 1e-30
+    for one, other in zip(ours, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() / scale < 1e-5
+
+
+def test_the_gradient_of_many_rows_keeps_its_digits():
+    policy = make_policy(4, (64, 64), 2)
+    rollout, advantages = make_rollout(policy, 60_000)
+    ours = gradients(by_machine_code, policy, rollout, advantages)[1]
+    policy.double()
+    rollout = Rollout(
+        **{
+            name: value.double() if value.is_floating_point() else value
+            for name in Rollout.__slots__
+            for value in [getattr(rollout, name)]
+        }
+    )
+    exact = gradients(by_autograd, policy, rollout, advantages.double())[1]
+    scale = max(one.abs().max() for one in exact)
+    for one, other in zip(ours, exact, strict=True):
+        assert (one - other).abs().max() / scale < 1e-5
+
+
+def test_tanh_is_within_four_ulp_of_one():
+    x = np.concatenate([np.linspace(-12, 12, 200_001), [0.0, 1e-30, 1e30, -1e30]])
+    x = x.astype(np.float32)
+    ours = np.array([mlp._tanh(value) for value in x])
+    exact = np.tanh(x.astype(np.float64))
+    assert np.abs(ours - exact).max() < 3e-7
+    assert math.isnan(mlp._tanh(np.float32(math.nan)))
+
+
+def test_what_is_not_served_is_told():
+    policy = make_policy(2, (3,), 2)
+    assert mlp.why_not(policy) is None
+    assert mlp.why_not(make_policy(2, (3,), 2).double()) == "the parameters are not float32"
+    assert "more than" in mlp.why_not(make_policy(2, (5000,), 2))
+    assert mlp.why_not(policy.to("meta")) == "the policy is on meta"

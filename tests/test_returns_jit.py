@@ -1,0 +1,62 @@
+import logging
+import os
+import subprocess
+import sys
+
+from vecpg.returns.jit import Compilation, jit
+
+
+def test_compilation_is_timed_and_announced_once(caplog):
+    def inner(x):
+        return x + 1
+
+    inner = jit(inner)
+
+    def outer(x):
+        return inner(x) * 2
+
+    outer = jit(outer)
+    with caplog.at_level(logging.INFO, "vecpg"), Compilation() as compilation:
+        assert outer(3) == 8
+        first = compilation.seconds
+        assert outer(4) == 10
+        assert compilation.seconds == first > 0
+        assert outer(1.5) == 5.0
+        assert compilation.seconds > first
+    assert [record.message for record in caplog.records].count(
+        "compiling kernels, once; this can take ten seconds"
+    ) == 1
+    seconds = compilation.seconds
+    assert outer(1j) == 2 + 2j
+    assert compilation.seconds == seconds
+
+
+def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
+    """No cache beside the source, none in the user's directory."""
+    (tmp_path / "kernel.py").write_text(
+        "import logging\n"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "from vecpg.returns.jit import jit\n"
+        "@jit\n"
+        "def twice(x):\n"
+        "    return 2 * x\n"
+        "@jit\n"
+        "def thrice(x):\n"
+        "    return 3 * x\n"
+        "print(twice(2) + thrice(1))\n"
+    )
+    program = (
+        "import runpy, numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "runpy.run_path('kernel.py')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "7\n"
+    assert result.stderr.count("no directory for compiled code can be written to") == 1
