@@ -229,7 +229,7 @@ def sum_gradient(
 
 
 @jit
-def _forward(parameters, widths, relu, units, rows):  # type: ignore[no-untyped-def]
+def _forward(parameters, widths, relu, units, rows):
     """Fill in the activations of `rows` rows, layer after layer, and return the logits.
 
     A layer's activations begin `_BLOCK` times the widths before it into `units`.
@@ -274,7 +274,7 @@ def _forward(parameters, widths, relu, units, rows):  # type: ignore[no-untyped-
 
 
 @jit
-def _backward(parameters, backwards, widths, relu, units, rows, slopes, spare, gradient):  # type: ignore[no-untyped-def]
+def _backward(parameters, backwards, widths, relu, units, rows, slopes, spare, gradient):
     """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters."""
     last = len(widths) - 1
     fan_in, fan_out = widths[last - 1], widths[last]
@@ -321,7 +321,7 @@ def _backward(parameters, backwards, widths, relu, units, rows, slopes, spare, g
 
 
 @jit
-def _units(widths):  # type: ignore[no-untyped-def]
+def _units(widths):
     """How many activations a block has."""
     total = 0
     for width in widths:
@@ -330,7 +330,7 @@ def _units(widths):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _turned(parameters, widths):  # type: ignore[no-untyped-def]
+def _turned(parameters, widths):
     """Like `parameters`, with the weights of the hidden layers as (outputs, inputs)."""
     turned = parameters.copy()
     at = 0
@@ -344,7 +344,7 @@ def _turned(parameters, widths):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _add_product(a, b, c):  # type: ignore[no-untyped-def]
+def _add_product(a, b, c):
     """C += A B, four rows of A by four of B at a time; rows of B and C are contiguous.
 
     About 40 of the 60 GFLOP/s of a large product, at 64 x 64 x 64 on one core.
@@ -385,7 +385,7 @@ def _add_product(a, b, c):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _exponentials(logits):  # type: ignore[no-untyped-def]
+def _exponentials(logits):
     """Replace logits by exp(logit - largest), and return the sum."""
     largest = logits[0]
     for logit in logits:
@@ -398,7 +398,7 @@ def _exponentials(logits):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _to_logits(logits, action, weight, ent_coef):  # type: ignore[no-untyped-def]
+def _to_logits(logits, action, weight, ent_coef):
     """Replace a row's logits by the slopes of its loss in them; return its loss and entropy."""
     largest = logits[0]
     for logit in logits:
@@ -420,7 +420,7 @@ def _to_logits(logits, action, weight, ent_coef):  # type: ignore[no-untyped-def
 
 
 @jit
-def _tanh(x):  # type: ignore[no-untyped-def]
+def _tanh(x):
     """A quotient of polynomials, which vectorizes, within 3e-7 of tanh.
 
     Coefficients: Eigen, `generic_fast_tanh_float`, a minimax fit on [-9, 9].

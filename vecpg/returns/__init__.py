@@ -1,16 +1,17 @@
 """Discounted returns over ragged episodes.
 
-The contract lives here: checks, the choice of a backend, and the call. Importing this needs torch
-alone; nothing else of vecpg is imported.
+The contract lives here: checks, the choice of a backend, and the call. Nothing else of vecpg is
+imported. Kernels are compiled when they are first called.
 """
 
+import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from vecpg.returns import reference
+from vecpg.returns import operator, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MASK_MODES = ("cut", "skip", "decay")
@@ -84,20 +85,184 @@ def reward_to_go(
         _check_like("final_values", final_values, rewards, rewards.dtype)
     if last_values is not None:
         _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
-    if mask is not None:
-        _check_like("mask", mask, rewards, torch.bool)
-    if mask_mode not in _MASK_MODES:
-        raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
-    discounts = _check_gamma(gamma, rewards)
+    _check_mask(mask, mask_mode, rewards)
+    scalar, gammas = _check_gamma("gamma", gamma, rewards)
+    values = (rewards, dones, gamma, final_values, last_values, mask)
     if out is not None:
-        given = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
-        given |= {"final_values": final_values, "last_values": last_values}
-        _check_out(out, rewards, given)
-    _check_backend(backend, rewards.device)
+        names = "rewards dones gamma final_values last_values mask"
+        _check_out(out, rewards, names, values)
+    if not _is_served(backend, rewards):
+        discounts = torch.tensor(scalar, dtype=torch.float64, device=rewards.device)
+        discounts = discounts if gammas is None else gammas
+        result = reference.reward_to_go(
+            rewards, dones, discounts, final_values, last_values, mask, mask_mode
+        )
+        return result if out is None else out.copy_(result)
+    arguments = (rewards, dones, scalar, gammas, final_values, last_values, mask, mask_mode)
+    if _is_plain(values):
+        out = torch.empty_like(rewards) if out is None else out
+        operator.write(*arguments, out)
+        return out
+    result = operator.differentiable(*arguments)
+    return result if out is None else out.copy_(result)
 
-    result = reference.reward_to_go(
-        rewards, dones, discounts, final_values, last_values, mask, mask_mode
-    )
+
+def packed_reward_to_go(
+    rewards: Tensor,
+    offsets: Tensor,
+    gamma: float | Tensor,
+    *,
+    final_values: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Discounted reward-to-go of episodes that lie one after the other.
+
+        G[t] = r[t] + gamma[t] * G[t + 1],   offsets[i] <= t < offsets[i + 1],
+                                             G[offsets[i + 1]] = final_values[i]
+
+    Args:
+        rewards: (total,) float32, float64, bfloat16 or float16, any stride.
+        offsets: (B + 1,) int64 from 0 to total, never decreasing: the layout of a jagged
+            NestedTensor. Equal neighbours are an episode without steps.
+        gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts to
+            `rewards`.
+        final_values: (B,), dtype of `rewards`. The value after each episode's last step; 0 if not
+            given.
+        backend: as in `reward_to_go`.
+
+    Returns:
+        (total,), dtype and device of `rewards`; differentiable in `rewards`, `final_values` and a
+        tensor `gamma`.
+
+    Raises:
+        TypeError: a dtype that is not as above, or an argument that is not a tensor.
+        ValueError: shapes or devices that differ, offsets or a gamma that are not as above. (On
+            CUDA, and while a compiler traces, what the tensors hold is not looked at.)
+        RuntimeError: a backend that was asked for and is not there.
+
+    Numerics and source: as `reward_to_go`.
+
+    Example:
+        >>> rewards = torch.tensor([1.0, 1.0, 1.0])
+        >>> packed_reward_to_go(rewards, torch.tensor([0, 2, 3]), 0.5)
+        tensor([1.5000, 1.0000, 1.0000])
+    """
+    _check_rewards(rewards)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards: expected (total,), got shape {tuple(rewards.shape)}")
+    _check_offsets(offsets, rewards)
+    if final_values is not None:
+        _check_like("final_values", final_values, rewards, rewards.dtype, (len(offsets) - 1,))
+    scalar, gammas = _check_gamma("gamma", gamma, rewards)
+    discount = scalar if gammas is None else gammas
+    served = _is_served(backend, rewards)
+    if served and _is_plain((rewards, gamma, final_values)):
+        out = torch.empty_like(rewards)
+        operator.write_packed(rewards, offsets, scalar, gammas, final_values, out)
+        return out
+    # An episode without steps writes behind the last element, which is then cut off.
+    lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, len(rewards))
+    dones = torch.zeros(len(rewards) + 1, dtype=torch.bool, device=rewards.device)
+    dones = dones.index_fill(0, lasts, True)[:-1]
+    values = None
+    if final_values is not None:
+        values = rewards.new_zeros(len(rewards) + 1).index_copy(0, lasts, final_values)[:-1]
+    return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
+
+
+def generalized_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    *,
+    final_values: Tensor | None = None,
+    last_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_mode: str = "cut",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Generalized advantages, restarting at the end of every episode.
+
+        A[t] = delta[t] + gamma[t] * lambda[t] * (0 if dones[t] else A[t + 1]),   A[T] = 0
+        delta[t] = r[t] + gamma[t] * V'[t] - V[t]
+
+    V'[t] is `final_values[t]` where `dones` (0 if not given), else the value of the next row, and
+    `last_values` after the last row (0 if not given). With lambda = 1, A + V is `reward_to_go`.
+
+    Masked rows get 0, and nothing of them is read. With `mask_mode` "cut" V' is 0 where the next
+    row is masked; with "skip" it is the next real row's value; with "decay" that value discounted
+    by the masked rows in between.
+
+    Args:
+        rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides.
+        values: the shape and dtype of `rewards`. V(s) of the state each action was taken in.
+        dones: the shape of `rewards`, bool. True where the row's action ended its episode.
+        gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts.
+        gae_lambda: in [0, 1]: a float, or a float tensor that broadcasts.
+        final_values: as in `reward_to_go`.
+        last_values: as in `reward_to_go`.
+        mask: as in `reward_to_go`.
+        mask_mode: as in `reward_to_go`.
+        out: as in `reward_to_go`.
+        backend: as in `reward_to_go`.
+
+    Returns:
+        (T, *batch), dtype and device of `rewards`; differentiable in everything but the flags.
+
+    Raises:
+        TypeError: as `reward_to_go`.
+        ValueError: as `reward_to_go`.
+        RuntimeError: as `reward_to_go`.
+
+    Numerics: float64 throughout, rounded once.
+    Source: Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
+    estimation", section 3, equation 16.
+
+    Example:
+        >>> ones, dones = torch.ones(2), torch.tensor([False, True])
+        >>> generalized_advantage(ones, torch.zeros(2), dones, 0.5, 1.0)
+        tensor([1.5000, 1.0000])
+    """
+    _check_rewards(rewards)
+    _check_like("values", values, rewards, rewards.dtype)
+    _check_like("dones", dones, rewards, torch.bool)
+    if final_values is not None:
+        _check_like("final_values", final_values, rewards, rewards.dtype)
+    if last_values is not None:
+        _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
+    _check_mask(mask, mask_mode, rewards)
+    scalar, gammas = _check_gamma("gamma", gamma, rewards)
+    scalar_lambda, lambdas = _check_gamma("gae_lambda", gae_lambda, rewards)
+    if out is not None:
+        names = "rewards dones gamma final_values last_values mask values gae_lambda"
+        given = (rewards, dones, gamma, final_values, last_values, mask, values, gae_lambda)
+        _check_out(out, rewards, names, given)
+
+    wide = torch.float64
+    discount = scalar if gammas is None else gammas
+    after = rewards.new_zeros((1, *rewards.shape[1:]), dtype=wide)
+    if last_values is not None:
+        after = last_values.to(wide)[None]
+    known = values.to(wide)
+    paid = rewards.to(wide)
+    if mask is None:
+        reached = known
+    else:
+        paid, known = torch.where(mask, paid, 0.0), torch.where(mask, known, 0.0)
+        # Which value a row shows to the one before it: its own, or what its mode lets through.
+        closed = mask if mask_mode != "cut" else torch.ones_like(mask)
+        passing = discount if mask_mode == "decay" else 1.0
+        reached = reward_to_go(known, closed, passing, last_values=after[0], backend=backend)
+    following = torch.cat([reached[1:], after]) if len(rewards) else reached
+    ending = after.new_zeros(()) if final_values is None else final_values.to(wide)
+    delta = paid + discount * torch.where(dones, ending, following) - known
+    factor = scalar_lambda if lambdas is None else lambdas
+    result = reward_to_go(
+        delta, dones, discount * factor, mask=mask, mask_mode=mask_mode, backend=backend
+    ).to(rewards.dtype)
     return result if out is None else out.copy_(result)
 
 
@@ -118,7 +283,7 @@ def _check_like(
     value: Tensor,
     rewards: Tensor,
     dtype: torch.dtype,
-    shape: torch.Size | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
     shape = rewards.shape if shape is None else shape
     if not isinstance(value, Tensor):
@@ -137,78 +302,159 @@ def _check_like(
         )
 
 
-def _check_gamma(gamma: float | Tensor, rewards: Tensor) -> Tensor:
-    """Check `gamma`, and return it in float64."""
+def _check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> None:
+    if mask is not None:
+        _check_like("mask", mask, rewards, torch.bool)
+    if mask_mode not in _MASK_MODES:
+        raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
+
+
+def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets: expected int64, got {_name(offsets.dtype)}; pass offsets.long()")
+    if offsets.ndim != 1 or len(offsets) == 0:
+        raise ValueError(f"offsets: expected shape (B + 1,), got {tuple(offsets.shape)}")
+    if offsets.device != rewards.device:
+        raise ValueError(
+            f"offsets: expected a tensor on {rewards.device} like rewards, got {offsets.device};"
+            " pass offsets.to(rewards.device)"
+        )
+    if offsets.device.type != "cpu" or not _is_eager():
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != len(rewards):
+        raise ValueError(
+            f"offsets: expected numbers from 0 to {len(rewards)}, the length of rewards, got"
+            f" {first} to {last}"
+        )
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(falls):
+        i = int(falls[0])
+        raise ValueError(
+            f"offsets: expected numbers that never decrease, got {int(offsets[i])} and then"
+            f" {int(offsets[i + 1])} at place {i + 1}; pass lengths.cumsum(0) behind a 0"
+        )
+
+
+def _check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[float, Tensor | None]:
+    """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`."""
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-            raise TypeError(f"gamma: expected a float or a tensor, got {type(gamma).__name__}")
+            raise TypeError(f"{name}: expected a float or a tensor, got {type(gamma).__name__}")
         if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
-        return torch.tensor(gamma, dtype=torch.float64, device=rewards.device)
+            raise ValueError(f"{name}: expected a number in [0, 1], got {gamma}")
+        return float(gamma), None
     if not gamma.dtype.is_floating_point:
-        raise TypeError(f"gamma: expected a float tensor, got {_name(gamma.dtype)}")
+        raise TypeError(f"{name}: expected a float tensor, got {_name(gamma.dtype)}")
     if gamma.device != rewards.device and not (gamma.ndim == 0 and gamma.device.type == "cpu"):
         raise ValueError(
-            f"gamma: expected a tensor on {rewards.device} like rewards, got {gamma.device};"
-            " pass gamma.to(rewards.device)"
+            f"{name}: expected a tensor on {rewards.device} like rewards, got {gamma.device};"
+            f" pass {name}.to(rewards.device)"
         )
     try:
         gamma.expand(rewards.shape)
     except RuntimeError:
         raise ValueError(
-            f"gamma: expected a shape that broadcasts to {tuple(rewards.shape)},"
+            f"{name}: expected a shape that broadcasts to {tuple(rewards.shape)},"
             f" got {tuple(gamma.shape)}"
         ) from None
-    readable = gamma.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and gamma.numel() and not bool(((gamma >= 0) & (gamma <= 1)).all()):
+    if (
+        gamma.device.type == "cpu"
+        and _is_eager()
+        and gamma.numel()
+        and not bool(((gamma >= 0) & (gamma <= 1)).all())
+    ):
         raise ValueError(
-            f"gamma: expected numbers in [0, 1], got {gamma.min().item()} to {gamma.max().item()}"
+            f"{name}: expected numbers in [0, 1], got {gamma.min().item()} to {gamma.max().item()}"
         )
-    return gamma.to(device=rewards.device, dtype=torch.float64)
+    return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)
 
 
-def _check_out(out: Tensor, rewards: Tensor, inputs: Mapping[str, object]) -> None:
+def _check_out(out: Tensor, rewards: Tensor, names: str, values: Iterable[object]) -> None:
     _check_like("out", out, rewards, rewards.dtype)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"out: expected no gradients, got {name} that requires them")
-        if _share_memory(out, value):
-            raise ValueError(
-                f"out: expected memory of its own, got a tensor that overlaps {name};"
-                " pass torch.empty_like(rewards)"
-            )
-    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+    gradients = torch.is_grad_enabled()
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            if gradients and value.requires_grad:
+                name = names.split()[index]
+                raise ValueError(f"out: expected no gradients, got {name} that requires them")
+            if _is_eager() and _share_memory(out, value):
+                raise ValueError(
+                    f"out: expected memory of its own, got a tensor that overlaps"
+                    f" {names.split()[index]}; pass torch.empty_like(rewards)"
+                )
+    if not out.is_contiguous() and any(
+        size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)
+    ):
         raise ValueError("out: expected one place for each element, got an expanded tensor")
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if one.numel() == 0 or other.numel() == 0:
+    start, other_start = one.data_ptr(), other.data_ptr()
+    if start >= other_start + _reach(other) or other_start >= start + _reach(one):
         return False
-    (start, end), (other_start, other_end) = _extent(one), _extent(other)
-    return one.device == other.device and start < other_end and other_start < end
+    return one.numel() > 0 and other.numel() > 0 and one.device == other.device
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * step for size, step in steps) + 1) * tensor.element_size()
 
 
-def _check_backend(backend: str, device: torch.device) -> None:
+def _is_served(backend: str, rewards: Tensor) -> bool:
+    """Whether a kernel serves a tensor, rather than the reference; says once which it is."""
+    if backend == "auto" and rewards.is_cpu and "cpu" in _announced:
+        return True
+    device = rewards.device.type
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if backend in ("cpu", "cuda"):
+    if backend == "reference":
+        return False
+    if backend != "auto" and backend != device:
         raise RuntimeError(
-            f"backend: expected one that is in this version, got {backend!r}, which is not;"
-            ' pass backend="reference" or "auto"'
+            f"backend: expected one for {device} tensors, got {backend!r}; move the tensors to"
+            f' {backend}, or pass backend="auto"'
         )
-    if backend == "auto" and device.type not in _announced:
-        _announced.add(device.type)
-        _log.info("returns on %s: the reference backend, the only one so far", device.type)
+    has_triton = device == "cuda" and importlib.util.find_spec("triton") is not None
+    if backend == "cuda" and not has_triton:
+        raise RuntimeError(
+            'backend: expected triton to be installed for "cuda", found none; pip install triton,'
+            ' or pass backend="reference"'
+        )
+    served = device == "cpu" or has_triton
+    if device not in _announced and _is_eager():
+        _announced.add(device)
+        how = "machine code" if served else "the reference backend, a loop over time"
+        _log.info("returns on %s: %s", device, how)
+    return served
+
+
+def _is_plain(given: Iterable[object]) -> bool:
+    """Whether nobody is watching: no gradients, no tracing, no batching, no subclasses."""
+    if not _is_eager() or torch._C._are_functorch_transforms_active():
+        return False
+    gradients = torch.is_grad_enabled()
+    for value in given:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if gradients and value.requires_grad:  # type: ignore[attr-defined]
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return True
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling()
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["reward_to_go"]
+__all__ = ["generalized_advantage", "packed_reward_to_go", "reward_to_go"]

@@ -1,0 +1,669 @@
+"""Discounted returns on the CPU, in machine code.
+
+Kernels take addresses and strides in elements: any layout is read where it lies, and a call costs
+little. Sums are carried in float64. Three loops share the work:
+
+- `_rows`: the elements of a row lie one after the other; all columns of a block step together.
+- `_lanes`: time lies contiguous (a transposed batch, packed episodes). Eight steps of eight
+  environments are turned in registers, and then step like rows.
+- `_general`: values at ends, a gamma for each element, any strides.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from vecpg.returns.jit import jit
+
+# Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
+# the next row then lies on another page, and is not fetched ahead.
+_COLUMNS = 4096
+# The same with more to keep for each, and where a row's elements are far apart.
+_GENERAL_COLUMNS = 1024
+_FAR_COLUMNS = 16
+# Fewer elements than this for each thread are done sooner by one.
+_THREAD_ELEMENTS = 2**18
+
+_MODES = {"cut": 0, "skip": 1, "decay": 2}
+_CUT, _SKIP = _MODES["cut"], _MODES["skip"]
+_BOOL = np.uint8(0)
+_LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def reward_to_go(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """Write what `vecpg.returns.reward_to_go` describes to `out`; all are (T, N), checked."""
+    length, num_envs = rewards.shape
+    if length == 0 or num_envs == 0:
+        return
+    if rewards.dtype not in _LIKE:
+        _widened(rewards, dones, gamma, final_values, last_values, mask, mask_mode, out)
+        return
+    like = _LIKE[rewards.dtype]
+    marks = 0 if mask is None else mask.data_ptr()
+    places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), marks
+    strides = rewards.stride() + dones.stride() + out.stride()
+    strides += (0, 0) if mask is None else mask.stride()
+    last, last_stride = (0, 0) if last_values is None else _place(last_values)
+    mode = _MODES[mask_mode]
+    rows, columns = strides[0::2], strides[1::2]
+    kernel = _general
+    options: tuple[Any, ...] = ()
+    if final_values is None and not isinstance(gamma, Tensor):
+        if num_envs > 1 and _is_dense(columns, mask):
+            kernel, options = _rows, (places, rows, last, last_stride, length)
+        elif _is_dense(rows, mask):
+            kernel, options = _columns, (places, columns, last, last_stride, length)
+        tail = gamma, mode, like
+    if kernel is _general:
+        scalar, gammas, gamma_strides = _gammas(gamma)
+        values, value_strides = (0, (0, 0)) if final_values is None else _matrix(final_values)
+        options = (places, strides, last, last_stride, gammas, gamma_strides)
+        options += (values, value_strides, length)
+        tail = scalar, mode, like
+    if length * num_envs < 2 * _THREAD_ELEMENTS:
+        kernel(*options, 0, num_envs, *tail)
+    else:
+        _in_threads(kernel, options, num_envs, tail, length * num_envs)
+
+
+def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
+    return steps[0] == steps[1] == steps[2] == 1 and (mask is None or steps[3] == 1)
+
+
+def packed_reward_to_go(
+    rewards: Tensor,
+    offsets: Tensor,
+    gamma: float | Tensor,
+    final_values: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write what `vecpg.returns.packed_reward_to_go` describes to `out`; checked."""
+    if len(rewards) == 0:
+        return
+    if rewards.dtype not in _LIKE:
+        wide = torch.empty(rewards.shape)
+        values = None if final_values is None else final_values.float()
+        packed_reward_to_go(rewards.float(), offsets, gamma, values, wide)
+        out.copy_(wide)
+        return
+    scalar, gammas, gamma_strides = _gammas(gamma)
+    values_at, value_stride = (0, 0) if final_values is None else _place(final_values)
+    options: tuple[Any, ...] = (
+        *_place(rewards),
+        *_place(offsets),
+        *_place(out),
+        gammas,
+        gamma_strides[0],
+    )
+    options += (values_at, value_stride)
+    tail = scalar, _LIKE[rewards.dtype]
+    _in_threads(_packed, options, len(offsets) - 1, tail, len(rewards))
+
+
+def _widened(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """Numba knows no 16-bit floats: widen some columns at a time."""
+    length, num_envs = rewards.shape
+    width = max(1, _THREAD_ELEMENTS // length)
+    for start in range(0, num_envs, width):
+        block = slice(start, start + width)
+        wide = torch.empty(rewards[:, block].shape)
+        reward_to_go(
+            rewards[:, block].float(),
+            dones[:, block],
+            gamma[:, block] if isinstance(gamma, Tensor) else gamma,
+            None if final_values is None else final_values[:, block].float(),
+            None if last_values is None else last_values[block].float(),
+            None if mask is None else mask[:, block],
+            mask_mode,
+            wide,
+        )
+        out[:, block] = wide
+
+
+def _place(vector: Tensor) -> tuple[int, int]:
+    return vector.data_ptr(), vector.stride(0)
+
+
+def _matrix(matrix: Tensor) -> tuple[int, tuple[int, ...]]:
+    return matrix.data_ptr(), matrix.stride()
+
+
+def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
+    """One number for all, or 0.0 and where each element's is."""
+    if isinstance(gamma, Tensor):
+        return 0.0, gamma.data_ptr(), gamma.stride()
+    return gamma, 0, (0, 0)
+
+
+def _in_threads(
+    kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], elements: int
+) -> None:
+    """Run a kernel over 0 to `count`, shared by torch's number of threads where that pays.
+
+    A result does not depend on how the range is split.
+    """
+    threads = min(torch.get_num_threads(), count, elements // _THREAD_ELEMENTS)
+    if threads <= 1:
+        kernel(*options, 0, count, *tail)
+        return
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="vecpg-returns")
+    bounds = [count * i // threads for i in range(threads + 1)]
+    futures = [
+        _pool.submit(kernel, *options, bounds[i], bounds[i + 1], *tail) for i in range(1, threads)
+    ]
+    kernel(*options, bounds[0], bounds[1], *tail)
+    for future in futures:
+        future.result()
+
+
+def _forget_pool() -> None:
+    """A child made by fork has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+@intrinsic
+def _at(context, address, like):
+    """A pointer to elements of the type of `like`."""
+
+    def build(target, builder, signature, args):
+        return builder.inttoptr(args[0], target.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), build
+
+
+@intrinsic
+def _eight_steps(context, bases, offset, carries, gamma, like):
+    """Eight steps back in eight lanes at once, from step `offset` + 7 to `offset`.
+
+    `bases` is the address of eight addresses of rewards, eight of dones and eight of results,
+    `carries` that of eight float64. Eight steps of eight lanes are loaded, turned so that a vector
+    holds one step of all lanes, stepped back one by one, turned again and stored.
+    """
+
+    def build(target, builder, signature, args):
+        steps = _Steps(target, builder, args, like)
+        paid, ends = steps.load(0, like), steps.load(1, types.uint8)
+        result = [None] * 8
+        for k in reversed(range(8)):
+            steps.carry = result[k] = steps.back(paid[k], ends[k])
+        steps.finish(result)
+        return target.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp, types.float64, like), build
+
+
+@intrinsic
+def _eight_masked_steps(context, bases, offset, carries, gamma, cut, skip, like):
+    """As `_eight_steps`, with eight addresses of a mask behind the others."""
+
+    def build(target, builder, signature, args):
+        cut, skip = args[4:6]
+        steps = _Steps(target, builder, args, like)
+        paid, ends = steps.load(0, like), steps.load(1, types.uint8)
+        real = steps.load(3, types.uint8)
+        result = [None] * 8
+        for k in reversed(range(8)):
+            here = steps.back(paid[k], ends[k])
+            decayed = builder.fmul(steps.gamma, steps.carry)
+            passed = builder.select(cut, steps.zeros, builder.select(skip, steps.carry, decayed))
+            masked = steps.is_zero(real[k])
+            result[k] = builder.select(masked, steps.zeros, here)
+            steps.carry = builder.select(masked, passed, here)
+        steps.finish(result)
+        return target.get_dummy_value()
+
+    flag = types.boolean
+    return (
+        types.none(types.intp, types.intp, types.intp, types.float64, flag, flag, like),
+        build,
+    )
+
+
+class _Steps:
+    """Builds what the two have in common."""
+
+    def __init__(self, target, builder, args, like) -> None:
+        self.target, self.builder, self.like = target, builder, like
+        self.bases, self.offset = args[0:2]
+        wide = ir.VectorType(ir.DoubleType(), 8)
+        self.zeros = ir.Constant(wide, [0.0] * 8)
+        self.carries = builder.inttoptr(args[2], wide.as_pointer())
+        self.carry = builder.load(self.carries, align=8)
+        one = builder.insert_element(ir.Constant(wide, ir.Undefined), args[3], ir.IntType(32)(0))
+        first = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+        self.gamma = builder.shuffle_vector(one, one, first)
+
+    def addresses(self, array, kind):
+        """Where the eight lanes' next eight elements of the array with that number lie."""
+        element = self.target.get_value_type(kind)
+        vector = ir.VectorType(element, 8).as_pointer()
+        table = self.builder.inttoptr(self.bases, self.offset.type.as_pointer())
+        skipped = self.builder.mul(
+            self.offset, self.offset.type(self.target.get_abi_sizeof(element))
+        )
+        for lane in range(8):
+            place = self.builder.gep(table, [self.offset.type(8 * array + lane)])
+            address = self.builder.add(self.builder.load(place), skipped)
+            yield self.builder.inttoptr(address, vector)
+
+    def load(self, array, kind):
+        """A vector for each step."""
+        rows = [self.builder.load(each, align=1) for each in self.addresses(array, kind)]
+        return (_turned_bytes if kind == types.uint8 else _turned)(self.builder, rows)
+
+    def is_zero(self, flags):
+        return self.builder.icmp_unsigned("==", flags, ir.Constant(flags.type, [0] * 8))
+
+    def back(self, paid, ends):
+        if self.like == types.float32:
+            paid = self.builder.fpext(paid, self.carry.type)
+        # Selected before it is multiplied: 0 times infinity is NaN.
+        following = self.builder.select(self.is_zero(ends), self.carry, self.zeros)
+        discounted = self.builder.fmul(self.gamma, following, flags=("contract",))
+        return self.builder.fadd(paid, discounted, flags=("contract",))
+
+    def finish(self, result):
+        self.builder.store(self.carry, self.carries, align=8)
+        if self.like == types.float32:
+            narrow = ir.VectorType(ir.FloatType(), 8)
+            result = [self.builder.fptrunc(row, narrow) for row in result]
+        turned = _turned(self.builder, result)
+        for pointer, row in zip(self.addresses(2, self.like), turned, strict=True):
+            self.builder.store(row, pointer, align=1)
+
+
+def _pick(builder, one, other, places):
+    chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+    return builder.shuffle_vector(one, other, chosen)
+
+
+def _turned(builder, rows):
+    """The 8 columns of 8 vectors of 8, in moves that AVX does in one instruction each."""
+
+    def pick(one, other, *places):
+        return _pick(builder, one, other, places)
+
+    ones, twos = [], []
+    for i in range(0, 8, 2):
+        ones.append(pick(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13))
+        ones.append(pick(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15))
+    for i in (0, 1, 4, 5):
+        twos.append(pick(ones[i], ones[i + 2], 0, 1, 8, 9, 4, 5, 12, 13))
+        twos.append(pick(ones[i], ones[i + 2], 2, 3, 10, 11, 6, 7, 14, 15))
+    lower = [pick(twos[i], twos[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) for i in range(4)]
+    upper = [pick(twos[i], twos[i + 4], 4, 5, 6, 7, 12, 13, 14, 15) for i in range(4)]
+    return lower + upper
+
+
+def _turned_bytes(builder, rows):
+    """The same for bytes, of which 16 fill a vector."""
+    low = [place for i in range(8) for place in (i, i + 16)]
+    high = [place + 8 for place in low]
+    short = [place for i in range(8) for place in (i, i + 8)]
+    pairs = [_pick(builder, rows[i], rows[i + 4], short) for i in range(4)]
+    fours = [
+        _pick(builder, pairs[i], pairs[i + 2], places) for i in (0, 1) for places in (low, high)
+    ]
+    eights = [
+        _pick(builder, fours[i], fours[i + 2], places) for i in (0, 1) for places in (low, high)
+    ]
+    halves = (range(8), range(8, 16))
+    return [_pick(builder, each, each, half) for each in eights for half in halves]
+
+
+@jit
+def _from(address, like, count):
+    """`count` elements of the type of `like`, as they lie in memory."""
+    return numba.carray(_at(address, like), (count,))
+
+
+@jit
+def _first_carry(carry, last, last_stride, start, count, like):
+    """The values after the last row of some columns; 0 where there are none."""
+    if last == 0:
+        for j in range(count):
+            carry[j] = 0.0
+    else:
+        values = _from(last, like, (start + count - 1) * last_stride + 1)
+        for j in range(count):
+            carry[j] = values[(start + j) * last_stride]
+
+
+@jit
+def _rows(places, strides, last, last_stride, length, start, stop, gamma, mode, like):
+    """Columns `start` to `stop`, whose elements lie one after the other in every row.
+
+    Places and strides of the rows are those of rewards, dones, out and mask; place 0 = no mask.
+    """
+    paid = _from(places[0], like, (length - 1) * strides[0] + stop)
+    ends = _from(places[1], _BOOL, (length - 1) * strides[1] + stop)
+    result = _from(places[2], like, (length - 1) * strides[2] + stop)
+    masked = places[3] != 0
+    real = _from(places[3], _BOOL, (length - 1) * strides[3] + stop if masked else 0)
+    carry = np.empty(_COLUMNS)
+    for column in range(start, stop, _COLUMNS):
+        count = min(_COLUMNS, stop - column)
+        _first_carry(carry, last, last_stride, column, count, like)
+        t = length - 1
+        if masked:
+            while t >= 0:
+                _masked_step(
+                    _row(paid, t * strides[0] + column, count),
+                    _row(ends, t * strides[1] + column, count),
+                    _row(result, t * strides[2] + column, count),
+                    _row(real, t * strides[3] + column, count),
+                    carry,
+                    gamma,
+                    mode,
+                )
+                t -= 1
+            continue
+        if length % 2 == 1:
+            _step(
+                _row(paid, t * strides[0] + column, count),
+                _row(ends, t * strides[1] + column, count),
+                _row(result, t * strides[2] + column, count),
+                carry,
+                gamma,
+            )
+            t -= 1
+        while t > 0:  # two rows at a time: the carries are read and written half as often
+            row_paid = _row(paid, t * strides[0] + column, count)
+            row_ends = _row(ends, t * strides[1] + column, count)
+            row_result = _row(result, t * strides[2] + column, count)
+            before_paid = _row(paid, (t - 1) * strides[0] + column, count)
+            before_ends = _row(ends, (t - 1) * strides[1] + column, count)
+            before_result = _row(result, (t - 1) * strides[2] + column, count)
+            for j in range(count):
+                following = carry[j]
+                following = row_paid[j] + gamma * (0.0 if row_ends[j] else following)
+                row_result[j] = following
+                following = before_paid[j] + gamma * (0.0 if before_ends[j] else following)
+                before_result[j] = following
+                carry[j] = following
+            t -= 2
+
+
+@jit
+def _row(flat, start, count):
+    return flat[start : start + count]
+
+
+@jit
+def _step(paid, ends, result, carry, gamma):
+    """One step back in every column."""
+    for j in range(len(paid)):
+        following = carry[j]
+        # Selected before it is multiplied, here and below: 0 times infinity is NaN.
+        following = paid[j] + gamma * (0.0 if ends[j] else following)
+        result[j] = following
+        carry[j] = following
+
+
+@jit
+def _masked_step(paid, ends, result, real, carry, gamma, mode):
+    """One step back in every column, of which some are masked."""
+    cut, skip = mode == _CUT, mode == _SKIP
+    for j in range(len(paid)):
+        following = carry[j]
+        here = paid[j] + gamma * (0.0 if ends[j] else following)
+        passed = 0.0 if cut else (following if skip else gamma * following)
+        counted = real[j]
+        result[j] = here if counted else 0.0
+        carry[j] = here if counted else passed
+
+
+@jit
+def _columns(places, strides, last, last_stride, length, start, stop, gamma, mode, like):
+    """As `_rows`, of columns that lie in one piece each; strides from column to column."""
+    carry = np.empty(8)
+    bases = np.zeros((4, 8), np.int64)
+    size = np.full(1, like).itemsize
+    for column in range(start, stop, 8):
+        count = min(8, stop - column)
+        _first_carry(carry, last, last_stride, column, count, like)
+        for lane in range(count):
+            bases[0, lane] = places[0] + (column + lane) * strides[0] * size
+            bases[1, lane] = places[1] + (column + lane) * strides[1]
+            bases[2, lane] = places[2] + (column + lane) * strides[2] * size
+            if places[3] != 0:
+                bases[3, lane] = places[3] + (column + lane) * strides[3]
+        _lanes(bases, carry, count, length, gamma, mode, like)
+
+
+@jit
+def _lanes(bases, carry, count, length, gamma, mode, like):
+    """`length` steps back from a carry in each of `count` lanes, at most eight.
+
+    `bases` holds the addresses of the first rewards, dones, results and mask of every lane.
+    """
+    t = length
+    masked = bases[3, 0] != 0
+    if count == 8:
+        while t >= 8:
+            t -= 8
+            if masked:
+                _eight_masked_steps(
+                    bases.ctypes.data,
+                    t,
+                    carry.ctypes.data,
+                    gamma,
+                    mode == _CUT,
+                    mode == _SKIP,
+                    like,
+                )
+            else:
+                _eight_steps(bases.ctypes.data, t, carry.ctypes.data, gamma, like)
+    for lane in range(count):
+        paid = _from(bases[0, lane], like, t)
+        ends = _from(bases[1, lane], _BOOL, t)
+        result = _from(bases[2, lane], like, t)
+        following = carry[lane]
+        for k in range(t - 1, -1, -1):
+            if masked and not _from(bases[3, lane], _BOOL, t)[k]:
+                result[k] = 0.0
+                if mode == _CUT:
+                    following = 0.0
+                elif mode != _SKIP:
+                    following *= gamma
+            else:
+                following = paid[k] + gamma * (0.0 if ends[k] else following)
+                result[k] = following
+        carry[lane] = following
+
+
+@jit
+def _packed(
+    rewards,
+    rewards_stride,
+    offsets,
+    offsets_stride,
+    out,
+    out_stride,
+    gammas,
+    gammas_stride,
+    values,
+    values_stride,
+    start,
+    stop,
+    gamma,
+    like,
+):
+    """Episodes `start` to `stop` of a packed batch."""
+    bounds = _from(offsets, np.int64(0), stop * offsets_stride + 1)
+    begin, end = bounds[start * offsets_stride], bounds[stop * offsets_stride]
+    paid = _from(rewards, like, max(0, (end - 1) * rewards_stride + 1))
+    result = _from(out, like, max(0, (end - 1) * out_stride + 1))
+    if gammas == 0 and values == 0 and rewards_stride == 1 and out_stride == 1:
+        ends = np.zeros(end - begin, np.uint8)
+        # Runs of whole episodes, as even as their bounds allow, side by side.
+        cuts = np.full(8 + 1, end)
+        run = 0
+        for episode in range(start, stop):
+            first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
+            if after > first:
+                ends[after - 1 - begin] = 1
+            while run < 8 and 8 * (first - begin) >= run * (end - begin):
+                cuts[run] = first
+                run += 1
+        shortest = end - begin
+        for run in range(8):
+            shortest = min(shortest, cuts[run + 1] - cuts[run])
+        carry = np.zeros(8)
+        bases = np.zeros((4, 8), np.int64)
+        size = np.full(1, like).itemsize
+        for run in range(8):
+            bases[0, run] = rewards + (cuts[run + 1] - shortest) * size
+            bases[1, run] = ends.ctypes.data + (cuts[run + 1] - shortest - begin)
+            bases[2, run] = out + (cuts[run + 1] - shortest) * size
+        _lanes(bases, carry, 8, shortest, gamma, _CUT, like)
+        for run in range(8):
+            following = carry[run]
+            for t in range(cuts[run + 1] - shortest - 1, cuts[run] - 1, -1):
+                following = paid[t] + gamma * (0.0 if ends[t - begin] else following)
+                result[t] = following
+        return
+    for episode in range(start, stop):
+        first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
+        following = 0.0
+        if values != 0:
+            following = float(_from(values, like, episode * values_stride + 1)[-1])
+        for t in range(after - 1, first - 1, -1):
+            discount = gamma
+            if gammas != 0:
+                discount = _from(gammas, 0.0, t * gammas_stride + 1)[-1]
+            following = paid[t * rewards_stride] + discount * following
+            result[t * out_stride] = following
+
+
+@jit
+def _general(
+    places,
+    strides,
+    last,
+    last_stride,
+    gammas,
+    gammas_strides,
+    values,
+    values_strides,
+    length,
+    start,
+    stop,
+    gamma,
+    mode,
+    like,
+):
+    """As `_rows`, of matrices with any strides; of `strides` two for each. Place 0 = not given."""
+    rewards, dones, out, marks = places
+    rewards_strides, dones_strides = strides[0:2], strides[2:4]
+    out_strides, marks_strides = strides[4:6], strides[6:8]
+    paid = _from(rewards, like, _reach(rewards_strides, length, stop))
+    ends = _from(dones, _BOOL, _reach(dones_strides, length, stop))
+    result = _from(out, like, _reach(out_strides, length, stop))
+    discounts = _from(gammas, 0.0, 0 if gammas == 0 else _reach(gammas_strides, length, stop))
+    real = _from(marks, _BOOL, 0 if marks == 0 else _reach(marks_strides, length, stop))
+    final = _from(values, like, 0 if values == 0 else _reach(values_strides, length, stop))
+    carry = np.empty(_GENERAL_COLUMNS)
+    reward = np.empty(_GENERAL_COLUMNS)
+    discount = np.empty(_GENERAL_COLUMNS)
+    value = np.empty(_GENERAL_COLUMNS)
+    closed = np.empty(_GENERAL_COLUMNS, np.uint8)
+    counted = np.ones(_GENERAL_COLUMNS, np.uint8)
+    cut, skip = mode == _CUT, mode == _SKIP
+    width = _GENERAL_COLUMNS if rewards_strides[1] == 1 else _FAR_COLUMNS
+    for column in range(start, stop, width):
+        count = min(width, stop - column)
+        _first_carry(carry, last, last_stride, column, count, like)
+        for t in range(length - 1, -1, -1):
+            _load(paid, rewards_strides, t, column, count, reward)
+            _load(ends, dones_strides, t, column, count, closed)
+            if gammas == 0:
+                for j in range(count):
+                    discount[j] = gamma
+            else:
+                _load(discounts, gammas_strides, t, column, count, discount)
+            if values != 0:
+                _load(final, values_strides, t, column, count, value)
+                for j in range(count):
+                    # Selected before it is multiplied, here and below: 0 times infinity is NaN.
+                    following = value[j]
+                    reward[j] += discount[j] * (following if closed[j] else 0.0)
+            if marks != 0:
+                _load(real, marks_strides, t, column, count, counted)
+                for j in range(count):
+                    kept = reward[j]
+                    reward[j] = kept if counted[j] else 0.0
+                for j in range(count):
+                    ending = closed[j]
+                    closed[j] = ending if counted[j] else cut
+                if skip:
+                    for j in range(count):
+                        kept = discount[j]
+                        discount[j] = kept if counted[j] else 1.0
+            for j in range(count):
+                following = carry[j]
+                following = reward[j] + discount[j] * (0.0 if closed[j] else following)
+                carry[j] = following
+                value[j] = following if counted[j] else 0.0
+            at, step = t * out_strides[0] + column * out_strides[1], out_strides[1]
+            if step == 1:
+                row = result[at : at + count]
+                for j in range(count):
+                    row[j] = value[j]
+            else:
+                for j in range(count):
+                    result[at + j * step] = value[j]
+
+
+@jit
+def _load(flat, strides, t, column, count, into):
+    """Some of a row's elements. Apart from the rest, so that it vectorizes where it can."""
+    at, step = t * strides[0] + column * strides[1], strides[1]
+    if step == 1:
+        row = flat[at : at + count]
+        for j in range(count):
+            into[j] = row[j]
+    else:
+        for j in range(count):
+            into[j] = flat[at + j * step]
+
+
+@jit
+def _reach(strides, length, columns):
+    """How many elements lie between the first and the last."""
+    return (length - 1) * strides[0] + (columns - 1) * strides[1] + 1
