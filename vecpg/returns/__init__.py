@@ -79,6 +79,11 @@ def reward_to_go(
         >>> reward_to_go(rewards, dones, 0.5, last_values=torch.tensor(4.0))
         tensor([1.5000, 1.0000, 3.0000])
     """
+    options = final_values is last_values is mask is None and mask_mode == "cut"
+    if options and backend == "auto" and _is_commonest(rewards, dones, gamma, out):
+        out = torch.empty_like(rewards) if out is None else out
+        operator.write_rows(rewards, dones, float(gamma), out)
+        return out
     _check_rewards(rewards)
     _check_like("dones", dones, rewards, torch.bool)
     if final_values is not None:
@@ -266,6 +271,43 @@ def generalized_advantage(
     return result if out is None else out.copy_(result)
 
 
+def _is_commonest(
+    rewards: Tensor, dones: Tensor, gamma: float | Tensor, out: Tensor | None
+) -> bool:
+    """Whether a call is right and asks for nothing special: found out in 2 us instead of 8.
+
+    What is not is checked again, and named, one by one.
+    """
+    if not (
+        type(rewards) is type(dones) is Tensor
+        and type(gamma) is float
+        and 0.0 <= gamma <= 1.0
+        and (rewards.dtype is torch.float32 or rewards.dtype is torch.float64)
+        and dones.dtype is torch.bool
+        and rewards.ndim == 2
+        and rewards.shape == dones.shape
+        and rewards.is_cpu
+        and dones.is_cpu
+        and rewards.is_contiguous()
+        and dones.is_contiguous()
+        and not rewards.requires_grad
+        and "cpu" in _announced
+        and _is_eager()
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return out is None or (
+        type(out) is Tensor
+        and out.dtype is rewards.dtype
+        and out.shape == rewards.shape
+        and out.is_cpu
+        and out.is_contiguous()
+        and not out.requires_grad
+        and not _share_memory(out, rewards)
+        and not _share_memory(out, dones)
+    )
+
+
 def _check_rewards(rewards: Tensor) -> None:
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}")
@@ -323,18 +365,18 @@ def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
         )
     if offsets.device.type != "cpu" or not _is_eager():
         return
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != len(rewards):
+    places = offsets.numpy()
+    if places[0] != 0 or places[-1] != len(rewards):
         raise ValueError(
             f"offsets: expected numbers from 0 to {len(rewards)}, the length of rewards, got"
-            f" {first} to {last}"
+            f" {places[0]} to {places[-1]}"
         )
-    falls = (offsets[1:] < offsets[:-1]).nonzero()
-    if len(falls):
-        i = int(falls[0])
+    falls = places[1:] < places[:-1]
+    if falls.any():
+        i = int(falls.argmax())
         raise ValueError(
-            f"offsets: expected numbers that never decrease, got {int(offsets[i])} and then"
-            f" {int(offsets[i + 1])} at place {i + 1}; pass lengths.cumsum(0) behind a 0"
+            f"offsets: expected numbers that never decrease, got {places[i]} and then"
+            f" {places[i + 1]} at place {i + 1}; pass lengths.cumsum(0) behind a 0"
         )
 
 

@@ -85,6 +85,22 @@ def reward_to_go(
         _in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
+def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
+    """The same for contiguous tensors without options, at little cost for a small call."""
+    length, num_envs = rewards.shape
+    elements = length * num_envs
+    if elements == 0:
+        return
+    places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), 0
+    rows = num_envs, num_envs, num_envs, 0
+    like = _LIKE[rewards.dtype]
+    if elements < 2 * _THREAD_ELEMENTS:
+        _rows(places, rows, 0, 0, length, 0, num_envs, gamma, 0, like)
+    else:
+        options = places, rows, 0, 0, length
+        _in_threads(_rows, options, num_envs, (gamma, 0, like), elements)
+
+
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
     return steps[0] == steps[1] == steps[2] == 1 and (mask is None or steps[3] == 1)
 

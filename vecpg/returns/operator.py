@@ -73,6 +73,11 @@ def write(
     )
 
 
+def write_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
+    """As `write`, of contiguous (T, N) tensors on the CPU, without any option."""
+    _kernels(False).reward_to_go_rows(rewards, dones, gamma, out)
+
+
 def write_packed(
     rewards: Tensor,
     offsets: Tensor,
@@ -145,8 +150,19 @@ class _RewardToGo(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        result: Tensor = _operator(*arguments)
+    def forward(
+        rewards: Tensor,
+        dones: Tensor,
+        gamma: float,
+        gammas: Tensor | None,
+        final_values: Tensor | None,
+        last_values: Tensor | None,
+        mask: Tensor | None,
+        mask_mode: str,
+    ) -> Tensor:
+        result: Tensor = _operator(
+            rewards, dones, gamma, gammas, final_values, last_values, mask, mask_mode
+        )
         return result
 
     @staticmethod
