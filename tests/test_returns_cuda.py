@@ -1,0 +1,395 @@
+import itertools
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_returns import MODES, TOLERANCE, definition, make_case, poison
+
+triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from vecpg.returns import cuda, reference  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# Tiles that small tensors fill more than once, and the rows of a program (None: all).
+KERNELS = {
+    "A": [(cuda._Tile(False, 4, 1, 4, 1, 1), None)],
+    "B": [(cuda._Tile(False, 2, 4, 2, 1, 1), None)],
+    "C": [(cuda._Tile(True, 2, 2, 2, 1, 1), None), (cuda._Tile(True, 1, 4, 2, 1, 1), None)],
+    "D": [(cuda._Tile(False, 2, 2, 2, 1, 1), 8), (cuda._Tile(True, 2, 2, 2, 1, 1), 4)],
+}
+OPTIONAL = ("final_values", "last_values", "mask")
+LAYOUTS = ("plain", "transposed", "sliced")
+SHAPES = ((1, 1), (2, 3), (9, 5), (9, 5), (13, 3))
+
+
+# In the interpreter, which has to be chosen before the kernels are read: in a process of its own.
+
+
+def test_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_returns_cuda as t; t.interpret()"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def interpret():
+    torch.set_num_threads(1)
+    check_public()
+    check_packed("cpu", (23, 24))
+    check_offsets_out_of_bounds()
+    pick = random.Random(0)
+    cases = [(dtype, mode, set(OPTIONAL), None) for dtype in TOLERANCE for mode in MODES]
+    cases += [(torch.float32, pick.choice(MODES), {name}, 0.9) for name in OPTIONAL]
+    cases += [(torch.float32, "cut", set(), gamma) for gamma in (0.9, 1.0, 0.0)]
+    for kernels in KERNELS.values():
+        for seed, case in enumerate(cases):
+            tile, span = kernels[seed % len(kernels)]
+            check_case(tile, span, seed, pick.choice(SHAPES), *case, pick.choice(LAYOUTS))
+        for tile, span in kernels:
+            check_nothing_passes_an_end(tile, span)
+
+
+def check_public():
+    case = poison(make_case(1, 9, 5))
+    out = torch.full((9, 5), math.nan)
+    cuda.reward_to_go(**case, mask_mode="skip", out=out)
+    torch.testing.assert_close(out, definition(**case, mode="skip").float(), atol=1e-6, rtol=0)
+
+
+def laid_out(value, layout):
+    if layout == "transposed" and value.ndim == 2:
+        return value.t().contiguous().t()
+    if layout == "sliced":
+        return torch.stack([value, torch.zeros_like(value)], dim=-1)[..., 0]
+    return value
+
+
+def check_case(tile, span, seed, shape, dtype, mode, given, gamma, layout):
+    case = make_case(seed, *shape, dtype, done=0.3, masked=0.4)
+    for name in {"final_values", "last_values"} - given:
+        case[name] = torch.zeros_like(case[name])
+    if "mask" not in given:
+        case["mask"] = torch.ones_like(case["mask"])
+    if gamma is not None:
+        case["gamma"] = torch.full(shape, gamma, dtype=torch.float64)
+    poison(case)
+    passed = {name: laid_out(value, layout) for name, value in case.items()}
+    passed |= dict.fromkeys(set(OPTIONAL) - given)
+    if gamma is not None:
+        passed["gamma"] = gamma
+    out = laid_out(torch.full(shape, math.nan, dtype=dtype), layout)
+    cuda._scan(cuda._Inputs(**passed, mask_mode=mode), out, tile, span or len(out))
+
+    expected = definition(**case, mode=mode)
+    error = (out.double() - expected).abs().max().item()
+    # The interpreter cuts what does not fit into bfloat16, instead of rounding it.
+    tolerance = 1e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    what = (tile, span, seed, shape, dtype, mode, given, gamma, layout, error)
+    assert error <= tolerance * max(1.0, expected.abs().max().item()), what
+
+
+def check_nothing_passes_an_end(tile, span):
+    """What follows an end may be NaN or infinite."""
+    case = make_case(0, 11, 3, masked=0.0)
+    case["dones"][:] = False
+    case["dones"][4] = True
+    case["rewards"][5:] = math.nan
+    case["last_values"][:] = math.inf
+    out = torch.empty(11, 3)
+    cuda._scan(cuda._Inputs(**case), out, tile, span or 11)
+    expected = definition(**case, mode="cut").float()
+    assert expected[:5].isfinite().all()
+    torch.testing.assert_close(out, expected, equal_nan=True, atol=1e-6, rtol=0)
+
+
+def episodes(offsets, rewards, gamma, final_values):
+    """Each episode's definition, by itself."""
+    ends = offsets.tolist()
+    parts = []
+    for i, (start, stop) in enumerate(itertools.pairwise(ends)):
+        shape = (stop - start, 1)
+        none = torch.zeros(shape, dtype=bool)
+        last = torch.tensor([0.0 if final_values is None else final_values[i].item()])
+        rows = (rewards[start:stop].reshape(shape), none, gamma[start:stop].reshape(shape))
+        parts.append(definition(*rows, torch.zeros(shape), last, ~none, "cut")[:, 0])
+    return torch.cat(parts)
+
+
+def check_packed(device, totals):
+    """Zero-length episodes at both ends and within, with odd and even totals."""
+    for total, with_final, with_gammas in itertools.product(totals, (False, True), (False, True)):
+        g = torch.Generator().manual_seed(total)
+        cuts = torch.randint(0, total + 1, (max(5, total // 40),), generator=g)
+        offsets = torch.cat([torch.tensor([0, 0]), cuts, cuts[:3], torch.tensor([total, total])])
+        offsets = offsets.sort().values
+        rewards = torch.randn(total, generator=g)
+        final_values = torch.randn(len(offsets) - 1, generator=g) if with_final else None
+        gamma = torch.full((total,), 0.9, dtype=torch.float64)
+        if with_gammas:
+            gamma = torch.rand(total, generator=g, dtype=torch.float64)
+        out = torch.full((total,), math.nan, device=device)
+        cuda.packed_reward_to_go(
+            rewards.to(device),
+            offsets.to(device),
+            gamma.to(device) if with_gammas else 0.9,
+            None if final_values is None else final_values.to(device),
+            out,
+        )
+        expected = episodes(offsets, rewards, gamma, final_values)
+        torch.testing.assert_close(out.cpu().double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def check_offsets_out_of_bounds():
+    offsets = torch.tensor([0, 3, 100, -7, 5, 5])
+    dones, _ = cuda._ends(offsets, None, 6)
+    assert dones.tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 0), (0, 0)])
+def test_nothing_to_do_is_not_launched(shape):
+    empty = torch.zeros(shape)
+    cuda.reward_to_go(empty, empty.bool(), 0.9, None, None, None, "cut", empty)
+    flat, none = torch.zeros(0), torch.zeros(1, dtype=torch.int64)
+    cuda.packed_reward_to_go(flat, none, 0.9, None, flat)
+
+
+# The combine, apart: the interpreter scans from first to last, and would take any function.
+
+
+@pytest.mark.parametrize("special", [0.5, math.nan, math.inf])
+def test_the_combine_is_associative(special):
+    with np.errstate(invalid="ignore"):
+        for factors in itertools.product([0.0, 0.5, 1.0], repeat=3):
+            one, two, three = zip(factors, [special, 2.0, -3.0], strict=True)
+            left = combine(combine(one, two), three)
+            right = combine(one, combine(two, three))
+            np.testing.assert_equal(left, right)
+            # Where a factor is 0, nothing of what lies beyond it is left.
+            if factors[1] == 0 or factors[2] == 0:
+                assert math.isfinite(left[1])
+
+
+def combine(after, before):
+    """The kernels' own text, on numbers."""
+
+    class Numbers:
+        where = staticmethod(lambda condition, yes, no: yes if condition else no)
+
+    names = {"tl": Numbers}
+    for function in (cuda._follow, cuda._combine):
+        exec(function.src, names)
+    return names["_combine"](*map(np.float64, (*after, *before)))
+
+
+# Compiled, as launched, without a GPU.
+
+
+class Recorder:
+    """Stands in for a kernel, and keeps what it was launched with."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+    def bound(self, target):
+        """Of each launch: what the compiler is given."""
+        backend = make_backend(target)
+        kernel = self.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        for args, kwargs in self.launches:
+            arguments, specialization, options = bind(*args, **kwargs)
+            yield kernel._pack_args(backend, kwargs, arguments, specialization, options)
+
+
+def launched(monkeypatch, call):
+    recorders = {name: Recorder(getattr(cuda, name)) for name in ("_kernel", "_mark_ends")}
+    with monkeypatch.context() as patch:
+        for name, recorder in recorders.items():
+            patch.setattr(cuda, name, recorder)
+        call()
+    return [recorder for recorder in recorders.values() if recorder.launches]
+
+
+def unfilled(shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch(shape, env_major=False, everything=False):
+    def tensor(dtype=torch.float32):
+        return unfilled(shape[::-1], dtype).t() if env_major else unfilled(shape, dtype)
+
+    options = (tensor(), unfilled(shape[1]), tensor(torch.bool)) if everything else (None,) * 3
+    cuda.reward_to_go(tensor(), tensor(torch.bool), 0.99, *options, "skip", tensor())
+
+
+def launch_packed(everything):
+    final_values = unfilled(99) if everything else None
+    offsets = unfilled(100, torch.int64)
+    cuda.packed_reward_to_go(unfilled(100_000), offsets, 0.99, final_values, unfilled(100_000))
+
+
+# What makes each kernel's launches, and how many they are.
+LAUNCHES = {
+    "A": (lambda everything: launch((128, 65536), False, everything), 1),
+    "B": (lambda everything: launch((128, 4096), False, everything), 1),
+    "C": (lambda everything: launch((500, 8192), True, everything), 1),
+    "D": (lambda everything: launch((65536, 64), False, everything), 3),
+    "packed": (launch_packed, 4),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiled(name, everything, capability, monkeypatch):
+    call, launches = LAUNCHES[name]
+    target = GPUTarget("cuda", capability, 32)
+    sources = [
+        (ASTSource(recorder.kernel, signature, constants, attributes), options.__dict__)
+        for recorder in launched(monkeypatch, lambda: call(everything))
+        for options, signature, constants, attributes in recorder.bound(target)
+    ]
+    assert len(sources) == launches
+    for source, options in sources:
+        compiled = triton.compile(source, target=target, options=options)
+        used = resources(compiled.asm["cubin"])
+        assert used["LOCAL"] == 0
+        assert used["STACK"] == 0
+        if name == "A":
+            assert "shfl" not in compiled.asm["ptx"]
+            assert compiled.metadata.shared == 0
+            # Fours of floats and of bytes.
+            assert compiled.asm["ptx"].count("ld.global.v4.b32") >= 8
+
+
+def resources(cubin):
+    """What a kernel takes, by the compiler's account: LOCAL and STACK hold spilled registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def test_sizes_and_gamma_are_arguments(monkeypatch):
+    """Other sizes and another gamma do not compile anew, and gamma is not rounded to float32."""
+    target = GPUTarget("cuda", 90, 32)
+
+    def given(call):
+        (recorder,) = launched(monkeypatch, call)
+        return [(signature, attributes) for _, signature, _, attributes in recorder.bound(target)]
+
+    first = given(lambda: launch((128, 4096)))
+    assert first == given(lambda: launch((17, 33))) == given(lambda: launch((400, 2**31)))
+    assert first[0][0]["gamma"] == "fp64"
+    assert given(lambda: launch((128, 40000))) == given(lambda: launch((999, 65532)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "env_major", "name"),
+    [
+        ((16, 64), False, "A"),
+        ((1000, 32768), False, "A"),
+        ((128, 4096), False, "B"),
+        ((10_000, 4096), False, "B"),
+        ((65536, 64), False, "D"),
+        ((32, 8), True, "C"),
+        ((2048, 8192), True, "C"),
+        ((131_072, 8), True, "D"),
+        ((512, 1), False, "C"),
+        ((5000, 1), False, "D"),
+    ],
+)
+def test_dispatch(shape, env_major, name):
+    value = unfilled(shape[::-1]).t() if env_major else unfilled(shape)
+    tile, span = cuda._choose(cuda._Inputs(value, value.bool(), 0.9), value)
+    kernel = "C" if tile.env_major else "A" if tile.runs == 1 else "B"
+    assert name == ("D" if span < shape[0] else kernel)
+    assert span == shape[0] or span % tile.rows == 0
+
+
+# On a GPU.
+
+
+GPU_SHAPES = [(1, 1), (63, 33), (130, 1000), (16, 5000), (300, 33000), (4100, 2), (70001, 1)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_on_a_gpu_it_is_the_reference(shape, layout):
+    for mode, dtype in itertools.product(MODES, TOLERANCE):
+        case = poison(make_case(1, *shape, dtype, done=0.02))
+        expected = reference.reward_to_go(**case, mask_mode=mode)
+        passed = {name: laid_out(value.cuda(), layout) for name, value in case.items()}
+        out = laid_out(torch.full(shape, math.nan, dtype=dtype, device="cuda"), layout)
+        cuda.reward_to_go(**passed, mask_mode=mode, out=out)
+        scale = max(1.0, expected.abs().max().item())
+        error = (out.cpu().double() - expected.double()).abs().max().item()
+        assert error <= 2 * TOLERANCE[dtype] * scale
+        again = laid_out(torch.full_like(out, math.nan), layout)
+        cuda.reward_to_go(**passed, mask_mode=mode, out=again)
+        assert torch.equal(out, again)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [1, 4, 31, 128, 513, 2049])
+@pytest.mark.parametrize(("num_envs", "layout"), [(1, "plain"), (5, "transposed"), (33, "plain")])
+def test_on_a_gpu_it_is_the_definition(length, num_envs, layout):
+    case = poison(make_case(length, length, num_envs, torch.float64, done=0.1))
+    passed = {name: laid_out(value.cuda(), layout) for name, value in case.items()}
+    out = torch.empty_like(passed["rewards"])
+    cuda.reward_to_go(**passed, mask_mode="skip", out=out)
+    expected = definition(**case, mode="skip")
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-12, rtol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("total", [1, 23, 4096, 9001])
+def test_on_a_gpu_packed(total):
+    check_packed("cuda", (total,))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(128, 1000), (5000, 4)])
+def test_captured_in_a_graph(shape):
+    case = {name: value.cuda() for name, value in make_case(3, *shape).items()}
+    flat, offsets = torch.randn(5000, device="cuda"), torch.tensor([0, 7, 7, 5000], device="cuda")
+    out, packed = torch.empty(shape, device="cuda"), torch.empty(5000, device="cuda")
+
+    def call():
+        cuda.reward_to_go(**case, mask_mode="cut", out=out)
+        cuda.packed_reward_to_go(flat, offsets, 0.9, None, packed)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    case["rewards"].normal_()
+    flat.normal_()
+    graph.replay()
+    replayed, replayed_packed = out.clone(), packed.clone()
+    call()
+    assert torch.equal(replayed, out)
+    assert torch.equal(replayed_packed, packed)
