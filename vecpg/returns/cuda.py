@@ -74,7 +74,7 @@ def reward_to_go(
     if out.numel() == 0:
         return
     inputs = _Inputs(rewards, dones, gamma, final_values, last_values, mask, mask_mode)
-    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(rewards):
         _scan(inputs, out, *_choose(inputs, out))
 
 
@@ -91,7 +91,7 @@ def packed_reward_to_go(
     """
     if out.numel() == 0:
         return
-    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(rewards):
         dones, values = _ends(offsets, final_values, len(rewards))
         inputs = _Inputs(
             rewards.unsqueeze(1),
@@ -232,25 +232,25 @@ def _launch(
 
 
 @triton.jit
-def _combine(a_after, b_after, a, b):  # type: ignore[no-untyped-def]
+def _combine(a_after, b_after, a, b):
     """First x -> b_after + a_after * x, then x -> b + a * x, where a = 0 selects b."""
     return a_after * a, _follow(a, b, b_after)
 
 
 @triton.jit
-def _follow(a, b, x):  # type: ignore[no-untyped-def]
+def _follow(a, b, x):
     return b + tl.where(a == 0.0, 0.0, a * x)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _at(tensor, t, n, t_stride, n_stride, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+def _at(tensor, t, n, t_stride, n_stride, VECTOR: tl.constexpr):
     # Says no more than VECTOR, lest bytes get another layout than floats and have to be exchanged.
     offsets = t * t_stride + n * n_stride
     return tensor + tl.max_contiguous(tl.multiple_of(offsets, (1, 1, VECTOR)), (1, 1, VECTOR))
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]
+def _kernel(
     rewards,
     dones,
     gamma: tl.float64,
@@ -384,7 +384,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
-def _mark_ends(  # type: ignore[no-untyped-def]
+def _mark_ends(
     offsets,
     final_values,
     dones,
