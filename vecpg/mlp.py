@@ -27,6 +27,8 @@ _BLOCK = 64
 _SUM_ROWS = 16 * _BLOCK
 
 _MOST_UNITS = 1024
+# A stride, in a type that is no constant: else functions would be compiled for each stride of 1.
+_ONE = np.int64(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,37 +237,36 @@ def _forward(parameters, widths, relu, units, rows):
     A layer's activations begin `_BLOCK` times the widths before it into `units`.
     """
     at = 0
-    below = units[: rows * widths[0]].reshape(rows, widths[0])
+    below = units[: rows * widths[0]]
     begin = _BLOCK * widths[0]
     for layer in range(1, len(widths) - 1):
         fan_in, fan_out = widths[layer - 1], widths[layer]
-        weight = parameters[at : at + fan_in * fan_out].reshape(fan_in, fan_out)
+        weight = parameters[at : at + fan_in * fan_out]
         at += fan_in * fan_out
         bias = parameters[at : at + fan_out]
         at += fan_out
-        here = units[begin : begin + rows * fan_out].reshape(rows, fan_out)
+        here = units[begin : begin + rows * fan_out]
         for n in range(rows):
-            row = here[n]
+            row = _row(here, n, fan_out)
             for o in range(fan_out):
                 row[o] = bias[o]
-        _add_product(below, weight, here)
-        flat = units[begin : begin + rows * fan_out]
+        _add_product(below, fan_in, _ONE, weight, here, rows, fan_in, fan_out)
         if relu:
-            for i in range(len(flat)):
-                flat[i] = max(flat[i], np.float32(0.0))
+            for i in range(len(here)):
+                here[i] = max(here[i], np.float32(0.0))
         else:
-            for i in range(len(flat)):
-                flat[i] = _tanh(flat[i])
+            for i in range(len(here)):
+                here[i] = _tanh(here[i])
         below = here
         begin += _BLOCK * fan_out
     fan_in, fan_out = widths[-2], widths[-1]
-    weight = parameters[at : at + fan_in * fan_out].reshape(fan_out, fan_in)
+    weight = parameters[at : at + fan_in * fan_out]
     bias = parameters[at + fan_in * fan_out :]
     logits = units[begin : begin + rows * fan_out].reshape(rows, fan_out)
     for n in range(rows):
-        row = below[n]
+        row = _row(below, n, fan_in)
         for a in range(fan_out):
-            column = weight[a]
+            column = _row(weight, a, fan_in)
             total = np.float32(0.0)
             for i in range(fan_in):
                 total += row[i] * column[i]
@@ -280,44 +281,47 @@ def _backward(parameters, backwards, widths, relu, units, rows, slopes, spare, g
     fan_in, fan_out = widths[last - 1], widths[last]
     at = len(parameters) - fan_out
     begin = _units(widths) - _BLOCK * fan_out
-    above = units[begin : begin + rows * fan_out].reshape(rows, fan_out)
-    bias = gradient[at:]
-    for n in range(rows):
-        for a in range(fan_out):
-            bias[a] += above[n, a]
+    above = units[begin : begin + rows * fan_out]
+    _add_rows(above, rows, gradient[at:])
     at -= fan_in * fan_out
     begin -= _BLOCK * fan_in
-    below = units[begin : begin + rows * fan_in].reshape(rows, fan_in)
-    _add_product(above.T, below, gradient[at : at + fan_in * fan_out].reshape(fan_out, fan_in))
-    weight = parameters[at : at + fan_in * fan_out].reshape(fan_out, fan_in)
+    below = units[begin : begin + rows * fan_in]
+    to_weight = gradient[at : at + fan_in * fan_out]
+    _add_product(above, _ONE, fan_out, below, to_weight, fan_out, rows, fan_in)
+    weight = parameters[at : at + fan_in * fan_out]
     for layer in range(last - 1, 0, -1):
-        # `above` and `weight` belong to the layer above this one.
-        fan_out = widths[layer]
-        slope = slopes[: rows * fan_out].reshape(rows, fan_out)
-        flat, active = slopes[: rows * fan_out], units[begin : begin + rows * fan_out]
-        for i in range(len(flat)):
-            flat[i] = np.float32(0.0)
-        _add_product(above, weight, slope)
+        # `above`, of which there are `next_out`, and `weight` belong to the layer above this one.
+        next_out, fan_out, fan_in = widths[layer + 1], widths[layer], widths[layer - 1]
+        slope, active = slopes[: rows * fan_out], units[begin : begin + rows * fan_out]
+        for i in range(len(slope)):
+            slope[i] = np.float32(0.0)
+        _add_product(above, next_out, _ONE, weight, slope, rows, next_out, fan_out)
         if relu:
-            for i in range(len(flat)):
-                flat[i] = flat[i] if active[i] > np.float32(0.0) else np.float32(0.0)
+            for i in range(len(slope)):
+                kept = slope[i]
+                slope[i] = kept if active[i] > np.float32(0.0) else np.float32(0.0)
         else:
-            for i in range(len(flat)):
-                flat[i] *= np.float32(1.0) - active[i] * active[i]
-        fan_in = widths[layer - 1]
+            for i in range(len(slope)):
+                slope[i] *= np.float32(1.0) - active[i] * active[i]
         at -= fan_out
-        bias = gradient[at : at + fan_out]
-        for n in range(rows):
-            row = slope[n]
-            for i in range(fan_out):
-                bias[i] += row[i]
+        _add_rows(slope, rows, gradient[at : at + fan_out])
         at -= fan_in * fan_out
         begin -= _BLOCK * fan_in
-        below = units[begin : begin + rows * fan_in].reshape(rows, fan_in)
-        _add_product(below.T, slope, gradient[at : at + fan_in * fan_out].reshape(fan_in, fan_out))
-        weight = backwards[at : at + fan_in * fan_out].reshape(fan_out, fan_in)
+        below = units[begin : begin + rows * fan_in]
+        to_weight = gradient[at : at + fan_in * fan_out]
+        _add_product(below, _ONE, fan_in, slope, to_weight, fan_in, rows, fan_out)
+        weight = backwards[at : at + fan_in * fan_out]
         above = slope
         slopes, spare = spare, slopes
+
+
+@jit
+def _add_rows(matrix, rows, total):
+    """Add every row of a matrix to `total`."""
+    for n in range(rows):
+        row = _row(matrix, n, len(total))
+        for i in range(len(total)):
+            total[i] += row[i]
 
 
 @jit
@@ -344,22 +348,27 @@ def _turned(parameters, widths):
 
 
 @jit
-def _add_product(a, b, c):
-    """C += A B, four rows of A by four of B at a time; rows of B and C are contiguous.
+def _add_product(a, a_row, a_column, b, c, rows, inner, columns):
+    """C += A B on vectors that hold matrices, four rows of A by four of B at a time.
 
-    About 40 of the 60 GFLOP/s of a large product, at 64 x 64 x 64 on one core.
+    A has any strides, so that it may be a transposed one; B and C are contiguous. About 40 of the
+    60 GFLOP/s of a large product, at 64 x 64 x 64 on one core.
     """
-    rows, inner = a.shape
-    columns = b.shape[1]
     whole_rows, whole_inner = rows - rows % 4, inner - inner % 4
     for n in range(0, whole_rows, 4):
-        c0, c1, c2, c3 = c[n], c[n + 1], c[n + 2], c[n + 3]
+        c0, c1 = _row(c, n, columns), _row(c, n + 1, columns)
+        c2, c3 = _row(c, n + 2, columns), _row(c, n + 3, columns)
+        i0 = n * a_row
+        i1, i2, i3 = i0 + a_row, i0 + 2 * a_row, i0 + 3 * a_row
         for k in range(0, whole_inner, 4):
-            b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-            a00, a01, a02, a03 = a[n, k], a[n, k + 1], a[n, k + 2], a[n, k + 3]
-            a10, a11, a12, a13 = a[n + 1, k], a[n + 1, k + 1], a[n + 1, k + 2], a[n + 1, k + 3]
-            a20, a21, a22, a23 = a[n + 2, k], a[n + 2, k + 1], a[n + 2, k + 2], a[n + 2, k + 3]
-            a30, a31, a32, a33 = a[n + 3, k], a[n + 3, k + 1], a[n + 3, k + 2], a[n + 3, k + 3]
+            b0, b1 = _row(b, k, columns), _row(b, k + 1, columns)
+            b2, b3 = _row(b, k + 2, columns), _row(b, k + 3, columns)
+            j0 = k * a_column
+            j1, j2, j3 = j0 + a_column, j0 + 2 * a_column, j0 + 3 * a_column
+            a00, a01, a02, a03 = a[i0 + j0], a[i0 + j1], a[i0 + j2], a[i0 + j3]
+            a10, a11, a12, a13 = a[i1 + j0], a[i1 + j1], a[i1 + j2], a[i1 + j3]
+            a20, a21, a22, a23 = a[i2 + j0], a[i2 + j1], a[i2 + j2], a[i2 + j3]
+            a30, a31, a32, a33 = a[i3 + j0], a[i3 + j1], a[i3 + j2], a[i3 + j3]
             for j in range(columns):
                 v0, v1, v2, v3 = b0[j], b1[j], b2[j], b3[j]
                 c0[j] += a00 * v0 + a01 * v1 + a02 * v2 + a03 * v3
@@ -367,8 +376,8 @@ def _add_product(a, b, c):
                 c2[j] += a20 * v0 + a21 * v1 + a22 * v2 + a23 * v3
                 c3[j] += a30 * v0 + a31 * v1 + a32 * v2 + a33 * v3
         for k in range(whole_inner, inner):
-            b0 = b[k]
-            a00, a10, a20, a30 = a[n, k], a[n + 1, k], a[n + 2, k], a[n + 3, k]
+            b0, at = _row(b, k, columns), k * a_column
+            a00, a10, a20, a30 = a[i0 + at], a[i1 + at], a[i2 + at], a[i3 + at]
             for j in range(columns):
                 v0 = b0[j]
                 c0[j] += a00 * v0
@@ -376,12 +385,16 @@ def _add_product(a, b, c):
                 c2[j] += a20 * v0
                 c3[j] += a30 * v0
     for n in range(whole_rows, rows):
-        c0 = c[n]
+        c0 = _row(c, n, columns)
         for k in range(inner):
-            b0 = b[k]
-            a00 = a[n, k]
+            b0, a00 = _row(b, k, columns), a[n * a_row + k * a_column]
             for j in range(columns):
                 c0[j] += a00 * b0[j]
+
+
+@jit
+def _row(flat, index, columns):
+    return flat[index * columns : (index + 1) * columns]
 
 
 @jit
