@@ -163,6 +163,24 @@ class Misbehaving(gymnasium.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
+class Odd(Constant):
+    """Where action is 1, returns what Gymnasium cannot use, of the kind that `what` names."""
+
+    def __init__(self, what="reward"):
+        super().__init__()
+        self.what = what
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if action != 1:
+            return obs, reward, terminated, truncated, info
+        if self.what == "four":
+            return obs, reward, terminated, info
+        if self.what == "shape":
+            return np.zeros(7, np.float32), reward, terminated, truncated, info
+        return obs, "much", terminated, truncated, info
+
+
 class Suicidal(Constant):
     """Kills its own process at its fourth step, as the system does for want of memory."""
 
@@ -198,6 +216,7 @@ for _env, _limit in (
     (Suicidal, 10),
     (Talkative, 10),
     (Leaving, 10),
+    (Odd, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

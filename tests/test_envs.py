@@ -96,3 +96,22 @@ def test_a_copy_that_raises_says_which_it_is():
         envs.step(np.zeros(4, int))
     assert caught.value.index == guilty
     assert "environments.py" in caught.value.trace
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("what", ["four", "shape", "reward"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of the same
+def test_a_copy_that_returns_what_cannot_be_used_says_which_it_is(vectorization, what, index):
+    envs = make_envs(
+        "environments:Odd-v0", 3, vectorization=vectorization, env_kwargs={"what": what}
+    )
+    envs.reset(seed=[1, 2, 3])
+    actions = np.zeros(3, int)
+    actions[index] = 1
+    try:
+        with pytest.raises(SubEnvironmentError) as caught:
+            envs.step(actions)
+        assert caught.value.index == index
+    finally:
+        envs.close()

@@ -124,3 +124,30 @@ def test_what_is_not_served_is_told():
     assert mlp.why_not(make_policy(2, (3,), 2).double()) == "the parameters are not float32"
     assert "more than" in mlp.why_not(make_policy(2, (5000,), 2))
     assert mlp.why_not(policy.to("meta")) == "the policy is on meta"
+
+
+def test_policies_that_compute_something_else_are_not_served():
+    class Other(Policy):
+        pass
+
+    spaces_ = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+    assert mlp.why_not(Other(*spaces_)) == "Other may compute something else"
+    policy = Policy(*spaces_)
+    policy.network.insert(1, torch.nn.LayerNorm(64))
+    assert mlp.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_)
+    policy.network[0].register_forward_hook(lambda *_: None)
+    assert mlp.why_not(policy) == "a module has hooks"
+    policy = Policy(*spaces_)
+    policy.network[0].weight.requires_grad_(False)
+    assert mlp.why_not(policy) == "a parameter is frozen"
+
+
+def test_rollouts_of_another_policy_are_refused():
+    policy = make_policy(4, (8,), 2)
+    rollout, advantages = make_rollout(make_policy(3, (8,), 2), 10)
+    with pytest.raises(ValueError, match=r"rollout.obs: expected \(T, N, \*\(4,\)\), got"):
+        by_machine_code(policy, rollout, advantages, 1, 0.0)
+    rollout, advantages = make_rollout(make_policy(4, (8,), 9), 100)
+    with pytest.raises(ValueError, match="rollout.actions: expected 0 to 1 where counted, got 0"):
+        by_machine_code(policy, rollout, advantages, 1, 0.0)

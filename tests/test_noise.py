@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniform, uniforms
+from vecpg.mlp import uniform
+from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [

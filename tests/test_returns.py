@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -429,7 +430,7 @@ def test_advantages_are_differentiable_and_write_to_out():
     rewards, values = rewards.detach(), values.detach()
     assert generalized_advantage(rewards, values, gae_lambda=0.9, out=out, **case) is out
     assert torch.equal(out, generalized_advantage(rewards, values, gae_lambda=0.9, **case))
-    with pytest.raises(ValueError, match="out: .*overlaps values"):
+    with pytest.raises(ValueError, match="out: .*may overlap values"):
         generalized_advantage(rewards, values, gae_lambda=0.9, out=values, **case)
     with pytest.raises(ValueError, match=r"gae_lambda: expected a number in \[0, 1\], got 2"):
         generalized_advantage(rewards, values, gae_lambda=2, **case)
@@ -522,6 +523,117 @@ def test_it_can_be_mapped_over_another_dimension(in_dims):
     first = rewards.select(in_dims[0], 0).clone().requires_grad_()
     (expected,) = torch.autograd.grad(one(first, own).square().sum(), first)
     torch.testing.assert_close(grads[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_defaults_do_not_matter(dtype):
+    case = make_case(1, 20, 3, dtype)
+    offsets = torch.tensor([0, 7, 20])
+    expected = reward_to_go(**case), packed_reward_to_go(case["rewards"][:, 0], offsets, 0.9)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            results = reward_to_go(**case), packed_reward_to_go(case["rewards"][:, 0], offsets, 0.9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
+
+
+def test_an_interrupt_leaves_no_thread_at_work(monkeypatch):
+    """The memory it writes to may be given back."""
+    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    done = []
+
+    def kernel(start, stop):
+        if start == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        done.append(start)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu._in_threads(kernel, (), 30, (), 1000)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == [10, 20]
+
+
+def test_autograd_hears_of_a_written_out():
+    rewards, dones = torch.ones(4, 2), torch.zeros(4, 2, dtype=bool)
+    mask = torch.ones(4, 2, dtype=bool)
+    for options in ({}, {"mask": mask}):
+        weight, out = torch.ones(4, 2, requires_grad=True), torch.ones(4, 2)
+        total = (weight * out).sum()
+        reward_to_go(rewards, dones, 0.5, out=out, **options)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+        with pytest.raises(ValueError, match="out: expected a tensor without gradients"):
+            reward_to_go(rewards, dones, 0.5, out=torch.ones(4, 2, requires_grad=True), **options)
+
+
+def test_tensors_that_are_views_with_a_sign():
+    numbers = torch.randn(6, 3, dtype=torch.complex64)
+    negated = numbers.conj().imag
+    assert negated.is_neg()
+    dones = torch.zeros(6, 3, dtype=bool)
+    expected = reward_to_go(negated.clone(), dones, 0.5)
+    torch.testing.assert_close(reward_to_go(negated, dones, 0.5), expected)
+    place = torch.zeros(6, 3, dtype=torch.complex64).conj().imag
+    reward_to_go(negated.clone(), dones, 0.5, out=place)
+    torch.testing.assert_close(place.clone(), expected)
+
+
+def test_an_out_that_is_no_plain_tensor_is_copied_to():
+    from torch.testing._internal.two_tensor import TwoTensor  # its memory is elsewhere
+
+    out = TwoTensor(torch.zeros(4, 2), torch.zeros(4, 2))
+    result = reward_to_go(torch.ones(4, 2), torch.zeros(4, 2, dtype=bool), 0.5, out=out)
+    assert result is out
+    assert out.a[0, 0] == out.b[0, 0] == 1.875
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_tracing_records_the_operator_and_dual_numbers_are_refused():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    dones = torch.zeros(4, 2, dtype=bool)
+    graph = make_fx(lambda rewards: reward_to_go(rewards, dones, 0.5))(torch.ones(4, 2))
+    rewards = torch.randn(4, 2)
+    assert torch.equal(graph(rewards), reward_to_go(rewards, dones, 0.5))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rewards, rewards)
+        with pytest.raises(RuntimeError, match="jvp"):
+            reward_to_go(dual, dones, 0.5)
+
+
+def test_gamma_can_be_mapped():
+    rewards, dones = torch.randn(5, 3), torch.rand(5, 3) < 0.3
+    gammas = torch.tensor([0.5, 0.9])
+    mapped = torch.vmap(lambda gamma: reward_to_go(rewards, dones, gamma))(gammas)
+    lambdas = torch.vmap(lambda each: generalized_advantage(rewards, rewards, dones, each, each))(
+        gammas
+    )
+    for i in range(2):
+        torch.testing.assert_close(mapped[i], reward_to_go(rewards, dones, gammas[i]))
+        one = generalized_advantage(rewards, rewards, dones, gammas[i], gammas[i])
+        torch.testing.assert_close(lambdas[i], one)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_advantages_keep_nan_out_of_every_gradient(mode):
+    case = poison(make_case(3, 9, 4))
+    values = torch.randn(9, 4).masked_fill(~case["mask"], math.nan).requires_grad_()
+    case["mask"][-1], case["dones"][-1] = False, False
+    case["last_values"].fill_(math.nan if mode == "cut" else 1.0)
+    inputs = [case[name].requires_grad_() for name in ("rewards", "final_values", "gamma")]
+    result = generalized_advantage(values=values, gae_lambda=0.9, mask_mode=mode, **case)
+    assert result.isfinite().all()
+    result.sum().backward()
+    for value in (values, *inputs):
+        assert value.grad.isfinite().all()
 
 
 def test_what_auto_chose_is_said_once(monkeypatch, caplog):
@@ -644,8 +756,12 @@ R, D = torch.zeros(4, 3), torch.zeros(4, 3, dtype=bool)
         (ValueError, r"gamma: expected numbers in \[0, 1\]", {"gamma": torch.tensor([0.5, -1, 1])}),
         (ValueError, "gamma: .*broadcasts to", {"gamma": torch.ones(4)}),
         (ValueError, "out: expected shape", {"out": torch.zeros(3, 4)}),
-        (ValueError, "out: .*overlaps rewards", {"out": R}),
-        (ValueError, "out: .*expanded", {"out": torch.zeros(4, 1).expand(4, 3)}),
+        (ValueError, "out: .*may overlap rewards", {"out": R}),
+        (ValueError, "out: .*one place for each", {"out": torch.zeros(4, 1).expand(4, 3)}),
+        (ValueError, "out: .*one place", {"out": torch.as_strided(torch.zeros(9), (4, 3), (1, 1))}),
+        (TypeError, "out: .*got float64; pass torch.empty_like", {"out": R.double()}),
+        (TypeError, "rewards: expected a dense tensor.*to_dense", {"rewards": R.to_sparse()}),
+        (TypeError, "rewards: .*complex64; pass rewards.real", {"rewards": R.cfloat()}),
         (ValueError, "backend: expected one of auto", {"backend": "gpu"}),
         (RuntimeError, "expected one for cpu tensors, got 'cuda'", {"backend": "cuda"}),
     ],

@@ -19,7 +19,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from vecpg.returns import cuda, reference  # noqa: E402
+from vecpg.returns import (  # noqa: E402
+    cuda,
+    generalized_advantage,
+    packed_reward_to_go,
+    reference,
+    reward_to_go,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -393,3 +399,58 @@ def test_captured_in_a_graph(shape):
     call()
     assert torch.equal(replayed, out)
     assert torch.equal(replayed_packed, packed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_the_public_functions_are_those_of_the_cpu(backend):
+    case = poison(make_case(1, 100, 33))
+    values = torch.randn(100, 33).masked_fill(~case["mask"], math.nan)
+    offsets = torch.tensor([0, 10, 10, 90, 100])
+    on_gpu = {name: value.cuda() for name, value in case.items()}
+    options = {"gae_lambda": 0.9, "mask_mode": "skip"}
+    pairs = [
+        (
+            reward_to_go(**on_gpu, backend=backend),
+            reward_to_go(**case),
+        ),
+        (
+            generalized_advantage(values=values.cuda(), **on_gpu, **options, backend=backend),
+            generalized_advantage(values=values, **case, **options),
+        ),
+        (
+            packed_reward_to_go(values.nan_to_num()[:, 0].cuda(), offsets.cuda(), 0.9),
+            packed_reward_to_go(values.nan_to_num()[:, 0], offsets, 0.9),
+        ),
+        (
+            reward_to_go(
+                on_gpu["rewards"], on_gpu["dones"], torch.tensor(0.5), mask=on_gpu["mask"]
+            ),
+            reward_to_go(case["rewards"], case["dones"], 0.5, mask=case["mask"]),
+        ),
+    ]
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gradients_mapping_and_compiling_on_a_gpu():
+    case = make_case(2, 40, 7)
+    on_gpu = {name: value.cuda() for name, value in case.items()}
+    grads = []
+    for each in (case, on_gpu):
+        inputs = [each[name].requires_grad_() for name in ("rewards", "gamma", "last_values")]
+        total = reward_to_go(**each, mask_mode="decay").square().sum()
+        grads.append([grad.cpu() for grad in torch.autograd.grad(total, inputs)])
+    for ours, expected in zip(*reversed(grads), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    rewards, dones = on_gpu["rewards"].detach(), on_gpu["dones"]
+    plain = reward_to_go(rewards, dones, 0.9)
+    stacked = torch.stack([rewards, 2 * rewards])
+    mapped = torch.vmap(lambda each: reward_to_go(each, dones, 0.9))(stacked)
+    torch.testing.assert_close(mapped, torch.stack([plain, 2 * plain]))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda each: reward_to_go(each, dones, 0.9), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(rewards), plain)

@@ -1,9 +1,11 @@
+import contextlib
 import json
 import logging
 import math
 import os
 import signal
 import time
+import types
 
 import gymnasium
 import pytest
@@ -433,3 +435,20 @@ def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
 def test_acrobot_is_learnt_with_the_same_settings(tmp_path):
     summary = train(Config(env_id="Acrobot-v1", seed=3, out_dir=str(tmp_path))).summary
     assert summary["eval_return_mean"] >= -120
+
+
+def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch):
+    """Compiling after the run was solved is no part of the time until then."""
+
+    def slow(*arguments):
+        clock.seconds += 1000.0
+        return update(*arguments)
+
+    clock = types.SimpleNamespace(seconds=0.0)
+    update = train_module.update
+    compilation = contextlib.nullcontext(clock)
+    monkeypatch.setattr(train_module, "Compilation", lambda: compilation)
+    monkeypatch.setattr(train_module, "update", slow)
+    summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
+    assert summary["solved"]
+    assert 0 < summary["solved_seconds"] < 100

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vecpg.noise import uniform
+from vecpg.noise import MULTIPLIERS, WEYL, WORD
 from vecpg.policy import Policy
 from vecpg.returns.jit import jit
 
@@ -47,10 +47,21 @@ class Packed:
 
 def why_not(policy: Policy) -> str | None:
     """Why these kernels do not serve a policy; None if they do."""
+    if type(policy) is not Policy:
+        return f"{type(policy).__name__} may compute something else"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device}"
-    if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
-        return "the parameters are not float32"
+    kinds = [type(module) for module in policy.network]
+    activation = nn.ReLU if policy.activation == "relu" else nn.Tanh
+    if kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]:
+        return "the network was changed"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in policy.modules()):
+        return "a module has hooks"
+    for parameter in policy.parameters():
+        if parameter.dtype != torch.float32:
+            return "the parameters are not float32"
+        if not parameter.requires_grad:
+            return "a parameter is frozen"
     if max(policy.hidden_sizes, default=0) > _MOST_UNITS:
         return f"a hidden layer has more than {_MOST_UNITS} units"
     return None
@@ -395,6 +406,21 @@ def _add_product(a, a_row, a_column, b, c, rows, inner, columns):
 @jit
 def _row(flat, index, columns):
     return flat[index * columns : (index + 1) * columns]
+
+
+@jit
+def uniform(seed_low, seed_high, iteration, step, env, purpose):
+    """The number that `vecpg.noise.uniforms` has for one step and environment.
+
+    All arguments are uint64; `seed_low` and `seed_high` are the words of the seed.
+    """
+    word, shift = np.uint64(WORD), np.uint64(32)
+    c0, c1, c2, c3, k0, k1 = step, env, iteration, purpose, seed_low, seed_high
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & word, (p0 >> shift) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + np.uint64(WEYL[0])) & word, (k1 + np.uint64(WEYL[1])) & word
+    return np.float32(c0 >> np.uint64(8)) * np.float32(2.0**-24)
 
 
 @jit

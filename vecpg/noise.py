@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vecpg.returns.jit import jit
-
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(IntEnum):
@@ -48,30 +46,15 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
     k0, k1 = key
     for _ in range(10):
         # The 64-bit product wraps into the sign, and the bits are right all the same.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
-            p1 & _WORD,
-            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
-            p0 & _WORD,
+            ((p1 >> 32) & WORD) ^ c1 ^ k0,
+            p1 & WORD,
+            ((p0 >> 32) & WORD) ^ c3 ^ k1,
+            p0 & WORD,
         )
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
     return [torch.as_tensor(word) for word in (c0, c1, c2, c3)]
-
-
-@jit
-def uniform(seed_low, seed_high, iteration, step, env, purpose):  # type: ignore[no-untyped-def]
-    """The number that `uniforms` has for one step and environment, in machine code.
-
-    All arguments are uint64; `seed_low` and `seed_high` are the words of the seed.
-    """
-    word, shift = np.uint64(_WORD), np.uint64(32)
-    c0, c1, c2, c3, k0, k1 = step, env, iteration, purpose, seed_low, seed_high
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & word, (p0 >> shift) ^ c3 ^ k1, p0 & word
-        k0, k1 = (k0 + np.uint64(_WEYL[0])) & word, (k1 + np.uint64(_WEYL[1])) & word
-    return np.float32(c0 >> np.uint64(8)) * np.float32(2.0**-24)
 
 
 def uniforms(
@@ -106,7 +89,7 @@ def uniforms(
         iteration,
         int(purpose),
     )
-    words = philox(counter, (seed & _WORD, seed >> 32))[0]
+    words = philox(counter, (seed & WORD, seed >> 32))[0]
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 

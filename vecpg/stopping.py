@@ -67,7 +67,6 @@ class Stopping:
     ) -> None:
         self.target = target
         self.solved = False
-        self.solved_at = 0.0
         self.evaluation: EvalResult | None = None
         self.evaluation_seconds = 0.0
         self.best_return: float | None = None
@@ -107,7 +106,6 @@ class Stopping:
                 )
                 return evaluation
         self.solved = True
-        self.solved_at = time.perf_counter()
         self.evaluation = evaluation
         self.best_parameters = parameters(policy)
         return evaluation

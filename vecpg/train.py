@@ -63,11 +63,7 @@ class Clock:
 
     def since_start(self) -> float:
         """Seconds since the clock was made."""
-        return self.until(time.perf_counter())
-
-    def until(self, moment: float) -> float:
-        """Seconds from when the clock was made to a moment after the last compilation."""
-        return moment - self.started - self.compilation.seconds
+        return time.perf_counter() - self.started - self.compilation.seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -151,6 +147,7 @@ def train(config: Config) -> TrainResult:
         metrics = Metrics(run_dir, to_dict(config))
         clock = Clock(device, compilation)
         saved = clock.started
+        solved_seconds = None
         try:
             while not (stopping.solved or _limit_reached(config, counters)):
                 with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -163,6 +160,8 @@ def train(config: Config) -> TrainResult:
                     )
                 returns, lengths = episode_statistics(rollout)
                 evaluation = stopping.consider(policy, returns)
+                if stopping.solved:
+                    solved_seconds = clock.since_start()
                 with interrupts.held():
                     with clock.phase("returns"):  # weights minus baseline, (T, N)
                         weights = advantages(rollout, config)
@@ -220,7 +219,7 @@ def train(config: Config) -> TrainResult:
         "target_return": target,
         "solved": None if target is None else stopping.solved,
         "solved_env_steps": counters.env_steps if stopping.solved else None,
-        "solved_seconds": clock.until(stopping.solved_at) if stopping.solved else None,
+        "solved_seconds": solved_seconds,
         "run_dir": _relative(run_dir),
     }
     write_json(run_dir / "summary.json", summary)

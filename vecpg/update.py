@@ -135,8 +135,25 @@ def by_machine_code(
     divisor: Tensor | int,
     ent_coef: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """As `by_autograd`, in machine code: policies that `mlp` serves, on the CPU."""
+    """As `by_autograd`, in machine code: policies that `mlp` serves, on the CPU.
+
+    Raises:
+        ValueError: observations or actions that are not of the policy's spaces.
+    """
     rows = rollout.mask.numel()
+    if rollout.obs.shape[2:] != policy.obs_shape:
+        raise ValueError(
+            f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
+            " collect it with this policy"
+        )
+    taken = rollout.actions[rollout.mask] - policy.first_action
+    if len(taken) and not 0 <= int(taken.min()) <= int(taken.max()) < policy.num_actions:
+        first, last = policy.first_action, policy.first_action + policy.num_actions - 1
+        raise ValueError(
+            f"rollout.actions: expected {first} to {last} where counted, got"
+            f" {int(taken.min()) + first} to {int(taken.max()) + first};"
+            " collect it with this policy"
+        )
     packed = mlp.pack(policy)
     gradient = np.zeros(len(packed.parameters))
     surrogate, entropy = mlp.sum_gradient(

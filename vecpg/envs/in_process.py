@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vecpg.envs.errors import SubEnvironmentError
@@ -41,10 +42,21 @@ class InProcessEnvs(SyncVectorEnv):
         """`error` with the environment's index, which Gymnasium does not tell.
 
         The environment is the one of whose method a frame is left in the traceback. (A wrapper
-        that noted its index would cost 3 % of the speed of 64 CartPoles.)
+        that noted its index would cost 3 % of the speed of 64 CartPoles.) If there is none, what
+        it returned could not be used.
         """
+        frame = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
             for index, env in enumerate(self.envs):
                 if frame.f_locals.get("self") is env:
                     return SubEnvironmentError.raised(index, error)
+        if frame is not None and frame.f_code in _GYMNASIUMS_LOOPS:
+            return SubEnvironmentError.raised(frame.f_locals["i"], error)
+        for index, obs in enumerate(self._env_obs):
+            if obs is not None and np.shape(obs) != self.single_observation_space.shape:
+                return SubEnvironmentError.raised(index, error)
         return error
+
+
+# Where Gymnasium takes apart what environment `i` has returned.
+_GYMNASIUMS_LOOPS = (SyncVectorEnv.step.__code__, SyncVectorEnv.reset.__code__)

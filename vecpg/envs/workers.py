@@ -8,6 +8,7 @@ and leaves the environments unusable.
 import contextlib
 import functools
 import multiprocessing
+import pickle
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from vecpg.envs.errors import SubEnvironmentError
@@ -184,12 +186,24 @@ class _Numbered(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         try:
-            return self.env.step(action)
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            self._check(obs)
+            # What is no number, or cannot travel, fails here rather than nameless on its way.
+            pickle.dumps(info)
+            return obs, float(reward), bool(terminated), bool(truncated), info
         except (Exception, SystemExit) as error:
             raise SubEnvironmentError.raised(self.index, error) from None
 
     def reset(self, **kwargs: Any) -> Any:
         try:
-            return self.env.reset(**kwargs)
+            obs, info = self.env.reset(**kwargs)
+            self._check(obs)
+            pickle.dumps(info)
+            return obs, info
         except (Exception, SystemExit) as error:
             raise SubEnvironmentError.raised(self.index, error) from None
+
+    def _check(self, obs: Any) -> None:
+        expected = self.observation_space.shape
+        if expected is not None and np.shape(obs) != expected:
+            raise ValueError(f"expected an observation of shape {expected}, got {np.shape(obs)}")

@@ -68,7 +68,8 @@ def reward_to_go(
             `backend`, an `out` that overlaps an input.
         RuntimeError: a backend that was asked for and is not there.
 
-    Numerics: gamma is held and sums are formed in float64 and rounded once.
+    Numerics: gamma is held and sums are formed in float64 and rounded once; to 16 bits by way of
+    float32.
     Source: Williams (1992), section 3; Sutton & Barto (2018), section 13.3.
 
     Example:
@@ -81,7 +82,7 @@ def reward_to_go(
     """
     options = final_values is last_values is mask is None and mask_mode == "cut"
     if options and backend == "auto" and _is_commonest(rewards, dones, gamma, out):
-        out = torch.empty_like(rewards) if out is None else out
+        out = _writable(rewards, out)
         operator.write_rows(rewards, dones, float(gamma), out)
         return out
     _check_rewards(rewards)
@@ -104,8 +105,8 @@ def reward_to_go(
         )
         return result if out is None else out.copy_(result)
     arguments = (rewards, dones, scalar, gammas, final_values, last_values, mask, mask_mode)
-    if _is_plain(values):
-        out = torch.empty_like(rewards) if out is None else out
+    if _is_plain((*values, out)):
+        out = _writable(rewards, out)
         operator.write(*arguments, out)
         return out
     result = operator.differentiable(*arguments)
@@ -161,7 +162,7 @@ def packed_reward_to_go(
     scalar, gammas = _check_gamma("gamma", gamma, rewards)
     discount = scalar if gammas is None else gammas
     served = _is_served(backend, rewards)
-    if served and _is_plain((rewards, gamma, final_values)):
+    if served and _is_plain((rewards, offsets, gamma, final_values)):
         out = torch.empty_like(rewards)
         operator.write_packed(rewards, offsets, scalar, gammas, final_values, out)
         return out
@@ -263,7 +264,10 @@ def generalized_advantage(
         reached = reward_to_go(known, closed, passing, last_values=after[0], backend=backend)
     following = torch.cat([reached[1:], after]) if len(rewards) else reached
     ending = after.new_zeros(()) if final_values is None else final_values.to(wide)
-    delta = paid + discount * torch.where(dones, ending, following) - known
+    after_row = torch.where(dones, ending, following)
+    if mask is not None:
+        after_row = torch.where(mask, after_row, 0.0)
+    delta = paid + discount * after_row - known
     factor = scalar_lambda if lambdas is None else lambdas
     result = reward_to_go(
         delta, dones, discount * factor, mask=mask, mask_mode=mask_mode, backend=backend
@@ -291,9 +295,10 @@ def _is_commonest(
         and rewards.is_contiguous()
         and dones.is_contiguous()
         and not rewards.requires_grad
+        and rewards.layout is dones.layout is torch.strided
+        and not rewards.is_neg()
         and "cpu" in _announced
         and _is_eager()
-        and not torch._C._are_functorch_transforms_active()
     ):
         return False
     return out is None or (
@@ -302,6 +307,8 @@ def _is_commonest(
         and out.shape == rewards.shape
         and out.is_cpu
         and out.is_contiguous()
+        and out.layout is torch.strided
+        and not out.is_neg()
         and not out.requires_grad
         and not _share_memory(out, rewards)
         and not _share_memory(out, dones)
@@ -310,14 +317,26 @@ def _is_commonest(
 
 def _check_rewards(rewards: Tensor) -> None:
     if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}")
+        raise TypeError(
+            f"rewards: expected a tensor, got {type(rewards).__name__};"
+            " pass torch.as_tensor(rewards)"
+        )
     if rewards.dtype not in _DTYPES:
         raise TypeError(
             f"rewards: expected float32, float64, bfloat16 or float16, got {_name(rewards.dtype)};"
-            " pass rewards.float()"
+            f" pass {'rewards.real' if rewards.is_complex() else 'rewards.float()'}"
         )
+    _check_layout("rewards", rewards)
     if rewards.ndim == 0:
-        raise ValueError("rewards: expected (T, *batch), got a tensor without dimensions")
+        raise ValueError("rewards: expected (T, *batch), got no dimensions; pass rewards[None]")
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        remedy = f"{name}.to_dense()"
+        if tensor.is_nested:
+            remedy = f"packed_reward_to_go({name}.values(), {name}.offsets(), ...)"
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; pass {remedy}")
 
 
 def _check_like(
@@ -329,14 +348,20 @@ def _check_like(
 ) -> None:
     shape = rewards.shape if shape is None else shape
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"
+        )
     if value.dtype != dtype:
         remedy = f"{name}.to(rewards.dtype)"
         if dtype == torch.bool:
             remedy = "terminations | truncations" if name == "dones" else f"{name}.bool()"
         raise TypeError(f"{name}: expected {_name(dtype)}, got {_name(value.dtype)}; pass {remedy}")
+    _check_layout(name, value)
     if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}; time comes first, as"
+            " in rewards"
+        )
     if value.device != rewards.device:
         raise ValueError(
             f"{name}: expected a tensor on {rewards.device} like rewards, got {value.device};"
@@ -384,9 +409,14 @@ def _check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[flo
     """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`."""
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-            raise TypeError(f"{name}: expected a float or a tensor, got {type(gamma).__name__}")
+            raise TypeError(
+                f"{name}: expected a float or a tensor, got {type(gamma).__name__};"
+                f" pass float({name})"
+            )
         if not 0 <= gamma <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {gamma}")
+            raise ValueError(
+                f"{name}: expected a number in [0, 1], got {gamma}; pass a discount such as 0.99"
+            )
         return float(gamma), None
     if not gamma.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a float tensor, got {_name(gamma.dtype)}")
@@ -415,8 +445,18 @@ def _check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[flo
 
 
 def _check_out(out: Tensor, rewards: Tensor, names: str, values: Iterable[object]) -> None:
+    if isinstance(out, Tensor) and out.dtype != rewards.dtype:
+        raise TypeError(
+            f"out: expected {_name(rewards.dtype)} like rewards, got {_name(out.dtype)};"
+            " pass torch.empty_like(rewards)"
+        )
     _check_like("out", out, rewards, rewards.dtype)
     gradients = torch.is_grad_enabled()
+    if gradients and out.requires_grad:
+        raise ValueError(
+            "out: expected a tensor without gradients, got one that requires them; pass"
+            " torch.empty_like(rewards)"
+        )
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             if gradients and value.requires_grad:
@@ -424,13 +464,17 @@ def _check_out(out: Tensor, rewards: Tensor, names: str, values: Iterable[object
                 raise ValueError(f"out: expected no gradients, got {name} that requires them")
             if _is_eager() and _share_memory(out, value):
                 raise ValueError(
-                    f"out: expected memory of its own, got a tensor that overlaps"
+                    f"out: expected memory of its own, got a tensor that may overlap"
                     f" {names.split()[index]}; pass torch.empty_like(rewards)"
                 )
-    if not out.is_contiguous() and any(
-        size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)
-    ):
-        raise ValueError("out: expected one place for each element, got an expanded tensor")
+    reach = 1
+    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and out.numel() and step < reach:
+            raise ValueError(
+                "out: expected one place for each element, got strides"
+                f" {out.stride()} for shape {tuple(out.shape)}; pass torch.empty_like(rewards)"
+            )
+        reach = (size - 1) * step + reach if size > 1 else reach
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -477,14 +521,15 @@ def _is_served(backend: str, rewards: Tensor) -> bool:
 
 
 def _is_plain(given: Iterable[object]) -> bool:
-    """Whether nobody is watching: no gradients, no tracing, no batching, no subclasses."""
-    if not _is_eager() or torch._C._are_functorch_transforms_active():
+    """Whether memory can be read and written directly: no gradients, nobody who looks on."""
+    if not _is_eager():
         return False
     gradients = torch.is_grad_enabled()
     for value in given:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if gradients and value.requires_grad:  # type: ignore[attr-defined]
+            tensor: Tensor = value  # type: ignore[assignment]
+            if (gradients and tensor.requires_grad) or tensor.is_neg():
                 return False
         elif isinstance(value, Tensor):
             return False
@@ -492,7 +537,23 @@ def _is_plain(given: Iterable[object]) -> bool:
 
 
 def _is_eager() -> bool:
-    return not torch.compiler.is_compiling()
+    """Whether tensors hold numbers here and now: not traced, not batched, not dual numbers."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _writable(rewards: Tensor, out: Tensor | None) -> Tensor:
+    """`out`, with autograd told that it changes, or a new tensor."""
+    if out is None:
+        return torch.empty_like(rewards)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _name(dtype: torch.dtype) -> str:

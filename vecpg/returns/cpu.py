@@ -10,7 +10,7 @@ little. Sums are carried in float64. Three loops share the work:
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -116,7 +116,7 @@ def packed_reward_to_go(
     if len(rewards) == 0:
         return
     if rewards.dtype not in _LIKE:
-        wide = torch.empty(rewards.shape)
+        wide = torch.empty(rewards.shape, dtype=torch.float32, device="cpu")
         values = None if final_values is None else final_values.float()
         packed_reward_to_go(rewards.float(), offsets, gamma, values, wide)
         out.copy_(wide)
@@ -150,7 +150,7 @@ def _widened(
     width = max(1, _THREAD_ELEMENTS // length)
     for start in range(0, num_envs, width):
         block = slice(start, start + width)
-        wide = torch.empty(rewards[:, block].shape)
+        wide = torch.empty(rewards[:, block].shape, dtype=torch.float32, device="cpu")
         reward_to_go(
             rewards[:, block].float(),
             dones[:, block],
@@ -184,7 +184,8 @@ def _in_threads(
 ) -> None:
     """Run a kernel over 0 to `count`, shared by torch's number of threads where that pays.
 
-    A result does not depend on how the range is split.
+    A result does not depend on how the range is split. No thread is left at work: it holds mere
+    addresses, of memory that its owner may give back after an interrupt.
     """
     threads = min(torch.get_num_threads(), count, elements // _THREAD_ELEMENTS)
     if threads <= 1:
@@ -194,10 +195,23 @@ def _in_threads(
     if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="vecpg-returns")
     bounds = [count * i // threads for i in range(threads + 1)]
-    futures = [
-        _pool.submit(kernel, *options, bounds[i], bounds[i + 1], *tail) for i in range(1, threads)
-    ]
-    kernel(*options, bounds[0], bounds[1], *tail)
+    futures: list[Future[None]] = []
+    interrupt: BaseException | None = None
+    try:
+        futures.extend(
+            _pool.submit(kernel, *options, bounds[i], bounds[i + 1], *tail)
+            for i in range(1, threads)
+        )
+        kernel(*options, bounds[0], bounds[1], *tail)
+    except BaseException as error:
+        interrupt = error
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
     for future in futures:
         future.result()
 

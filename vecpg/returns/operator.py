@@ -59,10 +59,11 @@ def write(
         try:
             views: list[Any] = [None if each is None else _matrix(each) for each in timed]
         except RuntimeError:  # strides that no matrix has
-            for i in range(rewards.shape[1]):
-                part: list[Any] = [None if each is None else each[:, i] for each in timed]
+            dim = min(range(1, rewards.ndim), key=lambda dim: rewards.shape[dim])
+            for i in range(rewards.shape[dim]):
+                part: list[Any] = [None if each is None else each.select(dim, i) for each in timed]
                 r, d, g, f, m, o = part
-                last = None if last_values is None else last_values[i]
+                last = None if last_values is None else last_values.select(dim - 1, i)
                 write(r, d, gamma, g, f, last, m, mask_mode, o)
             return
         rewards, dones, gammas, final_values, mask, out = views
