@@ -109,6 +109,28 @@ def sampler(
     return draw
 
 
+def prepare(policy: Policy) -> None:
+    """Compile, or load, the kernels that a policy will need."""
+    if why_not(policy) is not None:
+        return
+    packed, obs = pack(policy), np.zeros((1, *policy.obs_shape), np.float32)
+    actions, one = np.full(1, policy.first_action), np.ones(1, np.float32)
+    sampler(policy, 0, 0, 0)(0, obs, actions)
+    sum_gradient(
+        obs.reshape(1, -1),
+        actions,
+        one,
+        one > 0,
+        policy.first_action,
+        1.0,
+        0.0,
+        packed.parameters,
+        packed.widths,
+        packed.relu,
+        np.zeros(len(packed.parameters)),
+    )
+
+
 def set_gradients(policy: Policy, gradient: NDArray[np.float64]) -> None:
     """Write a gradient in the order of `Packed.parameters` to the policy's `.grad`."""
     rest = torch.from_numpy(gradient).to(torch.float32)

@@ -202,6 +202,15 @@ def _next_row(  # type: ignore[no-untyped-def]
     return playing, bad
 
 
+def prepare() -> None:
+    """Compile, or load, what `play` needs."""
+    none, one = np.zeros(1, np.bool_), np.ones(1, np.int64)
+    row = Row(np.zeros(1), none.copy(), none.copy(), none.copy())
+    _next_row(
+        np.zeros(1), none, none, 1, one, np.zeros((2, 1), np.int64), np.ones(1, np.int8), *row
+    )
+
+
 class _Rows:
     """Buffers on the host that double when they are full."""
 
