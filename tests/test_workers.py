@@ -68,7 +68,7 @@ def test_a_killed_worker_is_named(envs, index, moment):
         error = fails(envs, lambda: envs.step(actions))
         killer.join()
     assert (error.index, error.verb) == (index, "died")
-    assert "killed by SIGKILL, likely by the system for want of memory" in error.detail
+    assert "killed by SIGKILL, perhaps by the system for want of memory" in error.detail
 
 
 def kill_later(pid):

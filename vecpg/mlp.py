@@ -388,14 +388,15 @@ def _add_product(a, a_row, a_column, b, c, rows, inner, columns):
     60 GFLOP/s of a large product, at 64 x 64 x 64 on one core.
     """
     whole_rows, whole_inner = rows - rows % 4, inner - inner % 4
+    b, c = b.reshape(inner, columns), c.reshape(rows, columns)
     for n in range(0, whole_rows, 4):
-        c0, c1 = _row(c, n, columns), _row(c, n + 1, columns)
-        c2, c3 = _row(c, n + 2, columns), _row(c, n + 3, columns)
+        c0, c1 = c[n], c[n + 1]
+        c2, c3 = c[n + 2], c[n + 3]
         i0 = n * a_row
         i1, i2, i3 = i0 + a_row, i0 + 2 * a_row, i0 + 3 * a_row
         for k in range(0, whole_inner, 4):
-            b0, b1 = _row(b, k, columns), _row(b, k + 1, columns)
-            b2, b3 = _row(b, k + 2, columns), _row(b, k + 3, columns)
+            b0, b1 = b[k], b[k + 1]
+            b2, b3 = b[k + 2], b[k + 3]
             j0 = k * a_column
             j1, j2, j3 = j0 + a_column, j0 + 2 * a_column, j0 + 3 * a_column
             a00, a01, a02, a03 = a[i0 + j0], a[i0 + j1], a[i0 + j2], a[i0 + j3]
@@ -409,7 +410,7 @@ def _add_product(a, a_row, a_column, b, c, rows, inner, columns):
                 c2[j] += a20 * v0 + a21 * v1 + a22 * v2 + a23 * v3
                 c3[j] += a30 * v0 + a31 * v1 + a32 * v2 + a33 * v3
         for k in range(whole_inner, inner):
-            b0, at = _row(b, k, columns), k * a_column
+            b0, at = b[k], k * a_column
             a00, a10, a20, a30 = a[i0 + at], a[i1 + at], a[i2 + at], a[i3 + at]
             for j in range(columns):
                 v0 = b0[j]
@@ -418,9 +419,9 @@ def _add_product(a, a_row, a_column, b, c, rows, inner, columns):
                 c2[j] += a20 * v0
                 c3[j] += a30 * v0
     for n in range(whole_rows, rows):
-        c0 = _row(c, n, columns)
+        c0 = c[n]
         for k in range(inner):
-            b0, a00 = _row(b, k, columns), a[n * a_row + k * a_column]
+            b0, a00 = b[k], a[n * a_row + k * a_column]
             for j in range(columns):
                 c0[j] += a00 * b0[j]
 

@@ -146,7 +146,7 @@ def _cause(exitcode: int) -> str:
         return f"its process ended by itself with exit status {exitcode}"
     name = signal.Signals(-exitcode).name
     likely = {
-        "SIGKILL": ", likely by the system for want of memory; try fewer --num-envs",
+        "SIGKILL": ", perhaps by the system for want of memory (then try fewer --num-envs)",
         "SIGSEGV": ", a fault in the environment's native code",
         "SIGABRT": ", a fault in the environment's native code",
     }

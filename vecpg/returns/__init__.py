@@ -10,12 +10,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from vecpg.returns import operator, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MASK_MODES = ("cut", "skip", "decay")
+_OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
 _BACKENDS = ("auto", "reference", "cpu", "cuda")
+# Found once: a small call is mostly made of looking things up.
+_has_transforms = torch._C._are_functorch_transforms_active
+_count_modes = torch._C._len_torch_dispatch_stack
+_get_tracing = torch._C._get_tracing_state
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
 
@@ -155,7 +162,10 @@ def packed_reward_to_go(
     """
     _check_rewards(rewards)
     if rewards.ndim != 1:
-        raise ValueError(f"rewards: expected (total,), got shape {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass padded rewards to"
+            " reward_to_go, with a mask"
+        )
     _check_offsets(offsets, rewards)
     if final_values is not None:
         _check_like("final_values", final_values, rewards, rewards.dtype, (len(offsets) - 1,))
@@ -233,6 +243,11 @@ def generalized_advantage(
         tensor([1.5000, 1.0000])
     """
     _check_rewards(rewards)
+    if isinstance(values, Tensor) and values.dtype == torch.bool:
+        raise TypeError(
+            f"values: expected {_name(rewards.dtype)}, got bool; pass rewards, values, dones in this"
+            " order"
+        )
     _check_like("values", values, rewards, rewards.dtype)
     _check_like("dones", dones, rewards, torch.bool)
     if final_values is not None:
@@ -283,7 +298,8 @@ def _is_commonest(
     What is not is checked again, and named, one by one.
     """
     if not (
-        type(rewards) is type(dones) is Tensor
+        _is_eager()  # first: a compiler cannot follow all of the others
+        and type(rewards) is type(dones) is Tensor
         and type(gamma) is float
         and 0.0 <= gamma <= 1.0
         and (rewards.dtype is torch.float32 or rewards.dtype is torch.float64)
@@ -298,7 +314,6 @@ def _is_commonest(
         and rewards.layout is dones.layout is torch.strided
         and not rewards.is_neg()
         and "cpu" in _announced
-        and _is_eager()
     ):
         return False
     return out is None or (
@@ -354,19 +369,29 @@ def _check_like(
     if value.dtype != dtype:
         remedy = f"{name}.to(rewards.dtype)"
         if dtype == torch.bool:
-            remedy = "terminations | truncations" if name == "dones" else f"{name}.bool()"
+            remedy = f"{name}.bool()"
+            if name == "dones":
+                remedy = "terminations | truncations, or dones.bool() if it is their 0 or 1"
         raise TypeError(f"{name}: expected {_name(dtype)}, got {_name(value.dtype)}; pass {remedy}")
     _check_layout(name, value)
     if value.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}; time comes first, as"
-            " in rewards"
+            f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)};"
+            f" {_shape_remedy(name, value, shape)}"
         )
     if value.device != rewards.device:
         raise ValueError(
             f"{name}: expected a tensor on {rewards.device} like rewards, got {value.device};"
             f" pass {name}.to(rewards.device)"
         )
+
+
+def _shape_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
+    if value.ndim == 2 and tuple(value.mT.shape) == tuple(shape):
+        return f"pass {name}.mT"
+    if name == "last_values":
+        return "pass one for each environment, without time"
+    return "pass one for each element of rewards, or, packed, one final value for each episode"
 
 
 def _check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> None:
@@ -378,11 +403,15 @@ def _check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> None:
 
 def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
     if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
+        raise TypeError(
+            f"offsets: expected a tensor, got {type(offsets).__name__}; pass torch.tensor(offsets)"
+        )
     if offsets.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, got {_name(offsets.dtype)}; pass offsets.long()")
     if offsets.ndim != 1 or len(offsets) == 0:
-        raise ValueError(f"offsets: expected shape (B + 1,), got {tuple(offsets.shape)}")
+        raise ValueError(
+            f"offsets: expected shape (B + 1,), got {tuple(offsets.shape)}; {_OFFSETS_REMEDY}"
+        )
     if offsets.device != rewards.device:
         raise ValueError(
             f"offsets: expected a tensor on {rewards.device} like rewards, got {offsets.device};"
@@ -394,14 +423,14 @@ def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
     if places[0] != 0 or places[-1] != len(rewards):
         raise ValueError(
             f"offsets: expected numbers from 0 to {len(rewards)}, the length of rewards, got"
-            f" {places[0]} to {places[-1]}"
+            f" {places[0]} to {places[-1]}; {_OFFSETS_REMEDY}"
         )
     falls = places[1:] < places[:-1]
     if falls.any():
         i = int(falls.argmax())
         raise ValueError(
             f"offsets: expected numbers that never decrease, got {places[i]} and then"
-            f" {places[i + 1]} at place {i + 1}; pass lengths.cumsum(0) behind a 0"
+            f" {places[i + 1]} at place {i + 1}; {_OFFSETS_REMEDY}"
         )
 
 
@@ -539,11 +568,11 @@ def _is_plain(given: Iterable[object]) -> bool:
 def _is_eager() -> bool:
     """Whether tensors hold numbers here and now: not traced, not batched, not dual numbers."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        is_compiling()
+        or _has_transforms()
+        or _count_modes() > 0
+        or forward_ad._current_level >= 0
+        or _get_tracing() is not None
     )
 
 

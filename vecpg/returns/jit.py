@@ -71,7 +71,7 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                _log.info("compiling kernels, once; this can take ten seconds")
+                _log.info("compiling kernels, once; this takes about ten seconds")
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
