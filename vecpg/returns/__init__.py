@@ -168,7 +168,7 @@ def packed_reward_to_go(
         )
     _check_offsets(offsets, rewards)
     if final_values is not None:
-        _check_like("final_values", final_values, rewards, rewards.dtype, (len(offsets) - 1,))
+        _check_like("final_values", final_values, rewards, rewards.dtype, (offsets.shape[0] - 1,))
     scalar, gammas = _check_gamma("gamma", gamma, rewards)
     discount = scalar if gammas is None else gammas
     served = _is_served(backend, rewards)
@@ -177,12 +177,12 @@ def packed_reward_to_go(
         operator.write_packed(rewards, offsets, scalar, gammas, final_values, out)
         return out
     # An episode without steps writes behind the last element, which is then cut off.
-    lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, len(rewards))
-    dones = torch.zeros(len(rewards) + 1, dtype=torch.bool, device=rewards.device)
+    lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, rewards.shape[0])
+    dones = torch.zeros(rewards.shape[0] + 1, dtype=torch.bool, device=rewards.device)
     dones = dones.index_fill(0, lasts, True)[:-1]
     values = None
     if final_values is not None:
-        values = rewards.new_zeros(len(rewards) + 1).index_copy(0, lasts, final_values)[:-1]
+        values = rewards.new_zeros(rewards.shape[0] + 1).index_copy(0, lasts, final_values)[:-1]
     return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
 
 
@@ -245,8 +245,8 @@ def generalized_advantage(
     _check_rewards(rewards)
     if isinstance(values, Tensor) and values.dtype == torch.bool:
         raise TypeError(
-            f"values: expected {_name(rewards.dtype)}, got bool; pass rewards, values, dones in this"
-            " order"
+            f"values: expected {_name(rewards.dtype)}, got bool; pass rewards, values, dones, in"
+            " this order"
         )
     _check_like("values", values, rewards, rewards.dtype)
     _check_like("dones", dones, rewards, torch.bool)
@@ -277,7 +277,7 @@ def generalized_advantage(
         closed = mask if mask_mode != "cut" else torch.ones_like(mask)
         passing = discount if mask_mode == "decay" else 1.0
         reached = reward_to_go(known, closed, passing, last_values=after[0], backend=backend)
-    following = torch.cat([reached[1:], after]) if len(rewards) else reached
+    following = torch.cat([reached[1:], after]) if rewards.shape[0] else reached
     ending = after.new_zeros(()) if final_values is None else final_values.to(wide)
     after_row = torch.where(dones, ending, following)
     if mask is not None:
@@ -408,7 +408,7 @@ def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
         )
     if offsets.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, got {_name(offsets.dtype)}; pass offsets.long()")
-    if offsets.ndim != 1 or len(offsets) == 0:
+    if offsets.ndim != 1 or offsets.shape[0] == 0:
         raise ValueError(
             f"offsets: expected shape (B + 1,), got {tuple(offsets.shape)}; {_OFFSETS_REMEDY}"
         )
@@ -420,9 +420,9 @@ def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
     if offsets.device.type != "cpu" or not _is_eager():
         return
     places = offsets.numpy()
-    if places[0] != 0 or places[-1] != len(rewards):
+    if places.item(0) != 0 or places.item(-1) != rewards.shape[0]:
         raise ValueError(
-            f"offsets: expected numbers from 0 to {len(rewards)}, the length of rewards, got"
+            f"offsets: expected numbers from 0 to {rewards.shape[0]}, the length of rewards, got"
             f" {places[0]} to {places[-1]}; {_OFFSETS_REMEDY}"
         )
     falls = places[1:] < places[:-1]

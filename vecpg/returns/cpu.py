@@ -113,7 +113,7 @@ def packed_reward_to_go(
     out: Tensor,
 ) -> None:
     """Write what `vecpg.returns.packed_reward_to_go` describes to `out`; checked."""
-    if len(rewards) == 0:
+    if rewards.shape[0] == 0:
         return
     if rewards.dtype not in _LIKE:
         wide = torch.empty(rewards.shape, dtype=torch.float32, device="cpu")
@@ -132,7 +132,7 @@ def packed_reward_to_go(
     )
     options += (values_at, value_stride)
     tail = scalar, _LIKE[rewards.dtype]
-    _in_threads(_packed, options, len(offsets) - 1, tail, len(rewards))
+    _in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
 
 
 def _widened(
