@@ -1,6 +1,5 @@
 """What every benchmark records, and the checks that come before any clock is started."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from machine import commit
 
 from vecpg.run_directory import system
 
@@ -26,16 +27,14 @@ def _one_thread():
 @pytest.fixture
 def record(benchmark):
     """Put a speed, and where it was measured, into the benchmark's extra_info."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    at = commit()
 
     def put(**numbers):
         benchmark.extra_info |= {
             **numbers,
             **system(),
             "threads": torch.get_num_threads(),
-            "commit": commit,
+            "commit": at,
         }
 
     return put

@@ -9,19 +9,16 @@ benchmarks/results/<machine>/returns-cuda.json and prints a table.
 """
 
 import json
-import re
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from machine import commit, results_folder
 
 from vecpg.returns import packed_reward_to_go, reference, reward_to_go
 from vecpg.run_directory import system
 
-ROOT = Path(__file__).parent.parent
 GAMMA = 0.99
 BYTES = 9  # a reward and a return of four bytes, and a flag
 # Time-major, then batch-major, then packed into one row.
@@ -46,14 +43,8 @@ def main():
         for row in rows[-3:]:
             print(json.dumps(row), flush=True)
     machine = system()
-    place = f"{machine['cpu']} {machine['cores']} cores {machine['gpu']}"
-    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", place)
-    folder.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    result = {"commit": commit, "machine": machine, "shapes": rows}
-    path = folder / "returns-cuda.json"
+    result = {"commit": commit(), "machine": machine, "shapes": rows}
+    path = results_folder(machine) / "returns-cuda.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("| T x N | layout | device us | call us | of copy | CPU us |\n|-|-|-|-|-|-|")
     for row in rows:

@@ -9,16 +9,15 @@ and prints a table.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from machine import ROOT, results_folder
 
 from vecpg.run_directory import system
 
-ROOT = Path(__file__).parent.parent
 KEPT = ("seed", "solved", "solved_env_steps", "solved_seconds", "env_steps", "eval_return_mean")
 
 
@@ -33,9 +32,7 @@ def main():
         runs.append({key: summary[key] for key in KEPT} | {"said": said})
         print(f"seed {seed}: {runs[-1]}", file=sys.stderr, flush=True)
     machine = system()
-    place = f"{machine['cpu']} {machine['cores']} cores {machine['gpu'] or ''}".strip()
-    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", place)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(machine)
     result = {
         "command": " ".join(["python scripts/train.py", *args.flags, "--seed S"]),
         "commit": git("rev-parse", "--short", "HEAD"),

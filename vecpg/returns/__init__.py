@@ -6,7 +6,7 @@ imported. Kernels are compiled when they are first called.
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -93,17 +93,12 @@ def reward_to_go(
         operator.write_rows(rewards, dones, float(gamma), out)
         return out
     _check_rewards(rewards)
-    _check_like("dones", dones, rewards, torch.bool)
-    if final_values is not None:
-        _check_like("final_values", final_values, rewards, rewards.dtype)
-    if last_values is not None:
-        _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
-    _check_mask(mask, mask_mode, rewards)
+    _check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = _check_gamma("gamma", gamma, rewards)
-    values = (rewards, dones, gamma, final_values, last_values, mask)
+    given: dict[str, object] = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
+    given |= {"final_values": final_values, "last_values": last_values}
     if out is not None:
-        names = "rewards dones gamma final_values last_values mask"
-        _check_out(out, rewards, names, values)
+        _check_out(out, rewards, given)
     if not _is_served(backend, rewards):
         discounts = torch.tensor(scalar, dtype=torch.float64, device=rewards.device)
         discounts = discounts if gammas is None else gammas
@@ -112,7 +107,7 @@ def reward_to_go(
         )
         return result if out is None else out.copy_(result)
     arguments = (rewards, dones, scalar, gammas, final_values, last_values, mask, mask_mode)
-    if _is_plain((*values, out)):
+    if _is_plain((*given.values(), out)):
         out = _writable(rewards, out)
         operator.write(*arguments, out)
         return out
@@ -174,7 +169,7 @@ def packed_reward_to_go(
     served = _is_served(backend, rewards)
     if served and _is_plain((rewards, offsets, gamma, final_values)):
         out = torch.empty_like(rewards)
-        operator.write_packed(rewards, offsets, scalar, gammas, final_values, out)
+        operator.write_packed(rewards, offsets, discount, final_values, out)
         return out
     # An episode without steps writes behind the last element, which is then cut off.
     lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, rewards.shape[0])
@@ -249,18 +244,14 @@ def generalized_advantage(
             " this order"
         )
     _check_like("values", values, rewards, rewards.dtype)
-    _check_like("dones", dones, rewards, torch.bool)
-    if final_values is not None:
-        _check_like("final_values", final_values, rewards, rewards.dtype)
-    if last_values is not None:
-        _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
-    _check_mask(mask, mask_mode, rewards)
+    _check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = _check_gamma("gamma", gamma, rewards)
     scalar_lambda, lambdas = _check_gamma("gae_lambda", gae_lambda, rewards)
     if out is not None:
-        names = "rewards dones gamma final_values last_values mask values gae_lambda"
-        given = (rewards, dones, gamma, final_values, last_values, mask, values, gae_lambda)
-        _check_out(out, rewards, names, given)
+        given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
+        given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
+        given |= {"final_values": final_values, "last_values": last_values}
+        _check_out(out, rewards, given)
 
     wide = torch.float64
     discount = scalar if gammas is None else gammas
@@ -394,7 +385,19 @@ def _shape_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
     return "pass one for each element of rewards, or, packed, one final value for each episode"
 
 
-def _check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> None:
+def _check_row_inputs(
+    rewards: Tensor,
+    dones: Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+) -> None:
+    _check_like("dones", dones, rewards, torch.bool)
+    if final_values is not None:
+        _check_like("final_values", final_values, rewards, rewards.dtype)
+    if last_values is not None:
+        _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
     if mask is not None:
         _check_like("mask", mask, rewards, torch.bool)
     if mask_mode not in _MASK_MODES:
@@ -473,7 +476,7 @@ def _check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[flo
     return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)
 
 
-def _check_out(out: Tensor, rewards: Tensor, names: str, values: Iterable[object]) -> None:
+def _check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> None:
     if isinstance(out, Tensor) and out.dtype != rewards.dtype:
         raise TypeError(
             f"out: expected {_name(rewards.dtype)} like rewards, got {_name(out.dtype)};"
@@ -486,15 +489,14 @@ def _check_out(out: Tensor, rewards: Tensor, names: str, values: Iterable[object
             "out: expected a tensor without gradients, got one that requires them; pass"
             " torch.empty_like(rewards)"
         )
-    for index, value in enumerate(values):
+    for name, value in given.items():
         if isinstance(value, Tensor):
             if gradients and value.requires_grad:
-                name = names.split()[index]
                 raise ValueError(f"out: expected no gradients, got {name} that requires them")
             if _is_eager() and _share_memory(out, value):
                 raise ValueError(
-                    f"out: expected memory of its own, got a tensor that may overlap"
-                    f" {names.split()[index]}; pass torch.empty_like(rewards)"
+                    f"out: expected memory of its own, got a tensor that may overlap {name};"
+                    " pass torch.empty_like(rewards)"
                 )
     reach = 1
     for step, size in sorted(zip(out.stride(), out.shape, strict=True)):

@@ -79,26 +79,18 @@ def reward_to_go(
         options = (places, strides, last, last_stride, gammas, gamma_strides)
         options += (values, value_strides, length)
         tail = scalar, mode, like
-    if length * num_envs < 2 * _THREAD_ELEMENTS:
-        kernel(*options, 0, num_envs, *tail)
-    else:
-        _in_threads(kernel, options, num_envs, tail, length * num_envs)
+    _in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
 def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
     """The same for contiguous tensors without options, at little cost for a small call."""
     length, num_envs = rewards.shape
-    elements = length * num_envs
-    if elements == 0:
+    if length == 0 or num_envs == 0:
         return
     places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), 0
-    rows = num_envs, num_envs, num_envs, 0
-    like = _LIKE[rewards.dtype]
-    if elements < 2 * _THREAD_ELEMENTS:
-        _rows(places, rows, 0, 0, length, 0, num_envs, gamma, 0, like)
-    else:
-        options = places, rows, 0, 0, length
-        _in_threads(_rows, options, num_envs, (gamma, 0, like), elements)
+    options = places, (num_envs, num_envs, num_envs, 0), 0, 0, length
+    tail = gamma, _CUT, _LIKE[rewards.dtype]
+    _in_threads(_rows, options, num_envs, tail, length * num_envs)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -187,7 +179,9 @@ def _in_threads(
     A result does not depend on how the range is split. No thread is left at work: it holds mere
     addresses, of memory that its owner may give back after an interrupt.
     """
-    threads = min(torch.get_num_threads(), count, elements // _THREAD_ELEMENTS)
+    threads = elements // _THREAD_ELEMENTS
+    if threads > 1:
+        threads = min(threads, count, torch.get_num_threads())
     if threads <= 1:
         kernel(*options, 0, count, *tail)
         return

@@ -82,14 +82,12 @@ def write_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> Non
 def write_packed(
     rewards: Tensor,
     offsets: Tensor,
-    gamma: float,
-    gammas: Tensor | None,
+    gamma: float | Tensor,
     final_values: Tensor | None,
     out: Tensor,
 ) -> None:
     """Write the returns of packed episodes to `out`, on the backend of their device."""
-    discount = gamma if gammas is None else gammas
-    _kernels(rewards.is_cuda).packed_reward_to_go(rewards, offsets, discount, final_values, out)
+    _kernels(rewards.is_cuda).packed_reward_to_go(rewards, offsets, gamma, final_values, out)
 
 
 @functools.cache
