@@ -87,10 +87,13 @@ def reward_to_go(
         >>> reward_to_go(rewards, dones, 0.5, last_values=torch.tensor(4.0))
         tensor([1.5000, 1.0000, 3.0000])
     """
-    options = final_values is last_values is mask is None and mask_mode == "cut"
-    if options and backend == "auto" and _is_commonest(rewards, dones, gamma, out):
+    if (
+        final_values is last_values is None
+        and backend == "auto"
+        and _is_common(rewards, dones, gamma, mask, mask_mode, out)
+    ):
         out = _writable(rewards, out)
-        operator.write_rows(rewards, dones, float(gamma), out)
+        operator.write_common(rewards, dones, float(gamma), mask, mask_mode, out)
         return out
     _check_rewards(rewards)
     _check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
@@ -155,6 +158,15 @@ def packed_reward_to_go(
         >>> packed_reward_to_go(rewards, torch.tensor([0, 2, 3]), 0.5)
         tensor([1.5000, 1.0000, 1.0000])
     """
+    if (
+        final_values is None
+        and backend == "auto"
+        and _is_commonly_packed(rewards, offsets, gamma)
+        and operator.is_partition(offsets, rewards.shape[0])
+    ):
+        out = torch.empty_like(rewards)
+        operator.write_packed(rewards, offsets, gamma, None, out)
+        return out
     _check_rewards(rewards)
     if rewards.ndim != 1:
         raise ValueError(
@@ -281,43 +293,78 @@ def generalized_advantage(
     return result if out is None else out.copy_(result)
 
 
-def _is_commonest(
-    rewards: Tensor, dones: Tensor, gamma: float | Tensor, out: Tensor | None
+def _is_common(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor | None,
 ) -> bool:
-    """Whether a call is right and asks for nothing special: found out in 2 us instead of 8.
+    """Whether a call is right and asks for nothing special: found out in 2 us instead of 20.
 
     What is not is checked again, and named, one by one.
     """
     if not (
         _is_eager()  # first: a compiler cannot follow all of the others
-        and type(rewards) is type(dones) is Tensor
-        and type(gamma) is float
-        and 0.0 <= gamma <= 1.0
-        and (rewards.dtype is torch.float32 or rewards.dtype is torch.float64)
-        and dones.dtype is torch.bool
+        and _is_discount(gamma)
+        and _is_known(rewards)
         and rewards.ndim == 2
-        and rewards.shape == dones.shape
-        and rewards.is_cpu
+        and type(dones) is Tensor
+        and dones.dtype is torch.bool
         and dones.is_cpu
-        and rewards.is_contiguous()
-        and dones.is_contiguous()
-        and not rewards.requires_grad
-        and rewards.layout is dones.layout is torch.strided
-        and not rewards.is_neg()
-        and "cpu" in _announced
+        and rewards.shape == dones.shape
+        and dones.layout is torch.strided
+        and mask_mode in _MASK_MODES
+    ):
+        return False
+    if mask is not None and not (
+        type(mask) is Tensor
+        and mask.dtype is torch.bool
+        and mask.is_cpu
+        and rewards.shape == mask.shape
+        and mask.layout is torch.strided
     ):
         return False
     return out is None or (
-        type(out) is Tensor
+        _is_known(out)
         and out.dtype is rewards.dtype
         and out.shape == rewards.shape
-        and out.is_cpu
-        and out.is_contiguous()
-        and out.layout is torch.strided
-        and not out.is_neg()
-        and not out.requires_grad
-        and not _share_memory(out, rewards)
-        and not _share_memory(out, dones)
+        and (out.is_contiguous() or out.mT.is_contiguous())
+        and not _share_memory(out, rewards, dones, mask)
+    )
+
+
+def _is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) -> bool:
+    """The same for packed rewards; not whether the offsets are right."""
+    return (
+        _is_eager()
+        and _is_discount(gamma)
+        and _is_known(rewards)
+        and rewards.ndim == 1
+        and type(offsets) is Tensor
+        and offsets.dtype is torch.int64
+        and offsets.is_cpu
+        and offsets.ndim == 1
+        and offsets.shape[0] > 0
+        and offsets.layout is torch.strided
+    )
+
+
+def _is_discount(gamma: float | Tensor) -> bool:
+    return type(gamma) is float and 0.0 <= gamma <= 1.0
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether the CPU kernel can read and write a tensor directly, and has been announced."""
+    return (
+        type(tensor) is Tensor
+        and (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
+        and tensor.is_cpu
+        and not tensor.requires_grad
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and "cpu" in _announced
     )
 
 
@@ -493,7 +540,7 @@ def _check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> Non
         if isinstance(value, Tensor):
             if gradients and value.requires_grad:
                 raise ValueError(f"out: expected no gradients, got {name} that requires them")
-            if _is_eager() and _share_memory(out, value):
+            if _is_eager() and out.device == value.device and _share_memory(out, value):
                 raise ValueError(
                     f"out: expected memory of its own, got a tensor that may overlap {name};"
                     " pass torch.empty_like(rewards)"
@@ -508,17 +555,22 @@ def _check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> Non
         reach = (size - 1) * step + reach if size > 1 else reach
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    start, other_start = one.data_ptr(), other.data_ptr()
-    if start >= other_start + _reach(other) or other_start >= start + _reach(one):
-        return False
-    return one.numel() > 0 and other.numel() > 0 and one.device == other.device
+def _share_memory(out: Tensor, *others: Tensor | None) -> bool:
+    """Whether one of the others lies, at least in part, between the ends of `out`."""
+    start, size = out.data_ptr(), _reach(out)
+    for other in others:
+        if other is not None:
+            after = other.data_ptr() - start
+            overlap = -after < _reach(other) if after < 0 else after < size
+            if overlap and out.numel() > 0 and other.numel() > 0:
+                return True
+    return False
 
 
 def _reach(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
-    if tensor.is_contiguous():
-        return tensor.numel() * tensor.element_size()
+    if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous()):
+        return tensor.nbytes
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * step for size, step in steps) + 1) * tensor.element_size()
 

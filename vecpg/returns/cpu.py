@@ -127,6 +127,12 @@ def packed_reward_to_go(
     _in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
 
 
+def is_partition(offsets: Tensor, total: int) -> bool:
+    """Whether offsets go from 0 to `total` and never fall."""
+    right: bool = _is_partition(*_place(offsets), offsets.shape[0], total)
+    return right
+
+
 def _widened(
     rewards: Tensor,
     dones: Tensor,
@@ -477,17 +483,31 @@ def _columns(places, strides, last, last_stride, length, start, stop, gamma, mod
     """As `_rows`, of columns that lie in one piece each; strides from column to column."""
     carry = np.empty(8)
     bases = np.zeros((4, 8), np.int64)
-    size = np.full(1, like).itemsize
-    for column in range(start, stop, 8):
-        count = min(8, stop - column)
-        _first_carry(carry, last, last_stride, column, count, like)
-        for lane in range(count):
-            bases[0, lane] = places[0] + (column + lane) * strides[0] * size
-            bases[1, lane] = places[1] + (column + lane) * strides[1]
-            bases[2, lane] = places[2] + (column + lane) * strides[2] * size
-            if places[3] != 0:
-                bases[3, lane] = places[3] + (column + lane) * strides[3]
+    # Lanes lie `apart` columns from each other, so that each walks through memory without a jump;
+    # an odd number, so that they do not all fall on the same few lines of the cache.
+    apart = (stop - start) // 8
+    apart -= 1 - apart % 2 if apart > 0 else 0
+    for first in range(start + apart - 1, start - 1, -1):
+        _place_lanes(bases, carry, places, strides, last, last_stride, first, apart, 8, like)
+        _lanes(bases, carry, 8, length, gamma, mode, like)
+    for first in range(start + 8 * apart, stop, 8):
+        count = min(8, stop - first)
+        _place_lanes(bases, carry, places, strides, last, last_stride, first, 1, count, like)
         _lanes(bases, carry, count, length, gamma, mode, like)
+
+
+@jit
+def _place_lanes(bases, carry, places, strides, last, last_stride, first, apart, count, like):
+    """Addresses and carries of the columns `first`, `first + apart`, ... for `_lanes`."""
+    size = np.full(1, like).itemsize
+    for lane in range(count):
+        column = first + lane * apart
+        _first_carry(carry[lane : lane + 1], last, last_stride, column, 1, like)
+        bases[0, lane] = places[0] + column * strides[0] * size
+        bases[1, lane] = places[1] + column * strides[1]
+        bases[2, lane] = places[2] + column * strides[2] * size
+        if places[3] != 0:
+            bases[3, lane] = places[3] + column * strides[3]
 
 
 @jit
@@ -529,6 +549,15 @@ def _lanes(bases, carry, count, length, gamma, mode, like):
                 following = paid[k] + gamma * (0.0 if ends[k] else following)
                 result[k] = following
         carry[lane] = following
+
+
+@jit
+def _is_partition(offsets, stride, count, total):
+    bounds = _from(offsets, np.int64(0), (count - 1) * stride + 1)
+    for i in range(1, count):
+        if bounds[i * stride] < bounds[(i - 1) * stride]:
+            return False
+    return bounds[0] == 0 and bounds[(count - 1) * stride] == total
 
 
 @jit

@@ -74,9 +74,27 @@ def write(
     )
 
 
-def write_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
-    """As `write`, of contiguous (T, N) tensors on the CPU, without any option."""
-    _kernels(False).reward_to_go_rows(rewards, dones, gamma, out)
+def write_common(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """As `write`, of (T, N) tensors on the CPU."""
+    kernels = _kernels(False)
+    rows = mask is None and rewards.is_contiguous() and dones.is_contiguous()
+    if rows and out.is_contiguous():
+        kernels.reward_to_go_rows(rewards, dones, gamma, out)
+        return
+    kernels.reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
+
+
+def is_partition(offsets: Tensor, total: int) -> bool:
+    """Whether offsets on the CPU go from 0 to `total` and never fall."""
+    found: bool = _kernels(False).is_partition(offsets, total)
+    return found
 
 
 def write_packed(
