@@ -51,12 +51,13 @@ def check(rewards, dones, result):
 def in_turn(benchmark, functions, rounds):
     """Median seconds of one call of each function, all of which have their turn in every round."""
     times = {name: [] for name in functions}
-    calls = {}
+    calls = dict.fromkeys(functions, 0)
     for name, function in functions.items():
         function()
         started = time.perf_counter()
-        function()
-        calls[name] = 1 + int(0.001 / (time.perf_counter() - started))
+        while time.perf_counter() < started + 0.001:
+            function()
+            calls[name] += 1
 
     def one_round():
         for name, function in functions.items():

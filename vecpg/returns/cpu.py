@@ -242,138 +242,139 @@ def _eight_steps(context, bases, offset, carries, gamma, like):
 
     `bases` is the address of eight addresses of rewards, eight of dones and eight of results,
     `carries` that of eight float64. Eight steps of eight lanes are loaded, turned so that a vector
-    holds one step of all lanes, stepped back one by one, turned again and stored.
+    holds one step of four lanes, stepped back one by one, turned again and stored.
     """
 
     def build(target, builder, signature, args):
-        steps = _Steps(target, builder, args, like)
-        paid, ends = steps.load(0, like), steps.load(1, types.uint8)
-        result = [None] * 8
-        for k in reversed(range(8)):
-            steps.carry = result[k] = steps.back(paid[k], ends[k])
-        steps.finish(result)
+        halves = [_Lanes(target, builder, args, like, first) for first in (0, 4)]
+        for step in reversed(range(8)):
+            for lanes in halves:
+                lanes.results[step] = lanes.carry = lanes.back(step)
+        for lanes in halves:
+            lanes.store()
         return target.get_dummy_value()
 
     return types.none(types.intp, types.intp, types.intp, types.float64, like), build
 
 
 @intrinsic
-def _eight_masked_steps(context, bases, offset, carries, gamma, cut, skip, like):
-    """As `_eight_steps`, with eight addresses of a mask behind the others."""
+def _eight_masked_steps(context, bases, offset, carries, gamma, passing, open, like):
+    """As `_eight_steps`, with eight addresses of a mask behind the others.
+
+    A masked step multiplies the carry by `passing`, and clears it where `open` is 0, not -1.
+    """
 
     def build(target, builder, signature, args):
-        cut, skip = args[4:6]
-        steps = _Steps(target, builder, args, like)
-        paid, ends = steps.load(0, like), steps.load(1, types.uint8)
-        real = steps.load(3, types.uint8)
-        result = [None] * 8
-        for k in reversed(range(8)):
-            here = steps.back(paid[k], ends[k])
-            decayed = builder.fmul(steps.gamma, steps.carry)
-            passed = builder.select(cut, steps.zeros, builder.select(skip, steps.carry, decayed))
-            masked = steps.is_zero(real[k])
-            result[k] = builder.select(masked, steps.zeros, here)
-            steps.carry = builder.select(masked, passed, here)
-        steps.finish(result)
+        halves = [_Lanes(target, builder, args, like, first) for first in (0, 4)]
+        passing, kept = halves[0].spread(args[4]), halves[0].spread(args[5])
+        reals = [lanes.zero_flags(3) for lanes in halves]
+        for step in reversed(range(8)):
+            for lanes, real in zip(halves, reals, strict=True):
+                here = lanes.back(step)
+                passed = lanes.cleared(builder.fmul(passing, lanes.carry), kept)
+                masked = lanes.of_step(real, step)
+                lanes.results[step] = lanes.cleared(here, builder.not_(masked))
+                is_masked = builder.icmp_signed("<", masked, lanes.none)
+                lanes.carry = builder.select(is_masked, passed, here)
+        for lanes in halves:
+            lanes.store()
         return target.get_dummy_value()
 
-    flag = types.boolean
-    return (
-        types.none(types.intp, types.intp, types.intp, types.float64, flag, flag, like),
-        build,
-    )
+    given = types.intp, types.intp, types.intp, types.float64, types.float64, types.intp, like
+    return types.none(*given), build
 
 
-class _Steps:
-    """Builds what the two have in common."""
+class _Lanes:
+    """Builds eight steps of four lanes, of which the first has the number `first`.
 
-    def __init__(self, target, builder, args, like) -> None:
-        self.target, self.builder, self.like = target, builder, like
+    AVX moves elements within halves of a vector in one instruction, and across them in more. So a
+    vector holds step k of four lanes in one half and step k + 4 in the other, and the flags, eight
+    bytes a lane, are spread to the width of the carries in one move for each step.
+    """
+
+    def __init__(self, target, builder, args, like, first) -> None:
+        self.target, self.builder, self.like, self.first = target, builder, like, first
         self.bases, self.offset = args[0:2]
-        wide = ir.VectorType(ir.DoubleType(), 8)
-        self.zeros = ir.Constant(wide, [0.0] * 8)
-        self.carries = builder.inttoptr(args[2], wide.as_pointer())
+        wide = ir.VectorType(ir.DoubleType(), 4)
+        self.bits = ir.VectorType(ir.IntType(64), 4)
+        self.none = ir.Constant(self.bits, [0] * 4)
+        place = builder.add(args[2], self.offset.type(8 * first))
+        self.carries = builder.inttoptr(place, wide.as_pointer())
         self.carry = builder.load(self.carries, align=8)
-        one = builder.insert_element(ir.Constant(wide, ir.Undefined), args[3], ir.IntType(32)(0))
-        first = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
-        self.gamma = builder.shuffle_vector(one, one, first)
+        self.gamma = self.spread(args[3])
+        self.paid = self.turned([builder.load(each, align=1) for each in self.places(0, like)])
+        self.open = self.zero_flags(1)
+        self.results = [None] * 8
 
-    def addresses(self, array, kind):
-        """Where the eight lanes' next eight elements of the array with that number lie."""
+    def spread(self, number):
+        undefined = ir.Constant(ir.VectorType(number.type, 4), ir.Undefined)
+        one = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
+        return self.pick(one, one, [0] * 4)
+
+    def pick(self, one, other, places):
+        chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+        return self.builder.shuffle_vector(one, other, chosen)
+
+    def places(self, array, kind):
+        """Where the lanes' next eight elements of the array with that number lie."""
         element = self.target.get_value_type(kind)
         vector = ir.VectorType(element, 8).as_pointer()
         table = self.builder.inttoptr(self.bases, self.offset.type.as_pointer())
         skipped = self.builder.mul(
             self.offset, self.offset.type(self.target.get_abi_sizeof(element))
         )
-        for lane in range(8):
+        for lane in range(self.first, self.first + 4):
             place = self.builder.gep(table, [self.offset.type(8 * array + lane)])
             address = self.builder.add(self.builder.load(place), skipped)
             yield self.builder.inttoptr(address, vector)
 
-    def load(self, array, kind):
-        """A vector for each step."""
-        rows = [self.builder.load(each, align=1) for each in self.addresses(array, kind)]
-        return (_turned_bytes if kind == types.uint8 else _turned)(self.builder, rows)
+    def turned(self, rows):
+        """Both 4 x 4 halves of four vectors of eight, rows and columns exchanged."""
+        low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
+        even, odd = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
+        pairs = [
+            [self.pick(rows[i], rows[i + 1], places) for i in (0, 2)] for places in (low, high)
+        ]
+        return [self.pick(*pair, places) for pair in pairs for places in (even, odd)]
 
-    def is_zero(self, flags):
-        return self.builder.icmp_unsigned("==", flags, ir.Constant(flags.type, [0] * 8))
+    def zero_flags(self, array):
+        """The lanes' next flags: eight bits for each, all set where it is 0."""
+        rows = [self.builder.load(each, align=1) for each in self.places(array, types.uint8)]
+        pairs = [self.pick(rows[i], rows[i + 1], range(16)) for i in (0, 2)]
+        flags = self.pick(*pairs, range(32))
+        zero = self.builder.icmp_unsigned("==", flags, ir.Constant(flags.type, [0] * 32))
+        zero = self.builder.sext(zero, flags.type)
+        return zero
 
-    def back(self, paid, ends):
+    def of_step(self, zero, step):
+        """Of what `zero_flags` returns, that of one step."""
+        places = [8 * lane + step for lane in range(4) for _ in range(8)]
+        return self.builder.bitcast(self.pick(zero, zero, places), self.bits)
+
+    def cleared(self, values, kept):
+        """The values where all bits of `kept` are set, 0 where none is, whatever the value is."""
+        bits = self.builder.and_(self.builder.bitcast(values, self.bits), kept)
+        return self.builder.bitcast(bits, self.carry.type)
+
+    def back(self, step):
+        both = self.paid[step % 4]
+        paid = self.pick(both, both, range(4) if step < 4 else range(4, 8))
         if self.like == types.float32:
             paid = self.builder.fpext(paid, self.carry.type)
-        # Selected before it is multiplied: 0 times infinity is NaN.
-        following = self.builder.select(self.is_zero(ends), self.carry, self.zeros)
+        # Cleared before it is multiplied: 0 times infinity is NaN.
+        following = self.cleared(self.carry, self.of_step(self.open, step))
         discounted = self.builder.fmul(self.gamma, following, flags=("contract",))
         return self.builder.fadd(paid, discounted, flags=("contract",))
 
-    def finish(self, result):
+    def store(self):
         self.builder.store(self.carry, self.carries, align=8)
+        rows = [self.pick(self.results[k], self.results[k + 4], range(8)) for k in range(4)]
         if self.like == types.float32:
             narrow = ir.VectorType(ir.FloatType(), 8)
-            result = [self.builder.fptrunc(row, narrow) for row in result]
-        turned = _turned(self.builder, result)
-        for pointer, row in zip(self.addresses(2, self.like), turned, strict=True):
-            self.builder.store(row, pointer, align=1)
-
-
-def _pick(builder, one, other, places):
-    chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
-    return builder.shuffle_vector(one, other, chosen)
-
-
-def _turned(builder, rows):
-    """The 8 columns of 8 vectors of 8, in moves that AVX does in one instruction each."""
-
-    def pick(one, other, *places):
-        return _pick(builder, one, other, places)
-
-    ones, twos = [], []
-    for i in range(0, 8, 2):
-        ones.append(pick(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13))
-        ones.append(pick(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15))
-    for i in (0, 1, 4, 5):
-        twos.append(pick(ones[i], ones[i + 2], 0, 1, 8, 9, 4, 5, 12, 13))
-        twos.append(pick(ones[i], ones[i + 2], 2, 3, 10, 11, 6, 7, 14, 15))
-    lower = [pick(twos[i], twos[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) for i in range(4)]
-    upper = [pick(twos[i], twos[i + 4], 4, 5, 6, 7, 12, 13, 14, 15) for i in range(4)]
-    return lower + upper
-
-
-def _turned_bytes(builder, rows):
-    """The same for bytes, of which 16 fill a vector."""
-    low = [place for i in range(8) for place in (i, i + 16)]
-    high = [place + 8 for place in low]
-    short = [place for i in range(8) for place in (i, i + 8)]
-    pairs = [_pick(builder, rows[i], rows[i + 4], short) for i in range(4)]
-    fours = [
-        _pick(builder, pairs[i], pairs[i + 2], places) for i in (0, 1) for places in (low, high)
-    ]
-    eights = [
-        _pick(builder, fours[i], fours[i + 2], places) for i in (0, 1) for places in (low, high)
-    ]
-    halves = (range(8), range(8, 16))
-    return [_pick(builder, each, each, half) for each in eights for half in halves]
+            rows = [self.builder.fptrunc(row, narrow) for row in rows]
+        places = self.places(2, self.like)
+        for place, row in zip(places, self.turned(rows), strict=True):
+            self.builder.store(row, place, align=1)
 
 
 @jit
@@ -527,8 +528,8 @@ def _lanes(bases, carry, count, length, gamma, mode, like):
                     t,
                     carry.ctypes.data,
                     gamma,
-                    mode == _CUT,
-                    mode == _SKIP,
+                    1.0 if mode == _SKIP else gamma,
+                    0 if mode == _CUT else -1,
                     like,
                 )
             else:
@@ -554,10 +555,15 @@ def _lanes(bases, carry, count, length, gamma, mode, like):
 @jit
 def _is_partition(offsets, stride, count, total):
     bounds = _from(offsets, np.int64(0), (count - 1) * stride + 1)
-    for i in range(1, count):
-        if bounds[i * stride] < bounds[(i - 1) * stride]:
-            return False
-    return bounds[0] == 0 and bounds[(count - 1) * stride] == total
+    falls = 0
+    if stride == 1:
+        before, after = bounds[:-1], bounds[1:]
+        for i in range(count - 1):  # all of them: a loop that may stop early is not vectorized
+            falls += after[i] < before[i]
+    else:
+        for i in range(1, count):
+            falls += bounds[i * stride] < bounds[(i - 1) * stride]
+    return falls == 0 and bounds[0] == 0 and bounds[(count - 1) * stride] == total
 
 
 @jit
