@@ -58,7 +58,8 @@ def make_rollout(policy, rows, masked=0.3):
     none = torch.zeros(rows, 2, dtype=torch.bool)
     rollout = Rollout(
         obs=torch.randn(rows, 2, *policy.obs_shape, generator=g),
-        actions=torch.randint(0, policy.num_actions, (rows, 2), generator=g) + policy.first_action,
+        actions=torch.randint(0, policy.distribution.num_actions, (rows, 2), generator=g)
+        + policy.distribution.first_action,
         rewards=torch.zeros(rows, 2),
         terminations=none,
         truncations=none,

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vecpg.mlp import uniform
-from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms
+from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms, uniforms_at
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [
@@ -83,7 +83,22 @@ def test_numbers_taken_step_by_step_are_the_same():
     whole = uniforms(3, 5, range(200), 4, Purpose.ACTION)
     noise = StepNoise(3, 5, 4, Purpose.ACTION, torch.device("cpu"))
     for t in (0, 1, 63, 64, 65, 130, 2, 199):
-        assert torch.equal(noise(t), whole[t])
+        assert torch.equal(noise(t), whole[t][None])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_several_numbers_for_a_step_are_those_of_the_words_in_turn(count):
+    steps, envs = torch.tensor([0, 7, 200]), torch.tensor([2, 0, 1])
+    numbers = uniforms_at(3, 5, steps, envs, Purpose.DROPOUT, count)
+    assert numbers.shape == (count, 3)
+    for i in range(count):
+        for j in range(3):
+            purpose = Purpose.DROPOUT + 256 * (i // 4)
+            words = philox([steps[j], int(envs[j]), 5, purpose], (3, 0))
+            assert numbers[i, j] == (int(words[i % 4]) >> 8) / 2**24
+    noise = StepNoise(3, 5, 3, Purpose.DROPOUT, torch.device("cpu"), count)
+    for j in (2, 0, 1):
+        assert torch.equal(noise(int(steps[j]))[:, envs[j]], numbers[:, j])
 
 
 def test_environments_draw_different_numbers():

@@ -41,18 +41,18 @@ def test_sampling_inverts_the_distribution_function():
     edges = probabilities(policy, obs)[0].cumsum(0).tolist()
     for action, (low, high) in enumerate(zip([0.0, *edges], edges, strict=False)):
         inside = torch.tensor([low + 1e-4, (low + high) / 2, high - 1e-4])
-        drawn = policy.sample(obs.expand(3, 2, 2), inside)
+        drawn = policy.sample(obs.expand(3, 2, 2), inside[None])
         assert drawn.tolist() == [10 + action] * 3
 
 
 def test_sampling_at_the_ends_stays_inside_the_action_space():
     policy = make_policy(3)
     ends = torch.tensor([0.0, 1 - 2**-24])
-    assert policy.sample(torch.zeros(2, 2, 2), ends).tolist() == [0, 2]
+    assert policy.sample(torch.zeros(2, 2, 2), ends[None]).tolist() == [0, 2]
 
 
 def test_an_observation_that_is_not_a_number_still_gives_a_legal_action():
-    drawn = make_policy(3).sample(torch.full((1, 2, 2), torch.nan), torch.tensor([0.7]))
+    drawn = make_policy(3).sample(torch.full((1, 2, 2), torch.nan), torch.tensor([[0.7]]))
     assert drawn.tolist() == [0]
 
 

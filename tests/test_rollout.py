@@ -98,7 +98,8 @@ def test_a_rollout_is_a_function_of_seed_and_iteration(vectorization):
 
     one = rollout(1, 4)
     same = rollout(1, 4, warm_up=3)
-    for name in one.__slots__:
+    assert (one.seed, one.iteration) == (same.seed, same.iteration) == (1, 4)
+    for name in set(one.__slots__) - {"seed", "iteration"}:
         counted = (one.mask, same.mask) if name in ("obs", "actions") else (..., ...)
         assert torch.equal(getattr(one, name)[counted[0]], getattr(same, name)[counted[1]])
     for other in (rollout(1, 5), rollout(2, 4)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vecpg.policy import Policy
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "vecpg checkpoint"
 
 
@@ -75,6 +75,11 @@ def load(path: Path) -> dict[str, Any]:
     if isinstance(number, int) and number > FORMAT:
         raise ValueError(
             f"{path} has format {number}, and this vecpg reads up to {FORMAT}; use a newer vecpg"
+        )
+    if number != FORMAT:
+        raise ValueError(
+            f"{path} has format {number}, and this vecpg reads {FORMAT}; use the older vecpg that"
+            " wrote it"
         )
     state: dict[str, Any] = content.get("state", {})
     if _digest([number, state]) != content.get("sha256"):

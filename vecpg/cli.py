@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vecpg.config import Config, ConfigError, to_dict
+from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 
 EXIT_FAILED = 1
@@ -107,15 +108,32 @@ def parse_config(args: Sequence[str]) -> Config:
     """The settings that the flags of `scripts/train.py` give, `--recipe` read first."""
     name = _recipe_name(args)
     if name == "list":
-        for recipe, (config, what) in RECIPES.items():
-            changed = {k: v for k, v in to_dict(config).items() if v != to_dict(Config())[k]}
-            print(f"{recipe}: {what}" + "".join(f"\n    {k} = {v}" for k, v in changed.items()))
+        # All that any of them sets otherwise than another: who runs one wants to know all of these.
+        settings = {recipe: to_dict(config) for recipe, (config, _) in RECIPES.items()}
+        default = settings["default"]
+        varied = [k for k in default if any(one[k] != default[k] for one in settings.values())]
+        varied.remove("recipe")
+        for recipe, (_, what) in RECIPES.items():
+            flags = _flags({name: settings[recipe][name] for name in varied})
+            print("\n    ".join([f"{recipe}:", *textwrap.wrap(what, 92), *flags]))
         raise SystemExit(0)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
     return parse(Config, args, default=RECIPES[name][0], description=_DESCRIPTION)
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as the flags that would give them."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, list) else ["none" if value is None else value]
+            flags.append(" ".join([flag(name), *map(str, values)]))
+    return flags
 
 
 _DESCRIPTION = (

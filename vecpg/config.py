@@ -67,15 +67,33 @@ class Config:
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Nonlinearity after each hidden layer."""
+    dropout: float = 0.0
+    """Probability of dropping a hidden unit in training, in [0, 1). Evaluation drops none."""
+    embedding_size: int = 8
+    """Length of the learned vector for each value of a discrete observation. At least 1."""
+    normalize_obs: bool = False
+    """Shift and scale Box observations by their statistics over earlier iterations."""
+    log_std: Literal["parameter", "network"] = "parameter"
+    """Of Gaussian actions: the same for all observations, or computed from each."""
 
     learning_rate: float = 1.2e-2
     """Adam's step size. Greater than 0."""
     gamma: float = 0.99
     """Discount per step, in [0, 1]."""
-    weights: Literal["reward_to_go", "full_return"] = "reward_to_go"
-    """What multiplies grad log pi(a_t|s_t): the rewards from t on, or of the whole episode."""
-    baseline: Literal["none", "mean", "timestep_mean", "leave_one_out"] = "leave_one_out"
-    """What is subtracted from the weights. Exactly unbiased: none and leave_one_out."""
+    weights: Literal["reward_to_go", "full_return", "gae"] = "reward_to_go"
+    """What multiplies grad log pi(a_t|s_t): the rewards from t on, of the whole episode, or
+    generalized advantages, which need --baseline value."""
+    gae_lambda: float = 0.97
+    """Of generalized advantages, in [0, 1]. 1 is unbiased; less has less variance."""
+    baseline: Literal["none", "mean", "timestep_mean", "leave_one_out", "value"] = "leave_one_out"
+    """What is subtracted from the weights. Exactly unbiased: none, leave_one_out and value."""
+    value_learning_rate: float = 1e-3
+    """Adam's step size for the value function of --baseline value. Greater than 0."""
+    value_steps: int = 80
+    """Steps of fitting the value function after each update. At least 1."""
+    bootstrap_truncations: bool = False
+    """Continue an episode that a limit cut with the value of its final observation, instead of
+    with 0. Needs --baseline value."""
     normalize: bool = False
     """Shift and scale the weights to mean 0 and standard deviation 1 over the iteration."""
     reduction: Literal["episode", "step", "sum"] = "episode"
@@ -113,7 +131,15 @@ class Config:
             object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         for name, expected in typing.get_type_hints(Config).items():
             _check_type(name, getattr(self, name), expected)
-        for name in ("num_envs", "num_steps", "threads", "return_window", "eval_episodes"):
+        for name in (
+            "num_envs",
+            "num_steps",
+            "threads",
+            "return_window",
+            "eval_episodes",
+            "embedding_size",
+            "value_steps",
+        ):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in (
             "max_episode_steps",
@@ -133,8 +159,26 @@ class Config:
         _check("device", known, "auto, cpu, cuda or cuda:i", self.device)
         sizes = self.hidden_sizes
         _check("hidden_sizes", all(size >= 1 for size in sizes), "widths of at least 1", sizes)
-        _check("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]", self.gamma)
-        for name in ("learning_rate", "step_timeout", "save_every", "log_every"):
+        for name in ("gamma", "gae_lambda"):
+            _check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]", getattr(self, name))
+        _check("dropout", 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout)
+        for name, asked in (
+            ("weights", self.weights == "gae"),
+            ("bootstrap_truncations", self.bootstrap_truncations),
+        ):
+            if asked and self.baseline != "value":
+                value = f" {self.weights}" if name == "weights" else ""
+                raise ConfigError(
+                    f"{flag(name)}{value}: expected --baseline value, which learns V(s), got"
+                    f" --baseline {self.baseline}"
+                )
+        for name in (
+            "learning_rate",
+            "value_learning_rate",
+            "step_timeout",
+            "save_every",
+            "log_every",
+        ):
             value = getattr(self, name)
             _check(name, 0 < value < math.inf, "a finite number greater than 0", value)
         _check("ent_coef", 0 <= self.ent_coef < math.inf, "a finite number >= 0", self.ent_coef)

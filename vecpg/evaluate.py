@@ -89,16 +89,11 @@ def evaluate(
     quotas[: episodes % num_envs] += 1
     envs = make_envs(env_id, num_envs, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
 
-    noise = StepNoise(seed, draw, num_envs, purpose, policy.device)
+    noise = StepNoise(seed, draw, num_envs, purpose, policy.device, policy.num_uniforms)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        rows = torch.from_numpy(np.asarray(obs, np.float32)).to(policy.device)
-        if greedy:
-            actions = policy(rows).argmax(dim=0) + policy.first_action
-        else:
-            actions = policy.sample(rows, noise(t))
-        chosen: NDArray[Any] = actions.cpu().numpy()
-        return chosen
+        rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
+        return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
     seeds = reset_seeds(seed, draw, num_envs, purpose)
     returns: list[list[float]] = [[] for _ in range(num_envs)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vecpg.returns import reward_to_go
+from vecpg.returns import generalized_advantage, reward_to_go
 
 if TYPE_CHECKING:
     from vecpg.config import Config
@@ -20,42 +20,86 @@ if TYPE_CHECKING:
 _BLOCK_ROWS = 2**18
 
 
-def advantages(rollout: "Rollout", config: "Config") -> Tensor:
+def advantages(
+    rollout: "Rollout",
+    config: "Config",
+    values: Tensor | None = None,
+    final_values: Tensor | None = None,
+) -> Tensor:
     """w_t - b_t: what multiplies grad log pi(a_t|s_t).
 
     The weight w_t is, by `config.weights`, the reward-to-go sum over k >= t of gamma^(k-t) r_k, or
-    the full return sum over k >= 0 of gamma^k r_k, the same for the whole episode. The baseline b_t
-    is, by `config.baseline`:
+    the full return sum over k >= 0 of gamma^k r_k, the same for the whole episode. With "gae" the
+    result is the sum over k >= t of (gamma * lambda)^(k-t) (r_k + gamma * V(s_{k+1}) - V(s_k)),
+    from which V is subtracted already. The baseline b_t is, by `config.baseline`:
 
     - "none": 0.
     - "mean": the mean of w over all counted rows.
     - "timestep_mean": the mean over counted rows of the same age (steps since the episode began).
     - "leave_one_out": the mean over counted rows of the same age in other environments, 0 where
       there is none.
+    - "value": V(s_t), which is `values`.
+
+    With `config.bootstrap_truncations` an episode that was cut by a limit, and did not terminate,
+    goes on with V of its final observation, discounted; else every end is followed by 0.
 
     With `config.normalize` the result is shifted and scaled to mean 0 and standard deviation 1
     (n - 1) over all counted rows; if they are all equal, or there is only one, it is 0.
 
     Args:
         rollout: T steps of N environments.
-        config: `weights`, `gamma`, `baseline` and `normalize` are read.
+        config: `weights`, `gamma`, `gae_lambda`, `baseline`, `bootstrap_truncations` and
+            `normalize` are read.
+        values: (T, N) float32, V of the observations; needed by the baseline "value".
+        final_values: (K,) float32, V of `rollout.final_obs`; needed to bootstrap.
 
     Returns:
         (T, N) float32, 0 where masked.
 
-    Source: Williams (1992), section 3; Kool et al. (2019), "Buy 4 REINFORCE samples, get a baseline
-    for free!", section 3, for leaving one out.
+    Raises:
+        ValueError: values that are needed and were not given.
+
+    Source: Williams (1992), section 3; Schulman et al. (2016), section 3, for "gae"; Kool et al.
+    (2019), "Buy 4 REINFORCE samples, get a baseline for free!", section 3, for leaving one out.
     """
     mask, dones = rollout.mask, rollout.dones
+    if config.baseline == "value" and values is None:
+        raise ValueError(
+            'values: expected (T, N), got None; baseline="value" needs V of every observation'
+        )
+    continued = None
+    if config.bootstrap_truncations:
+        if final_values is None:
+            raise ValueError(
+                "final_values: expected (K,), got None; bootstrap_truncations needs V of every"
+                " final observation"
+            )
+        continued = rollout.values_at_truncations(final_values)
     weights = torch.empty_like(rollout.rewards)
     for block in _blocks(mask):
         paid, ends, counted = rollout.rewards[:, block], dones[:, block], mask[:, block]
-        weights[:, block] = reward_to_go(paid, ends, config.gamma, mask=counted)
+        after = None if continued is None else continued[:, block]
+        if config.weights == "gae" and values is not None:
+            weights[:, block] = generalized_advantage(
+                paid,
+                values[:, block],
+                ends,
+                config.gamma,
+                config.gae_lambda,
+                final_values=after,
+                mask=counted,
+            )
+        else:
+            weights[:, block] = reward_to_go(
+                paid, ends, config.gamma, final_values=after, mask=counted
+            )
     if config.weights == "full_return":
         for block in _blocks(mask):
             first = _first_rows(mask[:, block], dones[:, block])
             whole = weights[:, block].gather(0, first)
             weights[:, block] = torch.where(mask[:, block], whole, 0.0)
+    if values is not None and config.baseline == "value" and config.weights != "gae":
+        weights = torch.where(mask, weights - values, 0.0)
     if config.baseline == "mean":
         weights = torch.where(mask, weights - masked_mean(weights, mask).to(weights.dtype), 0.0)
     if config.baseline in ("timestep_mean", "leave_one_out"):

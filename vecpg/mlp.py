@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vecpg.distributions import Categorical
 from vecpg.noise import MULTIPLIERS, WEYL, WORD
 from vecpg.policy import Policy
 from vecpg.returns.jit import jit
@@ -51,6 +52,14 @@ def why_not(policy: Policy) -> str | None:
         return f"{type(policy).__name__} may compute something else"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device}"
+    if not isinstance(policy.distribution, Categorical):
+        return "its actions are not Discrete"
+    if policy.obs_dtype != torch.float32:
+        return "its observations are not a Box"
+    if policy.encoder.normalizer is not None:
+        return "it normalizes observations"
+    if policy.dropout > 0:
+        return "it has dropout"
     kinds = [type(module) for module in policy.network]
     activation = nn.ReLU if policy.activation == "relu" else nn.Tanh
     if kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]:
@@ -65,6 +74,12 @@ def why_not(policy: Policy) -> str | None:
     if max(policy.hidden_sizes, default=0) > _MOST_UNITS:
         return f"a hidden layer has more than {_MOST_UNITS} units"
     return None
+
+
+def first_action_of(policy: Policy) -> int:
+    """The number of the first action of a policy that these kernels serve."""
+    assert isinstance(policy.distribution, Categorical)
+    return policy.distribution.first_action
 
 
 def pack(policy: Policy) -> Packed:
@@ -89,7 +104,7 @@ def sampler(
     """
     packed = pack(policy)
     words = (np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32))
-    first_action = policy.first_action
+    first_action = first_action_of(policy)
     stream = np.uint64(iteration), np.uint64(purpose)
 
     def draw(t: int, obs: NDArray[np.float32], actions: NDArray[np.int64]) -> None:
@@ -114,14 +129,14 @@ def prepare(policy: Policy) -> None:
     if why_not(policy) is not None:
         return
     packed, obs = pack(policy), np.zeros((1, *policy.obs_shape), np.float32)
-    actions, one = np.full(1, policy.first_action), np.ones(1, np.float32)
+    actions, one = np.full(1, first_action_of(policy)), np.ones(1, np.float32)
     sampler(policy, 0, 0, 0)(0, obs, actions)
     sum_gradient(
         obs.reshape(1, -1),
         actions,
         one,
         one > 0,
-        policy.first_action,
+        first_action_of(policy),
         1.0,
         0.0,
         packed.parameters,

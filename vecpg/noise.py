@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     TRAINING_RESET = 1
     CONFIRMATION_RESET = 2
     EVALUATION_RESET = 3
+    VIDEO_RESET = 4
+    DROPOUT = 5
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
@@ -83,39 +85,74 @@ def uniforms(
         >>> torch.equal(many[7:9, :3], uniforms(1, 0, range(7, 9), 3, Purpose.ACTION))
         True
     """
-    counter = (
-        torch.arange(steps.start, steps.stop, device=device)[:, None],
-        torch.arange(num_envs, device=device),
-        iteration,
-        int(purpose),
-    )
-    words = philox(counter, (seed & WORD, seed >> 32))[0]
-    return (words >> 8).to(torch.float32) * 2.0**-24
+    rows = torch.arange(steps.start, steps.stop, device=device)[:, None]
+    return uniforms_at(
+        seed, iteration, rows, torch.arange(num_envs, device=device), purpose, count=1
+    )[0]
+
+
+def uniforms_at(
+    seed: int, iteration: int, steps: Tensor, envs: Tensor, purpose: Purpose, count: int
+) -> Tensor:
+    """`count` uniform numbers in [0, 1) for every pair of a step and an environment.
+
+    The first of them is that of `uniforms`.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        iteration: 0 to 2**32 - 1.
+        steps: int64, in [0, 2**32).
+        envs: int64, broadcasts with `steps`.
+        purpose: what the numbers are for.
+        count: how many for each pair, at most 2**26.
+
+    Returns:
+        (count, *shape) float32 on the device of `steps`, multiples of 2**-24.
+
+    Example:
+        >>> steps, envs = torch.tensor([3, 9]), torch.tensor([1, 0])
+        >>> many = uniforms_at(1, 0, steps, envs, Purpose.ACTION, count=6)
+        >>> torch.equal(many[0, 1], uniforms(1, 0, range(10), 1, Purpose.ACTION)[9, 0])
+        True
+    """
+    # Philox gives four words for a counter; further ones are counted above the purpose.
+    shape = (steps + envs).shape
+    blocks = torch.arange((count + 3) // 4, device=steps.device).reshape(-1, *[1] * len(shape))
+    counter = (steps.expand(1, *shape), envs, iteration, int(purpose) | blocks << 8)
+    words = torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1)
+    return (words.flatten(0, 1)[:count] >> 8).to(torch.float32) * 2.0**-24
 
 
 class StepNoise:
-    """The numbers of `uniforms`, a step at a time, made many steps at once.
+    """The numbers of `uniforms_at`, a step at a time, made many steps at once.
 
-    A call of `uniforms` costs far more than its numbers.
+    A call of `uniforms_at` costs far more than its numbers.
     """
 
-    _BLOCK = 64
-
     def __init__(
-        self, seed: int, iteration: int, num_envs: int, purpose: Purpose, device: torch.device
+        self,
+        seed: int,
+        iteration: int,
+        num_envs: int,
+        purpose: Purpose,
+        device: torch.device,
+        count: int = 1,
     ) -> None:
-        self._given = (num_envs, purpose, device)
-        self._seed, self._iteration = seed, iteration
-        self._start = -self._BLOCK
+        self._seed, self._iteration, self._purpose, self._count = seed, iteration, purpose, count
+        self._envs = torch.arange(num_envs, device=device)
+        self._steps = max(1, min(64, 2**18 // max(1, num_envs * count)))
+        self._start = -self._steps
         self._block = torch.empty(0)
 
     def __call__(self, t: int) -> Tensor:
-        """(num_envs,) numbers for step t."""
-        if not self._start <= t < self._start + self._BLOCK:
-            self._start = t - t % self._BLOCK
-            steps = range(self._start, self._start + self._BLOCK)
-            self._block = uniforms(self._seed, self._iteration, steps, *self._given)
-        return self._block[t - self._start]
+        """(count, num_envs) numbers for step t."""
+        if not self._start <= t < self._start + self._steps:
+            self._start = t - t % self._steps
+            steps = torch.arange(self._steps, device=self._envs.device) + self._start
+            self._block = uniforms_at(
+                self._seed, self._iteration, steps[:, None], self._envs, self._purpose, self._count
+            )
+        return self._block[:, t - self._start]
 
 
 def reset_seeds(seed: int, iteration: int, num_envs: int, purpose: Purpose) -> list[int]:

@@ -2,6 +2,102 @@
 
 from vecpg.config import Config
 
+# Settings, and what they are with their source.
 RECIPES: dict[str, tuple[Config, str]] = {
-    "default": (Config(), "reward-to-go with a leave-one-out baseline: exactly unbiased"),
+    "default": (
+        Config(),
+        "The fast one: 64 environments, one episode each an update; reward-to-go minus the mean of"
+        " the other environments, exactly unbiased. (Kool, van Hoof & Welling 2019, leave-one-out)",
+    ),
+    "reinforce": (
+        Config(
+            recipe="reinforce",
+            num_envs=1,
+            hidden_sizes=(64, 32),
+            activation="relu",
+            learning_rate=3e-3,
+            baseline="none",
+            reduction="step",
+            total_timesteps=100_000,
+            target_return=None,
+            return_window=1,
+        ),
+        "REINFORCE with reward-to-go, one episode an update, without a baseline; the policy with"
+        " the best training return is kept. (Williams 1992; Sutton & Barto 2018, section 13.3)",
+    ),
+    "normalized": (
+        Config(
+            recipe="normalized",
+            num_envs=1,
+            hidden_sizes=(128,),
+            activation="relu",
+            dropout=0.5,
+            learning_rate=1e-2,
+            baseline="none",
+            normalize=True,
+            reduction="sum",
+            total_timesteps=None,
+            total_episodes=500,
+            target_return=475.0,
+            return_window=25,
+            confirm=False,
+        ),
+        "One episode an update, its returns shifted and scaled, and dropout; ends when the mean of"
+        " the last 25 episodes reaches 475. (the REINFORCE example that torch's users know)",
+    ),
+    "simple-pg": (
+        Config(
+            recipe="simple-pg",
+            num_envs=1,
+            num_steps=5001,
+            hidden_sizes=(32,),
+            learning_rate=1e-2,
+            gamma=1.0,
+            weights="full_return",
+            baseline="none",
+            reduction="step",
+            total_timesteps=None,
+            total_iterations=50,
+            target_return=None,
+        ),
+        "The whole episode's undiscounted return as the weight, at least 5000 steps of whole"
+        " episodes an update, 50 updates; for the old CartPole-v0 add --max-episode-steps 200."
+        " (Achiam 2018, Spinning Up, the first example of its introduction)",
+    ),
+    "vpg": (
+        Config(
+            recipe="vpg",
+            num_envs=1,
+            num_steps=4000,
+            learning_rate=3e-3,
+            weights="gae",
+            baseline="value",
+            normalize=True,
+            reduction="step",
+            total_timesteps=400_000,
+        ),
+        "Generalized advantages from a learned V(s), at least 4000 steps of whole episodes an"
+        " update; categorical or Gaussian by the action space. (Schulman et al. 2016; Achiam 2018,"
+        " Spinning Up, VPG)",
+    ),
+    "line-world": (
+        Config(
+            recipe="line-world",
+            env_id="vecpg/LineWorld-v0",
+            num_envs=1,
+            num_steps=128,
+            hidden_sizes=(32,),
+            activation="relu",
+            embedding_size=8,
+            learning_rate=1e-3,
+            baseline="none",
+            reduction="step",
+            total_timesteps=None,
+            total_iterations=100,
+            target_return=None,
+        ),
+        "A line of five states, looked up in a table of learned vectors; at least 128 steps an"
+        " update, 100 updates. Where the original trains on a last episode that is cut, these are"
+        " whole ones. (Williams 1992)",
+    ),
 }

@@ -29,6 +29,7 @@ from vecpg.rollout import collect, prepare
 from vecpg.run_directory import make_run_directory, write_json
 from vecpg.stopping import Stopping
 from vecpg.update import UpdateStats, update
+from vecpg.value import Critic, ValueFunction, fit, predict
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def train(config: Config) -> TrainResult:
             step_timeout=config.step_timeout,
         )
         with _threads(config.threads):  # an initialization may depend on it in its last bits
-            policy = _make_policy(config, envs).to(device)
+            policy, critic = _make_networks(config, envs, device)
         run_dir = make_run_directory(config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     counters = Counters()
@@ -140,7 +141,7 @@ def train(config: Config) -> TrainResult:
     _log.info("run directory: %s", run_dir)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
-    _save(run_dir, config, policy, optimizer, counters, stopping)
+    _save(run_dir, config, policy, optimizer, critic, counters, stopping)
     # Last: a directory with a config.json has a checkpoint to go on from.
     write_json(run_dir / "config.json", to_dict(config))
 
@@ -171,20 +172,23 @@ def train(config: Config) -> TrainResult:
                     solved_seconds = clock.since_start()
                 with interrupts.held():
                     with clock.phase("returns"):  # weights minus baseline, (T, N)
-                        weights = advantages(rollout, config)
+                        values, final_values = predict(critic, rollout)
+                        weights = advantages(rollout, config, values, final_values)
                     with clock.phase("update"):  # one batched gradient step
                         stats = update(policy, optimizer, rollout, weights, config)
+                        value_loss = fit(critic, rollout, final_values, config)
                     counters.iteration += 1
                     counters.env_steps += int(rollout.mask.sum())
                     counters.vector_steps += rollout.mask.numel()
                     counters.episodes += returns.numel()
                     row = _row(counters, clock, stopping, returns, lengths, stats, evaluation)
+                    row["losses/value_loss"] = None if value_loss is None else value_loss.item()
                     metrics.log(row)
                     ending = stopping.solved or _limit_reached(config, counters)
                     progress.show(row, last=ending)
-                    del rollout, weights  # there is never more than one
+                    del rollout, weights, values  # there is never more than one
                     if time.perf_counter() - saved >= config.save_every and not ending:
-                        _save(run_dir, config, policy, optimizer, counters, stopping)
+                        _save(run_dir, config, policy, optimizer, critic, counters, stopping)
                         saved = time.perf_counter()
             wall_seconds = clock.since_start() - stopping.evaluation_seconds
             if stopping.evaluation is None:
@@ -199,7 +203,7 @@ def train(config: Config) -> TrainResult:
             metrics.close()
             envs.close()
             # What an interrupted or failed iteration did is dropped: it can be done again.
-            _save(run_dir, config, policy, optimizer, counters, stopping)
+            _save(run_dir, config, policy, optimizer, critic, counters, stopping)
 
     summary = {
         "env_id": config.env_id,
@@ -252,16 +256,27 @@ def _threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _make_policy(config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any]) -> Policy:
+def _make_networks(
+    config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any], device: torch.device
+) -> tuple[Policy, Critic | None]:
     """Parameters drawn from the seed, without touching torch's own generator."""
+    shape: dict[str, Any] = {
+        "hidden_sizes": config.hidden_sizes,
+        "activation": config.activation,
+        "embedding_size": config.embedding_size,
+        "normalize_obs": config.normalize_obs,
+    }
+    observations, actions = envs.single_observation_space, envs.single_action_space
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Policy(
-            envs.single_observation_space,
-            envs.single_action_space,
-            hidden_sizes=config.hidden_sizes,
-            activation=config.activation,
-        )
+        policy = Policy(
+            observations, actions, dropout=config.dropout, log_std=config.log_std, **shape
+        ).to(device)
+        critic = None
+        if config.baseline == "value":
+            value_function = ValueFunction(observations, **shape).to(device)
+            critic = Critic(value_function, config.value_learning_rate)
+    return policy, critic
 
 
 def _prepare_kernels(policy: Policy) -> None:
@@ -313,6 +328,7 @@ def _save(
     config: Config,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
+    critic: Critic | None,
     counters: Counters,
     stopping: Stopping,
 ) -> None:
@@ -322,6 +338,7 @@ def _save(
         "counters": asdict(counters),
         "policy": checkpoint.policy_state(policy),
         "optimizer": optimizer.state_dict(),
+        "critic": None if critic is None else critic.state_dict(),
     }
     best = {
         "config": to_dict(config),

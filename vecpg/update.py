@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vecpg import mlp
+from vecpg.noise import Purpose, uniforms_at
 from vecpg.policy import Policy
 from vecpg.rollout.data import Rollout
 
@@ -46,7 +47,8 @@ def update(
                - ent_coef * (mean entropy over counted rows)
 
     D is num_envs, the number of counted rows, or 1, by `config.reduction` "episode", "step" or
-    "sum". Masked rows are never looked at.
+    "sum". Masked rows are never looked at. Running statistics of observations, where the policy
+    normalizes, take the counted rows in after the step: until then they are those that acted.
 
     Args:
         policy: its gradients are overwritten and left in place.
@@ -83,6 +85,7 @@ def update(
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
     optimizer.step()
+    policy.observe(rollout.obs, rollout.mask)
     return UpdateStats(surrogate, entropy / count, grad_norm)
 
 
@@ -110,15 +113,19 @@ def by_autograd(
     rows = rollout.mask.numel()
     mask = rollout.mask.reshape(rows)
     obs = rollout.obs.reshape(rows, *policy.obs_shape)
-    actions = rollout.actions.reshape(rows)
+    actions = rollout.actions.reshape(rows, *policy.action_shape)
     weights = advantages.reshape(rows)
     surrogate_sum = torch.zeros((), dtype=torch.float64, device=obs.device)
     entropy_sum = torch.zeros_like(surrogate_sum)
     for start in range(0, rows, CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         counted = mask[chunk]
+        dropout = None
+        if policy.dropout_units:
+            index = start + counted.nonzero()[:, 0]
+            dropout = _dropout(policy, rollout, index)
         log_probs, entropies = policy.log_probs_and_entropy(
-            obs[chunk][counted], actions[chunk][counted]
+            obs[chunk][counted], actions[chunk][counted], dropout
         )
         surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
         entropy = entropies.sum()
@@ -126,6 +133,19 @@ def by_autograd(
         surrogate_sum += surrogate.detach()
         entropy_sum += entropy.detach()
     return surrogate_sum, entropy_sum
+
+
+def _dropout(policy: Policy, rollout: Rollout, index: Tensor) -> Tensor:
+    """The numbers that chose, when these rows were collected, what was dropped."""
+    num_envs = rollout.mask.shape[1]
+    return uniforms_at(
+        rollout.seed,
+        rollout.iteration,
+        index // num_envs,
+        index % num_envs,
+        Purpose.DROPOUT,
+        policy.dropout_units,
+    )
 
 
 def by_machine_code(
@@ -146,13 +166,13 @@ def by_machine_code(
             f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
             " collect it with this policy"
         )
-    taken = rollout.actions[rollout.mask] - policy.first_action
-    if len(taken) and not 0 <= int(taken.min()) <= int(taken.max()) < policy.num_actions:
-        first, last = policy.first_action, policy.first_action + policy.num_actions - 1
+    first_action = mlp.first_action_of(policy)
+    last_action = first_action + policy.distribution.num_parameters - 1
+    taken = rollout.actions[rollout.mask]
+    if len(taken) and not first_action <= int(taken.min()) <= int(taken.max()) <= last_action:
         raise ValueError(
-            f"rollout.actions: expected {first} to {last} where counted, got"
-            f" {int(taken.min()) + first} to {int(taken.max()) + first};"
-            " collect it with this policy"
+            f"rollout.actions: expected {first_action} to {last_action} where counted, got"
+            f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
         )
     packed = mlp.pack(policy)
     gradient = np.zeros(len(packed.parameters))
@@ -161,7 +181,7 @@ def by_machine_code(
         rollout.actions.reshape(rows).numpy(),
         advantages.reshape(rows).numpy(),
         rollout.mask.reshape(rows).numpy(),
-        policy.first_action,
+        first_action,
         1.0 / float(divisor),
         float(ent_coef),
         packed.parameters,

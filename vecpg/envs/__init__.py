@@ -28,6 +28,15 @@ __all__ = [
 ]
 
 
+# As text: the environment is imported when it is made.
+gymnasium.register(
+    "vecpg/LineWorld-v0",
+    "vecpg.envs.line_world:LineWorld",
+    max_episode_steps=100,
+    reward_threshold=7.0,
+)
+
+
 def make_envs(
     env_id: str,
     num_envs: int,

@@ -75,16 +75,16 @@ def collect(
         4
     """
     check_autoreset(envs)
-    rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy.obs_shape)
+    rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy)
     device = policy.device
     draw = _sampler(policy, seed, iteration, envs.num_envs)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows.make_room(t + 2)
         rows.obs[t] = obs
-        actions: NDArray[np.int64] = rows.actions[t]
+        actions: NDArray[Any] = rows.actions[t]
         draw(t, rows.obs[t], actions)
-        return actions
+        return policy.for_env(actions)
 
     seeds = _seeds(envs, seed, iteration, Purpose.TRAINING_RESET)
     length = 0
@@ -97,7 +97,7 @@ def collect(
             length += 1
             last_obs = following
     rows.obs[length] = last_obs
-    return rows.rollout(length, device)
+    return rows.rollout(length, device, seed, iteration)
 
 
 def play(
@@ -214,9 +214,10 @@ def prepare() -> None:
 class _Rows:
     """Buffers on the host that double when they are full."""
 
-    def __init__(self, capacity: int, num_envs: int, obs_shape: tuple[int, ...]) -> None:
-        self.obs = np.empty((capacity, num_envs, *obs_shape), np.float32)
-        self.actions = np.empty((capacity, num_envs), np.int64)
+    def __init__(self, capacity: int, num_envs: int, policy: Policy) -> None:
+        size = capacity, num_envs
+        self.obs = torch.empty(*size, *policy.obs_shape, dtype=policy.obs_dtype).numpy()
+        self.actions = torch.empty(*size, *policy.action_shape, dtype=policy.action_dtype).numpy()
         self.rewards = np.empty((capacity, num_envs), np.float32)
         self.terminations = np.empty((capacity, num_envs), np.bool_)
         self.truncations = np.empty((capacity, num_envs), np.bool_)
@@ -229,7 +230,7 @@ class _Rows:
         for name, buffer in vars(self).items():
             setattr(self, name, np.concatenate([buffer, np.empty_like(buffer)]))
 
-    def rollout(self, length: int, device: torch.device) -> Rollout:
+    def rollout(self, length: int, device: torch.device, seed: int, iteration: int) -> Rollout:
         """The first `length` rows as tensors."""
         mask, truncations = self.mask[:length], self.truncations[:length]
         t, n = np.nonzero(truncations)
@@ -247,25 +248,30 @@ class _Rows:
             **{
                 name: torch.from_numpy(rows).to(device, non_blocking=True)
                 for name, rows in host.items()
-            }
+            },
+            seed=seed,
+            iteration=iteration,
         )
 
 
 def _sampler(
     policy: Policy, seed: int, iteration: int, num_envs: int
-) -> Callable[[int, NDArray[np.float32], NDArray[np.int64]], None]:
-    """What draws, at step t, actions (N,) for observations (N, *obs_shape)."""
+) -> Callable[[int, NDArray[Any], NDArray[Any]], None]:
+    """What draws, at step t, actions (N, *action_shape) for observations (N, *obs_shape)."""
     reason = mlp.why_not(policy)
     if (how := reason or "") not in _announced:
         _announced.add(how)
         _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
     if reason is None:
         return mlp.sampler(policy, seed, iteration, Purpose.ACTION)
-    noise = StepNoise(seed, iteration, num_envs, Purpose.ACTION, policy.device)
+    stream = seed, iteration, num_envs
+    noise = StepNoise(*stream, Purpose.ACTION, policy.device, policy.num_uniforms)
+    dropout = StepNoise(*stream, Purpose.DROPOUT, policy.device, policy.dropout_units)
 
-    def draw(t: int, obs: NDArray[np.float32], actions: NDArray[np.int64]) -> None:
+    def draw(t: int, obs: NDArray[Any], actions: NDArray[Any]) -> None:
         seen = torch.from_numpy(obs).to(policy.device, non_blocking=True)
-        actions[...] = policy.sample(seen, noise(t)).cpu().numpy()
+        dropped = dropout(t) if policy.dropout_units else None
+        actions[...] = policy.sample(seen, noise(t), dropped).cpu().numpy()
 
     return draw
 

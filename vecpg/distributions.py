@@ -1,0 +1,186 @@
+"""Distributions over actions, by the action space. Parameters come from the policy's network.
+
+Parameters are (P, B): one contiguous row for each parameter, because reductions over two or three
+adjacent numbers are slow on a CPU. Draws are functions of uniform numbers that the caller gives.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+# What the logarithm of a Gaussian's standard deviation stays between.
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+class Categorical(nn.Module):
+    """pi(a) = softmax(logits)[a], for `Discrete` actions.
+
+    num_parameters: how many numbers the network gives for an observation.
+    num_uniforms:   how many uniform numbers a draw takes.
+    shape, dtype:   of one action.
+    """
+
+    def __init__(self, space: spaces.Discrete) -> None:
+        super().__init__()
+        self.space = space
+        self.num_actions = self.num_parameters = int(space.n)
+        self.first_action = int(space.start)
+        self.num_uniforms = 1
+        self.shape: tuple[int, ...] = ()
+        self.dtype = torch.int64
+
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw by inverting the distribution function: (actions, B) and (1, B) to (B,) int64."""
+        below = torch.softmax(logits, dim=0)[:-1].cumsum(dim=0)
+        return (below <= uniforms).sum(dim=0) + self.first_action
+
+    def mode(self, logits: Tensor) -> Tensor:
+        """The most probable action."""
+        return logits.argmax(dim=0) + self.first_action
+
+    def log_probs_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of pi(actions), and the entropy in nats, (B,) each."""
+        log_probs = torch.log_softmax(logits, dim=0)
+        taken = log_probs.gather(0, (actions - self.first_action)[None])[0]
+        return taken, -(log_probs.exp() * log_probs).sum(dim=0)
+
+    def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Actions (B, ...) as the environment takes them."""
+        return actions
+
+
+class MultiCategorical(nn.Module):
+    """Independent categorical distributions, for `MultiDiscrete` actions of one dimension."""
+
+    def __init__(self, space: spaces.MultiDiscrete) -> None:
+        super().__init__()
+        if space.nvec.ndim != 1:
+            raise ValueError(
+                f"action space {space} is not supported; supported: MultiDiscrete of one dimension"
+            )
+        self.space = space
+        self.parts = [
+            Categorical(spaces.Discrete(int(n), start=int(start)))
+            for n, start in zip(space.nvec, space.start, strict=True)
+        ]
+        self.num_parameters = int(space.nvec.sum())
+        self.num_uniforms = len(self.parts)
+        self.shape: tuple[int, ...] = (len(self.parts),)
+        self.dtype = torch.int64
+
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """(sum of actions, B) and (components, B) to (B, components) int64."""
+        drawn = [
+            part.sample(own, uniforms[i : i + 1])
+            for i, (part, own) in enumerate(self._split(logits))
+        ]
+        return torch.stack(drawn, dim=1)
+
+    def mode(self, logits: Tensor) -> Tensor:
+        """The most probable action."""
+        return torch.stack([part.mode(own) for part, own in self._split(logits)], dim=1)
+
+    def log_probs_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of pi(actions), and the entropy in nats, summed over the components."""
+        pairs = [
+            part.log_probs_and_entropy(own, actions[:, i])
+            for i, (part, own) in enumerate(self._split(logits))
+        ]
+        log_probs, entropies = zip(*pairs, strict=True)
+        return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
+
+    def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Actions (B, ...) as the environment takes them."""
+        return actions.astype(self.space.dtype)
+
+    def _split(self, logits: Tensor) -> Any:
+        sizes = [part.num_actions for part in self.parts]
+        return zip(self.parts, torch.split(logits, sizes), strict=True)
+
+
+class DiagonalGaussian(nn.Module):
+    """Independent normal distributions, for `Box` actions.
+
+    The mean comes from the network. The logarithm of the standard deviation is a parameter of its
+    own, or comes from the network too; it stays inside `LOG_STD_RANGE`, which a smooth function of
+    the parameter keeps, so that a gradient always leads back. Actions are clipped to the space's
+    bounds for the environment only: gradients are those of the action that was drawn.
+    """
+
+    def __init__(self, space: spaces.Box, log_std: str = "parameter") -> None:
+        super().__init__()
+        if not np.issubdtype(space.dtype, np.floating):
+            raise ValueError(
+                f"action space {space} is not supported; supported: Box of floating-point numbers"
+            )
+        self.space = space
+        self.size = math.prod(space.shape)
+        self.shape: tuple[int, ...] = (self.size,)
+        self.dtype = torch.float32
+        self.num_uniforms = 2 * math.ceil(self.size / 2)
+        self.num_parameters = self.size * (2 if log_std == "network" else 1)
+        self.raw_log_std: nn.Parameter | None = None
+        if log_std == "parameter":
+            self.raw_log_std = nn.Parameter(torch.zeros(self.size))
+
+    def mean_and_log_std(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) means, and (A, B) or (A, 1) logarithms of standard deviations."""
+        own = self.raw_log_std
+        raw = parameters[self.size :] if own is None else own[:, None]
+        low, high = LOG_STD_RANGE
+        # 0 gives 0: a standard deviation of 1.
+        inside = torch.sigmoid(raw + math.log(-low / high))
+        return parameters[: self.size], low + (high - low) * inside
+
+    def sample(self, parameters: Tensor, uniforms: Tensor) -> Tensor:
+        """(A or 2 A, B) and (A rounded up to even, B) to (B, A) float32.
+
+        Source: Box & Muller (1958), "A note on the generation of random normal deviates".
+        """
+        mean, log_std = self.mean_and_log_std(parameters)
+        radii, turns = uniforms.chunk(2)
+        radii = torch.sqrt(-2 * torch.log1p(-radii))
+        angles = 2 * math.pi * turns
+        normals = torch.cat([radii * torch.cos(angles), radii * torch.sin(angles)])[: self.size]
+        return (mean + log_std.exp() * normals).mT.contiguous()
+
+    def mode(self, parameters: Tensor) -> Tensor:
+        """The mean."""
+        return self.mean_and_log_std(parameters)[0].mT.contiguous()
+
+    def log_probs_and_entropy(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-density of (B, A) actions, and the differential entropy in nats, (B,) each."""
+        mean, log_std = self.mean_and_log_std(parameters)
+        scaled = (actions.mT - mean) * (-log_std).exp()
+        each = -0.5 * scaled.square() - log_std - 0.5 * math.log(2 * math.pi)
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand(mean.shape)
+        return each.sum(dim=0), entropy.sum(dim=0)
+
+    def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """(B, A) as the environment takes them: (B, *shape), inside the bounds."""
+        shaped = actions.reshape(len(actions), *self.space.shape).astype(self.space.dtype)
+        return np.clip(shaped, self.space.low, self.space.high)
+
+
+def distribution_for(
+    space: spaces.Space[Any], log_std: str
+) -> Categorical | MultiCategorical | DiagonalGaussian:
+    """The distribution over a space's actions.
+
+    Raises:
+        ValueError: a space that is not supported.
+    """
+    if isinstance(space, spaces.Discrete):
+        return Categorical(space)
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiCategorical(space)
+    if isinstance(space, spaces.Box):
+        return DiagonalGaussian(space, log_std)
+    raise ValueError(
+        f"action space {space} is not supported; supported: Discrete, MultiDiscrete, Box"
+    )

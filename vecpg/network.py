@@ -1,0 +1,187 @@
+"""From observations to features, and from features through fully connected layers.
+
+The policy and the value function are built of these.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+# A normalized observation is cut off here: one that was never seen before may be far away.
+_MOST_DEVIATIONS = 10.0
+# Rows that are taken into the statistics at once.
+_ROWS = 2**16
+
+
+def fully_connected(
+    inputs: int, hidden_sizes: Sequence[int], outputs: int, activation: str, last_gain: float
+) -> nn.Sequential:
+    """Linear layers with an activation between them, orthogonal weights and biases of 0.
+
+    The last layer's weights are scaled by `last_gain`, the others by the square root of 2.
+    """
+    widths = [inputs, *hidden_sizes]
+    layers: list[nn.Module] = []
+    for width, next_width in itertools.pairwise(widths):
+        layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+    network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, last_gain if layer is network[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return network
+
+
+class Encoder(nn.Module):
+    """Observations as features: (B, *obs_shape) to (B, features) float32.
+
+    A `Box` is flattened, and normalized on request; a `Discrete` is looked up in a table of learned
+    vectors, and so is every component of a `MultiDiscrete`.
+
+    Args:
+        space: of one environment's observations.
+        embedding_size: length of the learned vectors.
+        normalize: subtract the running mean and divide by the running standard deviation; for a
+            `Box` only.
+
+    Raises:
+        ValueError: a space that is not supported, or cannot be normalized.
+
+    Example:
+        >>> encoder = Encoder(spaces.Discrete(5, start=1), embedding_size=3)
+        >>> encoder(torch.tensor([1, 5])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, space: spaces.Space[Any], embedding_size: int = 8, normalize: bool = False
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.shape: tuple[int, ...] = space.shape or ()
+        self.normalizer: Normalizer | None = None
+        if isinstance(space, spaces.Box):
+            self.features = math.prod(self.shape)
+            self.dtype = torch.float32
+            if normalize:
+                self.normalizer = Normalizer(self.features)
+            return
+        if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            raise ValueError(
+                f"observation space {space} is not supported; supported: Box, Discrete,"
+                " MultiDiscrete (gymnasium.wrappers.FlattenObservation turns many others into a"
+                " Box)"
+            )
+        if normalize:
+            raise ValueError(f"observation space {space} cannot be normalized: only a Box can")
+        sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
+        starts = np.broadcast_to(space.start, sizes.shape)
+        # Where each component's rows begin in the one table, less its first value.
+        first = np.concatenate([[0], sizes.reshape(-1).cumsum()[:-1]]) - starts.reshape(-1)
+        self.first: Tensor
+        self.register_buffer("first", torch.from_numpy(first), persistent=False)
+        self.table = nn.Embedding(int(sizes.sum()), embedding_size)
+        self.features = sizes.size * embedding_size
+        self.dtype = torch.int64
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, *obs_shape), float32 or int64 by the space, to (B, features)."""
+        rows = obs.shape[0]
+        if self.dtype == torch.float32:
+            flat = obs.reshape(rows, self.features)
+            return flat if self.normalizer is None else self.normalizer(flat)
+        found: Tensor = self.table(obs.reshape(rows, -1) + self.first)
+        return found.reshape(rows, self.features)
+
+    def observe(self, obs: Tensor, mask: Tensor) -> None:
+        """Take the counted rows of (T, N, *obs_shape) into the running statistics, where kept.
+
+        Nothing changes between two calls: an iteration sees one and the same normalization.
+        """
+        if self.normalizer is None:
+            return
+        flat, counted = obs.reshape(-1, self.features), mask.reshape(-1)
+        for rows, kept in zip(torch.split(flat, _ROWS), torch.split(counted, _ROWS), strict=True):
+            self.normalizer.observe(rows[kept])
+
+
+class Normalizer(nn.Module):
+    """(x - mean) / standard deviation, of all that was observed so far; x itself before that.
+
+    The result is cut off at 10 standard deviations. Statistics are float64 buffers, and so part of
+    a checkpoint.
+
+    Example:
+        >>> normalizer = Normalizer(1)
+        >>> normalizer.observe(torch.tensor([[1.0], [3.0]]))
+        >>> normalizer(torch.tensor([[3.0]]))
+        tensor([[1.]])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.mean: Tensor
+        self.squares: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(features, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, features) float32 to the same."""
+        # Of a feature that never changed only the mean is known.
+        variance = torch.where(self.squares > 0, self.squares / self.count.clamp(min=1), 1.0)
+        scaled = (x - self.mean) / variance.sqrt()
+        return scaled.clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS).to(torch.float32)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Merge the statistics of (B, features) into the running ones.
+
+        Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance".
+        """
+        if x.shape[0] == 0:
+            return
+        x = x.to(torch.float64)
+        mean = x.mean(dim=0)
+        difference = mean - self.mean
+        total = self.count + x.shape[0]
+        between = difference.square() * self.count * x.shape[0] / total
+        self.squares += (x - mean).square().sum(dim=0) + between
+        self.mean += difference * x.shape[0] / total
+        self.count += x.shape[0]
+
+
+def through(network: nn.Sequential, features: Tensor, dropout: float, uniforms: Tensor) -> Tensor:
+    """The network's output without the hidden units whose uniform number is below `dropout`.
+
+    The others are divided by 1 - dropout, so that expectations stay.
+
+    Args:
+        network: as `fully_connected` makes it.
+        features: (B, inputs).
+        dropout: a probability.
+        uniforms: (hidden units, B) in [0, 1), layer after layer.
+
+    Returns:
+        (B, outputs).
+
+    Source: Srivastava et al. (2014), "Dropout", section 4 (inverted, as torch does it).
+    """
+    used = 0
+    for layer in network:
+        features = layer(features)
+        if not isinstance(layer, nn.Linear):
+            units = features.shape[1]
+            kept = uniforms[used : used + units].mT >= dropout
+            features = torch.where(kept, features / (1 - dropout), 0.0)
+            used += units
+    return features

@@ -1,0 +1,35 @@
+"""Spaces as plain types, as a checkpoint keeps them, and back."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+
+def describe(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A `Box`, `Discrete` or `MultiDiscrete` as numbers, text and lists.
+
+    Example:
+        >>> describe(spaces.Discrete(3))
+        {'kind': 'Discrete', 'n': 3, 'start': 0}
+    """
+    if isinstance(space, spaces.Box):
+        bounds = {"low": space.low.tolist(), "high": space.high.tolist()}
+        return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+    if isinstance(space, spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        values = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {"kind": "MultiDiscrete", **values}
+    raise ValueError(f"space {space} is not supported; supported: Box, Discrete, MultiDiscrete")
+
+
+def from_description(description: dict[str, Any]) -> spaces.Space[Any]:
+    """The space that `describe` was given."""
+    if description["kind"] == "Box":
+        dtype = np.dtype(description["dtype"])
+        low, high = np.array(description["low"], dtype), np.array(description["high"], dtype)
+        return spaces.Box(low, high, tuple(description["shape"]), dtype.type)
+    if description["kind"] == "Discrete":
+        return spaces.Discrete(description["n"], start=description["start"])
+    return spaces.MultiDiscrete(description["nvec"], start=description["start"])
