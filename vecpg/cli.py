@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -63,6 +63,10 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    video: str | None = None
+    """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
+    render: Literal["human"] | None = None
+    """human: first play one episode on the screen. Needs the extra: vecpg[video]."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -77,30 +81,40 @@ def evaluate_main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
         prepare_process()
-        from vecpg import checkpoint
+        from vecpg import checkpoint, video
         from vecpg.evaluate import evaluate
 
         try:
             with _stdout_kept_clean():
                 state = checkpoint.load(checkpoint.find(config.path))
-                result = evaluate(
-                    checkpoint.policy_of(state),
-                    state["config"]["env_id"],
-                    config.episodes,
-                    env_kwargs=state["config"]["env_kwargs"],
-                    max_episode_steps=state["config"]["max_episode_steps"],
-                    greedy=not config.stochastic,
-                    seed=config.seed,
-                )
+                policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
+                settings = {
+                    "env_kwargs": state["config"]["env_kwargs"],
+                    "max_episode_steps": state["config"]["max_episode_steps"],
+                    "greedy": not config.stochastic,
+                    "seed": config.seed,
+                }
+                # What cannot be shown or recorded is found out before anything is played.
+                if config.video is not None:
+                    video.check_recording(env_id, config.video)
+                if config.render is not None:
+                    video.show(policy, env_id, **settings)
+                if config.video is not None:
+                    video.record(policy, env_id, config.video, **settings)
+                result = evaluate(policy, env_id, config.episodes, **settings)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_FAILED) from None
         numbers = {
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "length_mean": result.length_mean,
             "episodes": len(result.returns),
         }
-        print(json.dumps(numbers), flush=True)
+        shown = {} if config.video is None else {"video": config.video}
+        print(json.dumps(numbers | shown), flush=True)
 
 
 def parse_config(args: Sequence[str]) -> Config:
@@ -150,6 +164,7 @@ def parse(
 
 def prepare_process() -> None:
     """Log to stderr in plain lines, and find modules beside the user for `module:Id`."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would greet on stdout
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("vecpg").setLevel(logging.INFO)
     sys.path.append(os.getcwd())

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     TRAINING_RESET = 1
     CONFIRMATION_RESET = 2
     EVALUATION_RESET = 3
+    VIDEO_RESET = 4
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
