@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -115,6 +115,40 @@ def evaluate_main(args: Sequence[str] | None = None) -> None:
         }
         shown = {} if config.video is None else {"video": config.video}
         print(json.dumps(numbers | shown), flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw curves: the mean over seeds with a 95 % confidence band, for runs of equal settings.
+
+    A line goes as far as all its seeds have data. One JSON line goes to stdout.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, or directories that hold several runs, such as `runs`."""
+    out: str
+    """The image file. Its ending (.png, .pdf, .svg, ...) says the format."""
+    tag: str = "charts/episodic_return"
+    """What to draw over the environment steps: a key of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to draw."""
+        if not self.runs:
+            raise ConfigError("RUN: expected at least one run directory, got none")
+
+
+def plot_main(args: Sequence[str] | None = None) -> None:
+    """`scripts/plot.py`."""
+    with exit_codes():
+        config = parse(PlotConfig, sys.argv[1:] if args is None else list(args))
+        prepare_process()
+        from vecpg.plot import plot
+
+        try:
+            drawn = plot(config.runs, config.out, config.tag)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        print(json.dumps(drawn), flush=True)
 
 
 def parse_config(args: Sequence[str]) -> Config:
