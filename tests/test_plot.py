@@ -204,6 +204,7 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     assert f"(charts/SPS, {RETURN}), got losses/entrpy" in message
     assert "got episodes" in refused(capsys, run, *out, "--tag", "episodes")
     assert "has no iteration in its metrics.jsonl yet" in refused(capsys, empty, *out)
+    assert "has no iteration" in refused(capsys, run, empty, *out)
     assert "has no iteration" in refused(capsys, tmp_path / "others", *out)
     assert "got neither" in refused(capsys, tmp_path / "nothing", *out)
     assert "got no directory" in refused(capsys, tmp_path / "missing", *out)
