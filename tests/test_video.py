@@ -250,7 +250,8 @@ def test_an_encoder_that_fails_is_an_error_and_leaves_the_old_film(tmp_path, mon
 
     program = tmp_path / "ffmpeg"
     script = "echo no space >&2" if when == "from the start" else "cat >/dev/null"
-    program.write_text(f"#!/bin/sh\n{script}\nexit 1\n")
+    # It leaves half a film where it was told to write, its last argument.
+    program.write_text(f'#!/bin/sh\nfor film; do :; done\n: >"$film"\n{script}\nexit 1\n')
     program.chmod(0o755)
     monkeypatch.setattr(ffmpeg_writer, "FFMPEG_BINARY", str(program))
     path = tmp_path / "x.mp4"
