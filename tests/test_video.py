@@ -116,6 +116,7 @@ def test_frames_of_odd_size_are_padded_not_stretched(tmp_path):
     seen, _ = frames(tmp_path / "x.mp4")
     assert seen[-1].shape == (32, 46, 3)
     assert grey(seen[-1][:31, :45]) == len(seen) - 1
+    assert grey(seen[-1][31:]) == grey(seen[-1][:, 45:]) == 0
 
 
 def test_the_limit_is_kept(tmp_path):
