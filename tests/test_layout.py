@@ -32,6 +32,8 @@ ALLOWED = {
     },
     "vecpg.update": {"vecpg.mlp", "vecpg.policy", "vecpg.rollout"},
     "vecpg.metrics": {"vecpg.rollout"},
+    "vecpg.plot": {"vecpg.config", "vecpg.recipes"},
+    "vecpg.video": {"vecpg.envs", "vecpg.noise"},
     "vecpg.device": set(),
     "vecpg.interrupts": set(),
 }

@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -64,6 +64,10 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    video: str | None = None
+    """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
+    render: Literal["human"] | None = None
+    """human: first play one episode on the screen. Needs the extra: vecpg[video]."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -78,30 +82,74 @@ def evaluate_main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
         prepare_process()
-        from vecpg import checkpoint
+        from vecpg import checkpoint, video
         from vecpg.evaluate import evaluate
 
         try:
             with _stdout_kept_clean():
                 state = checkpoint.load(checkpoint.find(config.path))
-                result = evaluate(
-                    checkpoint.policy_of(state),
-                    state["config"]["env_id"],
-                    config.episodes,
-                    env_kwargs=state["config"]["env_kwargs"],
-                    max_episode_steps=state["config"]["max_episode_steps"],
-                    greedy=not config.stochastic,
-                    seed=config.seed,
-                )
+                policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
+                settings = {
+                    "env_kwargs": state["config"]["env_kwargs"],
+                    "max_episode_steps": state["config"]["max_episode_steps"],
+                    "greedy": not config.stochastic,
+                    "seed": config.seed,
+                }
+                # What cannot be shown or recorded is found out before anything is played.
+                if config.video is not None:
+                    video.check_recording(env_id, config.video)
+                if config.render is not None:
+                    video.show(policy, env_id, **settings)
+                if config.video is not None:
+                    video.record(policy, env_id, config.video, **settings)
+                result = evaluate(policy, env_id, config.episodes, **settings)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_FAILED) from None
         numbers = {
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "length_mean": result.length_mean,
             "episodes": len(result.returns),
         }
-        print(json.dumps(numbers), flush=True)
+        shown = {} if config.video is None else {"video": config.video}
+        print(json.dumps(numbers | shown), flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw curves: the mean over seeds with a 95 % confidence band, for runs of equal settings.
+
+    A line goes as far as all its seeds have data. One JSON line goes to stdout.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, or directories that hold several runs, such as `runs`."""
+    out: str
+    """The image file. Its ending (.png, .pdf, .svg, ...) says the format."""
+    tag: str = "charts/episodic_return"
+    """What to draw over the environment steps: a key of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to draw."""
+        if not self.runs:
+            raise ConfigError("RUN: expected at least one run directory, got none")
+
+
+def plot_main(args: Sequence[str] | None = None) -> None:
+    """`scripts/plot.py`."""
+    with exit_codes():
+        config = parse(PlotConfig, sys.argv[1:] if args is None else list(args))
+        prepare_process()
+        from vecpg.plot import plot
+
+        try:
+            drawn = plot(config.runs, config.out, config.tag)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        print(json.dumps(drawn), flush=True)
 
 
 def parse_config(args: Sequence[str]) -> Config:
@@ -168,6 +216,7 @@ def parse(
 
 def prepare_process() -> None:
     """Log to stderr in plain lines, and find modules beside the user for `module:Id`."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would greet on stdout
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("vecpg").setLevel(logging.INFO)
     sys.path.append(os.getcwd())
