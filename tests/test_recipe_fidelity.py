@@ -26,11 +26,12 @@ from vecpg.train import train
 ROOT = Path(__file__).parent.parent
 UPDATES = 5
 TOLERANCE = 1e-5
-# With this seed the largest differences are 1e-6. Adam's first steps divide each coordinate of the
-# gradient by its own size (and 1e-8), so where one is about as small as 1e-8 by chance, rounding it
-# to float32 shows: of seeds 1 to 8, three of 80 runs had one or two of thousands of parameters off
-# by 1.1e-5 to 1.4e-5, and Adam in float64 on vecpg's own float32 gradients gives the same numbers.
-SEED = 5
+# With this seed the largest difference is 4e-7. Adam's first steps divide each coordinate of the
+# gradient by its own size plus 1e-8. One that is by chance no larger than that, next to coordinates
+# of 1e3, moves by a visible part of the step size when it is rounded to float32: in 7 of 160 runs
+# with seeds 1 to 24 one or two of thousands of parameters were off by 1e-5 to 3e-4. There Adam in
+# float64, on vecpg's own gradients, gives vecpg's numbers.
+SEED = 16
 
 # What every recipe has in common.
 EVERYWHERE = {
