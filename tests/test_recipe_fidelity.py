@@ -198,10 +198,11 @@ def test_five_updates_equal_the_textbook(name, sizes, tmp_path, monkeypatch):
             difference = (value - theta[parameter]).abs().max().item()
             assert difference <= TOLERANCE, parameter
             # Adam divides the gradient's scale out: only its moments tell whether that is right.
+            # Rounding gives them errors of up to 7e-6 of the largest.
             for moment, wanted in (("exp_avg", adam.mean), ("exp_avg_sq", adam.square)):
                 found = optimizer["state"][i][moment]
                 scale = max(tensor.abs().max() for tensor in wanted.values())
-                assert (found - wanted[parameter]).abs().max() <= TOLERANCE * scale, parameter
+                assert (found - wanted[parameter]).abs().max() <= 1e-4 * scale, parameter
 
 
 def test_actions_are_drawn_with_the_dropout_masks_of_the_textbook(tmp_path, monkeypatch):
