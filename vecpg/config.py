@@ -124,6 +124,9 @@ class Config:
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0
     """Seconds between plain progress lines."""
+    capture_video: bool = False
+    """At the end, record one greedy episode of the best policy in a separate environment, as
+    videos/best.mp4 of the run. Needs the extra: vecpg[video]."""
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -27,7 +27,16 @@ _log = logging.getLogger(__name__)
 
 # Runs that differ in nothing else are repetitions of one experiment.
 _NO_PART_OF_A_GROUP = frozenset(
-    ("seed", "exp_name", "out_dir", "progress", "log_every", "save_every", "threads")
+    (
+        "seed",
+        "exp_name",
+        "out_dir",
+        "progress",
+        "log_every",
+        "save_every",
+        "threads",
+        "capture_video",
+    )
 )
 
 # Keys of metrics.jsonl that are not curves: they identify the row.

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import torch
 
-from vecpg import checkpoint, mlp
+from vecpg import checkpoint, mlp, video
 from vecpg.checkpoint import load_policy
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
@@ -120,6 +120,10 @@ def train(config: Config) -> TrainResult:
         with _threads(config.threads):  # an initialization may depend on it in its last bits
             policy, critic = _make_networks(config, envs, device)
         run_dir = make_run_directory(config)
+        film = run_dir / "videos" / "best.mp4"
+        if config.capture_video:
+            film.parent.mkdir()
+            video.check_recording(config.env_id, film)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     counters = Counters()
 
@@ -234,7 +238,17 @@ def train(config: Config) -> TrainResult:
         "run_dir": _relative(run_dir),
     }
     write_json(run_dir / "summary.json", summary)
-    return TrainResult(load_policy(run_dir, device), run_dir, summary)
+    best = load_policy(run_dir, device)
+    if config.capture_video:
+        video.record(
+            best,
+            config.env_id,
+            film,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            seed=config.seed,
+        )
+    return TrainResult(best, run_dir, summary)
 
 
 @contextmanager
