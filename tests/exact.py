@@ -150,3 +150,29 @@ class Tables(gymnasium.vector.VectorEnv):
 
     def _starts(self):
         return self.rng.choice(len(self.world.start), self.num_envs, p=self.world.start)
+
+
+class Noise(gymnasium.vector.VectorEnv):
+    """Observations that nothing has an influence on; episodes of 3 to 5 steps."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(self, action_space, num_envs):
+        self.num_envs = num_envs
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (3,))
+        self.single_action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = np.random.default_rng(seed)
+        self.left = self.rng.integers(3, 6, self.num_envs)
+        return self._obs(), {}
+
+    def step(self, actions):
+        assert self.single_action_space.contains(actions[0])
+        begins = self.left == 0
+        self.left = np.where(begins, self.rng.integers(3, 6, self.num_envs), self.left - 1)
+        nothing = np.zeros(self.num_envs)
+        return self._obs(), nothing, self.left == 0, nothing > 0, {}
+
+    def _obs(self):
+        return self.rng.standard_normal((self.num_envs, 3)).astype(np.float32)

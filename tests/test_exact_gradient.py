@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from exact import Tables, exact_gradient, expected_return, line_world, slip_world
+from exact import Noise, Tables, exact_gradient, expected_return, line_world, slip_world
 from gymnasium import spaces
 from torch import nn
 
@@ -359,3 +359,92 @@ def test_the_wrong_discount_is_found(name):
     target = exact_gradient(world, "full_return", 0.9)
     off = largest(world, rollouts, list(weigh(world, rollouts, config)), target)
     assert off > FAR
+
+
+# -- Every distribution, with dropout ------------------------------------------------------------
+
+ACTIONS = {
+    "discrete": (spaces.Discrete(3, start=1), {}),
+    "multi-discrete": (spaces.MultiDiscrete([2, 3]), {}),
+    "box": (spaces.Box(-0.5, 0.5, (3,)), {}),
+    "box, deviation from the network": (spaces.Box(-0.5, 0.5, (2,)), {"log_std": "network"}),
+}
+every_distribution = pytest.mark.parametrize(
+    ("action_space", "settings"), ACTIONS.values(), ids=ACTIONS
+)
+
+
+def with_dropout(kind, action_space, settings):
+    """A policy that is nowhere near its small initial logits."""
+    given = {"hidden_sizes": (6,), "dropout": 0.5} | settings
+    policy = kind(spaces.Box(-np.inf, np.inf, (3,)), action_space, **given)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.7, generator=generator)
+    return policy
+
+
+@every_distribution
+def test_a_baseline_of_the_state_alone_adds_nothing_in_expectation(action_space, settings):
+    """E[grad log pi(a|s) b(s)] = 0, and not so with other dropout masks or with clipped actions."""
+    policy = with_dropout(Policy, action_space, settings)
+    envs = Noise(action_space, 128)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+
+    def score(rollout):
+        baseline = (1 + rollout.obs[..., 0] + rollout.obs[..., 1] ** 2).masked_fill(
+            ~rollout.mask, torch.nan
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(update_module, "CHUNK_ROWS", 499)
+            update(policy, optimizer, rollout, baseline, Config())
+        return np.concatenate([p.grad.double().reshape(-1).numpy() for p in policy.parameters()])
+
+    def largest_mean(scores):
+        scores = np.stack(scores)
+        error = scores.std(axis=0, ddof=1) / len(scores) ** 0.5
+        return np.abs(scores.mean(axis=0) / error).max()
+
+    rollouts = [
+        collect(envs, policy, num_steps=4, seed=5, iteration=iteration) for iteration in range(100)
+    ]
+    assert largest_mean([score(rollout) for rollout in rollouts]) < BOUND
+    few = rollouts[:50]
+    others = [replace(rollout, iteration=rollout.iteration + 100) for rollout in few]
+    assert largest_mean([score(rollout) for rollout in others]) > FAR
+    if isinstance(action_space, spaces.Box):
+        clipped = [replace(rollout, actions=rollout.actions.clamp(-0.5, 0.5)) for rollout in few]
+        assert largest_mean([score(rollout) for rollout in clipped]) > FAR
+
+
+class Recording(Policy):
+    """Keeps what it was asked for."""
+
+    drawn, differentiated = (), ()
+
+    def sample(self, obs, uniforms, dropout=None):
+        actions = super().sample(obs, uniforms, dropout)
+        drawn = super().log_probs_and_entropy(obs, actions, dropout)[0]
+        self.drawn = (*self.drawn, drawn.clone())
+        return actions
+
+    def log_probs_and_entropy(self, obs, actions, dropout=None):
+        log_probs, entropy = super().log_probs_and_entropy(obs, actions, dropout)
+        self.differentiated = (*self.differentiated, log_probs.detach())
+        return log_probs, entropy
+
+
+@every_distribution
+def test_log_probabilities_in_the_update_are_those_at_sampling(monkeypatch, action_space, settings):
+    monkeypatch.setattr(update_module, "CHUNK_ROWS", 499)
+    policy = with_dropout(Recording, action_space, settings)
+    rollout = collect(Noise(action_space, 64), policy, num_steps=4, seed=5, iteration=2)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    update(policy, optimizer, rollout, torch.ones(rollout.mask.shape), Config())
+    drawn = torch.stack(policy.drawn)[rollout.mask]
+    torch.testing.assert_close(torch.cat(policy.differentiated), drawn, atol=1e-5, rtol=1e-5)
+    assert len(drawn.unique()) > len(drawn) / 20
+    undropped = policy.log_probs_and_entropy(
+        rollout.obs[rollout.mask], rollout.actions[rollout.mask]
+    )[0]
+    assert (undropped - drawn).abs().mean() > 0.1
