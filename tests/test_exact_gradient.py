@@ -60,7 +60,7 @@ class Tabular(Policy):
 
 
 @functools.cache
-def collections(name, num_steps):
+def of_many_environments(name, num_steps):
     """Rollouts of many environments that make at least `EPISODES` whole episodes."""
     world, num_envs = WORLDS[name], 64
     policy = Tabular(world.logits)
@@ -80,7 +80,7 @@ def collections(name, num_steps):
 @functools.cache
 def collected(name, num_envs, num_steps):
     """The same as rollouts of `num_envs` environments: they know nothing of each other."""
-    return [few for many in collections(name, num_steps) for few in dealt(many, num_envs)]
+    return [few for many in of_many_environments(name, num_steps) for few in dealt(many, num_envs)]
 
 
 def dealt(rollout, num_envs):
