@@ -133,7 +133,8 @@ def gradients(world, rollouts, weights, chunk_rows=499):
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update_module, "CHUNK_ROWS", chunk_rows)
-        update(policy, optimizer, joined, torch.cat(weights), Config(reduction="episode"))
+        weights = torch.cat(weights).masked_fill(~joined.mask, torch.nan)
+        update(policy, optimizer, joined, weights, Config(reduction="episode"))
     # An optimizer descends.
     gradient = -policy.network.weight.grad.double()
     return gradient.reshape(len(rollouts), states, actions).numpy()
@@ -298,7 +299,7 @@ in_both = pytest.mark.parametrize("name", ["line", in_full("slip")])
 
 
 @in_both
-@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
+@pytest.mark.parametrize("weights", ["reward_to_go", in_full("full_return")])
 @pytest.mark.parametrize("selection", ["first finished", "no tails"])
 def test_a_selection_of_episodes_is_found(name, selection, weights):
     world, rollouts = WORLDS[name], collected(name, 4, 16)
@@ -313,7 +314,7 @@ def test_a_selection_of_episodes_is_found(name, selection, weights):
 
 
 @in_both
-@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
+@pytest.mark.parametrize("weights", ["reward_to_go", in_full("full_return")])
 @pytest.mark.parametrize("baseline", ["mean", "timestep_mean"])
 def test_a_baseline_with_the_own_return_is_found(name, baseline, weights):
     world, rollouts = WORLDS[name], one_each(name)
@@ -323,7 +324,7 @@ def test_a_baseline_with_the_own_return_is_found(name, baseline, weights):
     assert off > FAR
 
 
-@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
+@pytest.mark.parametrize("weights", ["reward_to_go", in_full("full_return")])
 def test_a_sole_survivor_with_advantage_zero_is_found(weights):
     world, rollouts = WORLDS["line"], one_each("line")
     config = Config(weights=weights, baseline="leave_one_out", gamma=0.9)
