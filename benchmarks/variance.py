@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1_000_000, help="of the true gradient")
     parser.add_argument("--trained", type=int, default=15, help="iterations of training before")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     config = Config(num_envs=64)
     with tempfile.TemporaryDirectory() as out_dir:
         few = dataclasses.replace(
