@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         if self.dtype == torch.float32:
             flat = obs.reshape(rows, self.features)
             return flat if self.normalizer is None else self.normalizer(flat)
-        found: Tensor = self.table(obs.reshape(rows, -1) + self.first)
+        found: Tensor = self.table(obs.reshape(rows, len(self.first)) + self.first)
         return found.reshape(rows, self.features)
 
     def observe(self, obs: Tensor, mask: Tensor) -> None:
