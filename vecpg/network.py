@@ -81,7 +81,7 @@ class Encoder(nn.Module):
                 " Box)"
             )
         if normalize:
-            raise ValueError(f"observation space {space} cannot be normalized: only a Box can")
+            raise ValueError(f"normalize_obs: expected a Box observation space, got {space}")
         sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         starts = np.broadcast_to(space.start, sizes.shape)
         # Where each component's rows begin in the one table, less its first value.
