@@ -131,8 +131,8 @@ def fit(
             total += loss.detach()
         if not bool(total.isfinite()):
             raise FloatingPointError(
-                f"the loss of the value function is {total.item()}: the rewards are too large (scale"
-                " them), or so is --value-learning-rate"
+                f"the loss of the value function is {total.item()}: the rewards are too large"
+                " (scale them), or so is --value-learning-rate"
             )
         optimizer.step()
         before = total if before is None else before
