@@ -216,9 +216,11 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
     assert [one.value for one in points] == pytest.approx([r["losses/value_loss"] for r in rows])
 
     policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir)
-    assert policy.state_dict().keys() == again.state_dict().keys()
-    for name, value in policy.state_dict().items():
+    saved = checkpoint.load(runs[0].run_dir / "checkpoints" / "best.pt")["policy"]["parameters"]
+    for name, value in saved.items():
+        assert torch.equal(value, policy.state_dict()[name])
         assert torch.equal(value, again.state_dict()[name])
+    assert saved.keys() == policy.state_dict().keys()
     env = gymnasium.make(settings["env_id"], **settings["env_kwargs"])
     env.observation_space.seed(0)
     batch = np.stack([env.reset(seed=seed)[0] for seed in range(20)])
