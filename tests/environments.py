@@ -114,10 +114,8 @@ class Bandit(gymnasium.Env):
     def __init__(self, start=3, space=None):
         self.observation_space = spaces.Box(-1, 1, (2, 3), np.float64)
         self.action_space = spaces.Discrete(2, start=start)
-        if space == "tuple observation":
-            self.observation_space = spaces.Tuple([spaces.Discrete(2)])
-        if space == "box action":
-            self.action_space = spaces.Box(-1, 1, (2,))
+        if space == "binary action":
+            self.action_space = spaces.MultiBinary(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -181,6 +179,64 @@ class Odd(Constant):
         return obs, "much", terminated, truncated, info
 
 
+class Dials(gymnasium.Env):
+    """A MultiDiscrete action, or observation: pays for every component that matches its dial.
+
+    Dials start at other numbers than 0, and are of a type that not every integer fits.
+    """
+
+    def __init__(self, observed=False):
+        self.dials = spaces.MultiDiscrete([2, 3, 4], np.int32, start=[1, -1, 5])
+        self.observed = observed
+        self.observation_space = spaces.Box(-9, 9, (3,), np.float32)
+        self.action_space = self.dials
+        if observed:
+            self.observation_space = spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [2, 3]])
+            self.action_space = spaces.Discrete(3, start=-1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.length = int(self.np_random.integers(2, 9))
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.steps += 1
+        paid = float(action == self.shown) if self.observed else float(sum(action == self.shown))
+        return self._obs(), paid, self.steps == self.length, False, {}
+
+    def _obs(self):
+        first = self.observation_space.start if self.observed else self.dials.start
+        sizes = self.observation_space.nvec if self.observed else self.dials.nvec
+        self.shown = first + self.np_random.integers(0, sizes)
+        obs = self.shown.astype(self.observation_space.dtype)
+        assert self.observation_space.contains(obs)
+        if self.observed:
+            self.shown = self.shown[0, 1] - 2
+        return obs
+
+
+class Pay(gymnasium.Env):
+    """A Box action (2, 3) within +-0.5; pays `scale` times their sum. 5 steps, or cut before."""
+
+    def __init__(self, scale=1.0):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = spaces.Box(-0.5, 0.5, (2, 3), np.float64)
+        self.scale = scale
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.normal([1000.0, 0.0], [3.0, 1.0]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        obs = self.np_random.normal([1000.0, self.steps], [3.0, 1.0])
+        return obs, self.scale * float(action.sum()), self.steps == 5, False, {}
+
+
 class Suicidal(Constant):
     """Kills its own process at its fourth step, as the system does for want of memory."""
 
@@ -217,6 +273,8 @@ for _env, _limit in (
     (Talkative, 10),
     (Leaving, 10),
     (Odd, 10),
+    (Dials, 10),
+    (Pay, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,9 +17,10 @@ from conftest import ROOT
 from gymnasium import spaces
 
 from vecpg import checkpoint
-from vecpg.cli import EvaluateConfig, parse, parse_config
+from vecpg.cli import EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config, to_dict
 from vecpg.policy import Policy
+from vecpg.recipes import RECIPES
 
 # This checkout, wherever vecpg may be installed; the scripts find modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -89,6 +92,24 @@ def test_keyword_arguments_are_json():
         (["--gama", 0.9], "did you mean --gamma?"),
         (["--target-return", "x"], "--target-return: expected none or float or auto, got x"),
         (["--total-episodes", "x"], "--total-episodes: expected none or int, got x"),
+        (["--dropout", 1], "--dropout: expected a number in [0, 1), got 1"),
+        (["--embedding-size", 0], "--embedding-size: expected at least 1, got 0"),
+        (["--gae-lambda", 2], "--gae-lambda: expected a number in [0, 1], got 2"),
+        (
+            ["--weights", "gae"],
+            "--weights gae: expected --baseline value, which learns V(s), got --baseline leave_one",
+        ),
+        (
+            ["--bootstrap-truncations", "--baseline", "mean"],
+            "--bootstrap-truncations: expected --baseline value, which learns V(s), got --baseline"
+            " mean",
+        ),
+        (["--value-steps", 0], "--value-steps: expected at least 1, got 0"),
+        (
+            ["--value-learning-rate", 0],
+            "--value-learning-rate: expected a finite number greater than 0, got 0",
+        ),
+        (["--log-std", "free"], "invalid choice 'free' for argument '--log-std'"),
         (["--baseline", "foo"], "invalid choice 'foo' for argument '--baseline'"),
         (["--env-kwargs", "[1]"], "--env-kwargs: expected a JSON object, got [1]"),
         (["--env-kwargs", "{"], "--env-kwargs: expected a JSON object, got {"),
@@ -114,14 +135,67 @@ def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
     assert result.stderr == "error: Unrecognized options: --gama, 1; did you mean --gamma?\n"
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--env-id", "FrozenLake-v1", "--normalize-obs"],
+            "normalize_obs: expected a Box observation space, got Discrete(16)",
+        ),
+        (
+            [
+                "--env-id",
+                "environments:Dials-v0",
+                "--env-kwargs",
+                '{"observed": true}',
+                "--normalize-obs",
+            ],
+            "normalize_obs: expected a Box observation space, got MultiDiscrete([[2 3] [4 5]]",
+        ),
+        (
+            ["--env-id", "Blackjack-v1", "--max-episode-steps", "9"],
+            "observation space Tuple(Discrete(32), Discrete(11), Discrete(2)) is not supported;"
+            " supported: Box, Discrete, MultiDiscrete",
+        ),
+        (
+            ["--env-id", "environments:Bandit-v0", "--env-kwargs", '{"space": "binary action"}'],
+            "action space MultiBinary(2) is not supported; supported: Discrete, MultiDiscrete, Box",
+        ),
+    ],
+)
+def test_a_space_that_cannot_be_used_is_one_line_and_status_2(
+    capfd, monkeypatch, tmp_path, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    captured = capfd.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith(f"error: {message}")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_the_list_of_recipes_goes_to_stdout(capsys):
     for args in (["--recipe", "list"], ["--num-envs", "3", "--recipe=list"]):
         with pytest.raises(SystemExit) as caught:
             parse_config(args)
         assert caught.value.code == 0
         captured = capsys.readouterr()
-        assert captured.out.startswith("default: ")
         assert captured.err == ""
+        printed = captured.out.split("\n")
+        for name, (config, _) in RECIPES.items():
+            first = printed.index(f"{name}:") + 1
+            lines = [
+                line.strip()
+                for line in itertools.takewhile(lambda line: line[:1] == " ", printed[first:])
+            ]
+            flags = [line for line in lines if line.startswith("--")]
+            assert lines[len(lines) - len(flags) - 1].endswith(")"), "the source comes last"
+            # What is printed is how to get these settings without the name.
+            again = parse_config(shlex.split(" ".join(flags)))
+            assert dataclasses.replace(again, recipe=name) == config
 
 
 def test_help_names_every_setting(capsys):

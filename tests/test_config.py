@@ -26,8 +26,18 @@ from vecpg.config import Config, ConfigError, to_dict
         ("max_grad_norm", [0.0, -1.0, math.nan], "--max-grad-norm"),
         ("hidden_sizes", [(0,), (64, -1), "64", (1.5,), 64], "--hidden-sizes"),
         ("activation", ["gelu"], "--activation: expected tanh or relu, got 'gelu'"),
-        ("weights", ["gae"], "--weights: expected reward_to_go or full_return"),
-        ("baseline", ["value"], "--baseline: expected none or mean or"),
+        ("weights", ["td"], "--weights: expected reward_to_go or full_return or gae, got 'td'"),
+        ("weights", ["gae"], "--weights gae: expected --baseline value, .*, got --baseline leave"),
+        ("gae_lambda", [-0.1, 2, math.nan], r"--gae-lambda: expected a number in \[0, 1\], got"),
+        ("baseline", ["critic"], "--baseline: expected none or mean or .* or value, got 'critic'"),
+        ("bootstrap_truncations", [True], "--bootstrap-truncations: expected --baseline value"),
+        ("bootstrap_truncations", [1], "--bootstrap-truncations: expected true or false, got 1"),
+        ("value_steps", [0, -1], "--value-steps: expected at least 1, got"),
+        ("value_learning_rate", [0.0, math.nan], "--value-learning-rate: expected a finite"),
+        ("dropout", [1, 1.5, -0.1, math.nan], r"--dropout: expected a number in \[0, 1\), got"),
+        ("embedding_size", [0], "--embedding-size: expected at least 1, got 0"),
+        ("normalize_obs", ["yes"], "--normalize-obs: expected true or false, got 'yes'"),
+        ("log_std", ["free"], "--log-std: expected parameter or network, got 'free'"),
         ("reduction", ["mean"], "--reduction"),
         ("vectorization", ["fast"], "--vectorization"),
         ("target_return", ["high", math.nan, math.inf], "--target-return"),
@@ -51,6 +61,11 @@ def test_a_run_needs_an_end():
     with pytest.raises(ConfigError, match="a run needs an end"):
         Config(total_timesteps=None)
     assert Config(total_timesteps=None, total_episodes=5).total_episodes == 5
+
+
+def test_what_needs_a_value_function_is_taken_with_one():
+    config = Config(baseline="value", weights="gae", bootstrap_truncations=True, gae_lambda=1.0)
+    assert (config.weights, config.bootstrap_truncations, config.gae_lambda) == ("gae", True, 1.0)
 
 
 def test_json_and_back():

@@ -230,3 +230,185 @@ def test_the_expectation_over_every_outcome_is_the_policy_gradient(
         assert error < 1e-6
     else:
         assert error > 1e-2, "these contain the own return, and docs/semantics.md says so"
+
+
+# -- A learned baseline --------------------------------------------------------------------------
+
+
+def with_ends(rollout, seed=0):
+    """The same rows, each episode ended by the rule, by a limit, or by both, in turn.
+
+    Returns the rollout, V of its observations and of the final ones; NaN where nothing counts.
+    """
+    rows = rollout.dones.nonzero()
+    ends = torch.arange(len(rows)) % 3
+    truncations = torch.zeros_like(rollout.mask)
+    terminations = torch.zeros_like(rollout.mask)
+    truncations[tuple(rows[ends >= 1].t())] = True
+    terminations[tuple(rows[ends != 1].t())] = True
+    g = torch.Generator().manual_seed(seed)
+    final_rows = truncations.nonzero()
+    changed = Rollout(
+        obs=rollout.obs,
+        actions=rollout.actions,
+        rewards=rollout.rewards,
+        terminations=terminations,
+        truncations=truncations,
+        mask=rollout.mask,
+        final_obs=torch.zeros(len(final_rows), 1),
+        final_rows=final_rows,
+    )
+    values = torch.randn(rollout.mask.shape, generator=g)
+    values[~rollout.mask] = math.nan
+    final_values = torch.randn(len(final_rows), generator=g)
+    both = terminations[tuple(final_rows.t())]
+    assert both.any()
+    assert (~both).any()
+    final_values[both] = math.nan  # which nobody may read
+    return changed, values, final_values
+
+
+def episodes_of(rollout, values, final_values, bootstrap):
+    """For each: its rows, rewards, values, and the value after its end, in Python's floats."""
+    after = {
+        (t, n): value
+        for (t, n), value in zip(rollout.final_rows.tolist(), final_values.tolist(), strict=True)
+        if bootstrap and not rollout.terminations[t, n]
+    }
+    for n in range(rollout.mask.shape[1]):
+        rows = []
+        for t in range(rollout.mask.shape[0]):
+            if rollout.mask[t, n]:
+                rows.append((t, n))
+                if rollout.dones[t, n]:
+                    rewards = [rollout.rewards[row].item() for row in rows]
+                    yield (
+                        rows,
+                        rewards,
+                        [values[row].item() for row in rows],
+                        after.get((t, n), 0.0),
+                    )
+                    rows = []
+
+
+@pytest.mark.parametrize("block_rows", [1, 20, 2**18])
+@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "gae_lambda"),
+    [("reward_to_go", 0.5), ("full_return", 0.5), ("gae", 0.0), ("gae", 0.8), ("gae", 1.0)],
+)
+def test_with_values_advantages_are_the_definition(
+    monkeypatch, weights, gae_lambda, bootstrap, block_rows
+):
+    monkeypatch.setattr(loss, "_BLOCK_ROWS", block_rows)
+    rollout, values, final_values = with_ends(make_rollout(RAGGED))
+    config = Config(
+        baseline="value",
+        weights=weights,
+        gae_lambda=gae_lambda,
+        gamma=0.9,
+        bootstrap_truncations=bootstrap,
+    )
+    result = advantages(rollout, config, values, final_values)
+    assert (result[~rollout.mask] == 0).all()
+    for rows, rewards, v, after in episodes_of(rollout, values, final_values, bootstrap):
+        length = len(rows)
+        # The sum of what was paid, and of what the last observation is worth.
+        paid = [*rewards, after]
+        togo = [sum(0.9 ** (k - t) * paid[k] for k in range(t, length + 1)) for t in range(length)]
+        following = [*v[1:], after]
+        deltas = [rewards[t] + 0.9 * following[t] - v[t] for t in range(length)]
+        for t, row in enumerate(rows):
+            expected = {
+                "reward_to_go": togo[t] - v[t],
+                "full_return": togo[0] - v[t],
+                "gae": sum((0.9 * gae_lambda) ** (k - t) * deltas[k] for k in range(t, length)),
+            }[weights]
+            assert result[row].item() == pytest.approx(expected, rel=1e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_gae_with_lambda_one_is_the_reward_to_go_minus_v(bootstrap):
+    rollout, values, final_values = with_ends(make_rollout(RAGGED))
+    settings = {"baseline": "value", "gamma": 0.9, "bootstrap_truncations": bootstrap}
+    gae = advantages(
+        rollout, Config(weights="gae", gae_lambda=1.0, **settings), values, final_values
+    )
+    plain = advantages(rollout, Config(**settings), values, final_values)
+    torch.testing.assert_close(gae, plain, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("weights", ["reward_to_go", "full_return", "gae"])
+def test_bootstrapping_adds_what_follows_a_cut_episode_and_nothing_else(weights):
+    rollout, values, final_values = with_ends(make_rollout(RAGGED))
+    settings = {"baseline": "value", "weights": weights, "gamma": 0.5, "gae_lambda": 0.0}
+    with_, without = (
+        advantages(
+            rollout, Config(bootstrap_truncations=bootstrap, **settings), values, final_values
+        )
+        for bootstrap in (True, False)
+    )
+    difference = with_ - without
+    for row, value in zip(rollout.final_rows.tolist(), final_values.tolist(), strict=True):
+        cut = not rollout.terminations[tuple(row)]
+        if weights == "full_return" and cut:
+            continue  # it depends on the length of the episode; the definition is tested above
+        expected = 0.5 * value if cut else 0.0
+        assert difference[tuple(row)].item() == pytest.approx(expected, abs=1e-6)
+    ended_by_the_rule = rollout.dones & ~rollout.truncations
+    assert (difference[ended_by_the_rule] == 0).all()
+    if weights == "gae":  # at lambda 0 nothing goes further back
+        assert (difference[~rollout.truncations] == 0).all()
+
+
+def test_a_hand_computed_bootstrap():
+    # One episode of two steps that pay 1 and 2, cut, with V of 10, 20 and then 40; gamma 1/2.
+    rollout, _, _ = with_ends(make_rollout([[2], [1], [1]]))
+    rollout.rewards[rollout.mask] = 1.0
+    rollout.rewards[1, 0] = 2.0
+    rollout.truncations[1, 0], rollout.terminations[1, 0] = True, False
+    rollout = Rollout(
+        **{name: getattr(rollout, name) for name in Rollout.__slots__}
+        | {
+            "final_rows": rollout.truncations.nonzero(),
+            "final_obs": torch.zeros(int(rollout.truncations.sum()), 1),
+        }
+    )
+    values = torch.zeros(2, 3)
+    values[:, 0] = torch.tensor([10.0, 20.0])
+    final_values = torch.where(rollout.final_rows[:, 1] == 0, 40.0, 0.0)
+    settings = {"baseline": "value", "gamma": 0.5, "bootstrap_truncations": True}
+
+    def column(**more):
+        return advantages(rollout, Config(**settings, **more), values, final_values)[:, 0].tolist()
+
+    assert column() == [1 + 1 + 10 - 10, 2 + 20 - 20]
+    assert column(weights="full_return") == [12 - 10, 12 - 20]
+    assert column(weights="gae", gae_lambda=0.0) == [1 + 10 - 10, 2 + 20 - 20]
+
+
+def test_values_that_are_needed_and_missing_are_named():
+    rollout, values, _ = with_ends(make_rollout(RAGGED))
+    for weights in ("reward_to_go", "full_return", "gae"):
+        with pytest.raises(ValueError, match=r"^values: expected \(T, N\), got None"):
+            advantages(rollout, Config(baseline="value", weights=weights))
+        config = Config(baseline="value", weights=weights, bootstrap_truncations=True)
+        with pytest.raises(ValueError, match=r"^final_values: expected \(K,\), got None"):
+            advantages(rollout, config, values)
+
+
+def test_values_are_not_looked_at_without_their_baseline():
+    rollout = make_rollout(RAGGED)
+    values = torch.full(rollout.mask.shape, math.nan)
+    assert torch.equal(advantages(rollout, Config(), values), advantages(rollout, Config()))
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "timestep_mean", "leave_one_out", "value"])
+def test_equal_returns_give_zero_advantages_not_nan(baseline):
+    """Episodes of one step that all pay the same."""
+    rollout = make_rollout([[1, 1], [1], [1]])
+    rollout.rewards[rollout.mask] = 0.1
+    values = torch.full(rollout.mask.shape, 3.7)
+    config = Config(baseline=baseline, normalize=True)
+    result = advantages(rollout, config, values)
+    assert torch.equal(result, torch.zeros(rollout.mask.shape))

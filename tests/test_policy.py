@@ -7,6 +7,8 @@ from gymnasium import spaces
 
 from vecpg.policy import Policy
 
+BOX = spaces.Box(-1, 1, (2,))
+
 
 def make_policy(actions=3, start=0, **kwargs):
     torch.manual_seed(0)
@@ -90,8 +92,11 @@ def test_act_refuses_another_shape(shape):
 @pytest.mark.parametrize(
     ("observation", "action", "message"),
     [
-        (spaces.Discrete(4), spaces.Discrete(2), r"observation space Discrete\(4\).*: Box"),
-        (spaces.Box(-1, 1, (2,)), spaces.MultiBinary(2), r"action space MultiBinary.*: Discrete"),
+        (spaces.MultiBinary(4), spaces.Discrete(2), r"observation space MultiBinary\(4\).*: Box"),
+        (spaces.Dict(a=BOX), spaces.Discrete(2), r"observation space Dict.*: Box, Discrete"),
+        (BOX, spaces.MultiBinary(2), r"action space MultiBinary.*: Discrete, MultiDiscrete, Box"),
+        (BOX, spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.*: .* of one dimension"),
+        (BOX, spaces.Box(0, 9, (2,), np.int64), r"action space Box.*: Box of floating-point"),
     ],
 )
 def test_an_unsupported_space_is_named_with_what_is_supported(observation, action, message):

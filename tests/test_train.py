@@ -8,6 +8,7 @@ import time
 import types
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,8 +17,10 @@ from vecpg import checkpoint
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.evaluate import evaluate
 from vecpg.interrupts import Interrupted
 from vecpg.noise import Purpose
+from vecpg.policy import Policy
 from vecpg.train import train
 
 SUMMARY_KEYS = [
@@ -60,6 +63,7 @@ TAGS = [
     "perf/collect_s",
     "perf/returns_s",
     "perf/update_s",
+    "losses/value_loss",
 ]
 
 
@@ -137,7 +141,7 @@ def test_the_curves_are_over_environment_steps(tmp_path):
     result = train(short(tmp_path))
     events = EventAccumulator(str(result.run_dir))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == set(TAGS)
+    assert set(events.Tags()["scalars"]) == set(TAGS) - {"losses/value_loss"}
     steps = [row["env_steps"] for row in lines(result.run_dir)]
     assert [point.step for point in events.Scalars("losses/entropy")] == steps
     final = events.Scalars("eval/episodic_return")
@@ -157,6 +161,116 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, vec
     assert without_clock(lines(one.run_dir)) != without_clock(lines(other.run_dir))
     for a, b in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+EVERYTHING = {
+    "num_envs": 3,
+    "num_steps": 12,
+    "hidden_sizes": (8, 6),
+    "dropout": 0.25,
+    "baseline": "value",
+    "weights": "gae",
+    "bootstrap_truncations": True,
+    "value_steps": 3,
+    "normalize_obs": True,
+    "ent_coef": 0.01,
+}
+KINDS = {
+    "box action": {"env_id": "Pendulum-v1", "max_episode_steps": 9},
+    "box action, 2-D": {"env_id": "environments:Pay-v0", "log_std": "network"},
+    "multi-discrete action": {"env_id": "environments:Dials-v0"},
+    "discrete observation": {
+        "env_id": "FrozenLake-v1",
+        "env_kwargs": {"is_slippery": False},
+        "max_episode_steps": 6,
+        "normalize_obs": False,
+        "embedding_size": 3,
+    },
+    "multi-discrete observation": {
+        "env_id": "environments:Dials-v0",
+        "env_kwargs": {"observed": True},
+        "normalize_obs": False,
+    },
+    "discrete observation, nothing truncated": {
+        "env_id": "vecpg/LineWorld-v0",
+        "normalize_obs": False,
+        "seed": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
+    settings = EVERYTHING | KINDS[kind] | {"env_kwargs": KINDS[kind].get("env_kwargs", {})}
+    runs = [
+        train(short(tmp_path, vectorization=vectorization, return_window=1, **settings))
+        for vectorization in ("sync", "async")
+    ]
+    rows = lines(runs[0].run_dir)
+    assert len(rows) == 3
+    assert without_clock(rows) == without_clock(lines(runs[1].run_dir))
+    for row in rows:
+        assert row["losses/value_loss"] > 0
+        assert row["losses/grad_norm"] > 0
+    points = EventAccumulator(str(runs[0].run_dir)).Reload().Scalars("losses/value_loss")
+    assert [one.value for one in points] == pytest.approx([r["losses/value_loss"] for r in rows])
+
+    policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir)
+    saved = checkpoint.load(runs[0].run_dir / "checkpoints" / "best.pt")["policy"]["parameters"]
+    for name, value in saved.items():
+        assert torch.equal(value, policy.state_dict()[name])
+        assert torch.equal(value, again.state_dict()[name])
+    assert saved.keys() == policy.state_dict().keys()
+    env = gymnasium.make(settings["env_id"], **settings["env_kwargs"])
+    env.observation_space.seed(0)
+    batch = np.stack([env.reset(seed=seed)[0] for seed in range(20)])
+    for greedy in (True, False):
+        drawn = [
+            each.act(batch, greedy, generator=torch.Generator().manual_seed(1))
+            for each in (policy, again)
+        ]
+        assert np.array_equal(*drawn)
+        assert all(env.action_space.contains(action) for action in drawn[0])
+        assert env.action_space.contains(again.act(batch[0], greedy))
+    last = checkpoint.load(runs[0].run_dir / "checkpoints" / "last.pt")
+    if settings["normalize_obs"]:
+        counted = rows[-1]["env_steps"]
+        assert last["policy"]["parameters"]["encoder.normalizer.count"] == counted
+        assert last["critic"]["parameters"]["encoder.normalizer.count"] == counted
+
+    played = evaluate(
+        again,
+        settings["env_id"],
+        4,
+        env_kwargs=settings["env_kwargs"],
+        max_episode_steps=settings.get("max_episode_steps"),
+        greedy=False,
+    )
+    assert len(played.returns) == 4
+    assert runs[0].summary["eval_episodes"] == 4
+
+
+def test_a_fresh_critic_leaves_the_policys_first_parameters_as_they_are(tmp_path):
+    first = []
+    for baseline in ("none", "value"):
+        # The first iteration's collector: the policy before any update.
+        settings = {"baseline": baseline, "total_iterations": 1, "return_window": 1}
+        first.append(train(short(tmp_path, **settings)).policy.state_dict())
+    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+
+
+def test_dropout_changes_what_is_trained_and_nothing_of_evaluation(tmp_path):
+    runs = {p: train(short(tmp_path, dropout=p, return_window=1)) for p in (0.0, 0.5)}
+    rows = {p: lines(run.run_dir) for p, run in runs.items()}
+    assert rows[0.0][0]["losses/entropy"] != rows[0.5][0]["losses/entropy"]
+    assert rows[0.0][-1]["charts/episodic_return"] != rows[0.5][-1]["charts/episodic_return"]
+    policy = runs[0.5].policy
+    assert policy.dropout == 0.5
+    obs = np.random.default_rng(0).normal(size=(30, 4))
+    plain = Policy(policy.encoder.space, policy.distribution.space)
+    plain.load_state_dict(policy.state_dict())
+    assert np.array_equal(plain.act(obs), policy.act(obs))
+    assert evaluate(plain, "CartPole-v1", 5) == evaluate(policy, "CartPole-v1", 5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -280,7 +394,7 @@ def test_checkpoints_are_there_before_the_first_iteration(tmp_path, monkeypatch)
         train(short(tmp_path))
     (run_dir,) = tmp_path.iterdir()
     assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 0
-    assert checkpoint.load_policy(run_dir).num_actions == 2
+    assert checkpoint.load_policy(run_dir).distribution.num_actions == 2
 
 
 def test_last_is_the_state_after_the_last_update_and_best_the_best_collector(tmp_path):
@@ -370,8 +484,8 @@ def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
     [
         ({"env_id": "CartPol-v1"}, "Did you mean: `CartPole`"),
         ({"env_id": "environments:Endless-v0"}, "no time limit"),
-        ({"env_id": "FrozenLake-v1"}, r"observation space Discrete\(16\) is not supported"),
-        ({"env_id": "Pendulum-v1"}, "action space Box.* is not supported; supported: Discrete"),
+        ({"env_id": "Blackjack-v1", "max_episode_steps": 9}, "observation space Tuple.*supported:"),
+        ({"env_id": "FrozenLake-v1", "normalize_obs": True}, r"expected a Box .*got Discrete\(16"),
         ({"device": "gpu"}, "--device"),
         ({"env_kwargs": {"no_such": 1}}, "could not be made"),
     ],

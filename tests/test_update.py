@@ -6,8 +6,9 @@ from gymnasium import spaces
 
 from vecpg import update as update_module
 from vecpg.config import Config
+from vecpg.envs import make_envs
 from vecpg.policy import Policy
-from vecpg.rollout import Rollout
+from vecpg.rollout import Rollout, collect
 from vecpg.update import update
 
 T, N = 37, 5
@@ -158,6 +159,52 @@ def test_a_rollout_without_counted_rows_has_no_gradient():
     optimizer = torch.optim.SGD(policy.parameters(), 0.5)
     stats = update(policy, optimizer, rollout, advantages, Config(reduction="step", ent_coef=1.0))
     assert (stats.grad_norm.item(), stats.policy_loss.item(), stats.entropy.item()) == (0, 0, 0)
+
+
+ENVIRONMENTS = ["CartPole-v1", "vecpg/LineWorld-v0", "environments:Dials-v0", "environments:Pay-v0"]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_what_was_dropped_in_collecting_is_dropped_in_the_update(monkeypatch, env_id, chunk_rows):
+    """The log-probabilities that are differentiated are those of the policy that acted."""
+    monkeypatch.setattr(update_module, "CHUNK_ROWS", chunk_rows)
+    envs = make_envs(env_id, 3, vectorization="sync")
+    torch.manual_seed(0)
+    policy = Policy(
+        envs.single_observation_space,
+        envs.single_action_space,
+        hidden_sizes=(9, 6),
+        dropout=0.5,
+        normalize_obs=env_id == "environments:Pay-v0",
+    )
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    acted, differentiated = [], []
+    real_sample, real_log_probs = policy.sample, policy.log_probs_and_entropy
+
+    def sample(obs, uniforms, dropout=None):
+        assert dropout is not None
+        actions = real_sample(obs, uniforms, dropout)
+        acted.append(real_log_probs(obs, actions, dropout)[0])
+        return actions
+
+    def log_probs_and_entropy(*args):
+        both = real_log_probs(*args)
+        differentiated.append(both[0].detach())
+        return both
+
+    monkeypatch.setattr(policy, "sample", sample)
+    rollout = collect(envs, policy, num_steps=8, seed=2**40 + 5, iteration=3)
+    assert rollout.mask.numel() > 8
+    assert not rollout.mask.all()
+    monkeypatch.setattr(policy, "log_probs_and_entropy", log_probs_and_entropy)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    update(policy, optimizer, rollout, torch.ones(rollout.mask.shape), Config())
+    then, now = torch.stack(acted)[rollout.mask], torch.cat(differentiated)
+    torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-5)
+    other = real_log_probs(rollout.obs[rollout.mask], rollout.actions[rollout.mask])[0]
+    assert (other - then).abs().max() > 0.01, "dropping nothing would make a difference"
 
 
 def test_memory_does_not_grow_with_the_rollout(backend):

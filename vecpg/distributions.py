@@ -51,7 +51,7 @@ class Categorical(nn.Module):
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
         """Actions (B, ...) as the environment takes them."""
-        return actions
+        return actions.astype(self.space.dtype, copy=False)
 
 
 class MultiCategorical(nn.Module):
@@ -96,7 +96,7 @@ class MultiCategorical(nn.Module):
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
         """Actions (B, ...) as the environment takes them."""
-        return actions.astype(self.space.dtype)
+        return actions.astype(self.space.dtype, copy=False)
 
     def _split(self, logits: Tensor) -> Any:
         sizes = [part.num_actions for part in self.parts]

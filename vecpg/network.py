@@ -81,7 +81,7 @@ class Encoder(nn.Module):
                 " Box)"
             )
         if normalize:
-            raise ValueError(f"observation space {space} cannot be normalized: only a Box can")
+            raise ValueError(f"normalize_obs: expected a Box observation space, got {space}")
         sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         starts = np.broadcast_to(space.start, sizes.shape)
         # Where each component's rows begin in the one table, less its first value.
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         if self.dtype == torch.float32:
             flat = obs.reshape(rows, self.features)
             return flat if self.normalizer is None else self.normalizer(flat)
-        found: Tensor = self.table(obs.reshape(rows, -1) + self.first)
+        found: Tensor = self.table(obs.reshape(rows, len(self.first)) + self.first)
         return found.reshape(rows, self.features)
 
     def observe(self, obs: Tensor, mask: Tensor) -> None:

@@ -11,25 +11,32 @@ def describe(space: spaces.Space[Any]) -> dict[str, Any]:
 
     Example:
         >>> describe(spaces.Discrete(3))
-        {'kind': 'Discrete', 'n': 3, 'start': 0}
+        {'kind': 'Discrete', 'n': 3, 'start': 0, 'dtype': 'int64'}
     """
     if isinstance(space, spaces.Box):
         bounds = {"low": space.low.tolist(), "high": space.high.tolist()}
         return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {
+            "kind": "Discrete",
+            "n": int(space.n),
+            "start": int(space.start),
+            "dtype": str(space.dtype),
+        }
     if isinstance(space, spaces.MultiDiscrete):
         values = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
-        return {"kind": "MultiDiscrete", **values}
+        return {"kind": "MultiDiscrete", **values, "dtype": str(space.dtype)}
     raise ValueError(f"space {space} is not supported; supported: Box, Discrete, MultiDiscrete")
 
 
 def from_description(description: dict[str, Any]) -> spaces.Space[Any]:
     """The space that `describe` was given."""
+    dtype = np.dtype(description["dtype"])
     if description["kind"] == "Box":
-        dtype = np.dtype(description["dtype"])
         low, high = np.array(description["low"], dtype), np.array(description["high"], dtype)
         return spaces.Box(low, high, tuple(description["shape"]), dtype.type)
     if description["kind"] == "Discrete":
-        return spaces.Discrete(description["n"], start=description["start"])
-    return spaces.MultiDiscrete(description["nvec"], start=description["start"])
+        # Older Gymnasium knows int64 only, and no argument for it.
+        other = {} if dtype == np.int64 else {"dtype": dtype.type}
+        return spaces.Discrete(description["n"], start=description["start"], **other)
+    return spaces.MultiDiscrete(description["nvec"], dtype.type, start=description["start"])

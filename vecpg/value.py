@@ -103,6 +103,9 @@ def fit(
     Returns:
         the loss before the first step, without dimensions; None without a critic.
 
+    Raises:
+        FloatingPointError: the loss is not finite.
+
     Source: Sutton & Barto (2018), section 13.4; the number of steps is Spinning Up's.
     """
     if critic is None:
@@ -126,6 +129,11 @@ def fit(
             loss = (value_function(rows) - wanted).square().sum() / len(targets)
             torch.autograd.backward(loss)
             total += loss.detach()
+        if not bool(total.isfinite()):
+            raise FloatingPointError(
+                f"the loss of the value function is {total.item()}: the rewards are too large"
+                " (scale them), or so is --value-learning-rate"
+            )
         optimizer.step()
         before = total if before is None else before
     value_function.encoder.observe(rollout.obs, mask)
