@@ -35,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rollouts", type=int, default=400, help="for each estimator")
     parser.add_argument("--steps", type=int, default=1_000_000, help="of the true gradient")
-    parser.add_argument("--trained", type=int, default=15, help="iterations of training before")
+    parser.add_argument("--trained", type=int, default=5, help="iterations of training before")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = Config(num_envs=64)

@@ -107,8 +107,8 @@ class DiagonalGaussian(nn.Module):
     """Independent normal distributions, for `Box` actions.
 
     The mean comes from the network. The logarithm of the standard deviation is a parameter of its
-    own, or comes from the network too; it stays inside `LOG_STD_RANGE`, which a smooth function of
-    the parameter keeps, so that a gradient always leads back. Actions are clipped to the space's
+    own, or comes from the network too; a smooth function of it keeps it inside `LOG_STD_RANGE`, so
+    that near an end a gradient still leads back. Actions are clipped to the space's
     bounds for the environment only: gradients are those of the action that was drawn.
     """
 

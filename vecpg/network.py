@@ -114,9 +114,9 @@ class Encoder(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """(x - mean) / standard deviation, of all that was observed so far; x itself before that.
+    """(x - mean) / standard deviation, of all that was observed so far.
 
-    The result is cut off at 10 standard deviations. Statistics are float64 buffers, and so part of
+    Before that it is x. The result is cut off at -10 and 10. Statistics are float64 buffers, and so part of
     a checkpoint.
 
     Example:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 
 
 def describe(space: spaces.Space[Any]) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def describe(space: spaces.Space[Any]) -> dict[str, Any]:
         {'kind': 'Discrete', 'n': 3, 'start': 0, 'dtype': 'int64'}
     """
     if isinstance(space, spaces.Box):
-        bounds = {"low": space.low.tolist(), "high": space.high.tolist()}
+        bounds = {"low": _bound(space.low), "high": _bound(space.high)}
         return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
     if isinstance(space, spaces.Discrete):
         return {
@@ -29,12 +30,20 @@ def describe(space: spaces.Space[Any]) -> dict[str, Any]:
     raise ValueError(f"space {space} is not supported; supported: Box, Discrete, MultiDiscrete")
 
 
+def _bound(bound: NDArray[Any]) -> Any:
+    """One number where all are equal: an image has a hundred thousand."""
+    if bound.size and (bound == bound.flat[0]).all():
+        return bound.flat[0].item()
+    return bound.tolist()
+
+
 def from_description(description: dict[str, Any]) -> spaces.Space[Any]:
     """The space that `describe` was given."""
     dtype = np.dtype(description["dtype"])
     if description["kind"] == "Box":
-        low, high = np.array(description["low"], dtype), np.array(description["high"], dtype)
-        return spaces.Box(low, high, tuple(description["shape"]), dtype.type)
+        shape = tuple(description["shape"])
+        low, high = (np.full(shape, description[end], dtype) for end in ("low", "high"))
+        return spaces.Box(low, high, dtype=dtype.type)
     if description["kind"] == "Discrete":
         # Older Gymnasium knows int64 only, and no argument for it.
         other = {} if dtype == np.int64 else {"dtype": dtype.type}

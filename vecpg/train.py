@@ -117,13 +117,17 @@ def train(config: Config) -> TrainResult:
             max_episode_steps=config.max_episode_steps,
             step_timeout=config.step_timeout,
         )
-        with _threads(config.threads):  # an initialization may depend on it in its last bits
-            policy, critic = _make_networks(config, envs, device)
-        run_dir = make_run_directory(config)
-        film = run_dir / "videos" / "best.mp4"
-        if config.capture_video:
-            film.parent.mkdir()
-            video.check_recording(config.env_id, film)
+        try:
+            with _threads(config.threads):  # an initialization may depend on it in its last bits
+                policy, critic = _make_networks(config, envs, device)
+            run_dir = make_run_directory(config)
+            film = run_dir / "videos" / "best.mp4"
+            if config.capture_video:
+                film.parent.mkdir()
+                video.check_recording(config.env_id, film)
+        except BaseException:
+            envs.close()
+            raise
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     counters = Counters()
 
@@ -185,8 +189,9 @@ def train(config: Config) -> TrainResult:
                     counters.env_steps += int(rollout.mask.sum())
                     counters.vector_steps += rollout.mask.numel()
                     counters.episodes += returns.numel()
-                    row = _row(counters, clock, stopping, returns, lengths, stats, evaluation)
-                    row["losses/value_loss"] = None if value_loss is None else value_loss.item()
+                    row = _row(
+                        counters, clock, stopping, returns, lengths, stats, value_loss, evaluation
+                    )
                     metrics.log(row)
                     ending = stopping.solved or _limit_reached(config, counters)
                     progress.show(row, last=ending)
@@ -317,6 +322,7 @@ def _row(
     returns: torch.Tensor,
     lengths: torch.Tensor,
     stats: UpdateStats,
+    value_loss: torch.Tensor | None,
     evaluation: EvalResult | None,
 ) -> dict[str, float | None]:
     """One line of metrics.jsonl. Reading the statistics is where the host waits for the device."""
@@ -331,6 +337,7 @@ def _row(
         "charts/SPS": counters.env_steps / seconds,
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
+        "losses/value_loss": None if value_loss is None else value_loss.item(),
         "losses/entropy": stats.entropy.item(),
         "losses/grad_norm": stats.grad_norm.item(),
         **{f"perf/{phase}_s": spent for phase, spent in clock.last.items()},
