@@ -120,10 +120,11 @@ def errors(samples, truth, truth_error):
 def table(result):
     """Markdown, relative to no baseline."""
     kinds = result["baselines"]
+    none = kinds["none"]
     lines = ["| baseline | variance | mean squared error |", "|-|-|-|"]
     for name, found in kinds.items():
         cells = [
-            f"{found[key] / kinds['none'][key]:.3f} ± {found[f'{key}_error'] / kinds['none'][key]:.3f}"
+            f"{found[key] / none[key]:.3f} ± {found[f'{key}_error'] / none[key]:.3f}"
             for key in ("variance", "mean_squared_error")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -348,6 +348,21 @@ def test_every_confirmation_plays_other_episodes_and_none_of_trainings(tmp_path,
     assert [seed for _, _, seed in seen] == [6, 1]
 
 
+def test_a_video_of_the_best_policy_is_recorded_at_the_end(tmp_path, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(
+        train_module.video, "record", lambda *args, **kwargs: recorded.append((args, kwargs))
+    )
+    config = short(tmp_path, total_iterations=2, capture_video=True, max_episode_steps=7)
+    result = train(config)
+    ((policy, env_id, path), rest) = recorded[0]
+    assert policy is result.policy
+    assert (env_id, path) == ("CartPole-v1", result.run_dir / "videos" / "best.mp4")
+    assert rest == {"env_kwargs": {}, "max_episode_steps": 7, "seed": config.seed}
+    train(short(tmp_path / "without", total_iterations=1))
+    assert len(recorded) == 1
+
+
 def test_the_environments_are_closed(tmp_path, monkeypatch):
     closed = []
     real = train_module.make_envs

@@ -116,8 +116,8 @@ class Encoder(nn.Module):
 class Normalizer(nn.Module):
     """(x - mean) / standard deviation, of all that was observed so far.
 
-    Before that it is x. The result is cut off at -10 and 10. Statistics are float64 buffers, and so part of
-    a checkpoint.
+    Before that it is x. The result is cut off at -10 and 10. Statistics are float64 buffers, and so
+    part of a checkpoint.
 
     Example:
         >>> normalizer = Normalizer(1)
