@@ -58,12 +58,12 @@ TAGS = [
     "charts/SPS",
     "eval/episodic_return",
     "losses/policy_loss",
+    "losses/value_loss",
     "losses/entropy",
     "losses/grad_norm",
     "perf/collect_s",
     "perf/returns_s",
     "perf/update_s",
-    "losses/value_loss",
 ]
 
 
