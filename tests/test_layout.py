@@ -18,7 +18,7 @@ ALLOWED = {
     "vecpg.recipes": {"vecpg.config"},
     "vecpg.noise": set(),
     "vecpg.returns": {"vecpg.returns"},
-    "vecpg.envs": {"vecpg.envs"},
+    "vecpg.envs": {"vecpg.envs", "vecpg.noise"},
     "vecpg.spaces": set(),
     "vecpg.network": set(),
     "vecpg.distributions": set(),

@@ -53,6 +53,10 @@ class Categorical(nn.Module):
         """Actions (B, ...) as the environment takes them."""
         return actions.astype(self.space.dtype, copy=False)
 
+    def clipped(self, actions: Tensor) -> Tensor:
+        """The same for an environment on tensors."""
+        return actions
+
 
 class MultiCategorical(nn.Module):
     """Independent categorical distributions, for `MultiDiscrete` actions of one dimension."""
@@ -98,6 +102,10 @@ class MultiCategorical(nn.Module):
         """Actions (B, ...) as the environment takes them."""
         return actions.astype(self.space.dtype, copy=False)
 
+    def clipped(self, actions: Tensor) -> Tensor:
+        """The same for an environment on tensors."""
+        return actions
+
     def _split(self, logits: Tensor) -> Any:
         sizes = [part.num_actions for part in self.parts]
         return zip(self.parts, torch.split(logits, sizes), strict=True)
@@ -124,6 +132,10 @@ class DiagonalGaussian(nn.Module):
         self.dtype = torch.float32
         self.num_uniforms = 2 * math.ceil(self.size / 2)
         self.num_parameters = self.size * (2 if log_std == "network" else 1)
+        self.low: Tensor
+        self.high: Tensor
+        for name, bound in (("low", space.low), ("high", space.high)):
+            self.register_buffer(name, torch.from_numpy(bound.astype(np.float32)), persistent=False)
         self.raw_log_std: nn.Parameter | None = None
         if log_std == "parameter":
             self.raw_log_std = nn.Parameter(torch.zeros(self.size))
@@ -165,6 +177,11 @@ class DiagonalGaussian(nn.Module):
         """(B, A) as the environment takes them: (B, *shape), inside the bounds."""
         shaped = actions.reshape(len(actions), *self.space.shape).astype(self.space.dtype)
         return np.clip(shaped, self.space.low, self.space.high)
+
+    def clipped(self, actions: Tensor) -> Tensor:
+        """The same for an environment on tensors."""
+        shaped = actions.reshape(len(actions), *self.space.shape)
+        return shaped.clamp(self.low, self.high)
 
 
 def distribution_for(

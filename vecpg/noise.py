@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     EVALUATION_RESET = 3
     VIDEO_RESET = 4
     DROPOUT = 5
+    START = 6
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:

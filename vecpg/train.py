@@ -113,6 +113,7 @@ def train(config: Config) -> TrainResult:
             config.env_id,
             config.num_envs,
             vectorization=vectorization,
+            device=str(device),
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
             step_timeout=config.step_timeout,

@@ -35,6 +35,21 @@ gymnasium.register(
     max_episode_steps=100,
     reward_threshold=7.0,
 )
+gymnasium.register(
+    "vecpg/CartPole-v1",
+    vector_entry_point="vecpg.envs.cartpole:CartPole",
+    max_episode_steps=500,
+    reward_threshold=475.0,
+)
+gymnasium.register(
+    "vecpg/Pendulum-v1",
+    vector_entry_point="vecpg.envs.pendulum:Pendulum",
+    max_episode_steps=200,
+)
+
+
+# What vecpg has on tensors, by the id of Gymnasium's own.
+_ON_TENSORS = {"CartPole-v1": "vecpg/CartPole-v1", "Pendulum-v1": "vecpg/Pendulum-v1"}
 
 
 def make_envs(
@@ -42,6 +57,7 @@ def make_envs(
     num_envs: int,
     *,
     vectorization: str = "auto",
+    device: str = "cpu",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
     step_timeout: float = 60.0,
@@ -53,7 +69,9 @@ def make_envs(
         num_envs: the number of copies, at least 1.
         vectorization: "sync" steps N ordinary environments in this process; "async" steps each in
             a process of its own; "vector_entry_point" uses the environment's own vectorized form;
-            "auto" takes that where there is one, else "sync".
+            "tensor" uses vecpg's form of it on tensors; "auto" takes the environment's own
+            vectorized form where there is one, else "sync".
+        device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
         step_timeout: seconds after which an async environment that has not answered counts as hung.
@@ -84,6 +102,8 @@ def make_envs(
             envs: VectorEnv = InProcessEnvs(makers)
         elif vectorization == "async":
             envs = WorkerEnvs(makers, step_timeout)
+        elif vectorization == "tensor":
+            envs = gymnasium.make_vec(_ON_TENSORS[spec.id], num_envs, device=device, **kwargs)
         else:
             envs = gymnasium.make_vec(
                 spec, num_envs, vectorization_mode="vector_entry_point", **kwargs
@@ -117,13 +137,14 @@ def resolve_vectorization(spec: EnvSpec, vectorization: str) -> str:
         "sync": spec.entry_point,
         "async": spec.entry_point,
         "vector_entry_point": spec.vector_entry_point,
+        "tensor": _ON_TENSORS.get(spec.id),
     }
     if vectorization not in needed:
         raise ValueError(
             f"--vectorization: expected auto, {', '.join(needed)}, got {vectorization!r}"
         )
     if needed[vectorization] is None:
-        other = "sync" if vectorization == "vector_entry_point" else "vector_entry_point"
+        other = "vector_entry_point" if spec.entry_point is None else "sync"
         raise ValueError(
             f"--vectorization: {spec.id} has no {vectorization} form; use {other} or auto"
         )

@@ -4,7 +4,6 @@
 evaluation adds it up.
 """
 
-import logging
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,23 +13,22 @@ import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from vecpg import mlp
 from vecpg.envs import (
     EnvironmentFailure,
     SubEnvironmentError,
     check_autoreset,
     has_one_generator,
 )
-from vecpg.noise import Purpose, StepNoise, reset_seeds
+from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
 from vecpg.returns.jit import jit
 from vecpg.rollout.data import Rollout
+from vecpg.rollout.sampling import sampler
+from vecpg.rollout.tensor import collect_on_device
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
-
-_log = logging.getLogger(__name__)
-_announced: set[str] = set()
 
 
 class Row(NamedTuple):
@@ -75,15 +73,19 @@ def collect(
         4
     """
     check_autoreset(envs)
+    if isinstance(envs.unwrapped, TensorVectorEnv):
+        return collect_on_device(
+            envs.unwrapped, policy, num_steps=num_steps, seed=seed, iteration=iteration
+        )
     rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy)
     device = policy.device
-    draw = _sampler(policy, seed, iteration, envs.num_envs)
+    draw = sampler(policy, seed, iteration, envs.num_envs)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows.make_room(t + 2)
         rows.obs[t] = obs
         actions: NDArray[Any] = rows.actions[t]
-        draw(t, rows.obs[t], actions)
+        draw(t, torch.from_numpy(rows.obs[t]), torch.from_numpy(actions))
         return policy.for_env(actions)
 
     seeds = _seeds(envs, seed, iteration, Purpose.TRAINING_RESET)
@@ -136,6 +138,7 @@ def play(
     done = np.zeros((2, num_envs), np.int64)
     state = np.ones(num_envs, np.int8)
     row = Row(np.empty(num_envs), *np.empty((3, num_envs), np.bool_))
+    obs = np.asarray(obs)
     _check_observations(obs, state, "its reset", seeds)
     t, playing = 0, num_envs
     while playing:
@@ -144,6 +147,8 @@ def play(
             obs, rewards, terminations, truncations, _ = envs.step(actions)
         except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
+        # Environments on tensors, on the CPU, are stepped like any other.
+        obs, terminations, truncations = map(np.asarray, (obs, terminations, truncations))
         _check_observations(obs, state, f"step {t}", seeds)
         rewards = np.asarray(rewards, np.float64)
         playing, bad = _next_row(
@@ -252,28 +257,6 @@ class _Rows:
             seed=seed,
             iteration=iteration,
         )
-
-
-def _sampler(
-    policy: Policy, seed: int, iteration: int, num_envs: int
-) -> Callable[[int, NDArray[Any], NDArray[Any]], None]:
-    """What draws, at step t, actions (N, *action_shape) for observations (N, *obs_shape)."""
-    reason = mlp.why_not(policy)
-    if (how := reason or "") not in _announced:
-        _announced.add(how)
-        _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
-    if reason is None:
-        return mlp.sampler(policy, seed, iteration, Purpose.ACTION)
-    stream = seed, iteration, num_envs
-    noise = StepNoise(*stream, Purpose.ACTION, policy.device, policy.num_uniforms)
-    dropout = StepNoise(*stream, Purpose.DROPOUT, policy.device, policy.dropout_units)
-
-    def draw(t: int, obs: NDArray[Any], actions: NDArray[Any]) -> None:
-        seen = torch.from_numpy(obs).to(policy.device, non_blocking=True)
-        dropped = dropout(t) if policy.dropout_units else None
-        actions[...] = policy.sample(seen, noise(t), dropped).cpu().numpy()
-
-    return draw
 
 
 def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int | list[int]:
