@@ -76,7 +76,7 @@ def test_a_form_that_the_environment_does_not_have_is_refused():
     with pytest.raises(ValueError, match="Acrobot-v1 has no vector_entry_point form; use sync"):
         make_envs("Acrobot-v1", 1, vectorization="vector_entry_point")
     with pytest.raises(
-        ValueError, match="expected auto, sync, async, vector_entry_point, got 'fast'"
+        ValueError, match="expected auto, sync, async, vector_entry_point, tensor, got 'fast'"
     ):
         make_envs("Acrobot-v1", 1, vectorization="fast")
 
