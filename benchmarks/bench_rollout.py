@@ -21,6 +21,9 @@ CASES = [
     ("vector_entry_point", 64),
     ("vector_entry_point", 1024),
     ("vector_entry_point", 16384),
+    ("tensor", 64),
+    ("tensor", 1024),
+    ("tensor", 16384),
 ]
 BARE_ROWS = 100
 

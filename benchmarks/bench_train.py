@@ -26,6 +26,9 @@ CASES = [
     ("vector_entry_point", 64, 512),
     ("vector_entry_point", 1024, 128),
     ("vector_entry_point", 16384, 16),
+    ("tensor", 64, 512),
+    ("tensor", 1024, 128),
+    ("tensor", 16384, 16),
 ]
 ROUNDS = 5
 
