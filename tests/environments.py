@@ -217,6 +217,32 @@ class Dials(gymnasium.Env):
         return obs
 
 
+class Scribbling(Dials):
+    """Writes into the action it is given."""
+
+    def step(self, action):
+        result = super().step(action.copy())
+        action[:] = self.dials.start
+        return result
+
+
+class Unsigned(Constant):
+    """Observations of an unsigned type; 7, which is none of them, at one step of each copy."""
+
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.observation_space = spaces.Discrete(5, dtype=np.uint8)
+        self.wrong = wrong
+
+    def reset(self, *, seed=None, options=None):
+        return np.uint8(super().reset(seed=seed)[0].item()), {}
+
+    def step(self, action):
+        _, reward, terminated, truncated, info = super().step(action)
+        obs = 7 if self.wrong and self.steps == 3 else self.steps - 1
+        return np.uint8(obs), reward, terminated, truncated, info
+
+
 class Pay(gymnasium.Env):
     """A Box action (2, 3) within +-0.5; pays `scale` times their sum. 5 steps, or cut before."""
 
@@ -274,6 +300,8 @@ for _env, _limit in (
     (Leaving, 10),
     (Odd, 10),
     (Dials, 10),
+    (Scribbling, 20),
+    (Unsigned, 10),
     (Pay, 10),
 ):
     gymnasium.register(

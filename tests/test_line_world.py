@@ -1,4 +1,7 @@
+import dataclasses
+
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
@@ -6,6 +9,8 @@ import vecpg.envs  # noqa: F401  (registers it)
 from vecpg.envs.line_world import LEFT, RIGHT, LineWorld
 from vecpg.evaluate import evaluate
 from vecpg.policy import Policy
+from vecpg.recipes import RECIPES
+from vecpg.train import train
 
 
 def play(env, actions):
@@ -72,3 +77,20 @@ def test_evaluation_of_a_policy_that_knows_the_way():
     policy.network[0].bias.data[RIGHT] = 1.0
     result = evaluate(policy, "vecpg/LineWorld-v0", 3)
     assert (result.returns, result.lengths) == ((7.0,) * 3, (4,) * 3)
+
+
+def test_its_recipe_learns_to_go_right_everywhere(tmp_path):
+    config = dataclasses.replace(
+        RECIPES["line-world"][0], out_dir=str(tmp_path), progress=False, eval_episodes=10
+    )
+    result = train(config)
+    assert result.summary["iterations"] == 100
+    assert result.policy.act(np.arange(4)).tolist() == [RIGHT] * 4
+
+
+@pytest.mark.parametrize("action", [-1, 2, 7])
+def test_an_action_that_it_does_not_have_is_refused(action):
+    env = LineWorld()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=rf"expected 0 \(left\) or 1 \(right\), got {action}"):
+        env.step(action)

@@ -812,3 +812,16 @@ def test_the_readmes_examples_run_and_are_right():
         for t in range(stop - 1, start - 1, -1):
             following = packed["rewards"][t].item() + 0.99 * following
             assert packed["returns"][t].item() == pytest.approx(following, abs=1e-5)
+
+
+def test_zeros_without_memory_are_read_as_zeros():
+    """As autograd makes them: their address is 0."""
+    nothing = torch._efficientzerotensor((3, 4))
+    dones = torch.zeros(3, 4, dtype=torch.bool)
+    reward_to_go(torch.zeros(3, 4), dones, 0.9)
+    assert torch.equal(reward_to_go(nothing, dones, 0.9), torch.zeros(3, 4))
+    last = torch.ones(4)
+    found = reward_to_go(torch.zeros(3, 4), dones, 0.5, final_values=nothing, last_values=last)
+    assert found[:, 0].tolist() == [0.125, 0.25, 0.5]
+    flat = torch._efficientzerotensor((5,))
+    assert torch.equal(packed_reward_to_go(flat, torch.tensor([0, 5]), 0.9), torch.zeros(5))

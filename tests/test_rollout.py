@@ -261,3 +261,25 @@ def test_the_start_window_favours_no_length(num_steps, true_length):
     if num_steps > 1:
         biased, biased_error = pooled_length(without_tails(rollout, num_steps))
         assert biased < true_mean - 5 * math.hypot(biased_error, true_error)
+
+
+def test_an_environment_that_writes_into_its_action_does_not_change_what_is_stored():
+    def actions(env_id):
+        envs = make_envs(env_id, 3, vectorization="sync")
+        return collect(envs, policy_for(envs), num_steps=20, seed=1, iteration=0).actions
+
+    clean = actions("environments:Dials-v0")
+    assert torch.equal(actions("environments:Scribbling-v0"), clean)
+    assert len(clean.unique()) > 3
+
+
+@pytest.mark.filterwarnings("ignore:.*should be an int or np.int64")
+def test_unsigned_observations_are_looked_up_and_others_than_the_spaces_are_named():
+    envs = make_envs("environments:Unsigned-v0", 3, vectorization="sync")
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.obs.dtype == torch.int64
+    assert rollout.obs[:, 0].tolist() == [0, 0, 1, 2, 3]
+    wrong = make_envs("environments:Unsigned-v0", 3, env_kwargs={"wrong": True})
+    message = r"environment 0 returned the observation 7 at step 2 .*expected one of Discrete\(5"
+    with pytest.raises(EnvironmentFailure, match=message):
+        collect(wrong, policy_for(wrong), num_steps=1, seed=1, iteration=0)

@@ -363,6 +363,37 @@ def test_a_video_of_the_best_policy_is_recorded_at_the_end(tmp_path, monkeypatch
     assert len(recorded) == 1
 
 
+def test_a_film_that_fails_does_not_lose_the_run(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(train_module.video, "record", fail)
+    with caplog.at_level(logging.WARNING, logger="vecpg"):
+        result = train(short(tmp_path, total_iterations=1, capture_video=True))
+    assert result.summary["iterations"] == 1
+    assert "no film: the disk is full" in caplog.text
+
+
+def test_what_cannot_be_filmed_is_known_before_the_first_step(tmp_path):
+    config = short(tmp_path / "new", env_id="environments:Constant-v0", capture_video=True)
+    with pytest.raises(ConfigError, match="Constant-v0 cannot be rendered"):
+        train(config)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_frozen_lake_is_solved(tmp_path):
+    config = Config(
+        env_id="FrozenLake-v1",
+        env_kwargs={"is_slippery": False},
+        out_dir=str(tmp_path),
+        progress=False,
+    )
+    summary = train(config).summary
+    assert summary["solved"]
+    assert summary["eval_return_mean"] == 1.0
+
+
 def test_the_environments_are_closed(tmp_path, monkeypatch):
     closed = []
     real = train_module.make_envs

@@ -50,8 +50,8 @@ class Categorical(nn.Module):
         return taken, -(log_probs.exp() * log_probs).sum(dim=0)
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """Actions (B, ...) as the environment takes them."""
-        return actions.astype(self.space.dtype, copy=False)
+        """A copy of actions (B, ...) as the environment takes them: it may write into them."""
+        return actions.astype(self.space.dtype)
 
     def clipped(self, actions: Tensor) -> Tensor:
         """The same for an environment on tensors."""
@@ -99,8 +99,8 @@ class MultiCategorical(nn.Module):
         return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """Actions (B, ...) as the environment takes them."""
-        return actions.astype(self.space.dtype, copy=False)
+        """A copy of actions (B, ...) as the environment takes them: it may write into them."""
+        return actions.astype(self.space.dtype)
 
     def clipped(self, actions: Tensor) -> Tensor:
         """The same for an environment on tensors."""

@@ -83,7 +83,8 @@ class Encoder(nn.Module):
         if normalize:
             raise ValueError(f"normalize_obs: expected a Box observation space, got {space}")
         sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
-        starts = np.broadcast_to(space.start, sizes.shape)
+        sizes = sizes.astype(np.int64)  # unsigned ones would become floats below
+        starts = np.broadcast_to(space.start, sizes.shape).astype(np.int64)
         # Where each component's rows begin in the one table, less its first value.
         first = np.concatenate([[0], sizes.reshape(-1).cumsum()[:-1]]) - starts.reshape(-1)
         self.first: Tensor
@@ -108,7 +109,7 @@ class Encoder(nn.Module):
         """
         if self.normalizer is None:
             return
-        flat, counted = obs.reshape(-1, self.features), mask.reshape(-1)
+        flat, counted = obs.reshape(mask.numel(), self.features), mask.reshape(-1)
         for rows, kept in zip(torch.split(flat, _ROWS), torch.split(counted, _ROWS), strict=True):
             self.normalizer.observe(rows[kept])
 

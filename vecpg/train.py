@@ -15,7 +15,7 @@ from vecpg import checkpoint, mlp, video
 from vecpg.checkpoint import load_policy
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
-from vecpg.envs import find_spec, make_envs, resolve_vectorization
+from vecpg.envs import EnvironmentFailure, find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import EvalResult, evaluate
 from vecpg.interrupts import Interrupted, Interrupts
 from vecpg.loss import advantages
@@ -119,13 +119,15 @@ def train(config: Config) -> TrainResult:
             step_timeout=config.step_timeout,
         )
         try:
+            if config.capture_video:
+                video.check_filming(
+                    config.env_id,
+                    env_kwargs=config.env_kwargs,
+                    max_episode_steps=config.max_episode_steps,
+                )
             with _threads(config.threads):  # an initialization may depend on it in its last bits
                 policy, critic = _make_networks(config, envs, device)
             run_dir = make_run_directory(config)
-            film = run_dir / "videos" / "best.mp4"
-            if config.capture_video:
-                film.parent.mkdir()
-                video.check_recording(config.env_id, film)
         except BaseException:
             envs.close()
             raise
@@ -246,14 +248,7 @@ def train(config: Config) -> TrainResult:
     write_json(run_dir / "summary.json", summary)
     best = load_policy(run_dir, device)
     if config.capture_video:
-        video.record(
-            best,
-            config.env_id,
-            film,
-            env_kwargs=config.env_kwargs,
-            max_episode_steps=config.max_episode_steps,
-            seed=config.seed,
-        )
+        _film(config, best, run_dir / "videos" / "best.mp4")
     return TrainResult(best, run_dir, summary)
 
 
@@ -368,6 +363,22 @@ def _save(
     }
     checkpoint.save(run_dir / "checkpoints" / "last.pt", last)
     checkpoint.save(run_dir / "checkpoints" / "best.pt", best)
+
+
+def _film(config: Config, policy: Policy, path: Path) -> None:
+    """Record an episode. A run that came to its end is not lost for want of a film."""
+    path.parent.mkdir()
+    try:
+        video.record(
+            policy,
+            config.env_id,
+            path,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            seed=config.seed,
+        )
+    except (ValueError, OSError, EnvironmentFailure) as error:
+        _log.warning("no film: %s", error)
 
 
 def _relative(run_dir: Path) -> str:

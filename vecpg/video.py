@@ -146,16 +146,36 @@ def check_recording(env_id: str, path: str | Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} cannot be written: it is a directory")
     _mode_to_make(find_spec(env_id), "rgb_array")
-    try:
-        import moviepy.video.io.ffmpeg_writer  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"a video needs moviepy, which is not installed: {_REMEDY}") from error
+    _check_moviepy()
     probe = _beside(path)
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def check_filming(
+    env_id: str,
+    *,
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+) -> None:
+    """Refuse what `record` could not film, by rendering one frame.
+
+    Raises:
+        ValueError: no frames of the environment, or no moviepy.
+    """
+    _check_moviepy()
+    with _started(env_id, "rgb_array", env_kwargs, max_episode_steps, 0):
+        pass
+
+
+def _check_moviepy() -> None:
+    try:
+        import moviepy.video.io.ffmpeg_writer  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"a video needs moviepy, which is not installed: {_REMEDY}") from error
 
 
 def _beside(path: Path) -> Path:

@@ -47,6 +47,8 @@ class LineWorld(gymnasium.Env[Any, Any]):
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
         """Move one state to the left or to the right."""
+        if action not in (LEFT, RIGHT):
+            raise ValueError(f"action: expected 0 (left) or 1 (right), got {action}")
         self._state = max(0, self._state + (1 if action == RIGHT else -1))
         arrived = self._state == self.goal
         return self._state, 10.0 if arrived else -1.0, arrived, False, {}

@@ -315,6 +315,7 @@ def _is_common(
         and dones.is_cpu
         and rewards.shape == dones.shape
         and dones.layout is torch.strided
+        and not dones._is_zerotensor()
         and mask_mode in _MASK_MODES
     ):
         return False
@@ -324,6 +325,7 @@ def _is_common(
         and mask.is_cpu
         and rewards.shape == mask.shape
         and mask.layout is torch.strided
+        and not mask._is_zerotensor()
     ):
         return False
     return out is None or (
@@ -364,6 +366,7 @@ def _is_known(tensor: Tensor) -> bool:
         and not tensor.requires_grad
         and tensor.layout is torch.strided
         and not tensor.is_neg()
+        and not tensor._is_zerotensor()
         and "cpu" in _announced
     )
 
@@ -612,7 +615,7 @@ def _is_plain(given: Iterable[object]) -> bool:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             tensor: Tensor = value  # type: ignore[assignment]
-            if (gradients and tensor.requires_grad) or tensor.is_neg():
+            if (gradients and tensor.requires_grad) or tensor.is_neg() or tensor._is_zerotensor():
                 return False
         elif isinstance(value, Tensor):
             return False

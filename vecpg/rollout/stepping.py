@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
@@ -139,7 +140,8 @@ def play(
     state = np.ones(num_envs, np.int8)
     row = Row(np.empty(num_envs), *np.empty((3, num_envs), np.bool_))
     obs = np.asarray(obs)
-    _check_observations(obs, state, "its reset", seeds)
+    space = envs.single_observation_space
+    _check_observations(obs, state, space, "its reset", seeds)
     t, playing = 0, num_envs
     while playing:
         actions = act(t, obs)
@@ -149,7 +151,7 @@ def play(
             raise _failure(error, f"step {t}", seeds) from error
         # Environments on tensors, on the CPU, are stepped like any other.
         obs, terminations, truncations = map(np.asarray, (obs, terminations, truncations))
-        _check_observations(obs, state, f"step {t}", seeds)
+        _check_observations(obs, state, space, f"step {t}", seeds)
         rewards = np.asarray(rewards, np.float64)
         playing, bad = _next_row(
             rewards, terminations, truncations, window, quotas, done, state, *row
@@ -266,9 +268,25 @@ def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int 
 
 
 def _check_observations(
-    obs: NDArray[Any], state: NDArray[np.int8], when: str, seeds: int | list[int]
+    obs: NDArray[Any],
+    state: NDArray[np.int8],
+    space: spaces.Space[Any],
+    when: str,
+    seeds: int | list[int],
 ) -> None:
     """Those of environments that play or reset: a row that resets carries a first observation."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        # What is beyond them would be looked up in another component's rows, or in none.
+        outside = ((obs < space.start) | (obs >= space.start + sizes)).reshape(len(state), -1)
+        bad = outside.any(axis=1) & (state != _FINISHED)
+        if bad.any():
+            index = int(bad.argmax())
+            raise EnvironmentFailure(
+                f"environment {index} returned the observation {obs[index]} at {when}"
+                f" ({_reset(seeds, index)}); expected one of {space}"
+            )
+        return
     # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
     if float(np.vdot(obs, obs)) < _LARGEST_SQUARE:
         return
