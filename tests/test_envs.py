@@ -54,6 +54,7 @@ def test_every_environment_has_its_own_reset_seed():
         ("CartPole-v9", r"versioned environments: \[ `v0`, `v1` \]"),
         ("no_such_module:Foo-v0", "No module named 'no_such_module'"),
         ("environments:Nothing-v0", "Nothing"),
+        ("LineWorld-v0", "did you mean vecpg/LineWorld-v0"),
         ("environments:Endless-v0", "Endless-v0 has no time limit.*--max-episode-steps"),
     ],
 )

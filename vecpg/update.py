@@ -82,7 +82,8 @@ def update(
     if not bool(grad_norm.isfinite()):
         raise FloatingPointError(
             f"the gradient's norm is {grad_norm.item()}, and the policy was left as it was: the"
-            " rewards are too large (scale them, or --normalize), or so is --learning-rate"
+            " rewards are too large (scale them, or --normalize), or the observations"
+            " (--normalize-obs), or --learning-rate"
         )
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)

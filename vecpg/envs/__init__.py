@@ -124,7 +124,11 @@ def find_spec(env_id: str) -> EnvSpec:
         return gymnasium.spec(name)
     # The module is the user's own, and may raise anything while it is imported.
     except Exception as error:
-        versions = [known for known in gymnasium.registry if known.startswith(f"{name}-v")]
+        versions = [
+            known
+            for known in gymnasium.registry
+            if known.startswith(f"{name}-v") or known.endswith(f"/{name}")
+        ]
         hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
         raise ValueError(f"--env-id {env_id}: {_words(error)}{hint}") from error
 
