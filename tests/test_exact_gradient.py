@@ -196,7 +196,7 @@ def in_full(*values):
 @pytest.mark.parametrize(("weights", "baseline"), UNBIASED)
 @pytest.mark.parametrize("gamma", [0.9, in_full(1.0)])
 @pytest.mark.parametrize(("num_envs", "num_steps"), [(4, 16), in_full(4, 1), in_full(64, 1)])
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", ["line", in_full("slip")])
 def test_the_estimator_is_exact(name, num_envs, num_steps, gamma, weights, baseline):
     world, rollouts = WORLDS[name], collected(name, num_envs, num_steps)
     config = Config(

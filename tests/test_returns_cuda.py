@@ -44,6 +44,7 @@ SHAPES = ((1, 1), (2, 3), (9, 5), (9, 5), (13, 3))
 # In the interpreter, which has to be chosen before the kernels are read: in a process of its own.
 
 
+@pytest.mark.slow
 def test_interpreted():
     done = subprocess.run(
         [sys.executable, "-c", "import test_returns_cuda as t; t.interpret()"],
