@@ -267,6 +267,7 @@ def test_bad_arguments_are_named(kwargs, message):
         (torch.zeros(3, dtype=torch.int64), r"shape \(2,\), got \(3,\)"),
         (torch.zeros(2), "expected integers, got torch.float32"),
         (torch.zeros(2, dtype=torch.bool), "expected integers, got torch.bool"),
+        (torch.zeros(2, dtype=torch.complex128), "expected integers, got torch.complex128"),
         (torch.tensor([0, 2]), "from 0 to 1, got 0 to 2"),
     ],
 )

@@ -189,10 +189,8 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
                 f"actions: expected shape {(self.num_envs, *space.shape)},"
                 f" got {tuple(actions.shape)}"
             )
-        if actions.is_floating_point() == discrete or actions.dtype in (
-            torch.bool,
-            torch.complex64,
-        ):
+        no_number = actions.dtype == torch.bool or actions.is_complex()
+        if no_number or actions.is_floating_point() == discrete:
             wanted = "integers" if discrete else "floats"
             raise ValueError(f"actions: expected {wanted}, got {actions.dtype}")
         if actions.device.type == "cpu":
