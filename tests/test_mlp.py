@@ -9,6 +9,7 @@ from vecpg import mlp
 from vecpg.noise import Purpose, uniforms
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout
+from vecpg.rollout.sampling import sampler
 from vecpg.update import by_autograd, by_machine_code
 
 # Rows, features, hidden sizes, actions: whole blocks of four and of 64, and what is left over.
@@ -41,7 +42,7 @@ def test_actions_are_those_of_the_policy(rows, features, hidden_sizes, num_actio
     obs = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
     actions = np.full(rows, 99)
     seed, t = 2**40 + 7, 12
-    mlp.sampler(policy, seed, 3, Purpose.ACTION)(t, obs.numpy(), actions)
+    sampler(policy, seed, 3, rows)(t, obs, torch.from_numpy(actions))
     noise = uniforms(seed, 3, range(t, t + 1), rows, Purpose.ACTION)[0]
     with torch.no_grad():
         below = torch.softmax(policy(obs).double(), dim=0).cumsum(dim=0)
@@ -111,13 +112,24 @@ def test_the_gradient_of_many_rows_keeps_its_digits():
         assert (one - other).abs().max() / scale < 1e-5
 
 
-def test_tanh_is_within_four_ulp_of_one():
+def test_tanh_keeps_its_digits():
     x = np.concatenate([np.linspace(-12, 12, 200_001), [0.0, 1e-30, 1e30, -1e30]])
     x = x.astype(np.float32)
-    ours = np.array([mlp._tanh(value) for value in x])
+    ours = np.array([mlp.tanh(value) for value in x])
     exact = np.tanh(x.astype(np.float64))
-    assert np.abs(ours - exact).max() < 3e-7
-    assert math.isnan(mlp._tanh(np.float32(math.nan)))
+    assert np.abs(ours - exact).max() < 1e-7
+    assert np.abs(ours - torch.tanh(torch.from_numpy(x)).numpy()).max() < 2e-7
+    assert (np.abs(ours - exact) <= 2e-7 * np.abs(exact)).all()
+    assert mlp.tanh(np.float32(math.inf)) == 1
+    assert math.isnan(mlp.tanh(np.float32(math.nan)))
+
+
+def test_exp_keeps_its_digits():
+    x = np.concatenate([np.linspace(-85, 0, 100_001), [-1e-30]]).astype(np.float32)
+    ours = np.array([mlp.exp(value) for value in x], np.float64)
+    assert np.abs(ours / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
+    assert 0 <= mlp.exp(np.float32(-math.inf)) < 1e-37
+    assert math.isnan(mlp.exp(np.float32(math.nan)))
 
 
 def test_what_is_not_served_is_told():

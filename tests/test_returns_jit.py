@@ -60,3 +60,30 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
     )
     assert result.stdout == "7\n"
     assert result.stderr.count("no directory for compiled code can be written to") == 1
+
+
+def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path):
+    """Numba's own cache would go on with the old one."""
+    outer = (
+        "import inner\n"
+        "from inner import add\n"
+        "from vecpg.returns.jit import Compilation, jit\n"
+        "@jit\n"
+        "def twice(x):\n"
+        "    return add(x)\n"
+        "with Compilation() as compilation:\n"
+        "    print(twice(1), compilation.seconds > 0)\n"
+    )
+    (tmp_path / "outer.py").write_text(outer)
+
+    def run(added):
+        text = f"from vecpg.returns.jit import jit\n@jit\ndef add(x):\n    return x + {added}\n"
+        (tmp_path / "inner.py").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "outer.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert run(1) == ["2", "True"]
+    assert run(1) == ["2", "False"]
+    assert run(5) == ["6", "True"]

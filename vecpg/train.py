@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import torch
 
-from vecpg import checkpoint, mlp, video
+from vecpg import checkpoint, mlp, threads, video
 from vecpg.checkpoint import load_policy
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
@@ -165,7 +165,7 @@ def train(config: Config) -> TrainResult:
         metrics = Metrics(run_dir, to_dict(config))
         solved_seconds = None
         try:
-            _prepare_kernels(policy)
+            _prepare_kernels(envs, policy)
             clock = Clock(device, compilation)
             saved = clock.started
             while not (stopping.solved or _limit_reached(config, counters)):
@@ -294,10 +294,10 @@ def _make_networks(
     return policy, critic
 
 
-def _prepare_kernels(policy: Policy) -> None:
+def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
+    prepare(envs, policy)
     mlp.prepare(policy)
-    prepare()
     ones = torch.ones(1, 2, device=policy.device)
     reward_to_go(ones, ones > 0, 1.0, mask=ones > 0)
 

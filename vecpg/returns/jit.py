@@ -3,39 +3,79 @@
 It lies in this package because this package imports nothing else of vecpg.
 """
 
+import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numba
 from numba.core import event
+from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False) -> Any:
     """Compile `function` when it is first called, and keep the machine code on disk.
 
     The interpreter's lock is released while it runs. Sums may be taken in another order, so that
-    they vectorize: the same order at every call of the same machine code. NaN and infinity are
-    kept. Where no directory can be written to, it is compiled anew in every process.
+    they vectorize: the same order at every call of the same machine code. With `as_written` nothing
+    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept. Where no directory can be written to, it is compiled anew in every process. It is also
+    compiled anew when its file changed, or that of a function it calls.
     """
+    if function is None:
+        return functools.partial(jit, as_written=as_written)
     settings: dict[str, Any] = {
         "nogil": True,
         "no_cfunc_wrapper": True,  # nobody calls these from C, and it takes time to compile
         "error_model": "numpy",  # no check for division by zero, which would not vectorize
-        "fastmath": {"contract", "reassoc", "nsz", "arcp"},
+        "fastmath": False if as_written else {"contract", "reassoc", "nsz", "arcp"},
     }
+    compiled = numba.njit(**settings)(function)
     try:
-        return numba.njit(cache=True, **settings)(function)
+        compiled._cache = _Cache(function)
     except RuntimeError:
         if "cache" not in _announced:
             _announced.add("cache")
             _log.info("no directory for compiled code can be written to; compiling at every start")
-        return numba.njit(**settings)(function)
+    return compiled
+
+
+class _Cache(FunctionCache):  # type: ignore[no-any-unimported]
+    """Numba's own looks at the file of the function alone, not at those of what it calls.
+
+    A function may also call compiled functions that it was made with: they stand in its closure,
+    where Numba's own would take them for new ones in every process.
+    """
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        function = self._py_func
+        closure = [cell.cell_contents for cell in function.__closure__ or ()]
+        names = [f"{each.__module__}.{each.__qualname__}" for each in closure]
+        sources = sorted(_contents(path) for path in _files(function, set()))
+        return (sig, codegen.magic_tuple(), function.__code__.co_code, *names, *sources)
+
+
+def _files(function: Callable[..., Any], found: set[str]) -> set[str]:
+    """Add the files of a function, and of the compiled functions it calls, to `found`."""
+    found.add(function.__code__.co_filename)
+    called = [function.__globals__.get(name) for name in function.__code__.co_names]
+    called += [cell.cell_contents for cell in function.__closure__ or ()]
+    for each in called:
+        if isinstance(each, Dispatcher) and each.py_func is not function:
+            _files(each.py_func, found)
+    return found
+
+
+@functools.cache
+def _contents(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Compilation(event.Listener):

@@ -1,13 +1,18 @@
 """Drawing a row's actions, in machine code where that serves the policy, else in torch."""
 
 import logging
+import math
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg import mlp
-from vecpg.noise import Purpose, StepNoise
+from vecpg.mlp import BLOCK, activations, exp, forward
+from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise
 from vecpg.policy import Policy
+from vecpg.returns.jit import jit
 
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -25,8 +30,14 @@ def sampler(
         _announced.add(how)
         _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
     if reason is None:
-        on_host = mlp.sampler(policy, seed, iteration, Purpose.ACTION)
-        return lambda t, obs, actions: on_host(t, obs.numpy(), actions.numpy())
+        network, first_action = mlp.network_of(policy), mlp.first_action_of(policy)
+        key = np.array([seed & WORD, seed >> 32, iteration, Purpose.ACTION], np.uint64)
+
+        def draw_on_host(t: int, obs: Tensor, actions: Tensor) -> None:
+            rows = obs.numpy().reshape(len(obs), -1)
+            draw_actions(rows, key, t, first_action, network, actions.numpy())
+
+        return draw_on_host
     stream = seed, iteration, num_envs
     noise = StepNoise(*stream, Purpose.ACTION, policy.device, policy.num_uniforms)
     dropout = StepNoise(*stream, Purpose.DROPOUT, policy.device, policy.dropout_units)
@@ -37,3 +48,93 @@ def sampler(
         actions.copy_(policy.sample(seen, noise(t), dropped))
 
     return draw
+
+
+def prepare(policy: Policy) -> None:
+    """Compile, or load, what drawing a policy's actions will need."""
+    if mlp.why_not(policy) is None:
+        actions = np.full(1, mlp.first_action_of(policy))
+        draw_actions(
+            np.zeros((1, math.prod(policy.obs_shape)), np.float32),
+            np.zeros(4, np.uint64),
+            0,
+            mlp.first_action_of(policy),
+            mlp.network_of(policy),
+            actions,
+        )
+
+
+@jit
+def draw_actions(
+    obs: NDArray[np.float32],
+    key: NDArray[np.uint64],
+    step: int,
+    first_action: int,
+    network: mlp.Network,
+    actions: NDArray[np.int64],
+) -> None:
+    """Write to `actions` (B,) what `Policy.sample` draws on obs (B, features) and `uniforms`.
+
+    The key is that of `uniform`. Probabilities differ from torch's in the last bits.
+    """
+    features = network.widths[0]
+    units = activations(network)
+    for start in range(0, len(actions), BLOCK):
+        rows = min(BLOCK, len(actions) - start)
+        for n in range(rows):
+            for i in range(features):
+                units[n * features + i] = obs[start + n, i]
+        logits = forward(network, units, rows)
+        for n in range(rows):
+            number = uniform(key, step, start + n)
+            actions[start + n] = first_action + choose(logits[n], number)
+
+
+@jit
+def choose(logits, number):
+    """The action that a uniform number stands for. The logits are overwritten.
+
+    As the reference: the number of actions whose cumulative probability is reached.
+    """
+    largest = logits[0]
+    for logit in logits:
+        largest = max(largest, logit)
+    total = np.float32(0.0)
+    for a in range(len(logits)):
+        logits[a] = exp(logits[a] - largest)
+        total += logits[a]
+    threshold = total * number
+    below = np.float32(0.0)
+    chosen = 0
+    for probability in logits[:-1]:
+        below += probability
+        chosen += below <= threshold
+    return chosen
+
+
+@jit
+def uniform(key, step, env):
+    """The number that `vecpg.noise.uniforms` has for one step and environment.
+
+    The key is uint64: the low and the high word of the seed, the iteration and the purpose.
+    """
+    return as_uniform(philox(key, step, env)[0])
+
+
+@jit
+def as_uniform(word):
+    """A 32-bit word as a number in [0, 1), as `vecpg.noise.uniforms_at` makes it."""
+    return np.float32(word >> np.uint64(8)) * np.float32(2.0**-24)
+
+
+@jit
+def philox(key, step, env):
+    """Four 32-bit words for one step and environment, as `vecpg.noise.philox` makes them."""
+    word, shift = np.uint64(WORD), np.uint64(32)
+    c0, c1, c2, c3 = np.uint64(step), np.uint64(env), key[2], key[3]
+    k0, k1 = key[0], key[1]
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & word, (p0 >> shift) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + np.uint64(WEYL[0])) & word, (k1 + np.uint64(WEYL[1])) & word
+    return c0, c1, c2, c3

@@ -1,7 +1,7 @@
 """Collecting by stepping any Gymnasium vector environment in NEXT_STEP mode.
 
-`play` is the one place that knows which rows count. Training stores what it yields (`collect`);
-evaluation adds it up.
+`play` is the one place that knows which rows count. Training stores what it yields
+(`collect_by_stepping`); evaluation adds it up.
 """
 
 import traceback
@@ -14,19 +14,12 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from vecpg.envs import (
-    EnvironmentFailure,
-    SubEnvironmentError,
-    check_autoreset,
-    has_one_generator,
-)
-from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
 from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
 from vecpg.returns.jit import jit
 from vecpg.rollout.data import Rollout
 from vecpg.rollout.sampling import sampler
-from vecpg.rollout.tensor import collect_on_device
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
@@ -41,43 +34,13 @@ class Row(NamedTuple):
     mask: NDArray[np.bool_]
 
 
-def collect(
+def collect_by_stepping(
     envs: VectorEnv, policy: Policy, *, num_steps: int, seed: int, iteration: int
 ) -> Rollout:
-    """Whole episodes from a fresh reset, with the start window.
+    """As `collect`, from any vector environment on the host.
 
-    An environment starts another episode if and only if it has made fewer than `num_steps` real
-    steps in this iteration, and collecting goes on until every started episode has ended. Whether
-    an episode starts depends on the past alone, so no outcome is favoured.
-
-    Args:
-        envs: N environments in NEXT_STEP mode.
-        policy: on any device; one copy of the actions to the host at each step is the only wait.
-        num_steps: the start window in real steps. 1 = exactly one episode for each environment.
-        seed: of the run.
-        iteration: which collection this is; (seed, iteration) fixes every random number in it.
-
-    Returns:
-        a `Rollout` on the policy's device.
-
-    Raises:
-        ValueError: environments in another autoreset mode.
-        EnvironmentFailure: an environment raised or returned a number that is not finite; the
-            message has its index, the step and the seed.
-
-    Example:
-        >>> from vecpg.envs import make_envs
-        >>> envs = make_envs("CartPole-v1", 4)
-        >>> policy = Policy(envs.single_observation_space, envs.single_action_space)
-        >>> rollout = collect(envs, policy, num_steps=1, seed=1, iteration=0)
-        >>> rollout.dones.sum().item()
-        4
+    One copy of the actions to the host at each step is the only wait for the policy's device.
     """
-    check_autoreset(envs)
-    if isinstance(envs.unwrapped, TensorVectorEnv):
-        return collect_on_device(
-            envs.unwrapped, policy, num_steps=num_steps, seed=seed, iteration=iteration
-        )
     rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy)
     device = policy.device
     draw = sampler(policy, seed, iteration, envs.num_envs)

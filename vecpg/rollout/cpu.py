@@ -1,0 +1,271 @@
+"""Whole rollouts in machine code: environment, policy and sampling for a block of environments.
+
+The number of environments hardly matters here, and nothing is done for those that have finished.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vecpg import mlp, threads
+from vecpg.envs import cartpole
+from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.mlp import BLOCK, activations, forward
+from vecpg.noise import WORD, Purpose, reset_seeds
+from vecpg.policy import Policy
+from vecpg.returns.jit import jit
+from vecpg.rollout.data import Rollout
+from vecpg.rollout.sampling import as_uniform, choose, philox, uniform
+
+SERVED = (
+    "vecpg/CartPole-v1 in float32 on the CPU, and policies of linear layers of at most 1024 units"
+    " with tanh or ReLU, with Discrete actions, without dropout or normalized observations"
+)
+
+# A state in the kernel has so many variables, those that an environment does not have are 0.
+_VARIABLES = 4
+# Rows for which memory is set aside at first; it is taken from the system as rows are written.
+_MOST_ROWS = 4096
+
+
+class Rows(NamedTuple):
+    """The arrays of a `Rollout`, (T, N), all 0 at first. `obs` has one row more."""
+
+    obs: NDArray[np.float32]
+    actions: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+    terminations: NDArray[np.bool_]
+    truncations: NDArray[np.bool_]
+    mask: NDArray[np.bool_]
+
+
+class Copies(NamedTuple):
+    """What every environment has come to.
+
+    state:   (4, N).
+    lengths: (N,) steps since its episode began.
+    steps:   (N,) real steps in this iteration; -1 = it has finished.
+    resets:  (N,) True = its next row only resets.
+    """
+
+    state: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    resets: NDArray[np.bool_]
+
+
+def why_not(envs: Any, policy: Policy) -> str | None:
+    """Why the kernels of this file do not serve environments and a policy; None if they do."""
+    if not isinstance(envs, TensorVectorEnv):
+        return f"{type(envs).__name__} is no environment on tensors"
+    if type(envs.dynamics) not in _KERNELS:
+        return f"there is no kernel for {type(envs).__name__}"
+    if envs.device.type != "cpu":
+        return f"the environments are on {envs.device}"
+    if envs.dtype != torch.float32:
+        return "the environments are not in float32"
+    return mlp.why_not(policy)
+
+
+def collect_in_blocks(
+    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, seed: int, iteration: int
+) -> Rollout:
+    """As `collect`, from environments and a policy that `why_not` finds nothing against.
+
+    The same numbers as the reference draws: actions are equal wherever rounding does not decide.
+    Blocks are given to as many threads as `vecpg.threads.count()` says; no bit depends on it. The
+    environments themselves are left as they were.
+    """
+    num_envs, words = envs.num_envs, (seed & WORD, seed >> 32)
+    reset_seed = reset_seeds(seed, iteration, 1, Purpose.TRAINING_RESET)[0]
+    action_key = np.array([*words, iteration, Purpose.ACTION], np.uint64)
+    start_key = np.array([reset_seed & WORD, reset_seed >> 32, 0, Purpose.START], np.uint64)
+    settings = (
+        num_steps,
+        envs.max_episode_steps,
+        action_key,
+        start_key,
+        mlp.first_action_of(policy),
+        mlp.network_of(policy),
+    )
+    play = _KERNELS[type(envs.dynamics)]
+    copies = Copies(
+        np.zeros((_VARIABLES, num_envs), np.float32),
+        np.zeros(num_envs, np.int64),
+        np.zeros(num_envs, np.int64),
+        np.zeros(num_envs, np.bool_),
+    )
+    size = max(1, min(BLOCK, -(-num_envs // threads.count())))
+    starts = range(0, num_envs, size)
+    begin, capacity = 0, min(2 * num_steps + envs.max_episode_steps, _MOST_ROWS)
+    rows = _make_rows(capacity, num_envs, policy)
+    length = 0
+    while True:
+
+        def advance(block: int) -> int:
+            first = starts[block]
+            last = min(first + size, num_envs)
+            ended: int = play(rows, copies, first, last, begin, *settings)  # noqa: B023
+            return ended
+
+        length = max(length, *threads.run(advance, len(starts)))
+        if (copies.steps < 0).all():
+            break
+        begin, capacity = capacity, 2 * capacity
+        longer = _make_rows(capacity, num_envs, policy)
+        for old, new in zip(rows, longer, strict=True):
+            new[: len(old)] = old
+        rows = longer
+    return _rollout(rows, length, seed, iteration)
+
+
+def _make_rows(capacity: int, num_envs: int, policy: Policy) -> Rows:
+    shape = capacity, num_envs
+    return Rows(
+        np.zeros((capacity + 1, num_envs, *policy.obs_shape), np.float32),
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.float32),
+        *(np.zeros(shape, np.bool_) for _ in range(3)),
+    )
+
+
+def _rollout(rows: Rows, length: int, seed: int, iteration: int) -> Rollout:
+    t, n = np.nonzero(rows.truncations[:length])
+    return Rollout(
+        **{name: torch.from_numpy(each[:length]) for name, each in rows._asdict().items()},
+        final_obs=torch.from_numpy(rows.obs[t + 1, n]),
+        final_rows=torch.from_numpy(np.stack([t, n], axis=1)),
+        seed=seed,
+        iteration=iteration,
+    )
+
+
+def prepare(envs: Any, policy: Policy) -> None:
+    """Compile, or load, the kernel that environments and a policy will need."""
+    if why_not(envs, policy) is None:
+        one = type(envs)(1, max_episode_steps=1)
+        collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
+
+
+def _kernel(dynamics: ModuleType) -> Any:
+    """The function that plays a block of environments, made from the functions of one copy.
+
+    `start`, `transition`, `observation`, `terminated` and `reward` of the module do what those of
+    its dynamics do, of one copy and of numbers.
+    """
+    start, transition, observation = dynamics.start, dynamics.transition, dynamics.observation
+    terminated, reward = dynamics.terminated, dynamics.reward
+
+    @jit(as_written=True)
+    def play(  # type: ignore[no-untyped-def]
+        rows,
+        copies,
+        first,
+        last,
+        begin,
+        num_steps,
+        max_episode_steps,
+        action_key,
+        start_key,
+        first_action,
+        network,
+    ):
+        """Play environments `first` to `last` - 1 from row `begin` to their end, or the rows'.
+
+        Returns the number of rows up to the last that counts.
+        """
+        obs, actions, rewards, terminations, truncations, mask = rows
+        features, capacity = obs.shape[2], len(mask)
+        units = activations(network)
+        before, after = np.zeros((2, _VARIABLES, BLOCK), np.float32)
+        s0, s1, s2, s3 = before[0], before[1], before[2], before[3]
+        f0, f1, f2, f3 = after[0], after[1], after[2], after[3]
+        seen = np.zeros((_VARIABLES, BLOCK), np.float32)
+        o0, o1, o2, o3 = seen[0], seen[1], seen[2], seen[3]
+        numbers, paid = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+        chosen = np.empty(BLOCK, np.int64)
+        ended = np.empty(BLOCK, np.bool_)
+        # The environments that have not finished, close together.
+        who = np.empty(BLOCK, np.int64)
+        live = 0
+        for n in range(first, last):
+            if copies.steps[n] < 0:
+                continue
+            if begin == 0:
+                w0, w1, w2, w3 = philox(start_key, 0, n)
+                s0[live], s1[live], s2[live], s3[live] = start(
+                    as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
+                )
+            else:
+                for v in range(_VARIABLES):
+                    before[v, live] = copies.state[v, n]
+            who[live] = n
+            live += 1
+        t = begin
+        length = 0
+        while live > 0 and t < capacity:
+            for i in range(live):
+                o0[i], o1[i], o2[i], o3[i] = observation(s0[i], s1[i], s2[i], s3[i])
+            for i in range(live):
+                for f in range(features):
+                    units[i * features + f] = seen[f, i]
+                    obs[t, who[i], f] = seen[f, i]
+            logits = forward(network, units, live)
+            for i in range(live):
+                numbers[i] = uniform(action_key, t, who[i])
+            for i in range(live):
+                chosen[i] = first_action + choose(logits[i], numbers[i])
+            for i in range(live):
+                f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], chosen[i])
+            for i in range(live):
+                ended[i] = terminated(f0[i], f1[i], f2[i], f3[i])
+                paid[i] = reward(s0[i], s1[i], s2[i], s3[i], chosen[i], f0[i], f1[i], f2[i], f3[i])
+            kept = 0
+            for i in range(live):
+                n = who[i]
+                who[kept] = n
+                if copies.resets[n]:
+                    copies.resets[n] = False
+                    w0, w1, w2, w3 = philox(start_key, t + 1, n)
+                    s0[kept], s1[kept], s2[kept], s3[kept] = start(
+                        as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
+                    )
+                    kept += 1
+                    continue
+                copies.lengths[n] += 1
+                copies.steps[n] += 1
+                truncated = copies.lengths[n] >= max_episode_steps
+                actions[t, n] = chosen[i]
+                rewards[t, n] = paid[i]
+                terminations[t, n] = ended[i]
+                truncations[t, n] = truncated
+                mask[t, n] = True
+                length = t + 1
+                s0[kept], s1[kept], s2[kept], s3[kept] = f0[i], f1[i], f2[i], f3[i]
+                if not (ended[i] or truncated):
+                    kept += 1
+                elif copies.steps[n] < num_steps:
+                    copies.resets[n] = True
+                    copies.lengths[n] = 0
+                    kept += 1
+                else:
+                    copies.steps[n] = -1
+                    o0[i], o1[i], o2[i], o3[i] = observation(f0[i], f1[i], f2[i], f3[i])
+                    for f in range(features):
+                        obs[t + 1, n, f] = seen[f, i]
+            live = kept
+            t += 1
+        for i in range(live):
+            for v in range(_VARIABLES):
+                copies.state[v, who[i]] = before[v, i]
+        return length
+
+    return play
+
+
+# The kernel of every environment that has one, by its dynamics.
+_KERNELS: dict[type, Callable[..., Any]] = {cartpole.CartPoleDynamics: _kernel(cartpole)}
