@@ -7,10 +7,12 @@ Sums are formed in float64.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vecpg.returns import generalized_advantage, reward_to_go
+from vecpg.returns.jit import jit
 
 if TYPE_CHECKING:
     from vecpg.config import Config
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 # Environments are taken in blocks of about this many rows, so that the temporaries stay small.
 _BLOCK_ROWS = 2**18
+# As many have their sums by age in the cache.
+_BLOCK_ENVS = 64
 
 
 def advantages(
@@ -137,6 +141,62 @@ def normalized(values: Tensor, mask: Tensor) -> Tensor:
 
 def _subtract_mean_by_age(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
     """Subtract in place the mean over rows of the same age, of all or of other environments."""
+    if weights.device.type == "cpu":
+        _subtract_on_host(weights.numpy(), mask.numpy(), dones.numpy(), others)
+    else:
+        _subtract_in_torch(weights, mask, dones, others)
+
+
+@jit
+def _subtract_on_host(weights, mask, dones, others):  # type: ignore[no-untyped-def]
+    """As `_subtract_in_torch`, row after row."""
+    length, num_envs = mask.shape
+    total, count = np.zeros((2, length))
+    own_total, own_count = np.zeros((2, length, _BLOCK_ENVS))
+    for start in range(0, num_envs, _BLOCK_ENVS):
+        _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, False)
+    for start in range(0, num_envs, _BLOCK_ENVS):
+        if others:
+            own_total[:] = 0.0
+            own_count[:] = 0.0
+            _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, True)
+        age = np.zeros(_BLOCK_ENVS, np.int64)
+        for t in range(length):
+            for n in range(min(_BLOCK_ENVS, num_envs - start)):
+                if not mask[t, start + n]:
+                    weights[t, start + n] = 0.0
+                    age[n] = 0
+                    continue
+                sum_here = total[age[n]] - own_total[age[n], n]
+                count_here = count[age[n]] - own_count[age[n], n]
+                if count_here > 0:
+                    weights[t, start + n] -= sum_here / count_here
+                age[n] = 0 if dones[t, start + n] else age[n] + 1
+
+
+@jit
+def _add_by_age(  # type: ignore[no-untyped-def]
+    weights, mask, dones, start, total, count, own_total, own_count, own
+):
+    """Add a block of environments to the sums over rows of each age, of all or of each."""
+    length, num_envs = mask.shape
+    age = np.zeros(_BLOCK_ENVS, np.int64)
+    for t in range(length):
+        for n in range(min(_BLOCK_ENVS, num_envs - start)):
+            if not mask[t, start + n]:
+                age[n] = 0
+                continue
+            if own:
+                own_total[age[n], n] += weights[t, start + n]
+                own_count[age[n], n] += 1.0
+            else:
+                total[age[n]] += weights[t, start + n]
+                count[age[n]] += 1.0
+            age[n] = 0 if dones[t, start + n] else age[n] + 1
+
+
+def _subtract_in_torch(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
+    """The reference, on any device."""
     length = mask.shape[0]
     total = torch.zeros(length, dtype=torch.float64, device=weights.device)
     count = torch.zeros_like(total)

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import hparams, text
 
+from vecpg.returns.jit import jit
 from vecpg.rollout import Rollout
 
 # Not drawn as curves: they identify the row.
@@ -37,6 +39,12 @@ def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
         >>> episode_statistics(rows)
         (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
     """
+    if rollout.mask.device.type == "cpu":
+        mask, dones = rollout.mask.numpy(), rollout.dones.numpy()
+        ended = np.concatenate([[0], dones.sum(axis=0).cumsum()])
+        totals, steps = np.empty(ended[-1]), np.empty(ended[-1], np.int64)
+        _add_up(rollout.rewards.numpy(), mask, dones, ended, totals, steps)
+        return torch.from_numpy(totals), torch.from_numpy(steps)
     returns, lengths = [], []
     # A few environments at a time, so that the temporaries stay small.
     width = max(1, _BLOCK_ROWS // rollout.mask.shape[0])
@@ -61,6 +69,23 @@ def _differences(values: Tensor, first: Tensor) -> Tensor:
     before = torch.zeros_like(values)
     before[1:] = values[:-1]
     return values - torch.where(first, 0, before)
+
+
+@jit
+def _add_up(rewards, mask, dones, ended, totals, steps):  # type: ignore[no-untyped-def]
+    """Write every episode's return and length to where its environment's episodes begin."""
+    length, num_envs = mask.shape
+    at = ended.copy()
+    total, step = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    for t in range(length):
+        for n in range(num_envs):
+            if mask[t, n]:
+                total[n] += rewards[t, n]
+                step[n] += 1
+                if dones[t, n]:
+                    totals[at[n]], steps[at[n]] = total[n], step[n]
+                    at[n] += 1
+                    total[n], step[n] = 0.0, 0
 
 
 class Metrics:

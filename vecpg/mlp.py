@@ -196,7 +196,8 @@ def sum_gradient(
     units = activations(network)
     slopes, spare = np.zeros_like(units), np.zeros_like(units)
     partial = np.zeros(len(gradient), np.float32)
-    picked = np.empty(BLOCK, np.int64)
+    picked, taken = np.empty((2, BLOCK), np.int64)
+    scaled = np.empty(BLOCK, np.float32)
     features = network.widths[0]
     loss = 0.0
     entropy = 0.0
@@ -213,18 +214,16 @@ def sum_gradient(
                 rows += 1
             row += 1
         if rows > 0:
-            logits = forward(network, units, rows)
             for n in range(rows):
                 action = actions[picked[n]] - first_action
-                known = known and 0 <= action < len(logits[n])
-                row_loss, row_entropy = _to_logits(
-                    logits[n],
-                    action if known else 0,
-                    np.float32(weights[picked[n]] * scale),
-                    np.float32(ent_coef),
-                )
-                loss += row_loss
-                entropy += row_entropy
+                known = known and 0 <= action < network.widths[-1]
+                taken[n] = action if known else 0
+                scaled[n] = weights[picked[n]] * scale
+            block_loss, block_entropy = _slopes(
+                forward(network, units, rows), taken, scaled, np.float32(ent_coef), rows
+            )
+            loss += block_loss
+            entropy += block_entropy
             _backward(network, units, rows, slopes, spare, partial)
             summed += rows
         if summed >= _SUM_ROWS or row == len(mask):
@@ -262,7 +261,7 @@ def _stride(width):
 def forward(network, units, rows):
     """Fill in the activations of `rows` observations, layer after layer, and return the logits.
 
-    The observations stand in `units`, (rows, features).
+    The observations stand in `units`, (rows, features); the logits are (actions, BLOCK).
     """
     parameters, _, widths, relu = network
     at, begin = 0, BLOCK * widths[0]
@@ -295,7 +294,7 @@ def forward(network, units, rows):
     fan_out = widths[-1]
     biases = len(parameters) - fan_out
     wide = (biases - at) // fan_out
-    logits = units[begin : begin + rows * fan_out].reshape(rows, fan_out)
+    logits = units[begin : begin + BLOCK * fan_out].reshape(fan_out, BLOCK)
     for n in range(rows):
         row = below[n * below_row : n * below_row + wide]
         for a in range(fan_out):
@@ -303,8 +302,24 @@ def forward(network, units, rows):
             total = np.float32(0.0)
             for i in range(wide):
                 total += row[i] * column[i]
-            logits[n, a] = total + parameters[biases + a]
+            logits[a, n] = total + parameters[biases + a]
     return logits
+
+
+@jit
+def exponentials(logits, largest, total, rows):
+    """Replace logits (actions, BLOCK) by exp(logit - largest); fill in both (BLOCK,) vectors."""
+    largest[:rows] = logits[0, :rows]
+    for a in range(1, len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            largest[n] = max(largest[n], row[n])
+    total[:rows] = np.float32(0.0)
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            row[n] = exp(row[n] - largest[n])
+            total[n] += row[n]
 
 
 @jit
@@ -315,21 +330,27 @@ def _backward(network, units, rows, slopes, spare, gradient):
     tile, one = np.int64(_TILE), np.int64(1)
     fan_out = widths[last]
     at, begin, turned = len(gradient) - fan_out, len(units) - BLOCK * fan_out, len(backwards)
-    above, above_row = units[begin : begin + rows * fan_out], fan_out
-    _add_rows(above, above_row, rows, gradient[at:])
+    above, above_row, above_column = units[begin:], one, BLOCK * one
+    for a in range(fan_out):
+        total = np.float32(0.0)
+        for slope in above[a * BLOCK : a * BLOCK + rows]:
+            total += slope
+        gradient[at + a] += total
     if last == 1:
         fan_in = widths[0]
-        for n in range(rows):
-            for a in range(fan_out):
+        for a in range(fan_out):
+            for n in range(rows):
                 for i in range(fan_in):
-                    gradient[a * fan_in + i] += above[n * fan_out + a] * units[n * fan_in + i]
+                    gradient[a * fan_in + i] += above[a * BLOCK + n] * units[n * fan_in + i]
         return
     wide, stride = _tiles(widths[last - 1]), _stride(widths[last - 1])
     at -= fan_out * wide
     begin -= BLOCK * stride
     below = units[begin : begin + rows * stride]
     to_weight = gradient[at : at + fan_out * wide]
-    _add_product(above, one, above_row, below, tile, stride, to_weight, wide, fan_out, rows, wide)
+    _add_product(
+        above, above_column, above_row, below, tile, stride, to_weight, wide, fan_out, rows, wide
+    )
     for layer in range(last - 1, 0, -1):
         # `above`, (rows, next_out), belongs to the layer above this one.
         next_out, fan_in = widths[layer + 1], widths[layer - 1]
@@ -337,13 +358,13 @@ def _backward(network, units, rows, slopes, spare, gradient):
         slope, active = slopes[: rows * stride], units[begin : begin + rows * stride]
         slope[:] = np.float32(0.0)
         turned -= next_out * wide
-        weight = backwards[turned : turned + next_out * wide]
+        weight, to_tile = backwards[turned : turned + next_out * wide], next_out * tile
         _add_product(
             above,
             above_row,
-            one,
+            above_column,
             weight,
-            next_out * tile,
+            to_tile,
             tile,
             slope,
             stride,
@@ -368,7 +389,7 @@ def _backward(network, units, rows, slopes, spare, gradient):
         _add_product(
             below, one, below_row, slope, tile, stride, to_weight, wide, fan_in, rows, wide
         )
-        above, above_row = slope, stride
+        above, above_row, above_column = slope, stride, one
         slopes, spare = spare, slopes
 
 
@@ -484,25 +505,43 @@ _add_tile_row = _tile_intrinsic(1)
 
 
 @jit
-def _to_logits(logits, action, weight, ent_coef):
-    """Replace a row's logits by the slopes of its loss in them; return its loss and entropy."""
-    largest = logits[0]
-    for logit in logits:
-        largest = max(largest, logit)
-    total = np.float32(0.0)
-    for logit in logits:
-        total += exp(logit - largest)
-    shift = largest + np.float32(math.log(total))
-    loss = -weight * (logits[action] - shift)
-    entropy = np.float32(0.0)
-    for logit in logits:
-        entropy -= exp(logit - shift) * (logit - shift)
+def _slopes(logits, actions, weights, ent_coef, rows):
+    """Replace logits (actions, BLOCK) by the slopes of the loss in them.
+
+    Returns the sums over rows of -log pi * weight and of the entropy.
+    """
+    largest, total, shift, entropy = np.empty((4, BLOCK), np.float32)
+    largest[:rows] = logits[0, :rows]
+    for a in range(1, len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            largest[n] = max(largest[n], row[n])
+    total[:rows] = np.float32(0.0)
     for a in range(len(logits)):
-        log_probability = logits[a] - shift
-        probability = exp(log_probability)
-        slope = weight * probability + ent_coef * probability * (log_probability + entropy)
-        logits[a] = slope - weight if a == action else slope
-    return loss, entropy
+        row = logits[a]
+        for n in range(rows):
+            total[n] += exp(row[n] - largest[n])
+    for n in range(rows):
+        shift[n] = largest[n] + np.float32(math.log(total[n]))
+    entropy[:rows] = np.float32(0.0)
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            row[n] -= shift[n]
+            entropy[n] -= exp(row[n]) * row[n]
+    loss = 0.0
+    sum_entropy = 0.0
+    for n in range(rows):
+        loss -= weights[n] * logits[actions[n], n]
+        sum_entropy += entropy[n]
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            bonus = ent_coef * (row[n] + entropy[n])
+            row[n] = exp(row[n]) * (weights[n] + bonus)
+    for n in range(rows):
+        logits[actions[n], n] -= weights[n]
+    return loss, sum_entropy
 
 
 @jit

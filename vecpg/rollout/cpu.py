@@ -217,8 +217,9 @@ def _kernel(dynamics: ModuleType) -> Any:
             logits = forward(network, units, live)
             for i in range(live):
                 numbers[i] = uniform(action_key, t, who[i])
+            choose(logits, numbers, chosen, live)
             for i in range(live):
-                chosen[i] = first_action + choose(logits[i], numbers[i])
+                chosen[i] += first_action
             for i in range(live):
                 f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], chosen[i])
             for i in range(live):

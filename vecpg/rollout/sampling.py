@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg import mlp
-from vecpg.mlp import BLOCK, activations, exp, forward
+from vecpg.mlp import BLOCK, activations, exponentials, forward
 from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise
 from vecpg.policy import Policy
 from vecpg.returns.jit import jit
@@ -79,37 +79,36 @@ def draw_actions(
     """
     features = network.widths[0]
     units = activations(network)
+    numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
     for start in range(0, len(actions), BLOCK):
         rows = min(BLOCK, len(actions) - start)
         for n in range(rows):
             for i in range(features):
                 units[n * features + i] = obs[start + n, i]
-        logits = forward(network, units, rows)
         for n in range(rows):
-            number = uniform(key, step, start + n)
-            actions[start + n] = first_action + choose(logits[n], number)
+            numbers[n] = uniform(key, step, start + n)
+        choose(forward(network, units, rows), numbers, chosen, rows)
+        for n in range(rows):
+            actions[start + n] = first_action + chosen[n]
 
 
 @jit
-def choose(logits, number):
-    """The action that a uniform number stands for. The logits are overwritten.
+def choose(logits, numbers, chosen, rows):
+    """Write to `chosen` the actions that uniform numbers stand for. The logits are overwritten.
 
     As the reference: the number of actions whose cumulative probability is reached.
     """
-    largest = logits[0]
-    for logit in logits:
-        largest = max(largest, logit)
-    total = np.float32(0.0)
-    for a in range(len(logits)):
-        logits[a] = exp(logits[a] - largest)
-        total += logits[a]
-    threshold = total * number
-    below = np.float32(0.0)
-    chosen = 0
-    for probability in logits[:-1]:
-        below += probability
-        chosen += below <= threshold
-    return chosen
+    largest, total, below = np.empty((3, BLOCK), np.float32)
+    exponentials(logits, largest, total, rows)
+    for n in range(rows):
+        total[n] *= numbers[n]
+        below[n] = np.float32(0.0)
+        chosen[n] = 0
+    for a in range(len(logits) - 1):
+        row = logits[a]
+        for n in range(rows):
+            below[n] += row[n]
+            chosen[n] += below[n] <= total[n]
 
 
 @jit
