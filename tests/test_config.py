@@ -15,7 +15,7 @@ from vecpg.config import Config, ConfigError, to_dict
         ("num_envs", [0, -1], "--num-envs: expected at least 1, got"),
         ("num_envs", [1.5, "8", True, None], "--num-envs: expected a whole number, got"),
         ("num_steps", [0], "--num-steps: expected at least 1"),
-        ("threads", [0], "--threads: expected at least 1"),
+        ("threads", [0], "--threads: expected at least 1, or none"),
         ("total_timesteps", [0, -5], "--total-timesteps: expected at least 1, or none"),
         ("total_episodes", [0], "--total-episodes"),
         ("total_iterations", [0], "--total-iterations"),

@@ -9,6 +9,7 @@ from vecpg.envs import (
     find_spec,
     has_one_generator,
     make_envs,
+    own_vectorization,
     resolve_vectorization,
 )
 
@@ -21,9 +22,17 @@ def test_every_way_of_stepping_is_in_next_step_mode(vectorization):
     assert has_one_generator(envs) == (vectorization == "vector_entry_point")
 
 
-def test_auto_takes_the_vector_entry_point_where_there_is_one():
-    assert resolve_vectorization(find_spec("CartPole-v1"), "auto") == "vector_entry_point"
+def test_auto_takes_tensors_then_the_vector_entry_point_then_sync():
+    cartpole = find_spec("CartPole-v1")
+    assert resolve_vectorization(cartpole, "auto") == "tensor"
+    assert resolve_vectorization(find_spec("Pendulum-v1"), "auto") == "tensor"
+    # Its keyword arguments are those of Gymnasium's own environment.
+    kwargs = {"sutton_barto_reward": True}
+    assert resolve_vectorization(cartpole, "auto", kwargs) == "vector_entry_point"
+    assert resolve_vectorization(find_spec("vecpg/CartPole-v1"), "auto") == "vector_entry_point"
     assert resolve_vectorization(find_spec("Acrobot-v1"), "auto") == "sync"
+    assert own_vectorization(cartpole) == "vector_entry_point"
+    assert own_vectorization(find_spec("Acrobot-v1")) == "sync"
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])

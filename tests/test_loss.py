@@ -412,3 +412,16 @@ def test_equal_returns_give_zero_advantages_not_nan(baseline):
     config = Config(baseline=baseline, normalize=True)
     result = advantages(rollout, config, values)
     assert torch.equal(result, torch.zeros(rollout.mask.shape))
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (40, 3), (63, 64), (30, 65), (200, 130)])
+def test_means_by_age_are_the_same_in_torch_and_on_the_host(length, num_envs, others):
+    g = torch.Generator().manual_seed(num_envs)
+    mask = torch.rand(length, num_envs, generator=g) < 0.9
+    dones = (torch.rand(length, num_envs, generator=g) < 0.1) & mask
+    weights = torch.randn(length, num_envs, generator=g).masked_fill(~mask, torch.nan)
+    ours, expected = weights.clone(), weights.clone()
+    loss._subtract_on_host(ours.numpy(), mask.numpy(), dones.numpy(), others)
+    loss._subtract_in_torch(expected, mask, dones, others)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

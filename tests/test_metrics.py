@@ -6,11 +6,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vecpg import metrics
 from vecpg.config import Config, to_dict
 from vecpg.envs import make_envs
 from vecpg.metrics import Metrics, episode_statistics
 from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.rollout import Rollout, collect
 
 
 def test_episode_statistics_agree_with_gymnasiums_own_wrapper():
@@ -100,3 +101,24 @@ def test_a_number_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         metrics.log(row(1, 1, tag=math.nan))
     metrics.close()
+
+
+@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (63, 3), (40, 65)])
+def test_episode_statistics_are_the_same_in_torch_and_on_the_host(length, num_envs):
+    g = torch.Generator().manual_seed(length)
+    mask = torch.rand(length, num_envs, generator=g) < 0.9
+    ends = (torch.rand(length, num_envs, generator=g) < 0.2) & mask
+    rewards = torch.randn(length, num_envs, generator=g).masked_fill(~mask, torch.nan)
+    rollout = Rollout(
+        obs=torch.zeros(length, num_envs, 1),
+        actions=torch.zeros(length, num_envs, dtype=torch.int64),
+        rewards=rewards,
+        terminations=ends,
+        truncations=torch.zeros_like(ends),
+        mask=mask,
+        final_obs=torch.zeros(0, 1),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+    ours, expected = metrics._statistics_on_host(rollout), metrics._statistics_in_torch(rollout)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-9, atol=1e-9)
+    assert torch.equal(ours[1], expected[1])

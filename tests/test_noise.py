@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.mlp import uniform
 from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms, uniforms_at
+from vecpg.rollout import sampling
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [
@@ -125,9 +125,25 @@ def test_the_first_reset_seeds_do_not_depend_on_how_many_there_are():
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**64 - 1])
 def test_machine_code_draws_the_same_bits(seed):
-    words = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-    iteration, purpose = np.uint64(2**32 - 1), np.uint64(Purpose.EVALUATION_RESET)
-    many = uniforms(seed, 2**32 - 1, range(5, 9), 100, Purpose.EVALUATION_RESET)
+    purpose = Purpose.EVALUATION_RESET
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32, 2**32 - 1, purpose], np.uint64)
+    many = uniforms(seed, 2**32 - 1, range(5, 9), 100, purpose)
     for t in range(5, 9):
-        ours = [uniform(*words, iteration, np.uint64(t), np.uint64(n), purpose) for n in range(100)]
+        ours = [sampling.uniform(key, t, n) for n in range(100)]
         assert np.array_equal(np.array(ours, np.float32), many[t - 5].numpy())
+
+
+def test_machine_code_makes_the_published_words():
+    """The test vectors of Random123, "kat_vectors", philox4x32 with ten rounds."""
+    word = 2**32 - 1
+    for counter, seed, expected in (
+        ([0] * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ([word] * 4, (word, word), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        key = np.array([*seed, counter[2], counter[3]], np.uint64)
+        assert sampling.philox(key, counter[0], counter[1]) == expected

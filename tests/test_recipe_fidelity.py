@@ -26,12 +26,12 @@ from vecpg.train import train
 ROOT = Path(__file__).parent.parent
 UPDATES = 5
 TOLERANCE = 1e-5
-# With this seed the largest difference is 4e-7. Adam's first steps divide each coordinate of the
+# With this seed the largest difference is 5e-6. Adam's first steps divide each coordinate of the
 # gradient by its own size plus 1e-8. One that is by chance about as small as that, beside others of
 # 1 to 20, moves by a visible part of the step size when it is rounded to float32: in 7 of 160 runs
 # with seeds 1 to 24 one or two of thousands of parameters were off by 1e-5 to 3e-4. There Adam in
 # float64, on vecpg's own gradients, gives vecpg's numbers.
-SEED = 16
+SEED = 1
 
 # What every recipe has in common.
 EVERYWHERE = {

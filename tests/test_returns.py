@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import re
-import time
 
 import pytest
 import torch
@@ -538,27 +537,6 @@ def test_torchs_defaults_do_not_matter(dtype):
         torch.set_default_dtype(torch.float32)
     for result, value in zip(results, expected, strict=True):
         assert torch.equal(result, value)
-
-
-def test_an_interrupt_leaves_no_thread_at_work(monkeypatch):
-    """The memory it writes to may be given back."""
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
-    done = []
-
-    def kernel(start, stop):
-        if start == 0:
-            raise KeyboardInterrupt
-        time.sleep(0.3)
-        done.append(start)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            cpu._in_threads(kernel, (), 30, (), 1000)
-    finally:
-        torch.set_num_threads(before)
-    assert sorted(done) == [10, 20]
 
 
 def test_autograd_hears_of_a_written_out():

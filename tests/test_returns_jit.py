@@ -3,10 +3,13 @@ import os
 import subprocess
 import sys
 
+from vecpg.returns import jit as module
 from vecpg.returns.jit import Compilation, jit
 
 
-def test_compilation_is_timed_and_announced_once(caplog):
+def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_Cache", lambda function: None)  # nothing from an earlier run
+
     def inner(x):
         return x + 1
 

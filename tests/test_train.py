@@ -292,6 +292,18 @@ def test_threads_of_the_caller_change_nothing(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("settings", [{"num_envs": 65}, {"vectorization": "sync"}])
+def test_the_number_of_threads_changes_no_bit(tmp_path, settings):
+    settings = {"num_steps": 300, "total_iterations": 4, "num_envs": 8} | settings
+    runs = [train(short(tmp_path, threads=threads, **settings)) for threads in (1, 2, 5, None)]
+    first = runs[0]
+    assert first.summary["env_steps"] > 4096 * 2  # more than one slab of an update
+    for other in runs[1:]:
+        assert without_clock(lines(first.run_dir)) == without_clock(lines(other.run_dir))
+        for a, b in zip(first.policy.parameters(), other.policy.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_settings_reach_the_policy_the_optimizer_and_the_collector(tmp_path):
     settings = {"hidden_sizes": (3, 5), "activation": "relu", "learning_rate": 0.125}
     result = train(short(tmp_path, **settings, num_steps=50, total_iterations=1))

@@ -275,7 +275,7 @@ def _check_cheaply(config: Config) -> None:
 
     try:
         spec = find_spec(config.env_id)
-        resolve_vectorization(spec, config.vectorization)
+        resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         check_time_limit(spec, config.max_episode_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -49,13 +49,15 @@ class Config:
     """A copy starts another episode while it has made fewer real steps. 1 = one episode each."""
     vectorization: Literal["auto", "sync", "async", "vector_entry_point", "tensor"] = "auto"
     """How the copies are stepped. tensor: all at once as tensors (CartPole-v1, Pendulum-v1). auto:
-    the environment's own vectorized form, else sync."""
+    tensor where vecpg has it, else the environment's own vectorized form, else sync."""
     step_timeout: float = 60.0
     """Seconds after which an async environment that has not answered counts as hung."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
-    threads: int = 1
-    """Torch threads. The last bits of the results may depend on it. At least 1."""
+    threads: int | None = None
+    """Threads of the kernels, whose results do not depend on it; by default one for every core.
+    Torch gets them only if given here, for policies or values that the kernels do not serve: its
+    last bits may depend on it. At least 1."""
 
     total_timesteps: int | None = 500_000
     """End with the iteration that reaches this many real environment steps."""
@@ -138,7 +140,6 @@ class Config:
         for name in (
             "num_envs",
             "num_steps",
-            "threads",
             "return_window",
             "eval_episodes",
             "embedding_size",
@@ -146,6 +147,7 @@ class Config:
         ):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in (
+            "threads",
             "max_episode_steps",
             "total_timesteps",
             "total_episodes",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vecpg.envs import has_one_generator, make_envs
+from vecpg.envs import find_spec, has_one_generator, make_envs, own_vectorization
 from vecpg.noise import Purpose, StepNoise, reset_seeds
 from vecpg.policy import Policy
 from vecpg.rollout import play
@@ -87,7 +87,14 @@ def evaluate(
     num_envs = min(episodes, _MOST_ENVS)
     quotas = np.full(num_envs, episodes // num_envs)
     quotas[: episodes % num_envs] += 1
-    envs = make_envs(env_id, num_envs, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
+    envs = make_envs(
+        env_id,
+        num_envs,
+        # Whatever training used, Gymnasium's own environment is the judge.
+        vectorization=own_vectorization(find_spec(env_id)),
+        env_kwargs=env_kwargs,
+        max_episode_steps=max_episode_steps,
+    )
 
     noise = StepNoise(seed, draw, num_envs, purpose, policy.device, policy.num_uniforms)
 

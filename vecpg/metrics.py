@@ -40,11 +40,21 @@ def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
         (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
     """
     if rollout.mask.device.type == "cpu":
-        mask, dones = rollout.mask.numpy(), rollout.dones.numpy()
-        ended = np.concatenate([[0], dones.sum(axis=0).cumsum()])
-        totals, steps = np.empty(ended[-1]), np.empty(ended[-1], np.int64)
-        _add_up(rollout.rewards.numpy(), mask, dones, ended, totals, steps)
-        return torch.from_numpy(totals), torch.from_numpy(steps)
+        return _statistics_on_host(rollout)
+    return _statistics_in_torch(rollout)
+
+
+def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """As `_statistics_in_torch`, in one pass."""
+    ends = rollout.dones.numpy()
+    begins = np.concatenate([[0], ends.sum(axis=0).cumsum()])
+    returns, lengths = np.empty(begins[-1]), np.empty(begins[-1], np.int64)
+    _add_up(rollout.rewards.numpy(), rollout.mask.numpy(), ends, begins, returns, lengths)
+    return torch.from_numpy(returns), torch.from_numpy(lengths)
+
+
+def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The reference, on any device."""
     returns, lengths = [], []
     # A few environments at a time, so that the temporaries stay small.
     width = max(1, _BLOCK_ROWS // rollout.mask.shape[0])
@@ -72,20 +82,20 @@ def _differences(values: Tensor, first: Tensor) -> Tensor:
 
 
 @jit
-def _add_up(rewards, mask, dones, ended, totals, steps):  # type: ignore[no-untyped-def]
-    """Write every episode's return and length to where its environment's episodes begin."""
-    length, num_envs = mask.shape
-    at = ended.copy()
-    total, step = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-    for t in range(length):
+def _add_up(rewards, mask, dones, begins, returns, lengths):  # type: ignore[no-untyped-def]
+    """Write every episode's return and length, from where those of its environment begin."""
+    num_envs = mask.shape[1]
+    at = begins.copy()
+    total, steps = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    for t in range(len(mask)):
         for n in range(num_envs):
             if mask[t, n]:
                 total[n] += rewards[t, n]
-                step[n] += 1
+                steps[n] += 1
                 if dones[t, n]:
-                    totals[at[n]], steps[at[n]] = total[n], step[n]
+                    returns[at[n]], lengths[at[n]] = total[n], steps[n]
                     at[n] += 1
-                    total[n], step[n] = 0.0, 0
+                    total[n], steps[n] = 0.0, 0
 
 
 class Metrics:

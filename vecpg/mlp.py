@@ -56,12 +56,17 @@ class Network(NamedTuple):
 
 def why_not(policy: Policy) -> str | None:
     """Why these kernels do not serve a policy; None if they do."""
+    if not isinstance(policy.distribution, Categorical):
+        return "its actions are not Discrete"
+    return why_not_network(policy)
+
+
+def why_not_network(policy: Policy) -> str | None:
+    """Why `forward` does not serve a policy, whatever its actions are; None if it does."""
     if type(policy) is not Policy:
         return f"{type(policy).__name__} may compute something else"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device}"
-    if not isinstance(policy.distribution, Categorical):
-        return "its actions are not Discrete"
     if policy.obs_dtype != torch.float32:
         return "its observations are not a Box"
     if policy.encoder.normalizer is not None:
@@ -103,7 +108,7 @@ def network_of(policy: Policy) -> Network:
             backwards += [_in_tiles(layer.weight)]
         every = [torch.cat(parts).numpy() for parts in (forwards, backwards or [last.bias[:0]])]
     widths = [layer.in_features for layer in [*hidden, last]] + [last.out_features]
-    return Network(*every, np.array(widths, np.int64), policy.activation == "relu")
+    return Network(every[0], every[1], np.array(widths, np.int64), policy.activation == "relu")
 
 
 def gradient_like(network: Network) -> NDArray[np.float64]:
@@ -431,11 +436,11 @@ def _tile_intrinsic(rows: int) -> Any:
     """
 
     @intrinsic
-    def _tile(context, a, a_at, a_row, a_column, b, b_at, b_row, c, c_at, c_row, inner):  # type: ignore[no-untyped-def]
+    def _tile(context, a, a_at, a_row, a_column, b, b_at, b_row, c, c_at, c_row, inner):
         place, stride = types.intp, types.intp
         given = a, place, stride, stride, b, place, stride, c, place, stride, types.intp
 
-        def build(target, builder, signature, args):  # type: ignore[no-untyped-def]
+        def build(target, builder, signature, args):
             a_at, a_row, a_column, b_at, b_row, c_at, c_row, inner = (
                 args[number] for number in (1, 2, 3, 5, 6, 8, 9, 10)
             )
@@ -443,15 +448,15 @@ def _tile_intrinsic(rows: int) -> Any:
             vector = ir.VectorType(ir.FloatType(), _VECTOR)
             steps = range(0, _TILE, _VECTOR)
 
-            def first(number, at):  # type: ignore[no-untyped-def]
+            def first(number, at):
                 array = target.make_array(given[number])(target, builder, args[number])
                 return builder.gep(array.data, [at])
 
-            def vectors(pointer):  # type: ignore[no-untyped-def]
+            def vectors(pointer):
                 places = (builder.gep(pointer, [index(step)]) for step in steps)
                 return [builder.bitcast(place, vector.as_pointer()) for place in places]
 
-            def row_of(pointer, stride, row):  # type: ignore[no-untyped-def]
+            def row_of(pointer, stride, row):
                 return builder.gep(pointer, [builder.mul(stride, index(row))])
 
             a_rows = [row_of(first(0, a_at), a_row, row) for row in range(rows)]
@@ -471,7 +476,7 @@ def _tile_intrinsic(rows: int) -> Any:
             factors = [builder.load(place, align=4) for place in vectors(b_here)]
             empty = ir.Constant(vector, ir.Undefined)
             same = ir.Constant(ir.VectorType(ir.IntType(32), _VECTOR), [0] * _VECTOR)
-            after = []
+            after: list[Any] = []
             for row in range(rows):
                 here = builder.gep(a_rows[row], [builder.mul(k, a_column)])
                 one = builder.insert_element(empty, builder.load(here), ir.IntType(32)(0))
@@ -482,7 +487,9 @@ def _tile_intrinsic(rows: int) -> Any:
                     after.append(builder.fadd(total, product, flags=("contract",)))
             following = builder.add(k, index(1))
             builder.cbranch(builder.icmp_signed("<", following, inner), loop, end)
-            for phi, start, step in zip([k, *sums], [index(0), *before], [following, *after]):  # noqa: B905
+            for phi, start, step in zip(
+                [k, *sums], [index(0), *before], [following, *after], strict=True
+            ):
                 phi.add_incoming(start, entry)
                 phi.add_incoming(step, loop)
 
@@ -546,7 +553,7 @@ def _slopes(logits, actions, weights, ent_coef, rows):
 
 @jit
 def tanh(x):
-    """tanh within 1e-7, also of itself, and exactly 1 far out. It vectorizes.
+    """Tanh within 1e-7, also of itself, and exactly 1 far out. It vectorizes.
 
     With e = exp(2|x|) - 1, it is e / (e + 2), and errors of a large e do not show.
     """
@@ -558,7 +565,7 @@ def tanh(x):
 
 @jit
 def exp(x):
-    """exp of a number of at most 0, within 3e-7 of itself. It vectorizes. Below 2e-38 it is 2e-38."""
+    """Exp of a number of at most 0, within 1e-6 of itself and never below 1e-38. It vectorizes."""
     power, grown = _scaled_growth(max(x, np.float32(-86.0)))
     return power * grown + power
 
@@ -581,10 +588,10 @@ def _scaled_growth(x):
 
 
 @intrinsic
-def _power_of_two(context, n):  # type: ignore[no-untyped-def]
+def _power_of_two(context, n):
     """2^n as float32, made of its bits; n is from -126 to 127."""
 
-    def build(target, builder, signature, args):  # type: ignore[no-untyped-def]
+    def build(target, builder, signature, args):
         word = args[0].type
         exponent = builder.shl(builder.add(args[0], word(127)), word(23))
         return builder.bitcast(exponent, ir.FloatType())

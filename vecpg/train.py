@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import torch
 
-from vecpg import checkpoint, mlp, threads, video
+from vecpg import checkpoint, mlp, video
 from vecpg.checkpoint import load_policy
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
@@ -23,7 +23,7 @@ from vecpg.metrics import Metrics, episode_statistics
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.progress import Progress
-from vecpg.returns import reward_to_go
+from vecpg.returns import reward_to_go, threads
 from vecpg.returns.jit import Compilation
 from vecpg.rollout import collect, prepare
 from vecpg.run_directory import make_run_directory, write_json
@@ -107,7 +107,7 @@ def train(config: Config) -> TrainResult:
     """
     with _before_the_first_step():
         spec = find_spec(config.env_id)
-        vectorization = resolve_vectorization(spec, config.vectorization)
+        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         device, reason = resolve_device(config.device)
         envs = make_envs(
             config.env_id,
@@ -125,7 +125,7 @@ def train(config: Config) -> TrainResult:
                     env_kwargs=config.env_kwargs,
                     max_episode_steps=config.max_episode_steps,
                 )
-            with _threads(config.threads):  # an initialization may depend on it in its last bits
+            with _torch_threads(1):  # an initialization may depend on it in its last bits
                 policy, critic = _make_networks(config, envs, device)
             run_dir = make_run_directory(config)
         except BaseException:
@@ -157,7 +157,8 @@ def train(config: Config) -> TrainResult:
     write_json(run_dir / "config.json", to_dict(config))
 
     with (
-        _threads(config.threads),
+        _torch_threads(1 if critic is None and not mlp.why_not(policy) else config.threads or 1),
+        threads.using(config.threads or threads.cores()),
         Interrupts() as interrupts,
         Progress(config) as progress,
         Compilation() as compilation,
@@ -262,9 +263,9 @@ def _before_the_first_step() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def _torch_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vecpg import mlp, threads
+from vecpg import mlp
 from vecpg.noise import Purpose, uniforms_at
 from vecpg.policy import Policy
+from vecpg.returns import threads
 from vecpg.rollout.data import Rollout
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ __all__ = [
     "find_spec",
     "has_one_generator",
     "make_envs",
+    "own_vectorization",
     "resolve_vectorization",
 ]
 
@@ -69,8 +70,8 @@ def make_envs(
         num_envs: the number of copies, at least 1.
         vectorization: "sync" steps N ordinary environments in this process; "async" steps each in
             a process of its own; "vector_entry_point" uses the environment's own vectorized form;
-            "tensor" uses vecpg's form of it on tensors; "auto" takes the environment's own
-            vectorized form where there is one, else "sync".
+            "tensor" uses vecpg's form of it on tensors; "auto" takes "tensor" where vecpg has it
+            and no `env_kwargs` are given, else what `own_vectorization` says.
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
@@ -87,7 +88,7 @@ def make_envs(
         (3, 4)
     """
     spec = find_spec(env_id)
-    vectorization = resolve_vectorization(spec, vectorization)
+    vectorization = resolve_vectorization(spec, vectorization, env_kwargs)
     check_time_limit(spec, max_episode_steps)
     kwargs = dict(env_kwargs or {})
     if max_episode_steps is not None:
@@ -133,10 +134,19 @@ def find_spec(env_id: str) -> EnvSpec:
         raise ValueError(f"--env-id {env_id}: {_words(error)}{hint}") from error
 
 
-def resolve_vectorization(spec: EnvSpec, vectorization: str) -> str:
+def own_vectorization(spec: EnvSpec) -> str:
+    """How Gymnasium itself steps copies: by their vectorized form where there is one, else sync."""
+    return "vector_entry_point" if spec.vector_entry_point is not None else "sync"
+
+
+def resolve_vectorization(
+    spec: EnvSpec, vectorization: str, env_kwargs: dict[str, Any] | None = None
+) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have."""
     if vectorization == "auto":
-        return "vector_entry_point" if spec.vector_entry_point is not None else "sync"
+        # Keyword arguments are those of Gymnasium's own environment.
+        on_tensors = spec.id in _ON_TENSORS and not env_kwargs
+        return "tensor" if on_tensors else own_vectorization(spec)
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.returns.jit import jit
 
 GRAVITY = 10.0
 MASS = 1.0
@@ -59,6 +60,44 @@ class PendulumDynamics:
         angle = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
         cost: Tensor = angle.square() + 0.1 * theta_dot.square() + 0.001 * torque.square()
         return -cost
+
+
+@jit(as_written=True)
+def start(a, b, c, d):
+    """As `PendulumDynamics.start`, of one copy. These functions enter the kernels of rollouts."""
+    one, two, none = np.float32(1.0), np.float32(2.0), np.float32(0.0)
+    return np.float32(math.pi) * (two * a - one), two * b - one, none, none
+
+
+@jit(as_written=True)
+def transition(theta, theta_dot, c, d, torque):
+    """As `PendulumDynamics.transition`."""
+    acceleration = np.float32(3.0 * GRAVITY / (2.0 * LENGTH)) * math.sin(theta)
+    acceleration = acceleration + np.float32(3.0 / (MASS * LENGTH**2)) * torque
+    speed = theta_dot + acceleration * np.float32(TAU)
+    speed = min(max(speed, np.float32(-MAX_SPEED)), np.float32(MAX_SPEED))
+    return theta + speed * np.float32(TAU), speed, c, d
+
+
+@jit(as_written=True)
+def observation(theta, theta_dot, c, d):
+    """As `PendulumDynamics.observation`."""
+    return math.cos(theta), math.sin(theta), theta_dot, d
+
+
+@jit(as_written=True)
+def terminated(theta, theta_dot, c, d):
+    """As `PendulumDynamics.terminated`."""
+    return False
+
+
+@jit(as_written=True)
+def reward(theta, theta_dot, c, d, torque, after_theta, after_theta_dot, after_c, after_d):
+    """As `PendulumDynamics.reward`."""
+    pi, turn = np.float32(math.pi), np.float32(2.0 * math.pi)
+    angle = (theta + pi) % turn - pi
+    cost = angle * angle + np.float32(0.1) * (theta_dot * theta_dot)
+    return -(cost + np.float32(0.001) * (torque * torque))
 
 
 class Pendulum(TensorVectorEnv):

@@ -9,8 +9,6 @@ little. Sums are carried in float64. Three loops share the work:
 - `_general`: values at ends, a gamma for each element, any strides.
 """
 
-import os
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -21,6 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from vecpg.returns import threads
 from vecpg.returns.jit import jit
 
 # Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
@@ -36,8 +35,6 @@ _MODES = {"cut": 0, "skip": 1, "decay": 2}
 _CUT, _SKIP = _MODES["cut"], _MODES["skip"]
 _BOOL = np.uint8(0)
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-
-_pool: ThreadPoolExecutor | None = None
 
 
 def reward_to_go(
@@ -180,50 +177,18 @@ def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
 def _in_threads(
     kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], elements: int
 ) -> None:
-    """Run a kernel over 0 to `count`, shared by torch's number of threads where that pays.
+    """Run a kernel over 0 to `count`, shared by threads where that pays.
 
-    A result does not depend on how the range is split. No thread is left at work: it holds mere
-    addresses, of memory that its owner may give back after an interrupt.
+    A result does not depend on how the range is split.
     """
-    threads = elements // _THREAD_ELEMENTS
-    if threads > 1:
-        threads = min(threads, count, torch.get_num_threads())
-    if threads <= 1:
+    parts = elements // _THREAD_ELEMENTS
+    if parts > 1:
+        parts = min(parts, count, threads.count())
+    if parts <= 1:
         kernel(*options, 0, count, *tail)
         return
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="vecpg-returns")
-    bounds = [count * i // threads for i in range(threads + 1)]
-    futures: list[Future[None]] = []
-    interrupt: BaseException | None = None
-    try:
-        futures.extend(
-            _pool.submit(kernel, *options, bounds[i], bounds[i + 1], *tail)
-            for i in range(1, threads)
-        )
-        kernel(*options, bounds[0], bounds[1], *tail)
-    except BaseException as error:
-        interrupt = error
-    while not all(future.done() for future in futures):
-        try:
-            wait(futures)
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-    for future in futures:
-        future.result()
-
-
-def _forget_pool() -> None:
-    """A child made by fork has none of its parent's threads."""
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    bounds = [count * i // parts for i in range(parts + 1)]
+    threads.run(lambda i: kernel(*options, bounds[i], bounds[i + 1], *tail), parts)
 
 
 @intrinsic

@@ -26,8 +26,10 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
 
     The interpreter's lock is released while it runs. Sums may be taken in another order, so that
     they vectorize: the same order at every call of the same machine code. With `as_written` nothing
-    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept. Where no directory can be written to, it is compiled anew in every process. It is also
-    compiled anew when its file changed, or that of a function it calls.
+    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept.
+
+    Where no directory can be written to, it is compiled anew in every process. It is also compiled
+    anew when its file changed, or that of a function it calls.
     """
     if function is None:
         return functools.partial(jit, as_written=as_written)
@@ -39,7 +41,7 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     }
     compiled = numba.njit(**settings)(function)
     try:
-        compiled._cache = _Cache(function)
+        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     except RuntimeError:
         if "cache" not in _announced:
             _announced.add("cache")
@@ -47,7 +49,7 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     return compiled
 
 
-class _Cache(FunctionCache):  # type: ignore[no-any-unimported]
+class _Cache(FunctionCache):
     """Numba's own looks at the file of the function alone, not at those of what it calls.
 
     A function may also call compiled functions that it was made with: they stand in its closure,
@@ -57,7 +59,12 @@ class _Cache(FunctionCache):  # type: ignore[no-any-unimported]
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         function = self._py_func
         closure = [cell.cell_contents for cell in function.__closure__ or ()]
-        names = [f"{each.__module__}.{each.__qualname__}" for each in closure]
+        names = [
+            f"{each.py_func.__module__}.{each.py_func.__qualname__}"
+            if isinstance(each, Dispatcher)
+            else repr(each)
+            for each in closure
+        ]
         sources = sorted(_contents(path) for path in _files(function, set()))
         return (sig, codegen.magic_tuple(), function.__code__.co_code, *names, *sources)
 

@@ -1,6 +1,7 @@
 """Collecting whole episodes from N environments at once."""
 
 import logging
+from typing import Any
 
 from gymnasium.vector import VectorEnv
 
@@ -64,25 +65,24 @@ def collect(
         4
     """
     check_autoreset(envs)
-    made = envs.unwrapped
     settings = {"num_steps": num_steps, "seed": seed, "iteration": iteration}
-    if _backend(made, policy, backend) == "cpu":
-        return collect_in_blocks(made, policy, **settings)
-    if isinstance(made, TensorVectorEnv):
-        return collect_on_device(made, policy, **settings)
+    if _backend(envs, policy, backend) == "cpu":
+        return collect_in_blocks(envs, policy, **settings)  # type: ignore[arg-type]
+    if isinstance(envs, TensorVectorEnv):  # a wrapper around them is stepped like any other
+        return collect_on_device(envs, policy, **settings)
     return collect_by_stepping(envs, policy, **settings)
 
 
 def prepare(envs: VectorEnv, policy: Policy) -> None:
     """Compile, or load, the kernels that collecting will need."""
-    if _backend(envs.unwrapped, policy, "auto") == "cpu":
-        cpu.prepare(envs.unwrapped, policy)
+    if _backend(envs, policy, "auto") == "cpu":
+        cpu.prepare(envs, policy)
     else:
         sampling.prepare(policy)
         stepping.prepare()
 
 
-def _backend(envs: VectorEnv, policy: Policy, backend: str) -> str:
+def _backend(envs: Any, policy: Policy, backend: str) -> str:
     """What "auto" stands for, and a refusal of what does not serve."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -3,6 +3,7 @@
 The number of environments hardly matters here, and nothing is done for those that have finished.
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,32 +12,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vecpg import mlp, threads
-from vecpg.envs import cartpole
+from vecpg import mlp
+from vecpg.distributions import Categorical, DiagonalGaussian
+from vecpg.envs import cartpole, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.mlp import BLOCK, activations, forward
 from vecpg.noise import WORD, Purpose, reset_seeds
 from vecpg.policy import Policy
+from vecpg.returns import threads
 from vecpg.returns.jit import jit
 from vecpg.rollout.data import Rollout
 from vecpg.rollout.sampling import as_uniform, choose, philox, uniform
 
 SERVED = (
-    "vecpg/CartPole-v1 in float32 on the CPU, and policies of linear layers of at most 1024 units"
-    " with tanh or ReLU, with Discrete actions, without dropout or normalized observations"
+    "vecpg/CartPole-v1 and vecpg/Pendulum-v1 in float32 on the CPU, and policies of linear layers"
+    " of at most 1024 units with tanh or ReLU, without dropout and without normalized observations;"
+    " the standard deviation is a parameter"
 )
 
 # A state in the kernel has so many variables, those that an environment does not have are 0.
 _VARIABLES = 4
-# Rows for which memory is set aside at first; it is taken from the system as rows are written.
-_MOST_ROWS = 4096
+# For how many steps memory is set aside at first; it is taken from the system as rows are written.
+_FIRST_STEPS = 2**26
 
 
 class Rows(NamedTuple):
     """The arrays of a `Rollout`, (T, N), all 0 at first. `obs` has one row more."""
 
     obs: NDArray[np.float32]
-    actions: NDArray[np.int64]
+    actions: NDArray[Any]
     rewards: NDArray[np.float32]
     terminations: NDArray[np.bool_]
     truncations: NDArray[np.bool_]
@@ -62,13 +66,16 @@ def why_not(envs: Any, policy: Policy) -> str | None:
     """Why the kernels of this file do not serve environments and a policy; None if they do."""
     if not isinstance(envs, TensorVectorEnv):
         return f"{type(envs).__name__} is no environment on tensors"
-    if type(envs.dynamics) not in _KERNELS:
+    if type(envs) not in _KERNELS:
         return f"there is no kernel for {type(envs).__name__}"
     if envs.device.type != "cpu":
         return f"the environments are on {envs.device}"
     if envs.dtype != torch.float32:
         return "the environments are not in float32"
-    return mlp.why_not(policy)
+    distribution = policy.distribution
+    if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
+        return "its standard deviation comes from the network"
+    return mlp.why_not_network(policy)
 
 
 def collect_in_blocks(
@@ -89,10 +96,10 @@ def collect_in_blocks(
         envs.max_episode_steps,
         action_key,
         start_key,
-        mlp.first_action_of(policy),
+        _action_settings(policy),
         mlp.network_of(policy),
     )
-    play = _KERNELS[type(envs.dynamics)]
+    play = _KERNELS[type(envs)]
     copies = Copies(
         np.zeros((_VARIABLES, num_envs), np.float32),
         np.zeros(num_envs, np.int64),
@@ -101,7 +108,8 @@ def collect_in_blocks(
     )
     size = max(1, min(BLOCK, -(-num_envs // threads.count())))
     starts = range(0, num_envs, size)
-    begin, capacity = 0, min(2 * num_steps + envs.max_episode_steps, _MOST_ROWS)
+    longest = 2 * num_steps + envs.max_episode_steps  # were every episode one step
+    begin, capacity = 0, max(1, min(longest, _FIRST_STEPS // num_envs))
     rows = _make_rows(capacity, num_envs, policy)
     length = 0
     while True:
@@ -117,17 +125,30 @@ def collect_in_blocks(
             break
         begin, capacity = capacity, 2 * capacity
         longer = _make_rows(capacity, num_envs, policy)
-        for old, new in zip(rows, longer, strict=True):
-            new[: len(old)] = old
+        for name, old in rows._asdict().items():
+            getattr(longer, name)[: len(old)] = old
         rows = longer
+    if isinstance(policy.distribution, DiagonalGaussian):
+        rows = rows._replace(actions=rows.actions[:, :, None])
     return _rollout(rows, length, seed, iteration)
+
+
+def _action_settings(policy: Policy) -> NDArray[np.float64]:
+    """What drawing an action takes beside the network's output: see `_draw_...` below."""
+    distribution = policy.distribution
+    if not isinstance(distribution, DiagonalGaussian):
+        return np.array([mlp.first_action_of(policy)], np.float64)
+    with torch.no_grad():
+        std = distribution.mean_and_log_std(torch.zeros(1, 1))[1].exp().item()
+    return np.array([std, distribution.low.item(), distribution.high.item()])
 
 
 def _make_rows(capacity: int, num_envs: int, policy: Policy) -> Rows:
     shape = capacity, num_envs
+    discrete = isinstance(policy.distribution, Categorical)
     return Rows(
         np.zeros((capacity + 1, num_envs, *policy.obs_shape), np.float32),
-        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64 if discrete else np.float32),
         np.zeros(shape, np.float32),
         *(np.zeros(shape, np.bool_) for _ in range(3)),
     )
@@ -151,17 +172,43 @@ def prepare(envs: Any, policy: Policy) -> None:
         collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
 
 
-def _kernel(dynamics: ModuleType) -> Any:
+@jit
+def _draw_categorical(outputs, key, step, who, live, settings, drawn, acted):
+    """Draw a block's actions, and write them as the environment takes them to `acted`.
+
+    The settings are the number of the first action.
+    """
+    numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
+    for i in range(live):
+        numbers[i] = uniform(key, step, who[i])
+    choose(outputs, numbers, chosen, live)
+    for i in range(live):
+        drawn[i] = acted[i] = np.int64(settings[0]) + chosen[i]
+
+
+@jit
+def _draw_gaussian(outputs, key, step, who, live, settings, drawn, acted):
+    """As `_draw_categorical`, of one component; the settings are standard deviation and bounds."""
+    std, low, high = np.float32(settings[0]), np.float32(settings[1]), np.float32(settings[2])
+    for i in range(live):
+        w0, w1, _, _ = philox(key, step, who[i])
+        radius = math.sqrt(np.float32(-2.0) * np.float32(math.log1p(-as_uniform(w0))))
+        normal = radius * math.cos(np.float32(2.0 * math.pi) * as_uniform(w1))
+        drawn[i] = outputs[0, i] + std * normal
+        acted[i] = min(max(drawn[i], low), high)
+
+
+def _kernel(dynamics: ModuleType, draw: Any) -> Any:
     """The function that plays a block of environments, made from the functions of one copy.
 
     `start`, `transition`, `observation`, `terminated` and `reward` of the module do what those of
-    its dynamics do, of one copy and of numbers.
+    its dynamics do, of one copy and of numbers. `draw` is one of those above.
     """
     start, transition, observation = dynamics.start, dynamics.transition, dynamics.observation
     terminated, reward = dynamics.terminated, dynamics.reward
 
     @jit(as_written=True)
-    def play(  # type: ignore[no-untyped-def]
+    def play(
         rows,
         copies,
         first,
@@ -171,7 +218,7 @@ def _kernel(dynamics: ModuleType) -> Any:
         max_episode_steps,
         action_key,
         start_key,
-        first_action,
+        action_settings,
         network,
     ):
         """Play environments `first` to `last` - 1 from row `begin` to their end, or the rows'.
@@ -186,9 +233,8 @@ def _kernel(dynamics: ModuleType) -> Any:
         f0, f1, f2, f3 = after[0], after[1], after[2], after[3]
         seen = np.zeros((_VARIABLES, BLOCK), np.float32)
         o0, o1, o2, o3 = seen[0], seen[1], seen[2], seen[3]
-        numbers, paid = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-        chosen = np.empty(BLOCK, np.int64)
-        ended = np.empty(BLOCK, np.bool_)
+        drawn, acted = np.empty((2, BLOCK), actions.dtype)
+        paid, ended = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.bool_)
         # The environments that have not finished, close together.
         who = np.empty(BLOCK, np.int64)
         live = 0
@@ -214,17 +260,13 @@ def _kernel(dynamics: ModuleType) -> Any:
                 for f in range(features):
                     units[i * features + f] = seen[f, i]
                     obs[t, who[i], f] = seen[f, i]
-            logits = forward(network, units, live)
+            outputs = forward(network, units, live)
+            draw(outputs, action_key, t, who, live, action_settings, drawn, acted)
             for i in range(live):
-                numbers[i] = uniform(action_key, t, who[i])
-            choose(logits, numbers, chosen, live)
-            for i in range(live):
-                chosen[i] += first_action
-            for i in range(live):
-                f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], chosen[i])
+                f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], acted[i])
             for i in range(live):
                 ended[i] = terminated(f0[i], f1[i], f2[i], f3[i])
-                paid[i] = reward(s0[i], s1[i], s2[i], s3[i], chosen[i], f0[i], f1[i], f2[i], f3[i])
+                paid[i] = reward(s0[i], s1[i], s2[i], s3[i], acted[i], f0[i], f1[i], f2[i], f3[i])
             kept = 0
             for i in range(live):
                 n = who[i]
@@ -240,7 +282,7 @@ def _kernel(dynamics: ModuleType) -> Any:
                 copies.lengths[n] += 1
                 copies.steps[n] += 1
                 truncated = copies.lengths[n] >= max_episode_steps
-                actions[t, n] = chosen[i]
+                actions[t, n] = drawn[i]
                 rewards[t, n] = paid[i]
                 terminations[t, n] = ended[i]
                 truncations[t, n] = truncated
@@ -268,5 +310,8 @@ def _kernel(dynamics: ModuleType) -> Any:
     return play
 
 
-# The kernel of every environment that has one, by its dynamics.
-_KERNELS: dict[type, Callable[..., Any]] = {cartpole.CartPoleDynamics: _kernel(cartpole)}
+# The kernel of every environment that has one.
+_KERNELS: dict[type, Callable[..., Any]] = {
+    cartpole.CartPole: _kernel(cartpole, _draw_categorical),
+    pendulum.Pendulum: _kernel(pendulum, _draw_gaussian),
+}

@@ -1,0 +1,366 @@
+"""Whole rollouts in machine code, against the same environments stepped in torch."""
+
+import logging
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from environments import Counting  # noqa: F401 - registers the small ones
+
+from vecpg import rollout as package
+from vecpg.envs import cartpole, make_envs, pendulum
+from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.policy import Policy
+from vecpg.returns import threads
+from vecpg.rollout import collect, cpu
+from vecpg.rollout.stepping import collect_by_stepping
+
+NAMES = (
+    "obs",
+    "actions",
+    "rewards",
+    "terminations",
+    "truncations",
+    "mask",
+    "final_obs",
+    "final_rows",
+)
+
+
+def make(num_envs, max_episode_steps=None, **kwargs):
+    return make_envs(
+        "CartPole-v1",
+        num_envs,
+        vectorization="tensor",
+        max_episode_steps=max_episode_steps,
+        env_kwargs=kwargs,
+    )
+
+
+def make_policy(hidden_sizes=(64, 64), activation="tanh", std=None, seed=0):
+    envs = make(1)
+    torch.manual_seed(seed)
+    policy = Policy(
+        envs.single_observation_space,
+        envs.single_action_space,
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+    )
+    if std is not None:
+        for parameter in policy.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+    return policy
+
+
+def balancing():
+    """Pushes to where the pole falls, and hardly ever otherwise."""
+    policy = make_policy(hidden_sizes=())
+    with torch.no_grad():
+        policy.network[0].weight.copy_(torch.tensor([[0.0] * 4, [1.0, 1.0, 40.0, 10.0]]))
+        policy.network[0].bias.zero_()
+    return policy
+
+
+def same(one, other):
+    for name in NAMES:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 63, 65, 1000])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        make_policy(),
+        make_policy((7,), "relu", std=0.5),
+        make_policy((256, 33), "relu", seed=3),
+        balancing(),
+    ],
+    ids=["tanh", "one layer", "wide", "balancing"],
+)
+def test_the_first_steps_are_those_of_the_reference(num_envs, policy):
+    arguments = {"num_steps": 60, "seed": 2**40 + 5, "iteration": 7}
+    ours = collect(make(num_envs), policy, **arguments, backend="cpu")
+    expected = collect(make(num_envs), policy, **arguments, backend="reference")
+    rows = slice(0, 50)
+    counted = expected.mask[rows]
+    for name in ("mask", "terminations", "truncations", "rewards"):
+        assert torch.equal(getattr(ours, name)[rows], getattr(expected, name)[rows]), name
+    assert torch.equal(ours.actions[rows][counted], expected.actions[rows][counted])
+    # A step that only resets carries the last observation of the episode before it.
+    seen = counted.clone()
+    seen[1:] |= expected.dones[rows][:-1]
+    assert (ours.obs[rows][seen] - expected.obs[rows][seen]).abs().max() < 1e-5
+    assert counted.sum() > 20 * min(num_envs, 3)
+
+
+@pytest.mark.parametrize("max_episode_steps", [1, 2, 5, 11])
+@pytest.mark.parametrize("num_steps", [1, 2, 11, 40])
+def test_short_rollouts_are_those_of_the_reference_to_the_end(num_steps, max_episode_steps):
+    """Cut by a limit, started anew, masked; little time for rounding to grow."""
+    envs, policy = make(19, max_episode_steps), make_policy(std=0.5)
+    for iteration in range(2):
+        arguments = {"num_steps": num_steps, "seed": 1, "iteration": iteration}
+        ours = collect(envs, policy, **arguments, backend="cpu")
+        expected = collect(envs, policy, **arguments, backend="reference")
+        for name in ("mask", "terminations", "truncations", "rewards", "final_rows"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        torch.testing.assert_close(ours.final_obs, expected.final_obs, rtol=0, atol=1e-5)
+        assert torch.equal(ours.actions[ours.mask], expected.actions[ours.mask])
+        assert (ours.seed, ours.iteration) == (expected.seed, expected.iteration)
+        assert len(ours.final_rows) > 0
+
+
+def test_both_ends_and_both_at_once():
+    """The same episodes with the limit where one of them ends by itself."""
+    policy, arguments = make_policy(std=1.0), {"num_steps": 1, "seed": 4, "iteration": 0}
+    free = collect(make(8), policy, **arguments, backend="cpu")
+    assert not free.truncations.any()
+    limit = int(free.mask.sum(dim=0).median())
+    cut = collect(make(8, limit), policy, **arguments, backend="cpu")
+    lengths = free.mask.sum(dim=0)
+    assert torch.equal(cut.mask.sum(dim=0), lengths.clamp(max=limit))
+    assert torch.equal(cut.truncations[limit - 1], lengths >= limit)
+    assert torch.equal(cut.terminations[limit - 1], lengths == limit)
+    assert torch.equal(free.obs[: limit - 1], cut.obs[: limit - 1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_balanced_pole_lasts_to_the_limit(backend):
+    rollout = collect(make(3), balancing(), num_steps=1, seed=1, iteration=0, backend=backend)
+    assert rollout.mask.sum(dim=0).tolist() == [500] * 3
+    assert rollout.truncations[499].all()
+    assert not rollout.terminations.any()
+    assert rollout.final_obs.shape == (3, 4)
+    assert rollout.final_obs.abs().max() < 2.4
+    # The observation after the cut is one step on from the last that was acted on.
+    velocity = rollout.obs[499, :, 1]
+    moved = rollout.final_obs[:, 0] - rollout.obs[499, :, 0]
+    torch.testing.assert_close(moved, 0.02 * velocity, rtol=0, atol=1e-5)
+
+
+def test_masked_rows_hold_nothing():
+    rollout = collect(make(9), make_policy(), num_steps=30, seed=1, iteration=0, backend="cpu")
+    masked = ~rollout.mask
+    assert masked.any()
+    assert not rollout.rewards[masked].any()
+    assert not rollout.dones[masked].any()
+    assert rollout.mask[-1].any()
+
+
+@pytest.mark.parametrize("hidden_sizes", [(64, 64), (33,), ()])
+def test_no_bit_depends_on_threads_blocks_or_neighbours(hidden_sizes):
+    policy, arguments = make_policy(hidden_sizes), {"num_steps": 50, "seed": 3, "iteration": 1}
+    rollouts = []
+    for number in (1, 2, 3, 9, 65):
+        with threads.using(number):
+            rollouts.append(collect(make(65), policy, **arguments, backend="cpu"))
+    for other in rollouts[1:]:
+        same(rollouts[0], other)
+    fewer = collect(make(5), policy, **arguments, backend="cpu")
+    length = len(fewer.mask)
+    for name in NAMES[:6]:
+        assert torch.equal(getattr(rollouts[0], name)[:length, :5], getattr(fewer, name)), name
+
+
+def test_memory_that_grows_changes_nothing(monkeypatch):
+    policy, arguments = make_policy(), {"num_steps": 60, "seed": 3, "iteration": 1}
+    expected = collect(make(9), policy, **arguments, backend="cpu")
+    for steps in (9, 70, 400):
+        monkeypatch.setattr(cpu, "_FIRST_STEPS", steps)
+        same(collect(make(9), policy, **arguments, backend="cpu"), expected)
+
+
+def test_transitions_are_gymnasiums():
+    """Every row of whole rollouts, replayed from its own state in float64."""
+    policy = make_policy(std=0.7)
+    rollout = collect(make(20), policy, num_steps=100, seed=2, iteration=0, backend="cpu")
+    env = gymnasium.make("CartPole-v1").unwrapped
+    env.reset(seed=0)
+    for t, n in rollout.mask[:-1].nonzero().tolist():
+        env.state, env.steps_beyond_terminated = rollout.obs[t, n].double().numpy(), None
+        obs, reward, terminated, _, _ = env.step(int(rollout.actions[t, n]))
+        assert reward == rollout.rewards[t, n]
+        assert terminated == rollout.terminations[t, n]
+        if not terminated:
+            np.testing.assert_allclose(rollout.obs[t + 1, n], obs, rtol=0, atol=1e-6)
+
+
+def test_the_functions_of_one_copy_are_those_of_the_tensors():
+    g = torch.Generator().manual_seed(0)
+    dynamics = cartpole.CartPoleDynamics()
+    high = torch.tensor([[2.6], [3.0], [0.25], [3.0]])
+    state = (2 * torch.rand(4, 2000, generator=g) - 1) * high
+    actions = torch.randint(0, 2, (2000,), generator=g)
+    following = dynamics.transition(state, actions)
+    ended = dynamics.terminated(following)
+    assert 100 < ended.sum() < 1900
+    uniforms = torch.rand(4, 2000, generator=g)
+    for i in range(2000):
+        one = [np.float32(value) for value in state[:, i]]
+        after = cartpole.transition(*one, int(actions[i]))
+        np.testing.assert_allclose(after, following[:, i], rtol=0, atol=5e-7)
+        exact = [np.float32(value) for value in following[:, i]]
+        assert cartpole.terminated(*exact) == ended[i]
+        assert cartpole.observation(*exact) == tuple(exact)
+        assert cartpole.reward(*one, int(actions[i]), *exact) == 1
+        numbers = [np.float32(value) for value in uniforms[:, i]]
+        assert cartpole.start(*numbers) == tuple(dynamics.start(uniforms)[:, i].tolist())
+
+
+def test_pendulum_is_that_of_the_reference():
+    """An upright pendulum doubles what rounding does every four steps: time is short."""
+    envs = make_envs("Pendulum-v1", 65)
+    torch.manual_seed(0)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    with torch.no_grad():
+        policy.distribution.raw_log_std.fill_(0.7)
+    arguments = {"num_steps": 201, "seed": 5, "iteration": 2}
+    ours = collect(envs, policy, **arguments, backend="cpu")
+    expected = collect(envs, policy, **arguments, backend="reference")
+    for name in ("mask", "terminations", "truncations", "final_rows"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    assert ours.actions.shape == expected.actions.shape == (401, 65, 1)
+    for rows, tolerance in ((1, 1e-6), (10, 1e-5), (50, 1e-3)):
+        for name in ("obs", "actions", "rewards"):
+            difference = (getattr(ours, name) - getattr(expected, name))[:rows].abs().max()
+            assert difference < tolerance, (rows, name)
+    # Later rows follow from their own states.
+    state = torch.stack([torch.atan2(ours.obs[..., 1], ours.obs[..., 0]), ours.obs[..., 2]])
+    dynamics, acted = envs.dynamics, ours.actions.clamp(-2, 2)
+    inside = ours.mask[:-1] & ~ours.dones[:-1]
+    assert (ours.actions.abs() > 2).any()
+    following = dynamics.transition(state[:, :-1][:, inside], acted[:-1][inside])
+    seen = dynamics.observation(following)
+    torch.testing.assert_close(ours.obs[1:][inside], seen, rtol=0, atol=1e-5)
+    paid = dynamics.reward(state[:, ours.mask], acted[ours.mask], None)
+    torch.testing.assert_close(ours.rewards[ours.mask], paid, rtol=1e-5, atol=1e-4)
+    normals = (ours.actions[..., 0] - expected_means(policy, ours.obs)) / std(policy)
+    assert normals[ours.mask].mean().abs() < 4 / 26000**0.5
+    assert (normals[ours.mask].std() - 1).abs() < 4 / 52000**0.5
+
+
+def expected_means(policy, obs):
+    with torch.no_grad():
+        return policy.mode(obs.reshape(-1, 3)).reshape(obs.shape[:-1])
+
+
+def std(policy):
+    with torch.no_grad():
+        return policy.distribution.mean_and_log_std(torch.zeros(1, 1))[1].exp().item()
+
+
+def test_the_functions_of_one_pendulum_are_those_of_the_tensors():
+    g = torch.Generator().manual_seed(0)
+    dynamics = pendulum.PendulumDynamics()
+    state = (2 * torch.rand(2, 2000, generator=g) - 1) * torch.tensor([[50.0], [8.0]])
+    torques = 4 * torch.rand(2000, 1, generator=g) - 2
+    following = dynamics.transition(state, torques)
+    rewards = dynamics.reward(state, torques, following)
+    seen, uniforms = dynamics.observation(state), torch.rand(2, 2000, generator=g)
+    none = np.float32(0)
+    for i in range(2000):
+        one = [*(np.float32(value) for value in state[:, i]), none, none]
+        torque = np.float32(torques[i, 0])
+        after = pendulum.transition(*one, torque)
+        np.testing.assert_allclose(after[:2], following[:, i], rtol=0, atol=4e-6)
+        np.testing.assert_allclose(pendulum.observation(*one)[:3], seen[i], rtol=0, atol=1e-6)
+        assert pendulum.reward(*one, torque, *after) == pytest.approx(rewards[i].item(), abs=1e-4)
+        assert not pendulum.terminated(*after)
+        numbers = [*(np.float32(value) for value in uniforms[:, i]), none, none]
+        assert pendulum.start(*numbers)[:2] == tuple(dynamics.start(uniforms)[:, i].tolist())
+
+
+def lengths(backend, seed, num_envs=64, iterations=80):
+    envs, policy = make(num_envs), make_policy()
+    every = [
+        collect(envs, policy, num_steps=1, seed=seed, iteration=iteration, backend=backend)
+        .mask.sum(dim=0)
+        .sort()
+        .values
+        for iteration in range(iterations)
+    ]
+    return torch.cat(every)
+
+
+def test_episodes_are_as_long_as_those_of_the_reference():
+    """Other seeds, so that only the distributions can agree: 5120 episodes each."""
+    ours, theirs = lengths("cpu", 5), lengths("reference", 6)
+    steps = torch.arange(501)
+    apart = [(each[:, None] <= steps).double().mean(dim=0) for each in (ours, theirs)]
+    limit = 1.95 * (2 / 5120) ** 0.5
+    assert (apart[0] - apart[1]).abs().max() < limit
+    longer = ((ours * 1.05).round()[:, None] <= steps).double().mean(dim=0)
+    assert (longer - apart[1]).abs().max() > limit
+
+
+def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
+    package._announced.clear()
+    plain, dropping = make_policy(), make_policy()
+    envs = make(2)
+    dropping = Policy(envs.single_observation_space, envs.single_action_space, dropout=0.5)
+    swinging = make_envs("Pendulum-v1", 2)
+    box = swinging.single_observation_space, swinging.single_action_space
+    gaussian, other = Policy(*box), Policy(*box, log_std="network")
+    arguments = {"num_steps": 1, "seed": 1, "iteration": 0}
+    with caplog.at_level(logging.INFO, "vecpg.rollout"):
+        for made, policy in ((envs, plain), (envs, dropping), (envs, plain), (swinging, other)):
+            collect(made, policy, **arguments)
+        collect(swinging, gaussian, **arguments)
+    assert [record.message for record in caplog.records] == [
+        "CartPole is collected in machine code",
+        "CartPole is collected by stepping them in torch: it has dropout",
+        "Pendulum is collected by stepping them in torch: its standard deviation comes from the"
+        " network",
+        "Pendulum is collected in machine code",
+    ]
+    double = gymnasium.make_vec("vecpg/CartPole-v1", num_envs=2, dtype="float64")
+    sync = make_envs("CartPole-v1", 2, vectorization="sync")
+    for made, policy, reason in (
+        (envs, dropping, "it has dropout"),
+        (swinging, other, "its standard deviation comes from the network"),
+        (TensorVectorEnv(cartpole.CartPoleDynamics(), 2, 9), plain, "there is no kernel for Ten"),
+        (double, plain, "the environments are not in float32"),
+        (sync, plain, "InProcessEnvs is no environment on tensors"),
+    ):
+        with pytest.raises(
+            ValueError, match=f'backend="cpu": {reason}.*; it serves vecpg/CartPole'
+        ):
+            collect(made, policy, **arguments, backend="cpu")
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, got 'x'"):
+        collect(envs, plain, **arguments, backend="x")
+
+
+def test_a_wrapper_around_tensors_is_not_passed_by():
+    class Half(gymnasium.vector.VectorRewardWrapper):
+        def rewards(self, reward):
+            return reward / 2
+
+    envs = Half(make(3))
+    rollout = collect(envs, make_policy(), num_steps=1, seed=1, iteration=0)
+    assert torch.equal(rollout.rewards, 0.5 * rollout.mask)
+
+
+def test_collecting_leaves_the_environments_alone():
+    envs = make(3)
+    first = envs.reset(seed=1)[0].clone()
+    collect(envs, make_policy(), num_steps=5, seed=1, iteration=0, backend="cpu")
+    assert torch.equal(envs.state.mT, first)
+
+
+def test_a_policy_of_nan_ends_all_the_same():
+    policy = make_policy()
+    with torch.no_grad():
+        policy.network[0].bias.fill_(math.nan)
+    rollout = collect(make(3), policy, num_steps=1, seed=1, iteration=0, backend="cpu")
+    assert (rollout.dones.sum(dim=0) == 1).all()
+    assert rollout.obs.isfinite().all()
+
+
+def test_collecting_by_stepping_gives_the_same_first_steps():
+    policy, arguments = make_policy(), {"num_steps": 20, "seed": 3, "iteration": 2}
+    ours = collect(make(7), policy, **arguments)
+    stepped = collect_by_stepping(make(7), policy, **arguments)
+    assert torch.equal(ours.mask[:20], stepped.mask[:20])
+    assert torch.equal(ours.actions[:20][ours.mask[:20]], stepped.actions[:20][ours.mask[:20]])

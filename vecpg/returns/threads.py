@@ -1,0 +1,111 @@
+"""The threads that run kernels, block by block. What kernels compute does not depend on them.
+
+It lies in this package because this package imports nothing else of vecpg.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_pool: ThreadPoolExecutor | None = None
+_number: int | None = None
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count() -> int:
+    """How many threads kernels run on: torch's number, unless `using` says otherwise.
+
+    Example:
+        >>> with using(3):
+        ...     count()
+        3
+    """
+    return torch.get_num_threads() if _number is None else _number
+
+
+@contextmanager
+def using(number: int) -> Iterator[None]:
+    """Run kernels on so many threads inside, whatever torch's number is."""
+    global _number
+    before, _number = _number, number
+    try:
+        yield
+    finally:
+        _number = before
+
+
+def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
+    """`task(0)` to `task(blocks - 1)`, on `count()` threads; the results are in this order.
+
+    A thread takes the next block when it has finished one, so a slow block delays nobody. `task`
+    must release the interpreter's lock to gain anything. If it raises, or an interrupt comes, no
+    further block is begun; but no thread is left at work: it may hold mere addresses, of memory
+    that its owner gives back afterwards.
+
+    Example:
+        >>> run(lambda block: block * block, 4)
+        [0, 1, 4, 9]
+    """
+    workers = min(blocks, count())
+    if workers <= 1:
+        return [task(block) for block in range(blocks)]
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vecpg")
+    results: list[Any] = [None] * blocks
+    waiting = iter(range(blocks))  # taking the next is one step of the interpreter
+
+    def work() -> None:
+        try:
+            for block in waiting:
+                results[block] = task(block)
+        except BaseException:
+            _exhaust(waiting)
+            raise
+
+    futures: list[Future[None]] = []
+    problem: BaseException | None = None
+    try:
+        futures.extend(_pool.submit(work) for _ in range(workers - 1))
+        work()
+    except BaseException as error:
+        problem = error
+        _exhaust(waiting)
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            problem = error
+            _exhaust(waiting)
+    if problem is not None:
+        raise problem
+    for future in futures:
+        future.result()
+    return results
+
+
+def _exhaust(waiting: Iterator[int]) -> None:
+    for _ in waiting:
+        pass
+
+
+def _forget_pool() -> None:
+    """A child made by fork has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
