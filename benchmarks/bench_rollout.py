@@ -2,7 +2,7 @@
 
 `bare` steps the environments with random actions prepared beforehand; `collect` is what training
 does. Both report `vector_steps_per_second` (rows x copies); `collect` also `env_steps_per_second`
-(rows that count).
+(rows that count). Everything runs on one thread: speeds are those of one core.
 """
 
 import numpy as np
@@ -60,13 +60,41 @@ def bench_bare(benchmark, record, envs, num_envs):
 @pytest.mark.parametrize(("vectorization", "num_envs"), CASES)
 @pytest.mark.benchmark(group="collect")
 def bench_collect(benchmark, record, envs, num_envs):
+    time_collect(benchmark, record, envs, 64 if num_envs > 4000 else 128, "reference")
+
+
+@pytest.mark.parametrize("vectorization", ["tensor"])
+@pytest.mark.parametrize("num_envs", [1, 64, 4096])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.benchmark(group="collect, num_steps 512")
+def bench_kernel(benchmark, record, envs, num_envs, backend):
+    """Whole rollouts in machine code, beside the same stepped in torch."""
+    check_equal(envs, fresh_policy(envs))
+    time_collect(benchmark, record, envs, 512, backend)
+
+
+def check_equal(envs, policy):
+    """The kernel's first rows are the reference's."""
+    arguments = {"num_steps": 40, "seed": 1, "iteration": 0}
+    ours, expected = (
+        collect(envs, policy, **arguments, backend=backend) for backend in ("cpu", "reference")
+    )
+    counted = expected.mask[:40]
+    assert torch.equal(ours.mask[:40], counted)
+    assert torch.equal(ours.actions[:40][counted], expected.actions[:40][counted])
+    torch.testing.assert_close(
+        ours.obs[:40][counted], expected.obs[:40][counted], rtol=0, atol=1e-5
+    )
+
+
+def time_collect(benchmark, record, envs, num_steps, backend):
     policy = fresh_policy(envs)
-    num_steps = 64 if num_envs > 4000 else 128
-    rollout = collect(envs, policy, num_steps=num_steps, seed=1, iteration=0)
+    arguments = {"num_steps": num_steps, "seed": 1, "iteration": 0, "backend": backend}
+    rollout = collect(envs, policy, **arguments)
     check_cartpole(rollout)
     benchmark.pedantic(
-        lambda: collect(envs, policy, num_steps=num_steps, seed=1, iteration=0),
-        rounds=5,
+        lambda: collect(envs, policy, **arguments),
+        rounds=15 if backend == "cpu" else 5,
         warmup_rounds=1,
     )
     if benchmark.stats:

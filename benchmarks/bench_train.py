@@ -11,14 +11,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import check_cartpole
+from conftest import check_cartpole, multiply_speed
 
+from vecpg import update as update_module
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.loss import advantages
+from vecpg.metrics import episode_statistics
 from vecpg.policy import Policy
+from vecpg.returns import threads
 from vecpg.rollout import collect
-from vecpg.update import update
+from vecpg.update import by_autograd, by_machine_code, update
 
 CASES = [
     ("sync", 64, 512),
@@ -102,3 +105,106 @@ def bench_train(benchmark, record, vectorization, num_envs, num_steps):
         **{f"{name}_share": round(value / spent, 3) for name, value in seconds.items()},
     )
     print(f"\n{vectorization} x {num_envs}: {benchmark.extra_info}")
+
+
+# Multiply-adds of a 4-64-64-2 network for one row: forwards; for the gradient in the weights; and
+# in the activations, of which those of the first layer are not needed.
+FORWARDS = 4 * 64 + 64 * 64 + 64 * 2
+BACKWARDS = FORWARDS + 64 * 64 + 64 * 2
+# Once forwards to act, once again for the gradient, and backwards.
+FLOPS = 2 * (2 * FORWARDS + BACKWARDS)
+
+
+@pytest.mark.parametrize("num_envs", [64, 4096])
+@pytest.mark.benchmark(group="train on tensors, num_steps 512")
+def bench_tensor(benchmark, record, monkeypatch, num_envs):
+    """Machine code on every core and on one, and torch op by op, in turn in one run.
+
+    `bound` is what the matrix products alone would allow at the speed of a large product in
+    torch, measured beside it on as many threads; `of_bound` is the part of it that is reached.
+    """
+    envs = make_envs("CartPole-v1", num_envs, vectorization="tensor")
+    config = Config(num_envs=num_envs, num_steps=512)
+    iterations = iter(range(10**6))
+    cores = threads.cores()
+
+    def fresh():
+        torch.manual_seed(0)
+        policy = Policy(envs.single_observation_space, envs.single_action_space)
+        return policy, torch.optim.Adam(policy.parameters(), lr=1e-4)
+
+    policy, optimizer = fresh()
+    shares = {}
+
+    def iteration(number, backend="cpu", differentiate=by_machine_code):
+        """Counted steps per second."""
+        monkeypatch.setattr(update_module, "by_machine_code", differentiate)
+        with threads.using(number):
+            clock = [time.perf_counter()]
+            rollout = collect(
+                envs, policy, num_steps=512, seed=1, iteration=next(iterations), backend=backend
+            )
+            clock.append(time.perf_counter())
+            episode_statistics(rollout)
+            clock.append(time.perf_counter())
+            weights = advantages(rollout, config)
+            clock.append(time.perf_counter())
+            update(policy, optimizer, rollout, weights, config)
+            clock.append(time.perf_counter())
+        steps = int(rollout.mask.sum())
+        if number == cores:
+            for name, spent in zip(
+                ("collect", "statistics", "returns", "update"), np.diff(clock), strict=True
+            ):
+                shares.setdefault(name, []).append(spent / (clock[-1] - clock[0]))
+        return steps / (clock[-1] - clock[0])
+
+    check_training(envs, config, fresh, monkeypatch)
+    if not benchmark.enabled:
+        benchmark(lambda: None)
+        return
+    iteration(cores)
+    shares.clear()
+    every, one, stepped, products = [], [], [], {1: [], cores: []}
+
+    def timed():
+        every.append(iteration(cores))
+
+    def others():
+        one.append(iteration(1))
+        for number in products:
+            products[number].append(multiply_speed(number))
+        if num_envs == 64 and len(stepped) < 7:
+            stepped.append(iteration(1, "reference", by_autograd))
+
+    benchmark.pedantic(timed, setup=others, rounds=20 if num_envs == 64 else 7)
+    speed = statistics.median(every)
+    flops = {number: statistics.median(speeds) for number, speeds in products.items()}
+    record(
+        env_steps_per_second=round(speed),
+        kernel_threads=cores,
+        on_one_thread=round(statistics.median(one)),
+        **({"of_op_by_op": round(speed / statistics.median(stepped), 1)} if stepped else {}),
+        mm_gflops_one_thread=round(flops[1] / 1e9, 1),
+        mm_gflops=round(flops[cores] / 1e9, 1),
+        bound=round(flops[cores] / FLOPS),
+        of_bound=round(speed * FLOPS / flops[cores], 3),
+        of_bound_one_thread=round(statistics.median(one) * FLOPS / flops[1], 3),
+        **{f"{name}_share": round(statistics.median(each), 3) for name, each in shares.items()},
+    )
+    print(f"\ntensor x {num_envs}: {benchmark.extra_info}")
+
+
+def check_training(envs, config, fresh, monkeypatch):
+    """One step along the gradient of a rollout is autograd's, and the rollout is CartPole."""
+    gradients = []
+    for differentiate in (by_machine_code, by_autograd):
+        policy, optimizer = fresh()
+        monkeypatch.setattr(update_module, "by_machine_code", differentiate)
+        rollout = collect(envs, policy, num_steps=40, seed=1, iteration=0, backend="cpu")
+        check_cartpole(rollout)
+        update(policy, optimizer, rollout, advantages(rollout, config), config)
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    scale = max(gradient.abs().max() for gradient in gradients[1])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() < 1e-5 * scale

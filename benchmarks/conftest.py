@@ -1,6 +1,7 @@
 """What every benchmark records, and the checks that come before any clock is started."""
 
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -55,3 +56,15 @@ def check_cartpole(rollout, rows=300):
         obs, _, terminated, _, _ = env.step(int(rollout.actions[t, n]))
         assert not terminated
         np.testing.assert_allclose(rollout.obs[t + 1, n].numpy(), obs, atol=1e-5)
+
+
+def multiply_speed(number):
+    """FLOP/s of a 2048 x 2048 x 2048 float32 product in torch, on so many threads."""
+    torch.set_num_threads(number)
+    a, b = torch.ones(2, 2048, 2048)
+    torch.mm(a, b)
+    started = time.perf_counter()
+    torch.mm(a, b)
+    speed = 2 * 2048**3 / (time.perf_counter() - started)
+    torch.set_num_threads(1)
+    return speed

@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 
+from numba.core.caching import NullCache
+
 from vecpg.returns import jit as module
 from vecpg.returns.jit import Compilation, jit
 
 
 def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
-    monkeypatch.setattr(module, "_Cache", lambda function: None)  # nothing from an earlier run
+    monkeypatch.setattr(module, "_Cache", lambda function: NullCache())  # nothing from before
 
     def inner(x):
         return x + 1
