@@ -7,8 +7,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from vecpg import update as update_module
 from vecpg.config import Config
 from vecpg.policy import Policy
+from vecpg.returns import threads
 from vecpg.rollout import Rollout
 from vecpg.update import update
 
@@ -33,8 +35,15 @@ def make_case(length, num_envs):
 
 
 @pytest.mark.parametrize(("length", "num_envs"), [(512, 64), (64, 4096)])
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [("machine code", 1), ("machine code", threads.cores()), ("autograd", 1)],
+    ids=["machine-code-1-thread", "machine-code-every-core", "autograd-1-thread"],
+)
 @pytest.mark.benchmark(group="update")
-def bench_update(benchmark, record, length, num_envs):
+def bench_update(benchmark, record, monkeypatch, length, num_envs, how, number):
+    if how == "autograd":
+        monkeypatch.setattr(update_module, "by_machine_code", update_module.by_autograd)
     policy, rollout, advantages = make_case(length, num_envs)
     config = Config()
     still = torch.optim.SGD(policy.parameters(), 0.0)
@@ -49,9 +58,14 @@ def bench_update(benchmark, record, length, num_envs):
         torch.testing.assert_close(chunked, parameter.grad, rtol=1e-3, atol=1e-4)
 
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4)
-    benchmark.pedantic(
-        lambda: update(policy, optimizer, rollout, advantages, config), rounds=10, warmup_rounds=2
-    )
+    with threads.using(number):
+        benchmark.pedantic(
+            lambda: update(policy, optimizer, rollout, advantages, config),
+            rounds=20 if how == "machine code" else 10,
+            warmup_rounds=2,
+        )
     if benchmark.stats:
         median = benchmark.stats.stats.median
-        record(env_steps_per_second=round(rollout.mask.sum().item() / median))
+        record(
+            kernel_threads=number, env_steps_per_second=round(rollout.mask.sum().item() / median)
+        )
