@@ -190,7 +190,10 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
         bound=round(flops[cores] / FLOPS),
         of_bound=round(speed * FLOPS / flops[cores], 3),
         of_bound_one_thread=round(statistics.median(one) * FLOPS / flops[1], 3),
-        **{f"{name}_share": round(statistics.median(each), 3) for name, each in shares.items()},
+        **{
+            f"{name}_share": round(float(statistics.median(each)), 3)
+            for name, each in shares.items()
+        },
     )
     print(f"\ntensor x {num_envs}: {benchmark.extra_info}")
 

@@ -18,7 +18,15 @@ from machine import ROOT, results_folder
 
 from vecpg.run_directory import system
 
-KEPT = ("seed", "solved", "solved_env_steps", "solved_seconds", "env_steps", "eval_return_mean")
+KEPT = (
+    "seed",
+    "solved",
+    "solved_env_steps",
+    "solved_seconds",
+    "wall_seconds",  # of solved_seconds, what was not the confirming evaluation
+    "env_steps",
+    "eval_return_mean",
+)
 
 
 def main():
