@@ -624,3 +624,18 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
     summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
     assert summary["solved"]
     assert 0 < summary["solved_seconds"] < 100
+
+
+def test_what_is_compiled_while_evaluating_is_left_out_once(monkeypatch):
+    class Compiled:
+        seconds = 2.0
+
+    now = 100.0
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now)
+    clock = train_module.Clock(torch.device("cpu"), Compiled())
+    now, Compiled.seconds = 103.0, 4.0
+    assert clock.since_start() == 1.0
+    with clock.evaluation():
+        now, Compiled.seconds = 110.0, 9.0
+    assert clock.since_start() == 3.0
+    assert clock.without_evaluations() == 1.0

@@ -151,8 +151,9 @@ def _subtract_mean_by_age(weights: Tensor, mask: Tensor, dones: Tensor, others: 
 def _subtract_on_host(weights, mask, dones, others):  # type: ignore[no-untyped-def]
     """As `_subtract_in_torch`, row after row."""
     length, num_envs = mask.shape
-    total, count = np.zeros((2, length))
-    own_total, own_count = np.zeros((2, length, _BLOCK_ENVS))
+    total, count = np.zeros(length), np.zeros(length)
+    shape = length, _BLOCK_ENVS
+    own_total, own_count = np.zeros(shape), np.zeros(shape)
     for start in range(0, num_envs, _BLOCK_ENVS):
         _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, False)
     for start in range(0, num_envs, _BLOCK_ENVS):

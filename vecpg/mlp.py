@@ -33,6 +33,8 @@ _MOST_UNITS = 1024
 _VECTOR = 8
 _TILE_ROWS = 4
 _TILE = 2 * _VECTOR
+# 0 in a type that is no constant: else what it is passed to would be compiled for each constant.
+_NONE: Any = np.int64(0)
 # Rows so many features long compete for the same places of the cache.
 _FAR = 128
 
@@ -201,7 +203,7 @@ def sum_gradient(
     units = activations(network)
     slopes, spare = np.zeros_like(units), np.zeros_like(units)
     partial = np.zeros(len(gradient), np.float32)
-    picked, taken = np.empty((2, BLOCK), np.int64)
+    picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
     scaled = np.empty(BLOCK, np.float32)
     features = network.widths[0]
     loss = 0.0
@@ -210,7 +212,7 @@ def sum_gradient(
     row = 0
     summed = 0
     while row < len(mask):
-        rows = 0
+        rows = _NONE
         while row < len(mask) and rows < BLOCK:
             if mask[row]:
                 picked[rows] = row
@@ -314,17 +316,24 @@ def forward(network, units, rows):
 @jit
 def exponentials(logits, largest, total, rows):
     """Replace logits (actions, BLOCK) by exp(logit - largest); fill in both (BLOCK,) vectors."""
-    largest[:rows] = logits[0, :rows]
-    for a in range(1, len(logits)):
-        row = logits[a]
-        for n in range(rows):
-            largest[n] = max(largest[n], row[n])
+    _largest(logits, largest, rows)
     total[:rows] = np.float32(0.0)
     for a in range(len(logits)):
         row = logits[a]
         for n in range(rows):
             row[n] = exp(row[n] - largest[n])
             total[n] += row[n]
+
+
+@jit
+def _largest(logits, largest, rows):
+    """Fill in the largest logit of each row."""
+    for n in range(rows):
+        largest[n] = logits[0, n]
+    for a in range(1, len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            largest[n] = max(largest[n], row[n])
 
 
 @jit
@@ -517,12 +526,9 @@ def _slopes(logits, actions, weights, ent_coef, rows):
 
     Returns the sums over rows of -log pi * weight and of the entropy.
     """
-    largest, total, shift, entropy = np.empty((4, BLOCK), np.float32)
-    largest[:rows] = logits[0, :rows]
-    for a in range(1, len(logits)):
-        row = logits[a]
-        for n in range(rows):
-            largest[n] = max(largest[n], row[n])
+    largest, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    shift, entropy = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    _largest(logits, largest, rows)
     total[:rows] = np.float32(0.0)
     for a in range(len(logits)):
         row = logits[a]

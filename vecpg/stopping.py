@@ -1,7 +1,6 @@
 """When a run counts as solved, and which policy was its best."""
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -68,7 +67,6 @@ class Stopping:
         self.target = target
         self.solved = False
         self.evaluation: EvalResult | None = None
-        self.evaluation_seconds = 0.0
         self.best_return: float | None = None
         self.best_parameters: dict[str, Tensor] | None = None
         self._confirm = confirm
@@ -93,9 +91,7 @@ class Stopping:
             return None
         evaluation = None
         if self._confirm is not None:
-            started = time.perf_counter()
             evaluation = self._confirm(policy)
-            self.evaluation_seconds += time.perf_counter() - started
             if evaluation.return_mean < self.target:
                 _log.info(
                     "not confirmed: the window's mean is %.1f, a greedy evaluation gives %.1f"

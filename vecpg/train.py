@@ -61,6 +61,7 @@ class Clock:
     compilation: Compilation
     started: float = field(default_factory=time.perf_counter)
     compiled_before: float = field(init=False)
+    evaluating: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
 
@@ -71,6 +72,17 @@ class Clock:
         """Seconds since the clock was made."""
         compiled = self.compilation.seconds - self.compiled_before
         return time.perf_counter() - self.started - compiled
+
+    def without_evaluations(self) -> float:
+        """Seconds of whole iterations, without what evaluating took."""
+        return self.since_start() - self.evaluating
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """What happens inside is no part of an iteration."""
+        started = self.since_start()
+        yield
+        self.evaluating += self.since_start() - started
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -179,7 +191,8 @@ def train(config: Config) -> TrainResult:
                         iteration=counters.iteration,
                     )
                 returns, lengths = episode_statistics(rollout)
-                evaluation = stopping.consider(policy, returns)
+                with clock.evaluation():
+                    evaluation = stopping.consider(policy, returns)
                 if stopping.solved:
                     solved_seconds = clock.since_start()
                 with interrupts.held():
@@ -203,7 +216,7 @@ def train(config: Config) -> TrainResult:
                     if time.perf_counter() - saved >= config.save_every and not ending:
                         _save(run_dir, config, policy, optimizer, critic, counters, stopping)
                         saved = time.perf_counter()
-            wall_seconds = clock.since_start() - stopping.evaluation_seconds
+            wall_seconds = clock.without_evaluations()
             if stopping.evaluation is None:
                 final = confirm(policy)
                 metrics.draw({"eval/episodic_return": final.return_mean}, counters.env_steps)
@@ -340,7 +353,6 @@ def _row(
     evaluation: EvalResult | None,
 ) -> dict[str, float | None]:
     """One line of metrics.jsonl. Reading the statistics is where the host waits for the device."""
-    seconds = clock.since_start() - stopping.evaluation_seconds
     return {
         "iteration": counters.iteration,
         "env_steps": counters.env_steps,
@@ -348,7 +360,7 @@ def _row(
         "charts/episodic_return": returns.mean().item(),
         "charts/best_return": stopping.best_return,
         "charts/episodic_length": lengths.to(torch.float64).mean().item(),
-        "charts/SPS": counters.env_steps / seconds,
+        "charts/SPS": counters.env_steps / clock.without_evaluations(),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
         "losses/value_loss": None if value_loss is None else value_loss.item(),

@@ -74,12 +74,12 @@ def collect(
 
 
 def prepare(envs: VectorEnv, policy: Policy) -> None:
-    """Compile, or load, the kernels that collecting will need."""
+    """Compile, or load, the kernels that collecting and evaluating will need."""
     if _backend(envs, policy, "auto") == "cpu":
         cpu.prepare(envs, policy)
     else:
         sampling.prepare(policy)
-        stepping.prepare()
+    stepping.prepare()  # evaluation steps
 
 
 def _backend(envs: Any, policy: Policy, backend: str) -> str:

@@ -30,6 +30,8 @@ SERVED = (
     " the standard deviation is a parameter"
 )
 
+# 0 in a type that is no constant: else what it is passed to would be compiled for each constant.
+_NONE: Any = np.int64(0)
 # A state in the kernel has so many variables, those that an environment does not have are 0.
 _VARIABLES = 4
 # For how many steps memory is set aside at first; it is taken from the system as rows are written.
@@ -228,21 +230,22 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         obs, actions, rewards, terminations, truncations, mask = rows
         features, capacity = obs.shape[2], len(mask)
         units = activations(network)
-        before, after = np.zeros((2, _VARIABLES, BLOCK), np.float32)
+        before = np.zeros((_VARIABLES, BLOCK), np.float32)
+        after = np.zeros((_VARIABLES, BLOCK), np.float32)
         s0, s1, s2, s3 = before[0], before[1], before[2], before[3]
         f0, f1, f2, f3 = after[0], after[1], after[2], after[3]
         seen = np.zeros((_VARIABLES, BLOCK), np.float32)
         o0, o1, o2, o3 = seen[0], seen[1], seen[2], seen[3]
-        drawn, acted = np.empty((2, BLOCK), actions.dtype)
+        drawn, acted = np.empty(BLOCK, actions.dtype), np.empty(BLOCK, actions.dtype)
         paid, ended = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.bool_)
         # The environments that have not finished, close together.
         who = np.empty(BLOCK, np.int64)
-        live = 0
+        live = _NONE
         for n in range(first, last):
             if copies.steps[n] < 0:
                 continue
             if begin == 0:
-                w0, w1, w2, w3 = philox(start_key, 0, n)
+                w0, w1, w2, w3 = philox(start_key, _NONE, n)
                 s0[live], s1[live], s2[live], s3[live] = start(
                     as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
                 )

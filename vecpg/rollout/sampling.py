@@ -98,7 +98,8 @@ def choose(logits, numbers, chosen, rows):
 
     As the reference: the number of actions whose cumulative probability is reached.
     """
-    largest, total, below = np.empty((3, BLOCK), np.float32)
+    largest, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    below = np.empty(BLOCK, np.float32)
     exponentials(logits, largest, total, rows)
     for n in range(rows):
         total[n] *= numbers[n]
