@@ -632,7 +632,7 @@ def test_what_is_compiled_while_evaluating_is_left_out_once(monkeypatch):
 
     now = 100.0
     monkeypatch.setattr(train_module.time, "perf_counter", lambda: now)
-    clock = train_module.Clock(torch.device("cpu"), Compiled())
+    clock = train_module.Clock(torch.device("cpu"), Compiled(), started=now)
     now, Compiled.seconds = 103.0, 4.0
     assert clock.since_start() == 1.0
     with clock.evaluation():
