@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -421,7 +422,50 @@ def test_means_by_age_are_the_same_in_torch_and_on_the_host(length, num_envs, ot
     mask = torch.rand(length, num_envs, generator=g) < 0.9
     dones = (torch.rand(length, num_envs, generator=g) < 0.1) & mask
     weights = torch.randn(length, num_envs, generator=g).masked_fill(~mask, torch.nan)
-    ours, expected = weights.clone(), weights.clone()
-    loss._subtract_on_host(ours.numpy(), mask.numpy(), dones.numpy(), others)
+    for width in (1, 7, 64):
+        ours = weights.clone()
+        loss._subtract_on_host(ours.numpy(), mask.numpy(), dones.numpy(), others, width)
+        torch.testing.assert_close(
+            ours, expected_of(weights, mask, dones, others), rtol=1e-5, atol=1e-6
+        )
+
+
+def expected_of(weights, mask, dones, others):
+    expected = weights.clone()
     loss._subtract_in_torch(expected, mask, dones, others)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    return expected
+
+
+def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():
+    """A long episode: 64 environments' sums by age would be most of a gigabyte."""
+    length = 10**6
+    shape = length, 1
+    rollout = make_rollout([[3]], reset_rows=False)
+    ones, none = torch.ones(shape), torch.zeros(shape, dtype=torch.bool)
+    rollout = Rollout(
+        obs=ones[:, :, None],
+        actions=none.long(),
+        rewards=ones,
+        terminations=none,
+        truncations=none,
+        mask=~none,
+        final_obs=rollout.final_obs[:0],
+        final_rows=rollout.final_rows[:0],
+    )
+    peaks = []
+
+    def width_of(weights, mask, dones, others, width):
+        peaks.append(width)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_subtract_on_host", width_of)
+        advantages(rollout, Config(baseline="timestep_mean"))
+    assert peaks == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rewards_of_other_types_go_through_torch(dtype):
+    rollout = make_rollout([[3, 2], [4]])
+    plain = advantages(rollout, Config())
+    rollout = replace(rollout, rewards=rollout.rewards.to(dtype))
+    torch.testing.assert_close(advantages(rollout, Config()).float(), plain, rtol=0.05, atol=0.05)

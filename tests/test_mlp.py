@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from vecpg import mlp
+from vecpg import mlp, update
 from vecpg.noise import Purpose, uniforms
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout
@@ -112,6 +112,26 @@ def test_the_gradient_of_many_rows_keeps_its_digits():
         assert (one - other).abs().max() / scale < 1e-5
 
 
+def test_few_slabs_serve_where_gradients_are_large(monkeypatch):
+    policy = make_policy(4, (64, 64), 2)
+    rollout, advantages = make_rollout(policy, 30_000)
+    expected = gradients(by_machine_code, policy, rollout, advantages)[1]
+    slabs, total = [], mlp.sum_gradient
+
+    def counted(obs, *given):
+        slabs.append(len(obs))
+        return total(obs, *given)
+
+    monkeypatch.setattr(mlp, "sum_gradient", counted)
+    for numbers, count in ((1, 1), (3 * 4610 + 300, 3)):
+        slabs.clear()
+        monkeypatch.setattr(update, "_MOST_NUMBERS", numbers)
+        ours = gradients(by_machine_code, policy, rollout, advantages)[1]
+        assert len(slabs) == count
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_tanh_keeps_its_digits():
     x = np.concatenate([np.linspace(-12, 12, 200_001), [0.0, 1e-30, 1e30, -1e30]])
     x = x.astype(np.float32)
@@ -153,6 +173,17 @@ def test_policies_that_compute_something_else_are_not_served():
     policy.network[0].register_forward_hook(lambda *_: None)
     assert mlp.why_not(policy) == "a module has hooks"
     policy = Policy(*spaces_)
+    policy.network[2].weight.register_hook(lambda gradient: 2 * gradient)
+    assert mlp.why_not(policy) == "a module has hooks"
+    policy = Policy(*spaces_)
+    policy.network[4] = torch.nn.Linear(64, 2, bias=False)
+    assert mlp.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_, hidden_sizes=(64, 64, 64))
+    policy.network[4] = policy.network[2]
+    assert mlp.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_, normalize_obs=True)
+    assert mlp.why_not(policy) == "it normalizes observations"
+    policy = Policy(*spaces_)
     policy.network[0].weight.requires_grad_(False)
     assert mlp.why_not(policy) == "a parameter is frozen"
 
@@ -162,6 +193,14 @@ def test_rollouts_of_another_policy_are_refused():
     rollout, advantages = make_rollout(make_policy(3, (8,), 2), 10)
     with pytest.raises(ValueError, match=r"rollout.obs: expected \(T, N, \*\(4,\)\), got"):
         by_machine_code(policy, rollout, advantages, 1, 0.0)
-    rollout, advantages = make_rollout(make_policy(4, (8,), 9), 100)
+    other = make_policy(4, (8,), 2, start=5)
+    rollout, advantages = make_rollout(other, 10)
+    rollout.actions[0] = torch.where(rollout.mask[0], 4, rollout.actions[0])
+    rollout.mask[0] = True
+    rollout.obs[0], rollout.actions[0] = 0.0, 4
+    with pytest.raises(ValueError, match="rollout.actions: expected 5 to 6 where counted, got 4"):
+        by_machine_code(other, rollout, advantages.nan_to_num(), 1, 0.0)
+    rollout, advantages = make_rollout(make_policy(4, (8,), 9), 9000)
+    rollout.actions[5000:] = 0
     with pytest.raises(ValueError, match="rollout.actions: expected 0 to 1 where counted, got 0"):
         by_machine_code(policy, rollout, advantages, 1, 0.0)

@@ -92,3 +92,28 @@ def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path
     assert run(1) == ["2", "True"]
     assert run(1) == ["2", "False"]
     assert run(5) == ["6", "True"]
+
+
+def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import sys\n"
+        "from vecpg.returns.jit import jit\n"
+        "def make(number, function):\n"
+        "    @jit\n"
+        "    def made(x):\n"
+        "        return function(x) + number\n"
+        "    return made\n"
+        "@jit\n"
+        "def half(x):\n"
+        "    return x / 2\n"
+        "@jit\n"
+        "def double(x):\n"
+        "    return x * 2\n"
+        "print(*(make(number, f)(4.0) for f in (half, double) for number in (1, 10)))\n"
+        "print(make(1, make(5, half))(4.0), make(1, make(6, half))(4.0))\n"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "made.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["3.0", "12.0", "9.0", "18.0", "8.0", "9.0"]

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from environments import Counting  # noqa: F401 - registers the small ones
+from gymnasium import spaces
 
 from vecpg import rollout as package
 from vecpg.envs import cartpole, make_envs, pendulum
@@ -299,8 +299,7 @@ def test_episodes_are_as_long_as_those_of_the_reference():
 
 def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
     package._announced.clear()
-    plain, dropping = make_policy(), make_policy()
-    envs = make(2)
+    plain, envs = make_policy(), make(2)
     dropping = Policy(envs.single_observation_space, envs.single_action_space, dropout=0.5)
     swinging = make_envs("Pendulum-v1", 2)
     box = swinging.single_observation_space, swinging.single_action_space
@@ -312,8 +311,8 @@ def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
         collect(swinging, gaussian, **arguments)
     assert [record.message for record in caplog.records] == [
         "CartPole is collected in machine code",
-        "CartPole is collected by stepping them in torch: it has dropout",
-        "Pendulum is collected by stepping them in torch: its standard deviation comes from the"
+        "CartPole is collected by stepping it in torch: it has dropout",
+        "Pendulum is collected by stepping it in torch: its standard deviation comes from the"
         " network",
         "Pendulum is collected in machine code",
     ]
@@ -332,6 +331,53 @@ def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
             collect(made, policy, **arguments, backend="cpu")
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, got 'x'"):
         collect(envs, plain, **arguments, backend="x")
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions", "reason"),
+    [
+        (spaces.Box(-1, 1, (5,)), spaces.Discrete(2), "its observations are not those"),
+        (spaces.Box(-1, 1, (3,)), spaces.Discrete(2), "its observations are not those"),
+        (spaces.Box(-1, 1, (4,)), spaces.Discrete(5), "its actions are not those"),
+        (spaces.Box(-1, 1, (4,)), spaces.Discrete(2, start=-4), "its actions are not those"),
+        (spaces.Box(-1, 1, (4,)), spaces.Box(-2, 2, (1,)), "its actions are not those"),
+    ],
+)
+def test_a_policy_for_other_spaces_is_not_served(observations, actions, reason):
+    with pytest.raises(ValueError, match=reason):
+        other = Policy(observations, actions)
+        collect(make(2), other, num_steps=1, seed=1, iteration=0, backend="cpu")
+    swinging = make_envs("Pendulum-v1", 2)
+    wide = Policy(swinging.single_observation_space, spaces.Box(-9, 9, (1,)))
+    assert "its actions are not those" in cpu.why_not(swinging, wide)
+
+
+def test_other_dynamics_are_not_passed_by():
+    class Generous(cartpole.CartPoleDynamics):
+        def reward(self, state, actions, following):
+            return 5 * super().reward(state, actions, following)
+
+    envs = make(2)
+    envs.dynamics = Generous()
+    rollout = collect(envs, make_policy(), num_steps=1, seed=1, iteration=0)
+    assert torch.equal(rollout.rewards, 5.0 * rollout.mask)
+
+
+def test_a_call_that_returns_early_changes_nothing(monkeypatch):
+    policy, arguments = make_policy(), {"num_steps": 60, "seed": 3, "iteration": 1}
+    expected = collect(make(9), policy, **arguments, backend="cpu")
+    calls, play = [], cpu._KERNELS[cartpole.CartPole][1]
+
+    def counted(*given):
+        calls.append(given)
+        return play(*given)
+
+    monkeypatch.setattr(cpu, "_CALL_STEPS", 63)
+    kernels = {cartpole.CartPole: (cartpole.CartPoleDynamics, counted)}
+    monkeypatch.setattr(cpu, "_KERNELS", kernels)
+    with threads.using(1):
+        same(collect(make(9), policy, **arguments, backend="cpu"), expected)
+    assert len(calls) == -(-len(expected.mask) // 7)
 
 
 def test_a_wrapper_around_tensors_is_not_passed_by():

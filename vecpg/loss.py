@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Environments are taken in blocks of about this many rows, so that the temporaries stay small.
 _BLOCK_ROWS = 2**18
-# As many have their sums by age in the cache.
+# As many have their sums by age in the cache, were episodes not too long.
 _BLOCK_ENVS = 64
 
 
@@ -141,29 +141,31 @@ def normalized(values: Tensor, mask: Tensor) -> Tensor:
 
 def _subtract_mean_by_age(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
     """Subtract in place the mean over rows of the same age, of all or of other environments."""
-    if weights.device.type == "cpu":
-        _subtract_on_host(weights.numpy(), mask.numpy(), dones.numpy(), others)
+    if weights.device.type == "cpu" and weights.dtype == torch.float32:
+        width = max(1, min(_BLOCK_ENVS, mask.shape[1], _BLOCK_ROWS // max(1, len(mask))))
+        rows = weights.detach().numpy()
+        _subtract_on_host(rows, mask.numpy(), dones.numpy(), others, width)
     else:
         _subtract_in_torch(weights, mask, dones, others)
 
 
 @jit
-def _subtract_on_host(weights, mask, dones, others):  # type: ignore[no-untyped-def]
-    """As `_subtract_in_torch`, row after row."""
+def _subtract_on_host(weights, mask, dones, others, width):  # type: ignore[no-untyped-def]
+    """As `_subtract_in_torch`, row after row of `width` environments."""
     length, num_envs = mask.shape
     total, count = np.zeros(length), np.zeros(length)
-    shape = length, _BLOCK_ENVS
+    shape = length, width
     own_total, own_count = np.zeros(shape), np.zeros(shape)
-    for start in range(0, num_envs, _BLOCK_ENVS):
+    for start in range(0, num_envs, width):
         _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, False)
-    for start in range(0, num_envs, _BLOCK_ENVS):
+    for start in range(0, num_envs, width):
         if others:
             own_total[:] = 0.0
             own_count[:] = 0.0
             _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, True)
-        age = np.zeros(_BLOCK_ENVS, np.int64)
+        age = np.zeros(width, np.int64)
         for t in range(length):
-            for n in range(min(_BLOCK_ENVS, num_envs - start)):
+            for n in range(min(width, num_envs - start)):
                 if not mask[t, start + n]:
                     weights[t, start + n] = 0.0
                     age[n] = 0
@@ -181,9 +183,10 @@ def _add_by_age(  # type: ignore[no-untyped-def]
 ):
     """Add a block of environments to the sums over rows of each age, of all or of each."""
     length, num_envs = mask.shape
-    age = np.zeros(_BLOCK_ENVS, np.int64)
+    width = own_total.shape[1]
+    age = np.zeros(width, np.int64)
     for t in range(length):
-        for n in range(min(_BLOCK_ENVS, num_envs - start)):
+        for n in range(min(width, num_envs - start)):
             if not mask[t, start + n]:
                 age[n] = 0
                 continue

@@ -39,17 +39,17 @@ def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
         >>> episode_statistics(rows)
         (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
     """
-    if rollout.mask.device.type == "cpu":
+    if rollout.mask.device.type == "cpu" and rollout.rewards.dtype == torch.float32:
         return _statistics_on_host(rollout)
     return _statistics_in_torch(rollout)
 
 
 def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """As `_statistics_in_torch`, in one pass."""
-    ends = rollout.dones.numpy()
+    ends = (rollout.dones & rollout.mask).numpy()
     begins = np.concatenate([[0], ends.sum(axis=0).cumsum()])
     returns, lengths = np.empty(begins[-1]), np.empty(begins[-1], np.int64)
-    _add_up(rollout.rewards.numpy(), rollout.mask.numpy(), ends, begins, returns, lengths)
+    _add_up(rollout.rewards.detach().numpy(), rollout.mask.numpy(), ends, begins, returns, lengths)
     return torch.from_numpy(returns), torch.from_numpy(lengths)
 
 
@@ -61,7 +61,7 @@ def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
     for mask, rewards, dones in zip(
         *(
             torch.split(each, width, dim=1)
-            for each in (rollout.mask, rollout.rewards, rollout.dones)
+            for each in (rollout.mask, rollout.rewards, rollout.dones & rollout.mask)
         ),
         strict=True,
     ):

@@ -77,9 +77,11 @@ def why_not_network(policy: Policy) -> str | None:
         return "it has dropout"
     kinds = [type(module) for module in policy.network]
     activation = nn.ReLU if policy.activation == "relu" else nn.Tanh
-    if kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]:
+    layers = [module for module in policy.network if isinstance(module, nn.Linear)]
+    changed = kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]
+    if changed or len(set(layers)) < len(layers) or any(layer.bias is None for layer in layers):
         return "the network was changed"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in policy.modules()):
+    if "forward" in vars(policy) or any(map(_has_hooks, policy.modules())):
         return "a module has hooks"
     for parameter in policy.parameters():
         if parameter.dtype != torch.float32:
@@ -89,6 +91,12 @@ def why_not_network(policy: Policy) -> str | None:
     if max(policy.hidden_sizes, default=0) > _MOST_UNITS:
         return f"a hidden layer has more than {_MOST_UNITS} units"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    of_parameters = [parameter._backward_hooks for parameter in module.parameters(recurse=False)]
+    return any(hooks) or bool(module._backward_pre_hooks) or any(of_parameters)
 
 
 def first_action_of(policy: Policy) -> int:

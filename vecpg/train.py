@@ -162,6 +162,8 @@ def train(config: Config) -> TrainResult:
     stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
     _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
     _log.info("run directory: %s", run_dir)
+    if (unserved := mlp.why_not(policy)) is not None:
+        _log.info("the gradient is torch's: %s", unserved)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
     _save(run_dir, config, policy, optimizer, critic, counters, stopping)

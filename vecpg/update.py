@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 # Rows of one forward and backward pass. Measured on two cores: 2048 to 8192 are equally fast, and
 # at 4096 the activations of a 64-wide network stay in the cache.
 CHUNK_ROWS = 4096
-# Rows that one thread differentiates before it takes others, and into how many such slabs a rollout
-# is divided at most.
+# Rows that one thread differentiates before it takes others; and into how many such slabs a rollout
+# is divided at most, and what their gradients, of which each has one, hold together.
 _SLAB_ROWS = 4096
 _MOST_SLABS = 64
+_MOST_NUMBERS = 2**22
 # Random numbers that choose what one pass drops: drawing each takes some 100 bytes.
 _MOST_DROPOUT = 2**19
 
@@ -180,11 +181,13 @@ def by_machine_code(
     network, first_action = mlp.network_of(policy), mlp.first_action_of(policy)
     obs = rollout.obs.reshape(rows, -1).numpy()
     actions, mask = rollout.actions.reshape(rows).numpy(), rollout.mask.reshape(rows).numpy()
-    weights = advantages.reshape(rows).numpy()
+    weights = advantages.detach().reshape(rows).numpy()
     # As many slabs for any number of threads: their sums are added in their order.
-    size = max(_SLAB_ROWS, -(-rows // _MOST_SLABS))
+    numbers = len(mlp.gradient_like(network))
+    most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
+    size = max(_SLAB_ROWS, -(-rows // most_slabs))
     starts = range(0, rows, size)
-    gradients = np.zeros((len(starts), len(mlp.gradient_like(network))))
+    gradients = np.zeros((len(starts), numbers))
     scale, bonus = 1.0 / float(divisor), float(ent_coef)
 
     def differentiate(slab: int) -> tuple[float, float, bool]:

@@ -99,7 +99,7 @@ def transition(x, x_dot, theta, theta_dot, action):
 
 @jit(as_written=True)
 def _cos_sin(angle):
-    """Within 1e-7 up to a right angle: those of states that go on are far below. It vectorizes."""
+    """Within 1e-7 up to an angle of 1; in states that go on it is below 0.21. It vectorizes."""
     square = angle * angle
     cos = np.float32(-1.0 / 3628800.0)
     cos = cos * square + np.float32(1.0 / 40320.0)

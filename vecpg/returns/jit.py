@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import numba
+import numpy as np
 from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
@@ -29,7 +30,8 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept.
 
     Where no directory can be written to, it is compiled anew in every process. It is also compiled
-    anew when its file changed, or that of a function it calls.
+    anew when its file changed, or that of a compiled function it calls by its name, or a number it
+    names. (What it reaches through a module's attribute is not looked at.)
     """
     if function is None:
         return functools.partial(jit, as_written=as_written)
@@ -42,7 +44,7 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     compiled = numba.njit(**settings)(function)
     try:
         compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
-    except RuntimeError:
+    except (RuntimeError, OSError):
         if "cache" not in _announced:
             _announced.add("cache")
             _log.info("no directory for compiled code can be written to; compiling at every start")
@@ -50,34 +52,33 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
 
 
 class _Cache(FunctionCache):
-    """Numba's own looks at the file of the function alone, not at those of what it calls.
+    """Numba's own looks at the file of the function alone, not at what it calls.
 
     A function may also call compiled functions that it was made with: they stand in its closure,
     where Numba's own would take them for new ones in every process.
     """
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        function = self._py_func
-        closure = [cell.cell_contents for cell in function.__closure__ or ()]
-        names = [
-            f"{each.py_func.__module__}.{each.py_func.__qualname__}"
-            if isinstance(each, Dispatcher)
-            else repr(each)
-            for each in closure
-        ]
-        sources = sorted(_contents(path) for path in _files(function, set()))
-        return (sig, codegen.magic_tuple(), function.__code__.co_code, *names, *sources)
+        made_of = repr((_contents(__file__), _parts(self._py_func, ())))
+        return (sig, codegen.magic_tuple(), hashlib.sha256(made_of.encode()).hexdigest())
 
 
-def _files(function: Callable[..., Any], found: set[str]) -> set[str]:
-    """Add the files of a function, and of the compiled functions it calls, to `found`."""
-    found.add(function.__code__.co_filename)
-    called = [function.__globals__.get(name) for name in function.__code__.co_names]
-    called += [cell.cell_contents for cell in function.__closure__ or ()]
-    for each in called:
-        if isinstance(each, Dispatcher) and each.py_func is not function:
-            _files(each.py_func, found)
-    return found
+def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a function is made of: its file, its code, the numbers and compiled functions it names.
+
+    What its callers are made of is known to them.
+    """
+    code = function.__code__
+    used = [function.__globals__.get(name) for name in code.co_names]
+    used += [cell.cell_contents for cell in function.__closure__ or ()]
+    parts: list[Any] = [function.__module__, function.__qualname__, code.co_code]
+    parts.append(_contents(code.co_filename))
+    for each in used:
+        if isinstance(each, Dispatcher) and each.py_func not in (function, *callers):
+            parts.append(_parts(each.py_func, (function, *callers)))
+        elif isinstance(each, int | float | tuple | np.generic):
+            parts.append(repr(each))
+    return tuple(parts)
 
 
 @functools.cache

@@ -51,8 +51,8 @@ def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
 
     A thread takes the next block when it has finished one, so a slow block delays nobody. `task`
     must release the interpreter's lock to gain anything. If it raises, or an interrupt comes, no
-    further block is begun; but no thread is left at work: it may hold mere addresses, of memory
-    that its owner gives back afterwards.
+    further block is begun, and those that were are waited for: they may hold mere addresses, of
+    memory that its owner gives back afterwards.
 
     Example:
         >>> run(lambda block: block * block, 4)
@@ -77,18 +77,20 @@ def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
 
     futures: list[Future[None]] = []
     problem: BaseException | None = None
-    try:
-        futures.extend(_pool.submit(work) for _ in range(workers - 1))
-        work()
-    except BaseException as error:
-        problem = error
-        _exhaust(waiting)
-    while not all(future.done() for future in futures):
+    begun = False
+    while True:
+        # An interrupt may come at any point: then it is kept, and the waiting goes on.
         try:
+            if not begun:
+                begun = True
+                futures.extend(_pool.submit(work) for _ in range(workers - 1))
+                work()
+            if problem is not None:
+                _exhaust(waiting)
             wait(futures)
+            break
         except BaseException as error:
             problem = error
-            _exhaust(waiting)
     if problem is not None:
         raise problem
     for future in futures:

@@ -44,8 +44,8 @@ def collect(
         seed: of the run.
         iteration: which collection this is; (seed, iteration) fixes every random number in it.
         backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
-            machine code, of vecpg's CartPole on the CPU under a policy of linear layers with tanh
-            or ReLU; "auto" takes "cpu" where it serves, and logs what it takes and why.
+            machine code, of vecpg's CartPole and Pendulum on the CPU under a plain network; "auto"
+            takes "cpu" where it serves, and logs what it takes and why.
 
     Returns:
         a `Rollout` on the policy's device.
@@ -91,8 +91,8 @@ def _backend(envs: Any, policy: Policy, backend: str) -> str:
         raise ValueError(
             f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
         )
-    if backend == "auto" and isinstance(envs, TensorVectorEnv):
-        how = "in machine code" if reason is None else f"by stepping them in torch: {reason}"
+    if backend == "auto" and isinstance(envs.unwrapped, TensorVectorEnv):
+        how = "in machine code" if reason is None else f"by stepping it in torch: {reason}"
         _announce(f"{type(envs).__name__} is collected {how}")
     return "cpu" if backend != "reference" and reason is None else "reference"
 

@@ -36,6 +36,8 @@ _NONE: Any = np.int64(0)
 _VARIABLES = 4
 # For how many steps memory is set aside at first; it is taken from the system as rows are written.
 _FIRST_STEPS = 2**26
+# Steps of a block after which a call returns, if only for a moment: an interrupt waits no longer.
+_CALL_STEPS = 2**20
 
 
 class Rows(NamedTuple):
@@ -74,7 +76,13 @@ def why_not(envs: Any, policy: Policy) -> str | None:
         return f"the environments are on {envs.device}"
     if envs.dtype != torch.float32:
         return "the environments are not in float32"
+    if type(envs.dynamics) is not _KERNELS[type(envs)][0]:
+        return "the environments were given other dynamics"
     distribution = policy.distribution
+    if policy.obs_shape != envs.single_observation_space.shape:
+        return "its observations are not those of the environments"
+    if distribution.space != envs.single_action_space:
+        return "its actions are not those of the environments"
     if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
         return "its standard deviation comes from the network"
     return mlp.why_not_network(policy)
@@ -101,7 +109,7 @@ def collect_in_blocks(
         _action_settings(policy),
         mlp.network_of(policy),
     )
-    play = _KERNELS[type(envs)]
+    _, play = _KERNELS[type(envs)]
     copies = Copies(
         np.zeros((_VARIABLES, num_envs), np.float32),
         np.zeros(num_envs, np.int64),
@@ -111,25 +119,20 @@ def collect_in_blocks(
     size = max(1, min(BLOCK, -(-num_envs // threads.count())))
     starts = range(0, num_envs, size)
     longest = 2 * num_steps + envs.max_episode_steps  # were every episode one step
-    begin, capacity = 0, max(1, min(longest, _FIRST_STEPS // num_envs))
-    rows = _make_rows(capacity, num_envs, policy)
-    length = 0
-    while True:
+    rows = _make_rows(max(1, min(longest, _FIRST_STEPS // num_envs)), num_envs, policy)
+    begin = end = length = 0
+    while (copies.steps >= 0).any():
+        if end == len(rows.mask):
+            rows = _longer(rows, policy)
+        begin, end = end, min(len(rows.mask), end + max(1, _CALL_STEPS // size))
 
         def advance(block: int) -> int:
             first = starts[block]
             last = min(first + size, num_envs)
-            ended: int = play(rows, copies, first, last, begin, *settings)  # noqa: B023
-            return ended
+            reached: int = play(rows, copies, first, last, begin, end, *settings)  # noqa: B023
+            return reached
 
         length = max(length, *threads.run(advance, len(starts)))
-        if (copies.steps < 0).all():
-            break
-        begin, capacity = capacity, 2 * capacity
-        longer = _make_rows(capacity, num_envs, policy)
-        for name, old in rows._asdict().items():
-            getattr(longer, name)[: len(old)] = old
-        rows = longer
     if isinstance(policy.distribution, DiagonalGaussian):
         rows = rows._replace(actions=rows.actions[:, :, None])
     return _rollout(rows, length, seed, iteration)
@@ -139,7 +142,7 @@ def _action_settings(policy: Policy) -> NDArray[np.float64]:
     """What drawing an action takes beside the network's output: see `_draw_...` below."""
     distribution = policy.distribution
     if not isinstance(distribution, DiagonalGaussian):
-        return np.array([mlp.first_action_of(policy)], np.float64)
+        return np.zeros(0)
     with torch.no_grad():
         std = distribution.mean_and_log_std(torch.zeros(1, 1))[1].exp().item()
     return np.array([std, distribution.low.item(), distribution.high.item()])
@@ -154,6 +157,14 @@ def _make_rows(capacity: int, num_envs: int, policy: Policy) -> Rows:
         np.zeros(shape, np.float32),
         *(np.zeros(shape, np.bool_) for _ in range(3)),
     )
+
+
+def _longer(rows: Rows, policy: Policy) -> Rows:
+    """The same rows with room for as many again."""
+    longer = _make_rows(2 * len(rows.mask), rows.mask.shape[1], policy)
+    for name, old in rows._asdict().items():
+        getattr(longer, name)[: len(old)] = old
+    return longer
 
 
 def _rollout(rows: Rows, length: int, seed: int, iteration: int) -> Rollout:
@@ -178,14 +189,14 @@ def prepare(envs: Any, policy: Policy) -> None:
 def _draw_categorical(outputs, key, step, who, live, settings, drawn, acted):
     """Draw a block's actions, and write them as the environment takes them to `acted`.
 
-    The settings are the number of the first action.
+    There are no settings.
     """
     numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
     for i in range(live):
         numbers[i] = uniform(key, step, who[i])
     choose(outputs, numbers, chosen, live)
     for i in range(live):
-        drawn[i] = acted[i] = np.int64(settings[0]) + chosen[i]
+        drawn[i] = acted[i] = chosen[i]
 
 
 @jit
@@ -216,6 +227,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         first,
         last,
         begin,
+        end,
         num_steps,
         max_episode_steps,
         action_key,
@@ -223,12 +235,12 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         action_settings,
         network,
     ):
-        """Play environments `first` to `last` - 1 from row `begin` to their end, or the rows'.
+        """Play environments `first` to `last` - 1 from row `begin` to their end, or row `end`.
 
         Returns the number of rows up to the last that counts.
         """
         obs, actions, rewards, terminations, truncations, mask = rows
-        features, capacity = obs.shape[2], len(mask)
+        features = obs.shape[2]
         units = activations(network)
         before = np.zeros((_VARIABLES, BLOCK), np.float32)
         after = np.zeros((_VARIABLES, BLOCK), np.float32)
@@ -256,7 +268,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
             live += 1
         t = begin
         length = 0
-        while live > 0 and t < capacity:
+        while live > 0 and t < end:
             for i in range(live):
                 o0[i], o1[i], o2[i], o3[i] = observation(s0[i], s1[i], s2[i], s3[i])
             for i in range(live):
@@ -313,8 +325,8 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
     return play
 
 
-# The kernel of every environment that has one.
-_KERNELS: dict[type, Callable[..., Any]] = {
-    cartpole.CartPole: _kernel(cartpole, _draw_categorical),
-    pendulum.Pendulum: _kernel(pendulum, _draw_gaussian),
+# Of every environment that has a kernel its dynamics, and the kernel.
+_KERNELS: dict[type, tuple[type, Callable[..., Any]]] = {
+    cartpole.CartPole: (cartpole.CartPoleDynamics, _kernel(cartpole, _draw_categorical)),
+    pendulum.Pendulum: (pendulum.PendulumDynamics, _kernel(pendulum, _draw_gaussian)),
 }
