@@ -58,7 +58,8 @@ def table(results: Results) -> str:
         cells = [cell for cell in results["cells"] if cell["thing"] == thing]
         if cells:
             parts.append(f"{heading}\n\n{_aligned(_rows(cells))}")
-            parts += [f"* {line}" for line in _crossovers(cells)]
+            notes = [_limits(cells), *_crossovers(cells)]
+            parts.append("\n".join(f"* {line}" for line in notes if line))
     missing = [f"{device}: {why}" for device, why in results["devices"].items() if why]
     not_run = [
         f"{'FAILED' if one['failed'] else 'not run'}: {_where(one)}: {one['reason']}"
@@ -105,9 +106,23 @@ def _crossovers(cells: list[dict[str, Any]]) -> list[str]:
         if not _ratios(same):
             continue
         number = crossover(same)
-        where = "at no measured number" if number is None else f"from {number}"
-        lines.append(f"{vectorization or 'CUDA'}: CUDA is faster {where} of environments")
+        where = f"from {number} environments on"
+        where = "at no measured number of environments" if number is None else where
+        lines.append(f"{vectorization + ': ' if vectorization else ''}CUDA is faster {where}")
     return lines
+
+
+def _limits(cells: list[dict[str, Any]]) -> str:
+    """Which limit is whose."""
+    kinds: dict[str, dict[str | None, None]] = {}
+    for cell in cells:
+        kinds.setdefault(cell["limit_is"] or "", {})[cell["vectorization"]] = None
+    words = []
+    for limit, whose in kinds.items():
+        names = ", ".join(kind for kind in whose if kind)
+        if limit:
+            words.append(f"{limit} ({names})" if names else limit)
+    return f"limit: {'; '.join(words)}" if words else ""
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[list[str]]:
@@ -115,12 +130,12 @@ def _rows(cells: list[dict[str, Any]]) -> list[list[str]]:
     devices = [name for name in _NAMES if any(cell["device"] == name for cell in cells)]
     has_kinds = cells[0]["vectorization"] is not None
     has_counted = cells[0]["counted"] is not None
-    has_shares = any(cell["shares"] for cell in cells)
+    phases = list(cells[0]["shares"])
     heading = ["vectorization"] * has_kinds + ["num_envs", "num_steps"]
     heading += ["counted"] * has_counted
     for device in devices:
         heading += [f"{_NAMES[device]} (p5 to p95)", "of limit"]
-        heading += ["phases"] * has_shares
+        heading += [f"% {', '.join(phases)}"] * bool(phases)
     heading += ["CUDA / CPU"] * (len(devices) == 2)
     rows = [heading]
     order = list(_COLOURS)
@@ -133,11 +148,11 @@ def _rows(cells: list[dict[str, Any]]) -> list[list[str]]:
         }
         some = next(iter(same.values()))
         row = [str(some["vectorization"])] * has_kinds + [str(number), str(some["num_steps"])]
-        row += [f"{some['counted']:.0%}"] * has_counted if has_counted else []
+        row += [f"{some['counted']:.0%}"] if has_counted else []
         for device in devices:
             cell = same.get(device)
             row += [_figure(cell), _of_limit(cell)]
-            row += [_shares(cell)] * has_shares
+            row += [_shares(cell)] * bool(phases)
         if len(devices) == 2:
             ratio = _ratios(list(same.values())).get(number)
             row.append("" if ratio is None else f"{ratio:.2f}")
@@ -155,12 +170,13 @@ def _figure(cell: dict[str, Any] | None) -> str:
 def _of_limit(cell: dict[str, Any] | None) -> str:
     if cell is None or cell["limit"] is None:
         return ""
-    return f"{cell['of_limit']:.2g} of {_short(cell['limit'])}, {cell['limit_is']}"
+    share = cell["of_limit"]
+    return f"{share:.{0 if share >= 0.1 else 1}%} of {_short(cell['limit'])}"
 
 
 def _shares(cell: dict[str, Any] | None) -> str:
     shares = {} if cell is None else cell["shares"]
-    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return ", ".join(f"{100 * share:.0f}" for share in shares.values())
 
 
 def _short(number: float) -> str:
@@ -323,7 +339,9 @@ def record(results: Results, root: Path) -> list[Path]:
     path = own / f"{results_file.file_name(results)}.json"
     results_file.write(path, results_file.small(results))
     newest = results_file.newest_of_each_machine(folder)
-    save_picture(results, own / "benchmark.png")
+    for latest in newest:
+        if results_file.folder_name(latest["machine"]) == own.name:
+            save_picture(latest, own / "benchmark.png")
     readme, speeds = root / "benchmarks" / "README.md", root / "vecpg" / "speeds.json"
     readme.write_text(with_figures(readme.read_text(encoding="utf-8"), newest), encoding="utf-8")
     speeds.write_text(speeds_of(newest), encoding="utf-8")
