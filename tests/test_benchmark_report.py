@@ -157,7 +157,7 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_what_is_recorded_is_small_and_makes_the_tables(repository):
+def test_what_is_recorded_is_small_and_makes_the_tables(repository, monkeypatch):
     found = make_results()
     written = report.record(found, repository)
     assert [str(path.relative_to(repository)) for path in written] == [
@@ -180,6 +180,8 @@ def test_what_is_recorded_is_small_and_makes_the_tables(repository):
     assert faster_device(rows, "NVIDIA T", "tensor", 64)[0] == "cuda"
     assert faster_device(rows, "NVIDIA T", "tensor", 63)[0] == "cpu"
 
+    assert (repository / "benchmarks/results/AMD-X-5-4-cores-NVIDIA-T/benchmark.png").stat().st_size
+    monkeypatch.setattr(report, "save_picture", lambda *_: None)  # it takes a second
     # The newer one is shown, and a machine without a GPU says nothing about one.
     report.record(make_results(time="2026-01-02T03:04:06+00:00", commit="0000000"), repository)
     other = make_results(machine=found["machine"] | {"gpu": None, "cores": 2})

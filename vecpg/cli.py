@@ -200,6 +200,8 @@ def benchmark_main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse(BenchmarkConfig, sys.argv[1:] if args is None else list(args))
         prepare_process()
+        # Which way was taken is in the table; the progress line has this place.
+        logging.getLogger("vecpg").setLevel(logging.WARNING)
         _check_writable(config.out_dir)
         try:
             failed = _comparison(config) if config.compare is not None else _benchmark(config)

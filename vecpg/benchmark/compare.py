@@ -103,7 +103,8 @@ def compare(
     with _tree_of(commit) as there, _worker(checkout()) as ours, _worker(there) as theirs:
         for number, case in enumerate(cases, start=1):
             thing, device, kind, num_envs = case
-            name = {"thing": thing, "device": device, "vectorization": kind, "num_envs": num_envs}
+            name: dict[str, Any] = {"thing": thing, "device": device}
+            name |= {"vectorization": kind, "num_envs": num_envs}
             if progress is not None:
                 progress(number, len(cases), f"{thing}, {kind or 'any'} x {num_envs}, {device}")
             problem = ours.opened(case) or theirs.opened(case)
@@ -224,9 +225,10 @@ class _Worker:
 def _worker(root: Path) -> Iterator[_Worker]:
     # -P: this folder's own files are no modules of the commit.
     command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
         command,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -82,8 +82,9 @@ def write(path: Path, results: Results) -> None:
 
 
 def file_name(results: Results) -> str:
-    """`<date>-<commit>`, without an ending."""
-    return f"{results['date']}-{results['commit'] or 'no-commit'}"
+    """`<date>-<commit>`, and what keeps it from being recorded; without an ending."""
+    name = f"{results['date']}-{results['commit'] or 'no-commit'}"
+    return f"{name}{'-changed' if results['dirty'] else ''}{'-quick' if results['quick'] else ''}"
 
 
 def folder_name(machine: dict[str, Any]) -> str:
