@@ -253,7 +253,7 @@ def test_the_command_leaves_a_table_a_file_and_a_picture(tmp_path, capsys):
         (["--devices", "tpu"], "invalid choice 'tpu' for argument '--devices'"),
         (["--devices"], "--devices: expected at least one, got none"),
         (["--num-envs", 8, 0], "--num-envs: expected at least 1, got 0"),
-        (["--num-envs", "x"], "--num-envs: Could not find valid parse for arguments: ['x']"),
+        (["--num-envs", "x"], "--num-envs: "),
         (["--vectorizations", "fast"], "invalid choice 'fast' for argument '--vectorizations'"),
         (["--out-dir", "file/x"], "--out-dir file/x cannot be written"),
         (["--compare", "HEAD", "--record"], "--compare: expected it without --record"),
@@ -282,10 +282,11 @@ def test_rounds_end_by_number_or_by_time():
     ]
 
 
-def test_quick_leaves_out_the_largest():
-    taken, left_out = measure.measurable(("cpu",), ("tensor",), (4096, 4097), quick=True)
-    assert {case.num_envs for case in taken} == {4096}
-    assert {one["reason"] for one in left_out} == {"--quick ends at 4096 environments"}
+def test_quick_takes_fewer_numbers_unless_they_are_given():
+    everything = cli.BenchmarkConfig().numbers
+    assert everything == (1, 8, 64, 512, 4096, 32768)
+    assert set(cli.BenchmarkConfig(quick=True).numbers) < set(everything)
+    assert cli.BenchmarkConfig(quick=True, num_envs=(512,)).numbers == (512,)
 
 
 def test_statistics_are_of_speeds():

@@ -29,8 +29,6 @@ from vecpg.run_directory import system
 ROUND_SECONDS = 0.002
 # Threads of a matrix product spin for a while when it is over, and would be in the next one's way.
 _QUIET_SECONDS = 0.005
-# Copies beyond this take too long for a quick look.
-_MOST_QUICKLY = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +67,13 @@ def measure(
         devices: "cpu" and "cuda".
         vectorizations: as `make_envs` takes them.
         num_envs: N of the cells, any order.
-        quick: stop each cell earlier, and leave out the largest.
+        quick: stop each cell earlier.
         progress: called before each cell, with its number, how many there are, and its name.
 
     Returns:
         the content of a results file. "failed" are cells whose check found something wrong.
     """
-    wanted, left_out = measurable(devices, vectorizations, num_envs, quick=quick)
+    wanted, left_out = measurable(devices, vectorizations, num_envs)
     cells = []
     for number, case in enumerate(wanted, start=1):
         if progress is not None:
@@ -103,8 +101,6 @@ def measurable(
     devices: tuple[str, ...],
     vectorizations: tuple[str, ...],
     num_envs: tuple[int, ...],
-    *,
-    quick: bool = False,
 ) -> tuple[list[Case], list[dict[str, Any]]]:
     """The cells that can be measured here, and those that are left out, with the reason.
 
@@ -114,8 +110,6 @@ def measurable(
     taken, left_out = [], []
     for case in cases(here, vectorizations, tuple(sorted(set(num_envs)))):
         reason = why_not_run(case, threads.cores(), memory(case.device))
-        if quick and case.num_envs > _MOST_QUICKLY:
-            reason = f"--quick ends at {_MOST_QUICKLY} environments"
         if reason is None:
             taken.append(case)
         else:
