@@ -253,7 +253,7 @@ def test_the_command_leaves_a_table_a_file_and_a_picture(tmp_path, capsys):
         (["--devices", "tpu"], "invalid choice 'tpu' for argument '--devices'"),
         (["--devices"], "--devices: expected at least one, got none"),
         (["--num-envs", 8, 0], "--num-envs: expected at least 1, got 0"),
-        (["--num-envs", "x"], "--num-envs: "),
+        (["--num-envs", "x"], "--num-envs: Could not find valid parse for arguments: ['x']"),
         (["--vectorizations", "fast"], "invalid choice 'fast' for argument '--vectorizations'"),
         (["--out-dir", "file/x"], "--out-dir file/x cannot be written"),
         (["--compare", "HEAD", "--record"], "--compare: expected it without --record"),

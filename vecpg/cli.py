@@ -162,9 +162,9 @@ class BenchmarkConfig:
 
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     """Where the policy is. One that is not there is left out, and a line says so."""
-    num_envs: tuple[int, ...] | None = None
-    """Numbers of environments, at least 1 each. none: 1 8 64 512 4096 32768, and with --quick
-    1 8 64 4096."""
+    num_envs: tuple[int, ...] = ()
+    """Numbers of environments, at least 1 each. If none is given: 1 8 64 512 4096 32768, and with
+    --quick 1 8 64 4096."""
     vectorizations: tuple[Literal["sync", "async", "vector_entry_point", "tensor"], ...] = (
         "sync",
         "async",
@@ -186,8 +186,8 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("devices", "num_envs", "vectorizations"):
-            if getattr(self, name) == ():
+        for name in ("devices", "vectorizations"):
+            if not getattr(self, name):
                 raise ConfigError(f"{flag(name)}: expected at least one, got none")
         if min(self.numbers) < 1:
             raise ConfigError(f"--num-envs: expected at least 1, got {min(self.numbers)}")
@@ -199,7 +199,7 @@ class BenchmarkConfig:
     def numbers(self) -> tuple[int, ...]:
         """Of environments, as given or by default."""
         default = (1, 8, 64, 4096) if self.quick else (1, 8, 64, 512, 4096, 32768)
-        return default if self.num_envs is None else self.num_envs
+        return self.num_envs or default
 
 
 def benchmark_main(args: Sequence[str] | None = None) -> None:

@@ -52,7 +52,10 @@ def table(results: Results) -> str:
         f"vecpg {machine['vecpg']} at {results['commit'] or 'no commit'}"
         f"{' with changes' if results['dirty'] else ''}, {results['date']}: {machine['cpu']},"
         f" {machine['kernel_threads']} cores, {machine['gpu'] or 'no GPU'}, torch"
-        f" {machine['torch']}, CartPole-v1, policy 4-64-64-2 with tanh"
+        f" {machine['torch']}, CartPole-v1, policy 4-64-64-2 with tanh",
+        "A speed is the median of the rounds (5th to 95th percentile), beside the limit that was"
+        " measured in turn with it; noisy: the quartiles are more than"
+        f" {results_file.NOISY:.0%} apart",
     ]
     for thing, heading in _HEADINGS.items():
         cells = [cell for cell in results["cells"] if cell["thing"] == thing]
