@@ -47,6 +47,18 @@ ALLOWED = {
     "vecpg.video": {"vecpg.envs", "vecpg.noise"},
     "vecpg.device": set(),
     "vecpg.interrupts": set(),
+    "vecpg.benchmark": {
+        "vecpg.benchmark",
+        "vecpg.config",
+        "vecpg.envs",
+        "vecpg.loss",
+        "vecpg.metrics",
+        "vecpg.policy",
+        "vecpg.returns",
+        "vecpg.rollout",
+        "vecpg.run_directory",
+        "vecpg.update",
+    },
 }
 
 

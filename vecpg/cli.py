@@ -152,6 +152,129 @@ def plot_main(args: Sequence[str] | None = None) -> None:
         print(json.dumps(drawn), flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Measure this machine: stepping, collecting, returns, update and training of CartPole-v1.
+
+    Every figure is checked first, and stands beside the limit that was measured with it. A table
+    goes to stdout; progress goes to stderr; a JSON file and a picture go to the directory.
+    """
+
+    devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
+    """Where the policy is. One that is not there is left out, and a line says so."""
+    num_envs: tuple[int, ...] = ()
+    """Numbers of environments, at least 1 each. If none is given: 1 8 64 512 4096 32768, and with
+    --quick 1 8 64 4096."""
+    vectorizations: tuple[Literal["sync", "async", "vector_entry_point", "tensor"], ...] = (
+        "sync",
+        "async",
+        "vector_entry_point",
+        "tensor",
+    )
+    """How the environments are stepped."""
+    quick: bool = False
+    """Under two minutes on two cores: fewer rounds, and fewer numbers of environments."""
+    out_dir: str = "benchmark-results"
+    """Where the JSON file and the picture go."""
+    compare: str | None = None
+    """Instead: a commit to run beside this working tree, round for round in turn. Exit status 1
+    when something is slower here by more than 25 % with confidence."""
+    results: str | None = None
+    """Instead: show this results file again."""
+    record: bool = False
+    """Also keep the figures in benchmarks/results, and make the tables of this repository anew."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("devices", "vectorizations"):
+            if not getattr(self, name):
+                raise ConfigError(f"{flag(name)}: expected at least one, got none")
+        if min(self.numbers) < 1:
+            raise ConfigError(f"--num-envs: expected at least 1, got {min(self.numbers)}")
+        if self.compare is not None and (self.results is not None or self.record):
+            other = "--record" if self.results is None else "--results"
+            raise ConfigError(f"--compare: expected it without {other}; run them one by one")
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of environments, as given or by default."""
+        default = (1, 8, 64, 4096) if self.quick else (1, 8, 64, 512, 4096, 32768)
+        return self.num_envs or default
+
+
+def benchmark_main(args: Sequence[str] | None = None) -> None:
+    """`scripts/benchmark.py`."""
+    with exit_codes():
+        config = parse(BenchmarkConfig, sys.argv[1:] if args is None else list(args))
+        prepare_process()
+        # Which way was taken is in the table; the progress line has this place.
+        logging.getLogger("vecpg").setLevel(logging.WARNING)
+        _check_writable(config.out_dir)
+        try:
+            failed = _comparison(config) if config.compare is not None else _benchmark(config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if failed:
+            raise SystemExit(EXIT_FAILED)
+
+
+def _benchmark(config: BenchmarkConfig) -> bool:
+    """Measure, or read; show; keep. Returns whether a check found something wrong."""
+    from vecpg.benchmark import report, results
+
+    root = results.checkout() if config.record else None
+    if config.results is not None:
+        found = results.read(Path(config.results))
+    else:
+        from vecpg.benchmark.measure import measure, progress_line
+
+        with _stdout_kept_clean():
+            found = measure(
+                config.devices,
+                config.vectorizations,
+                config.numbers,
+                quick=config.quick,
+                progress=progress_line(),
+            )
+    print(report.table(found), flush=True)
+    path = Path(config.out_dir) / results.file_name(found)
+    written = [path.with_suffix(".png")]
+    report.save_picture(found, written[0])
+    if config.results is None:
+        written.append(path.with_suffix(".json"))
+        results.write(written[-1], found)
+    if root is not None:
+        written += report.record(found, root)
+    print("written: " + ", ".join(map(str, written)), file=sys.stderr)
+    return any(one["failed"] for one in found["not_run"])
+
+
+def _comparison(config: BenchmarkConfig) -> bool:
+    """Run this tree and a commit in turn. Returns whether something is slower here."""
+    from vecpg.benchmark import compare, results
+
+    assert config.compare is not None
+    commit = compare.resolve(config.compare)
+    from vecpg.benchmark import measure
+
+    cases, _ = measure.measurable(config.devices, config.vectorizations, config.numbers)
+    pace = measure.QUICK if config.quick else measure.FULL
+    found = compare.compare(
+        commit,
+        [(case.thing, case.device, case.vectorization, case.num_envs) for case in cases],
+        pace.enough,
+        measure.ROUND_SECONDS,
+        measure.progress_line(),
+    )
+    print(compare.table(found), flush=True)
+    here = {**results.now(), **results.commit(), "compared_with": commit[:7]}
+    path = Path(config.out_dir) / f"{here['date']}-compared-with-{commit[:7]}.json"
+    content = {"schema": results.SCHEMA, **here, "machine": measure.machine(), "not_run": []}
+    results.write(path, content | {"cells": found})
+    print(f"written: {path}", file=sys.stderr)
+    return any(one.get("verdict") == "slower" for one in found)
+
+
 def parse_config(args: Sequence[str]) -> Config:
     """The settings that the flags of `scripts/train.py` give, `--recipe` read first."""
     name = _recipe_name(args)
@@ -279,7 +402,11 @@ def _check_cheaply(config: Config) -> None:
         check_time_limit(spec, config.max_episode_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    out_dir = Path(config.out_dir)
+    _check_writable(config.out_dir)
+
+
+def _check_writable(name: str) -> None:
+    out_dir = Path(name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         probe = out_dir / f".{os.getpid()}.probe"

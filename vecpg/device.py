@@ -1,19 +1,38 @@
 """Which device a run uses, and why."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
+# `scripts/benchmark.py --record` writes it from benchmarks/results: speeds of training.
+_SPEEDS = Path(__file__).with_name("speeds.json")
 
-def resolve_device(device: str) -> tuple[torch.device, str]:
+
+def resolve_device(
+    device: str, vectorization: str = "sync", num_envs: int = 1
+) -> tuple[torch.device, str]:
     """The device that `--device` names, and the reason in words.
 
-    "auto" is the CPU: no committed measurement shows CUDA faster for stepping Gymnasium
-    environments, whose observations come from the CPU anyway.
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        vectorization: how the environments are stepped; only "auto" looks at it.
+        num_envs: N; only "auto" looks at it.
 
     Raises:
         ValueError: a device that is unknown or not there.
     """
     if device == "auto":
-        return torch.device("cpu"), "no committed measurement shows CUDA faster here"
+        if not torch.cuda.is_available():
+            return torch.device("cpu"), f"torch {torch.__version__} finds no CUDA device here"
+        try:
+            rows = json.loads(_SPEEDS.read_text(encoding="utf-8"))["rows"]
+        except (OSError, ValueError, KeyError) as error:
+            return torch.device("cpu"), f"the measurements cannot be read: {error}"
+        name, reason = faster_device(rows, torch.cuda.get_device_name(), vectorization, num_envs)
+        return torch.device(name), reason
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -31,3 +50,42 @@ def resolve_device(device: str) -> tuple[torch.device, str]:
                 f"--device {device}: expected an index below {torch.cuda.device_count()}"
             )
     return resolved, "as asked"
+
+
+def faster_device(
+    rows: Sequence[dict[str, Any]], gpu: str, vectorization: str, num_envs: int
+) -> tuple[str, str]:
+    """The device on which training was measured to be faster, and the reason in words.
+
+    It is CUDA only if a GPU of this name was measured with this vectorization, and was faster
+    beyond doubt (its 5th percentile above the CPU's 95th) at the next measured numbers of
+    environments on both sides of `num_envs`, or on the one side where there are any. All figures
+    are of CartPole-v1 and a small policy, on the CPU of the machine that the GPU is in.
+
+    Args:
+        rows: "gpu", "vectorization", "num_envs", "device", "p5" and "p95" of each measurement.
+        gpu: the name of the one that is here.
+        vectorization: how the environments are stepped.
+        num_envs: N.
+
+    Example:
+        >>> rows = [dict(gpu="X", vectorization="tensor", num_envs=64, device=d, p5=s, p95=s)
+        ...         for d, s in (("cpu", 1.0), ("cuda", 2.0))]
+        >>> faster_device(rows, "X", "tensor", 100)[0], faster_device(rows, "Y", "tensor", 100)[0]
+        ('cuda', 'cpu')
+    """
+    speeds = {
+        (row["device"], row["num_envs"]): row
+        for row in rows
+        if row["gpu"] == gpu and row["vectorization"] == vectorization
+    }
+    sizes = [n for device, n in speeds if device == "cpu" and ("cuda", n) in speeds]
+    if not sizes:
+        return "cpu", f"there is no committed measurement of {gpu} with {vectorization}"
+    below = max((n for n in sizes if n <= num_envs), default=None)
+    above = min((n for n in sizes if n >= num_envs), default=None)
+    for n in (below, above):
+        if n is not None and speeds["cuda", n]["p5"] <= speeds["cpu", n]["p95"]:
+            return "cpu", f"on {gpu}, {vectorization} x {n} was not measured to be faster"
+    near = " and ".join(str(n) for n in dict.fromkeys((below, above)) if n is not None)
+    return "cuda", f"on {gpu}, {vectorization} x {near} was measured to be faster"

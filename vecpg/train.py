@@ -120,7 +120,7 @@ def train(config: Config) -> TrainResult:
     with _before_the_first_step():
         spec = find_spec(config.env_id)
         vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
-        device, reason = resolve_device(config.device)
+        device, reason = resolve_device(config.device, vectorization, config.num_envs)
         envs = make_envs(
             config.env_id,
             config.num_envs,

@@ -1,0 +1,191 @@
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from vecpg import cli
+from vecpg.benchmark import compare, results
+from vecpg.benchmark.compare import TooOld, ratio_of_medians, resolve
+from vecpg.benchmark.measure import Pace
+
+RETURNS = ("returns", "cpu", None, 1)
+COLLECT = ("collect", "cpu", "sync", 1)
+
+
+def test_the_interval_holds_the_ratio_and_narrows_with_rounds():
+    rng = np.random.default_rng(1)
+    widths = []
+    for count in (10, 1000):
+        here, there = 1.5 * rng.gamma(25, size=count), rng.gamma(25, size=count)
+        ratio = ratio_of_medians(here, there)
+        assert ratio.low < 1.5 < ratio.high
+        assert ratio == ratio_of_medians(here, there), "drawn from a seed"
+        widths.append(ratio.high - ratio.low)
+    assert widths[1] < widths[0] / 5
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(60):
+        ratio = ratio_of_medians(rng.normal(10, 1, 20), rng.normal(10, 1, 20))
+        held += ratio.low <= 1 <= ratio.high
+    assert held >= 53
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.26, 1.4, "slower"),
+        (1.24, 9.0, "no difference"),
+        (0.5, 0.79, "faster"),
+        (0.5, 0.81, "no difference"),
+    ],
+)
+def test_only_confidence_is_a_verdict(low, high, verdict):
+    assert compare.Ratio(1.3, low, high).verdict == verdict
+
+
+class Fake:
+    """A worker whose rounds take given seconds; a list of them for each opening."""
+
+    def __init__(self, log, name, seconds, problem=None):
+        self.log, self.name, self.seconds, self.problem = log, name, iter(seconds), problem
+
+    def opened(self, case):
+        self.now = next(self.seconds, None)
+        return self.problem
+
+    def ask(self, question):
+        if "calibrate" in question:
+            return {"calls": 3}
+        assert question == {"round": 3}
+        self.log.append(self.name)
+        return {"seconds": self.now}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Compare two workers that measure nothing."""
+
+    def run(here, there, cases=(RETURNS,), problem=None):
+        log = []
+        workers = iter([Fake(log, "here", here), Fake(log, "there", there, problem)])
+
+        @contextmanager
+        def given(_):
+            yield next(workers)
+
+        @contextmanager
+        def tree(_):
+            yield tmp_path
+
+        monkeypatch.setattr(compare, "_worker", given)
+        monkeypatch.setattr(compare, "_tree_of", tree)
+        monkeypatch.setattr(compare, "checkout", lambda: ROOT)
+        return compare.compare("0" * 40, cases, Pace(rounds=4).enough, 0.002), log
+
+    return run
+
+
+def test_rounds_are_in_turn_and_the_first_changes(fake):
+    (found,), log = fake([1.0], [1.0])
+    assert log == ["there", "here", "here", "there", "there", "here", "here", "there"]
+    assert found["verdict"] == "no difference"
+    assert len(found["seconds_here"]) == len(found["seconds_there"]) == 4
+
+
+def test_what_is_slower_twice_is_slower(fake):
+    (found,), log = fake([1.5, 1.5], [1.0, 1.0])
+    assert (found["verdict"], found["ratio"], len(log)) == ("slower", 1.5, 16)
+
+
+def test_what_is_slower_only_once_was_bad_luck(fake):
+    (found,), _ = fake([1.5, 1.0], [1.0, 1.0])
+    assert (found["verdict"], found["ratio"]) == ("no difference", 1.0)
+
+
+def test_what_one_commit_cannot_run_is_left_out_and_nothing_at_all_is_an_error(fake):
+    with pytest.raises(TooOld, match="0000000 can run none of these: no such thing"):
+        fake([1.0], [1.0], problem="no such thing")
+
+
+def test_the_table_says_how_many_are_slower(fake):
+    found, _ = fake([1.5, 1.5, 1.0], [1.0, 1.0, 1.0], cases=(RETURNS, COLLECT))
+    text = compare.table([*found, {**found[0], "problem": "too old"}])
+    assert "| returns, any x 1, cpu | 1.50 (1.50 to 1.50) | slower |" in text
+    assert "| collect, sync x 1, cpu | 1.00 (1.00 to 1.00) | no difference |" in text
+    assert "not compared: too old" in text
+    assert text.endswith(
+        "2 compared: 1 slower by more than 25%, 0 faster by as much, 1 without such a difference."
+    )
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with this package, of one commit."""
+    root = tmp_path / "repository"
+    shutil.copytree(ROOT / "vecpg", root / "vecpg", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / ".gitignore").write_text("__pycache__/\n")
+    settings = ["-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*settings, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    monkeypatch.setattr(compare, "checkout", lambda: root)
+    return root
+
+
+def test_a_commit_is_found_or_refused(repository):
+    assert resolve("HEAD") == results.git(repository, "rev-parse", "HEAD")
+    for ref in ("nothing", "--all", "HEAD:vecpg", ""):
+        with pytest.raises(ValueError, match="expected a commit of this repository, got"):
+            resolve(ref)
+
+
+def test_an_unknown_commit_is_one_line_and_status_2(repository, capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        cli.benchmark_main(["--compare", "nothing", "--out-dir", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    assert captured.err == ("error: --compare: expected a commit of this repository, got nothing\n")
+
+
+@pytest.mark.slow
+def test_a_sleep_in_the_collector_is_found(repository, capsys, tmp_path):
+    args = f"--compare HEAD --quick --num-envs 1 --vectorizations sync --out-dir {tmp_path / 'out'}"
+    stepping = repository / "vecpg" / "rollout" / "stepping.py"
+    text = stepping.read_text()
+    loop = "    while playing:\n"
+    assert text.count(loop) == 1
+    stepping.write_text(text.replace(loop, f"    import time\n{loop}        time.sleep(0.002)\n"))
+    with pytest.raises(SystemExit) as caught:
+        cli.benchmark_main([*args.split(), "--devices", "cpu"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 1, captured.err
+    verdicts = {
+        line.split("|")[1].split(",")[0].strip(): line.split("|")[3].strip()
+        for line in captured.out.splitlines()
+        if "cpu |" in line
+    }
+    assert set(verdicts) == {"stepping", "collect", "train", "returns", "update"}
+    # Ten times as long. That nothing else differs is up to the machine, and not asserted.
+    assert verdicts["collect"] == verdicts["train"] == "slower"
+
+
+@pytest.mark.slow
+def test_a_commit_without_what_is_needed_is_one_line_and_status_2(repository, capsys, tmp_path):
+    (repository / "vecpg" / "loss.py").unlink()
+    subprocess.run(
+        ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "commit", "-qam", "x"],
+        cwd=repository,
+        check=True,
+    )
+    shutil.copy(ROOT / "vecpg" / "loss.py", repository / "vecpg")
+    with pytest.raises(SystemExit) as caught:
+        cli.benchmark_main(["--compare", "HEAD", "--out-dir", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    assert "No module named 'vecpg.loss'" in captured.err
+    assert captured.err.count("\n") == 1
