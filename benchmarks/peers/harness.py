@@ -29,9 +29,9 @@ LENGTH = 512  # rows of an iteration, or the start window
 class Entrant:
     """One line of one table.
 
-    variants: makes by name; each gives a function that does some work and returns how many steps
-        (or elements) that was, or that and the seconds that count. All are tried, and the fastest
-        one is compared.
+    variants: makes by name. Each checks, compiles and warms up, and gives a function that does some
+        work and returns how many steps (or elements) that was, or that and the seconds that count.
+        All are tried, and the fastest one is compared.
     unequal: in which way its work is not that of vecpg.
     """
 

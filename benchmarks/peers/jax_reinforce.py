@@ -148,6 +148,7 @@ def make_stepping(num_envs):
         jax.block_until_ready(rows)
         return LENGTH * num_envs
 
+    work()
     return work
 
 
@@ -252,4 +253,5 @@ def make_training(num_envs, unroll=1, ahead=True, part=8192, numbers="unsafe_rbg
         assert 15 < iterations * size / int(ends.sum()) < 35
         return iterations * size
 
+    work()
     return work

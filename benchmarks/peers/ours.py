@@ -69,6 +69,7 @@ def make_training(num_envs, vectorization):
         rollout.obs[1:][inside].numpy(),
         rollout.dones[:-1][inside].numpy(),
     )
+    iterate()
     return iterate
 
 

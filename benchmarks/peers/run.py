@@ -32,13 +32,13 @@ HARNESSES = (
     "envpool_stepping",
     "torchrl_returns",
 )
-# One call, such as trying a setting for the first time, may compile.
+# One request, such as making something that has to be compiled.
 MOST_SECONDS = 240.0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of every comparison of speed")
+    parser.add_argument("--rounds", type=int, default=7, help="at most, of every comparison")
     parser.add_argument("--seeds", type=int, default=5, help="solved with seeds 1 to this many")
     parser.add_argument("--only", default="", help="only tables whose name has this in it")
     parser.add_argument("--out", type=Path, help="instead of the machine's results folder")
@@ -96,13 +96,16 @@ SOLVERS = {"ours": "vecpg", "stable_baselines3_training": "Stable-Baselines3, PP
 
 
 def compare(entries, rounds, not_run):
-    """Speeds of those that run, in turn; the order moves on by one from round to round."""
-    rows = []
+    """Speeds of those that run, in turn; the order moves on by one from round to round.
+
+    There are three rounds at least, and more while they take less than a minute.
+    """
+    rows, round_seconds = [], 0.0
     for worker, index, _, name, variants, unequal in entries:
-        tried = {}
+        tried, took = {}, {}
         for variant in variants:
             try:
-                tried[variant] = worker.ask("make", index, variant)
+                tried[variant], took[variant] = worker.ask("make", index, variant)
                 say(f"  {name} {variant}: {tried[variant]:,.0f}")
             except Failure as failure:
                 say(f"  {name} {variant}: {failure}")
@@ -111,9 +114,10 @@ def compare(entries, rounds, not_run):
         if tried:
             best = max(tried, key=tried.get)
             worker.ask("keep", index, best)
+            round_seconds += took[best]
             row = {"name": name, "variant": best, "unequal": unequal, "tried": tried, "rounds": []}
             rows.append((worker, index, row))
-    for turn in range(rounds):
+    for turn in range(max(3, min(rounds, int(60 / round_seconds)))):
         first = turn % len(rows)
         for worker, index, row in rows[first:] + rows[:first]:
             row["rounds"].append(worker.ask("speed", index))
@@ -195,10 +199,9 @@ def serve(name, connection):
                 answer = rows, versions(module)
             elif verb == "make":
                 index, variant = rest
-                work = entrants[index].variants[variant]()
-                work()
-                made[index, variant] = work
-                answer = speed(work)
+                made[index, variant] = entrants[index].variants[variant]()
+                started = time.perf_counter()
+                answer = speed(made[index, variant]), time.perf_counter() - started
             elif verb == "keep":
                 index, variant = rest
                 made = {
@@ -248,7 +251,7 @@ def table(result):
         lines += ["| seed | " + " | ".join(row["name"] for row in rows) + " |"]
         lines += ["|-" * (len(rows) + 1) + "|"]
         for place, run in enumerate(rows[0]["runs"]):
-            cells = [took(row["runs"][place]) for row in rows]
+            cells = [solved_in(row["runs"][place]) for row in rows]
             lines.append(f"| {run['seed']} | " + " | ".join(cells) + " |")
         for name, pick in (("median", statistics.median), ("worst", max)):
             cells = []
@@ -270,7 +273,7 @@ def short(number):
     return f"{number:.3g}"
 
 
-def took(run):
+def solved_in(run):
     if run["seconds"] is None:
         return "not solved"
     return f"{run['seconds']:.2f} ({run['env_steps']:,})"
