@@ -39,6 +39,7 @@ MOST_SECONDS = 240.0
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="at most, of every comparison")
+    parser.add_argument("--settings", type=int, default=9, help="at most, that each one tries")
     parser.add_argument("--seeds", type=int, default=5, help="solved with seeds 1 to this many")
     parser.add_argument("--only", default="", help="only tables whose name has this in it")
     parser.add_argument("--out", type=Path, help="instead of the machine's results folder")
@@ -64,7 +65,9 @@ def main():
             not_run.append({"harness": worker.name, "reason": f"does not work here: {failure}"})
             continue
         packages |= found
-        listed += [(worker, index, *entrant) for index, entrant in enumerate(entrants)]
+        for index, (group, entrant, variants, unequal) in enumerate(entrants):
+            variants = variants[: args.settings]
+            listed.append((worker, index, group, entrant, variants, unequal))
     groups = []
     for group in dict.fromkeys(entry[2] for entry in listed):
         chosen = [entry for entry in listed if entry[2] == group]

@@ -84,10 +84,12 @@ def solve(seed):
     judges = gymnasium.make_vec("CartPole-v1", 100, vectorization_mode="vector_entry_point")
 
     def mean_return(model, draw):
-        """Of 100 greedy episodes, one for each copy."""
+        """Of 100 greedy episodes, one for each copy; less, once 475 is out of reach."""
         obs, _ = judges.reset(seed=10_000 * (seed + 1) + draw)
         lengths, alive = np.zeros(100), np.ones(100, bool)
-        while alive.any():
+        for left in range(500, 0, -1):
+            if not alive.any() or (lengths + alive * left).mean() < 475:
+                break
             actions, _ = model.predict(obs, deterministic=True)
             obs, _, terminations, truncations, _ = judges.step(actions)
             lengths += alive
