@@ -5,8 +5,9 @@ tanh units, the same number of copies and rows, float32. VPG takes one gradient 
 HybridPPO, whose rollouts are Rust from end to end, is given one pass in one batch, which is as near
 to REINFORCE as its settings come.
 Not equal: both also have a critic of the same size, trained with the policy. Both take windows of
-rows, not whole episodes: 512 with 64 copies, and 64 with 4096, since 512 take too long here. The clock runs from the end of the first iteration to the end of the
-last, because the first one's rows are collected while it is being made.
+rows, not whole episodes: 512 with 64 copies, and 64 with 4096, since 512 take too long here. The
+clock runs from the end of the first iteration to the end of the last, because the first one's rows
+are collected while it is being made.
 """
 
 import functools
