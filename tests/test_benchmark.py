@@ -77,10 +77,10 @@ def test_what_is_too_much_is_not_run(case, reason):
 @pytest.mark.parametrize(
     ("thing", "kind"),
     [
-        ("stepping", "sync"),
-        ("stepping", "tensor"),
+        pytest.param("stepping", "sync", marks=pytest.mark.slow),
+        pytest.param("stepping", "tensor", marks=pytest.mark.slow),
         ("collect", "vector_entry_point"),
-        ("train", "tensor"),
+        pytest.param("train", "tensor", marks=pytest.mark.slow),
         ("returns", None),
         ("update", None),
     ],

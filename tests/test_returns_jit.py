@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from numba.core.caching import NullCache
 
 from vecpg.returns import jit as module
@@ -67,6 +68,7 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
     assert result.stderr.count("no directory for compiled code can be written to") == 1
 
 
+@pytest.mark.slow
 def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path):
     """Numba's own cache would go on with the old one."""
     outer = (
@@ -94,6 +96,7 @@ def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path
     assert run(5) == ["6", "True"]
 
 
+@pytest.mark.slow
 def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
     (tmp_path / "made.py").write_text(
         "import sys\n"

@@ -53,6 +53,13 @@ def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(returns), torch.from_numpy(lengths)
 
 
+def prepare_statistics() -> None:
+    """Compile, or load, what the statistics of a rollout on the CPU will need."""
+    number, flags = np.zeros(1), np.zeros((1, 1), np.bool_)
+    rewards, whole = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
+    _add_up(rewards, flags, flags, whole, number, whole)
+
+
 def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """The reference, on any device."""
     returns, lengths = [], []

@@ -18,14 +18,14 @@ from vecpg.device import resolve_device
 from vecpg.envs import EnvironmentFailure, find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import EvalResult, evaluate
 from vecpg.interrupts import Interrupted, Interrupts
-from vecpg.loss import advantages
-from vecpg.metrics import Metrics, episode_statistics
+from vecpg.loss import advantages, prepare_advantages
+from vecpg.metrics import Metrics, episode_statistics, prepare_statistics
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.progress import Progress
 from vecpg.returns import threads
 from vecpg.returns.jit import Compilation
-from vecpg.rollout import Rollout, collect, prepare
+from vecpg.rollout import collect, prepare
 from vecpg.run_directory import make_run_directory, write_json
 from vecpg.stopping import Stopping
 from vecpg.update import UpdateStats, update
@@ -180,7 +180,7 @@ def train(config: Config) -> TrainResult:
         metrics = Metrics(run_dir, to_dict(config))
         solved_seconds = None
         try:
-            _prepare_kernels(config, envs, policy)
+            _prepare_kernels(envs, policy)
             clock = Clock(device, compilation)
             saved = clock.started
             while not (stopping.solved or _limit_reached(config, counters)):
@@ -310,29 +310,13 @@ def _make_networks(
     return policy, critic
 
 
-def _prepare_kernels(
-    config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy
-) -> None:
+def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
     prepare(envs, policy)
     mlp.prepare(policy)
-    shape, device = (2, 2), policy.device
-    none, ones = (
-        torch.zeros(shape, dtype=torch.bool, device=device),
-        torch.ones(shape, device=device),
-    )
-    rollout = Rollout(
-        obs=ones,
-        actions=ones,
-        rewards=ones,
-        terminations=~none,
-        truncations=none,
-        mask=~none,
-        final_obs=ones[:0],
-        final_rows=torch.zeros(0, 2, dtype=torch.int64, device=device),
-    )
-    episode_statistics(rollout)
-    advantages(rollout, config, ones, ones[:0, 0])
+    if policy.device.type == "cpu":
+        prepare_advantages()
+        prepare_statistics()
 
 
 def _limit_reached(config: Config, counters: Counters) -> bool:
