@@ -30,7 +30,7 @@ def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
         assert outer(1.5) == 5.0
         assert compilation.seconds > first
     assert [record.message for record in caplog.records].count(
-        "compiling kernels, once; this takes about fifteen seconds"
+        "compiling kernels, once; this takes about twenty seconds"
     ) == 1
     seconds = compilation.seconds
     assert outer(1j) == 2 + 2j

@@ -119,7 +119,7 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                _log.info("compiling kernels, once; this takes about fifteen seconds")
+                _log.info("compiling kernels, once; this takes about twenty seconds")
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
