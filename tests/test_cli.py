@@ -266,6 +266,7 @@ def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     assert result["episodes"] == 7
 
 
+@pytest.mark.slow
 def test_evaluation_flags_are_used(tmp_path):
     """A policy that takes action 1 with probability 3/4, in an environment that pays 100 for it."""
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
@@ -290,6 +291,7 @@ def test_evaluation_flags_are_used(tmp_path):
     assert one != other
 
 
+@pytest.mark.slow
 def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     args = ["--env-id", "environments:Talkative-v0", "--num-envs", 2, "--total-iterations", 1]
@@ -300,6 +302,7 @@ def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
     assert "hello from C" in err
 
 
+@pytest.mark.slow
 def test_an_environment_that_leaves_python_is_status_1(tmp_path):
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     args = ["--env-id", "environments:Leaving-v0", "--num-envs", 4]
@@ -308,6 +311,7 @@ def test_an_environment_that_leaves_python_is_status_1(tmp_path):
     assert err.splitlines()[-1].startswith("error: environment ")
 
 
+@pytest.mark.slow
 def test_an_id_with_a_module_beside_the_user(tmp_path):
     (tmp_path / "mine.py").write_text((ROOT / "tests" / "environments.py").read_text())
     text = (tmp_path / "mine.py").read_text().replace("environments:", "mine:")
@@ -361,6 +365,7 @@ def test_evaluating_what_is_no_checkpoint_is_status_2(tmp_path, path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
     """SIGINT goes to the whole process group, as a terminal sends it."""
     args = ["--vectorization", "async", "--target-return", "none", "--total-timesteps", "1e9"]
@@ -389,6 +394,7 @@ def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.slow
 def test_a_killed_async_worker_is_status_1_without_a_traceback(tmp_path):
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     args = ["--env-id", "environments:Suicidal-v0", "--vectorization", "async", "--num-envs", 3]

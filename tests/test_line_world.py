@@ -79,6 +79,7 @@ def test_evaluation_of_a_policy_that_knows_the_way():
     assert (result.returns, result.lengths) == ((7.0,) * 3, (4,) * 3)
 
 
+@pytest.mark.slow
 def test_its_recipe_learns_to_go_right_everywhere(tmp_path):
     config = dataclasses.replace(
         RECIPES["line-world"][0], out_dir=str(tmp_path), progress=False, eval_episodes=10

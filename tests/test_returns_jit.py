@@ -37,6 +37,7 @@ def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
     assert compilation.seconds == seconds
 
 
+@pytest.mark.slow
 def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
     """No cache beside the source, none in the user's directory."""
     (tmp_path / "kernel.py").write_text(

@@ -121,6 +121,7 @@ def lengths_of(vectorization, policy, iterations):
     return torch.cat(found)
 
 
+@pytest.mark.slow
 def test_episodes_of_a_policy_are_as_long_as_in_gymnasiums_own():
     """The test of Kolmogorov and Smirnov, two samples, at one in a thousand."""
     envs = make_envs("CartPole-v1", 1)
