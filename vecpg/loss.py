@@ -113,10 +113,11 @@ def advantages(
     return weights
 
 
-def prepare_advantages() -> None:
-    """Compile, or load, what the advantages of a rollout on the CPU will need."""
-    ones, none = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)
-    _subtract_mean_by_age(reward_to_go(ones, ~none, 1.0, mask=~none), ~none, ~none, True)
+def prepare_advantages(device: torch.device) -> None:
+    """Compile, or load, what the advantages of a rollout on a device will need."""
+    ones = torch.ones(1, 2, device=device)
+    every = ones > 0
+    _subtract_mean_by_age(reward_to_go(ones, every, 1.0, mask=every), every, every, True)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

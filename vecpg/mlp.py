@@ -121,11 +121,6 @@ def network_of(policy: Policy) -> Network:
     return Network(every[0], every[1], np.array(widths, np.int64), policy.activation == "relu")
 
 
-def gradient_like(network: Network) -> NDArray[np.float64]:
-    """Zeros with room for a gradient, as `sum_gradient` adds to and `set_gradients` reads."""
-    return np.zeros(len(network.forwards))
-
-
 def prepare(policy: Policy) -> None:
     """Compile, or load, what the gradient of a policy will need."""
     if why_not(policy) is not None:
@@ -140,7 +135,7 @@ def prepare(policy: Policy) -> None:
         1.0,
         0.0,
         network,
-        gradient_like(network),
+        np.zeros(len(network.forwards)),
     )
 
 
@@ -202,7 +197,7 @@ def sum_gradient(
         scale: of every weight.
         ent_coef: how much entropy is worth.
         network: the policy's.
-        gradient: as `gradient_like` makes it.
+        gradient: float64, one number for each of `network.forwards`.
 
     Returns:
         the sum of -log pi(a|s) * weight * scale, that of the entropy in nats, and whether every

@@ -162,7 +162,8 @@ def train(config: Config) -> TrainResult:
     stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
     _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
     _log.info("run directory: %s", run_dir)
-    if (unserved := mlp.why_not(policy)) is not None:
+    unserved = mlp.why_not(policy)
+    if unserved is not None:
         _log.info("the gradient is torch's: %s", unserved)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
@@ -171,7 +172,7 @@ def train(config: Config) -> TrainResult:
     write_json(run_dir / "config.json", to_dict(config))
 
     with (
-        _torch_threads(1 if critic is None and not mlp.why_not(policy) else config.threads or 1),
+        _torch_threads(1 if critic is None and unserved is None else config.threads or 1),
         threads.using(config.threads or threads.cores()),
         Interrupts() as interrupts,
         Progress(config) as progress,
@@ -314,8 +315,8 @@ def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Po
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
     prepare(envs, policy)
     mlp.prepare(policy)
+    prepare_advantages(policy.device)
     if policy.device.type == "cpu":
-        prepare_advantages()
         prepare_statistics()
 
 

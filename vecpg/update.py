@@ -183,7 +183,7 @@ def by_machine_code(
     actions, mask = rollout.actions.reshape(rows).numpy(), rollout.mask.reshape(rows).numpy()
     weights = advantages.detach().reshape(rows).numpy()
     # As many slabs for any number of threads: their sums are added in their order.
-    numbers = len(mlp.gradient_like(network))
+    numbers = len(network.forwards)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
     size = max(_SLAB_ROWS, -(-rows // most_slabs))
     starts = range(0, rows, size)

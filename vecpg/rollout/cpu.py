@@ -17,12 +17,12 @@ from vecpg.distributions import Categorical, DiagonalGaussian
 from vecpg.envs import cartpole, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.mlp import BLOCK, activations, forward
-from vecpg.noise import WORD, Purpose, reset_seeds
+from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
 from vecpg.returns import threads
 from vecpg.returns.jit import jit
 from vecpg.rollout.data import Rollout
-from vecpg.rollout.sampling import as_uniform, choose, philox, uniform
+from vecpg.rollout.sampling import as_uniform, choose, philox, stream_key, uniform
 
 SERVED = (
     "vecpg/CartPole-v1 and vecpg/Pendulum-v1 in float32 on the CPU, and policies of linear layers"
@@ -94,18 +94,16 @@ def collect_in_blocks(
     """As `collect`, from environments and a policy that `why_not` finds nothing against.
 
     The same numbers as the reference draws: actions are equal wherever rounding does not decide.
-    Blocks are given to as many threads as `vecpg.threads.count()` says; no bit depends on it. The
-    environments themselves are left as they were.
+    Blocks are given to as many threads as `vecpg.returns.threads.count()` says; no bit depends on
+    it. The environments themselves are left as they were.
     """
-    num_envs, words = envs.num_envs, (seed & WORD, seed >> 32)
+    num_envs = envs.num_envs
     reset_seed = reset_seeds(seed, iteration, 1, Purpose.TRAINING_RESET)[0]
-    action_key = np.array([*words, iteration, Purpose.ACTION], np.uint64)
-    start_key = np.array([reset_seed & WORD, reset_seed >> 32, 0, Purpose.START], np.uint64)
     settings = (
         num_steps,
         envs.max_episode_steps,
-        action_key,
-        start_key,
+        stream_key(seed, iteration, Purpose.ACTION),
+        stream_key(reset_seed, 0, Purpose.START),
         _action_settings(policy),
         mlp.network_of(policy),
     )
@@ -179,10 +177,9 @@ def _rollout(rows: Rows, length: int, seed: int, iteration: int) -> Rollout:
 
 
 def prepare(envs: Any, policy: Policy) -> None:
-    """Compile, or load, the kernel that environments and a policy will need."""
-    if why_not(envs, policy) is None:
-        one = type(envs)(1, max_episode_steps=1)
-        collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
+    """Compile, or load, the kernel that serves environments and a policy."""
+    one = type(envs)(1, max_episode_steps=1)
+    collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
 
 
 @jit

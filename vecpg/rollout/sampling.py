@@ -31,7 +31,7 @@ def sampler(
         _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
     if reason is None:
         network, first_action = mlp.network_of(policy), mlp.first_action_of(policy)
-        key = np.array([seed & WORD, seed >> 32, iteration, Purpose.ACTION], np.uint64)
+        key = stream_key(seed, iteration, Purpose.ACTION)
 
         def draw_on_host(t: int, obs: Tensor, actions: Tensor) -> None:
             rows = obs.numpy().reshape(len(obs), -1)
@@ -64,6 +64,11 @@ def prepare(policy: Policy) -> None:
         )
 
 
+def stream_key(seed: int, iteration: int, purpose: Purpose) -> NDArray[np.uint64]:
+    """What `philox` takes of a stream: the words of the seed, the iteration and the purpose."""
+    return np.array([seed & WORD, seed >> 32, iteration, purpose], np.uint64)
+
+
 @jit
 def draw_actions(
     obs: NDArray[np.float32],
@@ -75,7 +80,7 @@ def draw_actions(
 ) -> None:
     """Write to `actions` (B,) what `Policy.sample` draws on obs (B, features) and `uniforms`.
 
-    The key is that of `uniform`. Probabilities differ from torch's in the last bits.
+    The key is a `stream_key`. Probabilities differ from torch's in the last bits.
     """
     features = network.widths[0]
     units = activations(network)
@@ -116,7 +121,7 @@ def choose(logits, numbers, chosen, rows):
 def uniform(key, step, env):
     """The number that `vecpg.noise.uniforms` has for one step and environment.
 
-    The key is uint64: the low and the high word of the seed, the iteration and the purpose.
+    The key is a `stream_key`.
     """
     return as_uniform(philox(key, step, env)[0])
 
