@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import apart
 from environments import Counting  # noqa: F401 - registers the small ones
 from gymnasium import spaces
 
@@ -128,13 +129,10 @@ def test_episodes_of_a_policy_are_as_long_as_in_gymnasiums_own():
     policy = make_policy(envs)
     ours, theirs = lengths_of("tensor", policy, 80), lengths_of("sync", policy, 80)
     assert len(ours) == len(theirs) == 5120
-    steps = torch.arange(501)
-    apart = [(each[:, None] <= steps).double().mean(dim=0) for each in (ours, theirs)]
     limit = 1.95 * (2 / 5120) ** 0.5
-    assert (apart[0] - apart[1]).abs().max() < limit
+    assert apart(ours, theirs) < limit
     # Lengths of which each is 5 % longer would be seen.
-    longer = ((ours * 1.05).round()[:, None] <= steps).double().mean(dim=0)
-    assert (longer - apart[1]).abs().max() > limit
+    assert apart((ours * 1.05).round(), theirs) > limit
 
 
 @pytest.mark.parametrize("vectorization", ["tensor", "vector_entry_point"])

@@ -9,7 +9,7 @@ not keep the copies in step, and is tried because it is the one its authors reco
 import functools
 
 import numpy as np
-from harness import Entrant, check_limit, check_rows, stepping
+from harness import Entrant, check_limit, check_rows, stepping, steps_of
 
 NEEDS = ("envpool",)
 PACKAGES = ("envpool",)
@@ -39,15 +39,7 @@ def make(num_envs, threads):
     )
     actions = np.random.default_rng(0).integers(0, 2, (100, num_envs))
     check(envs, actions)
-
-    def step():
-        ends = 0
-        for row in actions:
-            _, _, terminations, truncations, _ = envs.step(row)
-            ends += np.count_nonzero(terminations | truncations)
-        return actions.size - ends
-
-    return step
+    return steps_of(envs, actions)
 
 
 def make_async(num_envs):

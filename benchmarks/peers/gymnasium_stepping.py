@@ -8,7 +8,7 @@ after the other; `vector_entry_point` is Gymnasium's NumPy form of CartPole alon
 import functools
 
 import numpy as np
-from harness import Entrant, stepping
+from harness import Entrant, stepping, steps_of
 
 NEEDS = ("gymnasium",)
 PACKAGES = ("gymnasium", "numpy")
@@ -29,12 +29,4 @@ def make(num_envs, kind):
     envs = gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode=kind, **without)
     envs.reset(seed=1)
     actions = np.random.default_rng(0).integers(0, 2, (100, num_envs))
-
-    def step():
-        ends = 0
-        for row in actions:
-            _, _, terminations, truncations, _ = envs.step(row)
-            ends += np.count_nonzero(terminations | truncations)
-        return actions.size - ends
-
-    return step
+    return steps_of(envs, actions)
