@@ -29,10 +29,15 @@ def test_auto_takes_tensors_then_the_vector_entry_point_then_sync():
     # Its keyword arguments are those of Gymnasium's own environment.
     kwargs = {"sutton_barto_reward": True}
     assert resolve_vectorization(cartpole, "auto", kwargs) == "vector_entry_point"
-    assert resolve_vectorization(find_spec("vecpg/CartPole-v1"), "auto") == "vector_entry_point"
+    assert resolve_vectorization(find_spec("vecpg/CartPole-v1"), "auto") == "tensor"
     assert resolve_vectorization(find_spec("Acrobot-v1"), "auto") == "sync"
     assert own_vectorization(cartpole) == "vector_entry_point"
     assert own_vectorization(find_spec("Acrobot-v1")) == "sync"
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "vecpg/CartPole-v1", "vecpg/Pendulum-v1"])
+def test_tensors_are_on_the_device_asked_for(env_id):
+    assert make_envs(env_id, 2, device="meta").device.type == "meta"
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])

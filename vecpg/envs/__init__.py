@@ -49,8 +49,12 @@ gymnasium.register(
 )
 
 
-# What vecpg has on tensors, by the id of Gymnasium's own.
-_ON_TENSORS = {"CartPole-v1": "vecpg/CartPole-v1", "Pendulum-v1": "vecpg/Pendulum-v1"}
+# What vecpg has on tensors, by the id of Gymnasium's own and by its own.
+_ON_TENSORS = {
+    env_id: own
+    for own in ("vecpg/CartPole-v1", "vecpg/Pendulum-v1")
+    for env_id in (own, own.removeprefix("vecpg/"))
+}
 
 
 def make_envs(
