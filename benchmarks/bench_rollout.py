@@ -8,8 +8,8 @@ does. Both report `vector_steps_per_second` (rows x copies); `collect` also `env
 import numpy as np
 import pytest
 import torch
-from conftest import check_cartpole
 
+from vecpg.benchmark.cells import check_cartpole
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.policy import Policy
 from vecpg.rollout import collect

@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import check_cartpole, multiply_speed
+from conftest import multiply_speed
 
 from vecpg import update as update_module
+from vecpg.benchmark.cells import FLOPS, check_cartpole
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.loss import advantages
@@ -107,14 +108,6 @@ def bench_train(benchmark, record, vectorization, num_envs, num_steps):
     print(f"\n{vectorization} x {num_envs}: {benchmark.extra_info}")
 
 
-# Multiply-adds of a 4-64-64-2 network for one row: forwards; for the gradient in the weights; and
-# in the activations, of which those of the first layer are not needed.
-FORWARDS = 4 * 64 + 64 * 64 + 64 * 2
-BACKWARDS = FORWARDS + 64 * 64 + 64 * 2
-# Once forwards to act, once again for the gradient, and backwards.
-FLOPS = 2 * (2 * FORWARDS + BACKWARDS)
-
-
 @pytest.mark.parametrize("num_envs", [64, 4096])
 @pytest.mark.benchmark(group="train on tensors, num_steps 512")
 def bench_tensor(benchmark, record, monkeypatch, num_envs):
@@ -187,9 +180,9 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
         **({"of_op_by_op": round(speed / statistics.median(stepped), 1)} if stepped else {}),
         mm_gflops_one_thread=round(flops[1] / 1e9, 1),
         mm_gflops=round(flops[cores] / 1e9, 1),
-        bound=round(flops[cores] / FLOPS),
-        of_bound=round(speed * FLOPS / flops[cores], 3),
-        of_bound_one_thread=round(statistics.median(one) * FLOPS / flops[1], 3),
+        bound=round(flops[cores] / FLOPS["train"]),
+        of_bound=round(speed * FLOPS["train"] / flops[cores], 3),
+        of_bound_one_thread=round(statistics.median(one) * FLOPS["train"] / flops[1], 3),
         **{
             f"{name}_share": round(float(statistics.median(each)), 3)
             for name, each in shares.items()

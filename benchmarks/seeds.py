@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from machine import ROOT, results_folder
+from machine import ROOT, commit, results_folder
 
 from vecpg.run_directory import system
 
@@ -43,7 +43,7 @@ def main():
     folder = results_folder(machine)
     result = {
         "command": " ".join(["python scripts/train.py", *args.flags, "--seed S"]),
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "machine": machine,
         "env_id": summary["env_id"],
         "runs": runs,
@@ -83,12 +83,6 @@ def table(result):
             seconds = pick([run["solved_seconds"] for run in solved])
             lines.append(f"| {name} | {steps:,.0f} | {seconds:.2f} | |")
     return "\n".join(lines)
-
-
-def git(*args):
-    return subprocess.run(
-        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _TIME_LIMIT = 500
 _FORWARDS = 4 * 64 + 64 * 64 + 64 * 2
 _BACKWARDS = _FORWARDS + 64 * 64 + 64 * 2
 # Floating point operations for one environment step. Training acts once and differentiates once.
-_FLOPS = {
+FLOPS = {
     "collect": 2 * _FORWARDS,
     "update": 2 * (_FORWARDS + _BACKWARDS),
     "train": 2 * (2 * _FORWARDS + _BACKWARDS),
@@ -169,11 +169,11 @@ def num_steps(case: Case) -> int:
 
 def seconds_of(run: Callable[[], object], calls: int, device: str) -> float:
     """Wall seconds of one call, with nothing left at work on the device before or after."""
-    _wait_for(device)
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
-    _wait_for(device)
+    wait_for(device)
     return (time.perf_counter() - started) / calls
 
 
@@ -215,7 +215,7 @@ def _stepping(case: Case) -> Iterator[Cell]:
     with _envs(case) as envs:
         policy = _policy(envs, case.device)
         how = "reference" if case.vectorization == "tensor" else "auto"
-        _check_cartpole(collect(envs, policy, num_steps=1, seed=1, iteration=0, backend=how))
+        check_cartpole(collect(envs, policy, num_steps=1, seed=1, iteration=0, backend=how))
         run, steps = _bare(envs, case)
         limit = None
         if case.vectorization == "tensor":
@@ -255,7 +255,7 @@ def _train(case: Case) -> Iterator[Cell]:
             clock = [time.perf_counter()]
 
             def end(phase: str) -> None:
-                _wait_for(case.device)
+                wait_for(case.device)
                 clock.append(time.perf_counter())
                 phases.setdefault(phase, []).append(clock[-1] - clock[-2])
 
@@ -327,7 +327,7 @@ def _update(case: Case) -> Iterator[Cell]:
         "environment steps",
         none.numel(),
         rows,
-        limit=_product(_FLOPS["update"], case.device),
+        limit=_product(FLOPS["update"], case.device),
     )
 
 
@@ -370,7 +370,7 @@ def _bare(envs: Any, case: Case) -> tuple[Callable[[], None], int]:
 def _limit_of_steps(envs: Any, case: Case) -> Limit:
     """Of collecting and training: what the environments, or on tensors the products, allow."""
     if case.vectorization == "tensor":
-        return _product(_FLOPS[case.thing], case.device)
+        return _product(FLOPS[case.thing], case.device)
     run, steps = _bare(envs, case)
     return Limit("bare stepping", run, steps)
 
@@ -398,7 +398,7 @@ def _copy(moved: int, units: int, device: str) -> Limit:
 def _checked_rollout(envs: Any, policy: Policy, case: Case) -> Rollout:
     """A rollout that was found to be CartPole's, and the reference's where there is another way."""
     rollout = collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0)
-    _check_cartpole(rollout)
+    check_cartpole(rollout)
     if case.vectorization == "tensor" and case.device == "cpu":
         # What a copy does depends on no other, so the first of them are enough.
         copies = min(case.num_envs, _COMPARED_COPIES)
@@ -416,8 +416,12 @@ def _checked_rollout(envs: Any, policy: Policy, case: Case) -> Rollout:
     return rollout
 
 
-def _check_cartpole(rollout: Rollout) -> None:
-    """Counted rows are CartPole-v1: replayed one transition at a time, in whole episodes."""
+def check_cartpole(rollout: Rollout) -> None:
+    """Counted rows are CartPole-v1: some replayed one transition at a time, all in whole episodes.
+
+    Raises:
+        CheckFailed: they are not.
+    """
     mask, dones = rollout.mask.cpu(), rollout.dones.cpu()
     _check(dones.sum(dim=0).min() >= 1, "a copy finished no episode")
     _check(torch.equal(rollout.rewards.cpu(), mask.float()), "a reward is not 1")
@@ -465,6 +469,7 @@ def _check(holds: bool | Tensor, problem: str) -> None:
         raise CheckFailed(problem)
 
 
-def _wait_for(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Return when the device has nothing left to do."""
     if device == "cuda":
         torch.cuda.synchronize()
