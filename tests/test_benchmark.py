@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import getpass
 import json
+import re
 import socket
 import types
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from vecpg import cli
-from vecpg.benchmark import cells, measure, results
+from vecpg.benchmark import cells, measure, report, results
 from vecpg.benchmark.cells import Case, CheckFailed, calls_for, cases, prepared, why_not_run
 from vecpg.benchmark.measure import Pace
 from vecpg.rollout import collect
@@ -241,10 +243,24 @@ def test_the_command_leaves_a_table_a_file_and_a_picture(tmp_path, capsys):
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     assert "Training, whole iterations" in captured.out
     assert "1 of 5: stepping, tensor x 1, cpu" in captured.err
+    assert re.match(r"\d{4}-\d\d-\d\d-\d{6}-", files[".json"].name)
     shown = tmp_path / "again"
     cli.benchmark_main(["--results", str(files[".json"]), "--out-dir", str(shown)])
     assert capsys.readouterr().out == captured.out
     assert [path.suffix for path in shown.iterdir()] == [".png"]
+
+
+def test_what_was_measured_is_kept_before_it_is_shown(tmp_path, monkeypatch):
+    def nobody_reads(found):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "table", nobody_reads)
+    monkeypatch.setattr(cli, "exit_codes", contextlib.nullcontext)
+    with pytest.raises(BrokenPipeError):
+        cli.benchmark_main(
+            f"--num-envs 1 --vectorizations sync --devices cpu --out-dir {tmp_path}".split()
+        )
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
 @pytest.mark.parametrize(
@@ -255,10 +271,15 @@ def test_the_command_leaves_a_table_a_file_and_a_picture(tmp_path, capsys):
         (["--num-envs", 8, 0], "--num-envs: expected at least 1, got 0"),
         (["--num-envs", "x"], "--num-envs: Could not find valid parse for arguments: ['x']"),
         (["--vectorizations", "fast"], "invalid choice 'fast' for argument '--vectorizations'"),
-        (["--out-dir", "file/x"], "--out-dir file/x cannot be written"),
+        (["--out-dir", "file/x"], "--out-dir file/x cannot be written: Not a directory; give"),
         (["--compare", "HEAD", "--record"], "--compare: expected it without --record"),
         (["--results", "old.json"], "old.json: expected results of schema 1, got 0; measure again"),
-        (["--results", "file"], "file: expected results in JSON, got something else"),
+        (["--results", "file"], "file: expected results in JSON, got something else; give"),
+        (["--results", "compared.json"], "compared.json: expected what scripts/benchmark.py mea"),
+        (["--results", "quick.json", "--record"], "--record keeps whole rounds only"),
+        (["--quick", "--record"], "--record keeps whole rounds only"),
+        (["--num-envs", 10**9, "--vectorizations", "sync"], "nothing was measured: "),
+        (["--num-envs", 10**9, "--compare", "HEAD"], "nothing was compared: "),
         (["--results", "nothing"], "nothing cannot be read: No such file"),
     ],
 )
@@ -266,6 +287,10 @@ def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, args,
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("old.json").write_text('{"schema": 0}')
+    Path("compared.json").write_text('{"schema": 1, "machine": {}, "cells": [], "not_run": []}')
+    kept = {"commit": "abc1234", "dirty": False, "quick": True}
+    kept |= {"schema": 1, "machine": {}, "devices": {}, "cells": [], "not_run": []}
+    Path("quick.json").write_text(json.dumps(kept))
     code, out, err = run(capsys, *args)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
@@ -302,6 +327,7 @@ def test_a_file_is_read_as_it_was_written_and_small_without_rounds(tmp_path):
     content = {
         "schema": results.SCHEMA,
         "machine": {"cpu": "x", "gpu": None},
+        "devices": {"cpu": None},
         "cells": [cell, cell | {"seconds": [2.0], "limit_seconds": [3.0]}],
         "not_run": [],
     }

@@ -1,5 +1,9 @@
+import os
 import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -40,9 +44,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     ("low", "high", "verdict"),
     [
         (1.26, 1.4, "slower"),
-        (1.24, 9.0, "no difference"),
+        (1.24, 9.0, "no difference found"),
         (0.5, 0.79, "faster"),
-        (0.5, 0.81, "no difference"),
+        (0.5, 0.81, "no difference found"),
+        (0.81, 1.24, "no difference"),
     ],
 )
 def test_only_confidence_is_a_verdict(low, high, verdict):
@@ -50,7 +55,7 @@ def test_only_confidence_is_a_verdict(low, high, verdict):
 
 
 class Fake:
-    """A worker whose rounds take given seconds; a list of them for each opening."""
+    """A worker whose rounds take given seconds: of each opening a number, or one for each round."""
 
     def __init__(self, log, name, seconds, problem=None):
         self.log, self.name, self.seconds, self.problem = log, name, iter(seconds), problem
@@ -64,7 +69,7 @@ class Fake:
             return {"calls": 3}
         assert question == {"round": 3}
         self.log.append(self.name)
-        return {"seconds": self.now}
+        return {"seconds": next(self.now) if isinstance(self.now, Iterator) else self.now}
 
 
 @pytest.fixture
@@ -96,6 +101,17 @@ def test_rounds_are_in_turn_and_the_first_changes(fake):
     assert log == ["there", "here", "here", "there", "there", "here", "here", "there"]
     assert found["verdict"] == "no difference"
     assert len(found["seconds_here"]) == len(found["seconds_there"]) == 4
+
+
+def test_what_says_nothing_is_given_more_rounds(fake):
+    noisy = [1.0, 3.0, 1.0, 3.0, *[1.0] * 8]
+    (found,), log = fake([iter(noisy)], [1.0])
+    assert len(log) == 2 * 12
+    assert len(found["seconds_here"]) == len(found["seconds_there"]) == 12
+    assert found["verdict"] == "no difference"
+    (found,), log = fake([iter([1.0, 3.0] * 6)], [1.0])
+    assert (found["verdict"], len(log)) == ("no difference found", 2 * 12)
+    assert "1 of them with an interval too wide to exclude one" in compare.table([found])
 
 
 def test_what_is_slower_twice_is_slower(fake):
@@ -189,3 +205,28 @@ def test_a_commit_without_what_is_needed_is_one_line_and_status_2(repository, ca
     assert (caught.value.code, captured.out) == (2, "")
     assert "No module named 'vecpg.loss'" in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_neither_processes_nor_files(tmp_path, signum, status):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--compare", "HEAD"]
+    process = subprocess.Popen(
+        [*command, "--vectorizations", "sync", "--out-dir", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    )
+    first = process.stderr.readline()
+    assert ": stepping, sync x 1, cpu" in first
+    assert len(list(tmp_path.glob("vecpg-*"))) == 1
+    # As a terminal does for Ctrl-C: to every process of the group.
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert said == f"stopped by {signum.name}\n"
+    assert list(tmp_path.glob("vecpg-*")) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

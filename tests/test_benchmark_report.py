@@ -47,6 +47,7 @@ def make_results(**other):
             "cores": 4,
             "kernel_threads": 4,
             "gpu": "NVIDIA T",
+            "load_average": 0.25,
         },
         "devices": {"cpu": None, "cuda": None},
         "cells": [

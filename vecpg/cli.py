@@ -173,14 +173,15 @@ class BenchmarkConfig:
     )
     """How the environments are stepped."""
     quick: bool = False
-    """Under two minutes on two cores: fewer rounds, and fewer numbers of environments."""
+    """Under two minutes on two cores: fewer rounds, and fewer numbers of environments. With
+    --compare it takes two to four times as long."""
     out_dir: str = "benchmark-results"
-    """Where the JSON file and the picture go."""
+    """Where the JSON file and the picture go; their names begin with date and time."""
     compare: str | None = None
     """Instead: a commit to run beside this working tree, round for round in turn. Exit status 1
     when something is slower here by more than 25 % with confidence."""
     results: str | None = None
-    """Instead: show this results file again."""
+    """Instead: show this results file again, and draw its picture in --out-dir."""
     record: bool = False
     """Also keep the figures in benchmarks/results, and make the tables of this repository anew."""
 
@@ -210,8 +211,11 @@ def benchmark_main(args: Sequence[str] | None = None) -> None:
         # Which way was taken is in the table; the progress line has this place.
         logging.getLogger("vecpg").setLevel(logging.WARNING)
         _check_writable(config.out_dir)
+        from vecpg.interrupts import Interrupts
+
         try:
-            failed = _comparison(config) if config.compare is not None else _benchmark(config)
+            with Interrupts():
+                failed = _comparison(config) if config.compare is not None else _benchmark(config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if failed:
@@ -219,15 +223,19 @@ def benchmark_main(args: Sequence[str] | None = None) -> None:
 
 
 def _benchmark(config: BenchmarkConfig) -> bool:
-    """Measure, or read; show; keep. Returns whether a check found something wrong."""
+    """Measure, or read; keep; show. Returns whether a check found something wrong."""
     from vecpg.benchmark import report, results
 
     root = results.checkout() if config.record else None
     if config.results is not None:
         found = results.read(Path(config.results))
+        if root is not None:
+            report.check_recordable(found)
     else:
         from vecpg.benchmark.measure import measure, progress_line
 
+        if root is not None:
+            report.check_recordable({"quick": config.quick, **results.commit()})
         with _stdout_kept_clean():
             found = measure(
                 config.devices,
@@ -236,28 +244,33 @@ def _benchmark(config: BenchmarkConfig) -> bool:
                 quick=config.quick,
                 progress=progress_line(),
             )
-    print(report.table(found), flush=True)
-    path = Path(config.out_dir) / results.file_name(found)
+        if not found["cells"] and not any(one["failed"] for one in found["not_run"]):
+            raise ValueError(f"nothing was measured: {report.why_nothing(found)}")
+    # What was measured is safe before anybody looks at it, or does not.
+    path = Path(config.out_dir) / results.run_name(found)
     written = [path.with_suffix(".png")]
-    report.save_picture(found, written[0])
     if config.results is None:
         written.append(path.with_suffix(".json"))
         results.write(written[-1], found)
+    report.save_picture(found, written[0])
     if root is not None:
         written += report.record(found, root)
     print("written: " + ", ".join(map(str, written)), file=sys.stderr)
+    print(report.table(found), flush=True)
     return any(one["failed"] for one in found["not_run"])
 
 
 def _comparison(config: BenchmarkConfig) -> bool:
     """Run this tree and a commit in turn. Returns whether something is slower here."""
-    from vecpg.benchmark import compare, results
+    from vecpg.benchmark import compare, measure, report, results
 
     assert config.compare is not None
     commit = compare.resolve(config.compare)
-    from vecpg.benchmark import measure
-
-    cases, _ = measure.measurable(config.devices, config.vectorizations, config.numbers)
+    cases, left_out = measure.measurable(config.devices, config.vectorizations, config.numbers)
+    if not cases:
+        devices = {device: measure.why_not_there(device) for device in config.devices}
+        why = report.why_nothing({"devices": devices, "not_run": left_out})
+        raise ValueError(f"nothing was compared: {why}")
     pace = measure.QUICK if config.quick else measure.FULL
     found = compare.compare(
         commit,
@@ -266,12 +279,12 @@ def _comparison(config: BenchmarkConfig) -> bool:
         measure.ROUND_SECONDS,
         measure.progress_line(),
     )
-    print(compare.table(found), flush=True)
-    here = {**results.now(), **results.commit(), "compared_with": commit[:7]}
-    path = Path(config.out_dir) / f"{here['date']}-compared-with-{commit[:7]}.json"
-    content = {"schema": results.SCHEMA, **here, "machine": measure.machine(), "not_run": []}
-    results.write(path, content | {"cells": found})
+    here = {**results.now(), **results.commit(), "quick": config.quick}
+    path = Path(config.out_dir) / f"{results.run_name(here)}-compared-with-{commit[:7]}.json"
+    content = {"schema": results.SCHEMA, **here, "compared_with": commit[:7]}
+    results.write(path, content | {"machine": measure.machine(), "not_run": [], "cells": found})
     print(f"written: {path}", file=sys.stderr)
+    print(compare.table(found), flush=True)
     return any(one.get("verdict") == "slower" for one in found)
 
 
@@ -413,7 +426,9 @@ def _check_writable(name: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out-dir {out_dir} cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"--out-dir {out_dir} cannot be written: {error.strerror}; give another directory"
+        ) from error
 
 
 def _recipe_name(args: Sequence[str]) -> str:

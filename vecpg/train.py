@@ -263,6 +263,10 @@ def train(config: Config) -> TrainResult:
         "run_dir": _relative(run_dir),
     }
     write_json(run_dir / "summary.json", summary)
+    verdict = "" if target is None else "solved: " if stopping.solved else "not solved: "
+    _log.info(
+        "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
+    )
     best = load_policy(run_dir, device)
     if config.capture_video:
         _film(config, best, run_dir / "videos" / "best.mp4")

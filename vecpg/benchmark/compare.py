@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,8 @@ from vecpg.benchmark.results import checkout, git
 
 # Slower than this with confidence, and a comparison fails.
 SLOWER = 1.25
+# How often a case is given as many rounds again while its interval says nothing.
+_MORE = 2
 _RESAMPLES = 2000
 
 
@@ -36,10 +38,16 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """In words; "slower" only when the interval lies wholly above `SLOWER`."""
+        """In words: "slower" only when the interval lies wholly above `SLOWER`.
+
+        "no difference" when it lies within that on both sides, else "no difference found".
+        """
         if self.low > SLOWER:
             return "slower"
-        return "faster" if self.high < 1 / SLOWER else "no difference"
+        if self.high < 1 / SLOWER:
+            return "faster"
+        within = self.low >= 1 / SLOWER and self.high <= SLOWER
+        return "no difference" if within else "no difference found"
 
 
 def ratio_of_medians(here: Sequence[float], there: Sequence[float]) -> Ratio:
@@ -145,10 +153,12 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     compared = [one for one in found if "problem" not in one]
     slower = sum(one["verdict"] == "slower" for one in compared)
     faster = sum(one["verdict"] == "faster" for one in compared)
+    wide = sum(one["verdict"] == "no difference found" for one in compared)
     lines += [
         "",
         f"{len(compared)} compared: {slower} slower by more than {SLOWER - 1:.0%}, {faster} faster"
-        f" by as much, {len(compared) - slower - faster} without such a difference.",
+        f" by as much, {len(compared) - slower - faster} without such a difference"
+        + (f", {wide} of them with an interval too wide to exclude one." if wide else "."),
     ]
     return "\n".join(lines)
 
@@ -164,11 +174,15 @@ def _rounds(
     ours.ask({"calibrate": round_seconds})
     here: list[float] = []
     there: list[float] = []
-    while not enough(len(here), calls * sum(here)):
-        # Who is first changes: what one leaves in the caches would always help the other.
-        pairs = [(ours, here), (theirs, there)]
-        for worker, seconds in pairs if len(here) % 2 else reversed(pairs):
-            seconds.append(worker.ask({"round": calls})["seconds"])
+    for _ in range(1 + _MORE):
+        before = len(here)
+        while not enough(len(here) - before, calls * sum(here[before:])):
+            # Who is first changes: what one leaves in the caches would always help the other.
+            pairs = [(ours, here), (theirs, there)]
+            for worker, seconds in pairs if len(here) % 2 else reversed(pairs):
+                seconds.append(worker.ask({"round": calls})["seconds"])
+        if ratio_of_medians(here, there).verdict != "no difference found":
+            break
     return here, there
 
 
@@ -238,4 +252,6 @@ def _worker(root: Path) -> Iterator[_Worker]:
             yield _Worker(process, root)
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # it ends by itself, and its environments with it
+            # It ends by itself, and its environments with it; or it has ended.
+            with suppress(BrokenPipeError):
+                process.stdin.close()

@@ -48,11 +48,13 @@ def table(results: Results) -> str:
     its part of what is named beside it, measured in turn with it.
     """
     machine = results["machine"]
+    load = machine["load_average"]
+    busy = "" if load is None else f", {load} processes at work when it began"
     parts = [
         f"vecpg {machine['vecpg']} at {results['commit'] or 'no commit'}"
         f"{' with changes' if results['dirty'] else ''}, {results['date']}: {machine['cpu']},"
         f" {machine['kernel_threads']} cores, {machine['gpu'] or 'no GPU'}, torch"
-        f" {machine['torch']}, CartPole-v1, policy 4-64-64-2 with tanh",
+        f" {machine['torch']}, CartPole-v1, policy 4-64-64-2 with tanh{busy}",
         "A speed is the median of the rounds (5th to 95th percentile), beside the limit that was"
         " measured in turn with it; noisy: the quartiles are more than"
         f" {results_file.NOISY:.0%} apart",
@@ -63,14 +65,25 @@ def table(results: Results) -> str:
             parts.append(f"{heading}\n\n{_aligned(_rows(cells))}")
             notes = [_limits(cells), *_crossovers(cells)]
             parts.append("\n".join(f"* {line}" for line in notes if line))
+    reasons = _left_out(results)
+    if reasons:
+        parts.append("\n".join(f"* {line}" for line in reasons))
+    return "\n\n".join(parts)
+
+
+def why_nothing(results: Results) -> str:
+    """Why there is no figure at all; it looks at "devices" and "not_run"."""
+    return "; ".join(_left_out(results))
+
+
+def _left_out(results: Results) -> list[str]:
+    """A line for each device that is not there, and for cells that have no figure."""
     missing = [f"{device}: {why}" for device, why in results["devices"].items() if why]
     not_run = [
         f"{'FAILED' if one['failed'] else 'not run'}: {_where(one)}: {one['reason']}"
         for one in _together(results["not_run"])
     ]
-    if missing or not_run:
-        parts.append("\n".join(f"* {line}" for line in missing + not_run))
-    return "\n\n".join(parts)
+    return missing + not_run
 
 
 def crossover(cells: Sequence[dict[str, Any]]) -> int | None:
@@ -332,10 +345,7 @@ def record(results: Results, root: Path) -> list[Path]:
         ValueError: results of a quick look, or of no commit; or a kept file of another schema.
         OSError: a file cannot be written.
     """
-    if results["quick"]:
-        raise ValueError("--record keeps whole rounds only: measure without --quick")
-    if results["commit"] is None or results["dirty"]:
-        raise ValueError("--record: these figures belong to no commit; commit, then measure again")
+    check_recordable(results)
     folder = root / "benchmarks" / "results"
     own = folder / results_file.folder_name(results["machine"])
     own.mkdir(parents=True, exist_ok=True)
@@ -349,6 +359,18 @@ def record(results: Results, root: Path) -> list[Path]:
     readme.write_text(with_figures(readme.read_text(encoding="utf-8"), newest), encoding="utf-8")
     speeds.write_text(speeds_of(newest), encoding="utf-8")
     return [path, own / "benchmark.png", readme, speeds]
+
+
+def check_recordable(results: Results) -> None:
+    """Refuse what is not to be kept: it looks at "quick", "commit" and "dirty".
+
+    Raises:
+        ValueError: results of a quick look, or of no commit.
+    """
+    if results["quick"]:
+        raise ValueError("--record keeps whole rounds only: measure without --quick")
+    if results["commit"] is None or results["dirty"]:
+        raise ValueError("--record: these figures belong to no commit; commit, then measure again")
 
 
 def with_figures(text: str, newest: Sequence[Results]) -> str:

@@ -53,12 +53,22 @@ def read(path: Path) -> Results:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: expected results in JSON, got something else") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
+        raise ValueError(
+            f"{path}: expected results in JSON, got something else; give a file that"
+            " scripts/benchmark.py wrote"
+        ) from error
+    content = content if isinstance(content, dict) else {}
+    schema = content.get("schema")
     if schema != SCHEMA:
         raise ValueError(
             f"{path}: expected results of schema {SCHEMA}, got {schema}; measure again, or read"
             " it with the version of vecpg that wrote it"
+        )
+    missing = [name for name in ("machine", "devices", "cells", "not_run") if name not in content]
+    if missing:
+        raise ValueError(
+            f"{path}: expected what scripts/benchmark.py measured, got a file without"
+            f" {', '.join(missing)}; give the JSON file of a run without --compare"
         )
     results: Results = content
     return results
@@ -85,6 +95,18 @@ def file_name(results: Results) -> str:
     """`<date>-<commit>`, and what keeps it from being recorded; without an ending."""
     name = f"{results['date']}-{results['commit'] or 'no-commit'}"
     return f"{name}{'-changed' if results['dirty'] else ''}{'-quick' if results['quick'] else ''}"
+
+
+def run_name(results: Results) -> str:
+    """`file_name` with the time of day, UTC: no run's files replace another's.
+
+    Example:
+        >>> run_name(dict(date="2026-11-22", time="2026-11-22T09:30:05+00:00", commit="1a2b3c4",
+        ...               dirty=False, quick=True))
+        '2026-11-22-093005-1a2b3c4-quick'
+    """
+    day, clock = results["date"], results["time"][11:19].replace(":", "")
+    return f"{day}-{clock}{file_name(results).removeprefix(day)}"
 
 
 def folder_name(machine: dict[str, Any]) -> str:

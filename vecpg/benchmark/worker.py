@@ -10,6 +10,7 @@ Run as a script, with PYTHONPATH set to the commit. Lines of JSON come in and go
 import importlib.util
 import json
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ def work() -> None:
     """Answer lines from stdin until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever an environment prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; who asked ends this
 
     def answer(content: dict[str, Any]) -> None:
         print(json.dumps(content), file=answers, flush=True)
