@@ -8,6 +8,7 @@ cache. A call is timed from Python, with the GPU waited for on both sides. Write
 benchmarks/results/<machine>/returns-cuda.json and prints a table.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ SHAPES = [
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device is there: nothing was measured")
     rows = []

@@ -1,10 +1,11 @@
 """Measure the peers that are installed here beside vecpg, and print one table.
 
-    python benchmarks/peers/run.py
+    python benchmarks/peers/run.py --record
 
 Every harness runs in a process of its own, so that no package's threads or settings are another's;
 they take turns, one at a time, in rounds. Before that each tries its settings (of threads, for
-example), and goes on with the fastest. Writes benchmarks/results/<machine>/peers.json.
+example), and goes on with the fastest. Writes benchmark-results/peers.json, or with --record
+benchmarks/results/<machine>/peers.json.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main():
     parser.add_argument("--settings", type=int, default=9, help="at most, that each one tries")
     parser.add_argument("--seeds", type=int, default=5, help="solved with seeds 1 to this many")
     parser.add_argument("--only", default="", help="only tables whose name has this in it")
-    parser.add_argument("--out", type=Path, help="instead of the machine's results folder")
+    parser.add_argument("--record", action="store_true", help="keep it in benchmarks/results")
+    parser.add_argument("--out", type=Path, default="benchmark-results", help="folder")
     args = parser.parse_args()
     from vecpg.run_directory import system
 
@@ -90,8 +92,9 @@ def main():
         "solve": solved,
         "not_run": not_run,
     }
-    path = args.out or results_folder(machine) / "peers.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    folder = results_folder(machine) if args.record else args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 
 

@@ -278,7 +278,13 @@ def picture(results: Results) -> "Figure":
 
 
 def _draw(axes: "Axes", cells: list[dict[str, Any]], thing: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
+
+    class Short(LogFormatter):
+        """Labels where this one has room for them: on few decades minor ticks have some too."""
+
+        def __call__(self, number: float, pos: int | None = None) -> str:
+            return _short(number) if super().__call__(number, pos) else ""
 
     for kind, device in dict.fromkeys((cell["vectorization"], cell["device"]) for cell in cells):
         line = [c for c in cells if (c["vectorization"], c["device"]) == (kind, device)]
@@ -316,6 +322,7 @@ def _draw(axes: "Axes", cells: list[dict[str, Any]], thing: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: _short(number)))
+    axes.yaxis.set_minor_formatter(Short())
     axes.set_xlabel("environments, num_envs", fontsize=11)
     axes.set_ylabel(unit, fontsize=11)
     axes.grid(alpha=0.3)
