@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -61,12 +62,14 @@ class Fake:
         self.log, self.name, self.seconds, self.problem = log, name, iter(seconds), problem
 
     def opened(self, case):
-        self.now = next(self.seconds, None)
+        self.now, self.warm = next(self.seconds, None), False
         return self.problem
 
     def ask(self, question):
         if "calibrate" in question:
+            self.warm = True
             return {"calls": 3}
+        assert self.warm
         assert question == {"round": 3}
         self.log.append(self.name)
         return {"seconds": next(self.now) if isinstance(self.now, Iterator) else self.now}
@@ -166,6 +169,110 @@ def test_an_unknown_commit_is_one_line_and_status_2(repository, capsys, tmp_path
     captured = capsys.readouterr()
     assert (caught.value.code, captured.out) == (2, "")
     assert captured.err == ("error: --compare: expected a commit of this repository, got nothing\n")
+
+
+def test_the_command_keeps_what_was_compared_and_where(monkeypatch, repository, tmp_path, capsys):
+    asked = []
+
+    def compared(commit, cases, enough, round_seconds, progress):
+        asked.append((commit, cases, enough(19, 0.29), enough(5, 0.31)))
+        one = {"thing": "returns", "device": "cpu", "vectorization": None, "num_envs": 1}
+        return [one | {"ratio": 1.5, "low": 1.4, "high": 1.6, "verdict": "slower"}]
+
+    monkeypatch.setattr(compare, "compare", compared)
+    args = ["--compare", "HEAD", "--num-envs", "1", "--vectorizations", "tensor"]
+    with pytest.raises(SystemExit) as caught:
+        cli.benchmark_main([*args, "--quick", "--out-dir", str(tmp_path / "out")])
+    assert caught.value.code == 1
+    head = results.git(repository, "rev-parse", "HEAD")
+    ((commit, cases, *enough),) = asked
+    assert (commit, enough) == (head, [False, True])
+    assert ("train", "cpu", "tensor", 1) in cases
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name.endswith(f"-compared-with-{head[:7]}.json")
+    kept = json.loads(path.read_text())
+    assert kept["compared_with"] == head[:7]
+    assert kept["machine"]["cpu"]
+    assert kept["cells"][0]["verdict"] == "slower"
+
+
+WORKER = """
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from vecpg.benchmark import worker
+
+@contextmanager
+def prepared(case):
+    print("an environment says something")
+    print("opened", case, file=sys.stderr)
+    if case[0] == "bad":
+        raise ValueError("no such\\nthing")
+    yield SimpleNamespace(run=lambda: None)
+    print("closed", case, file=sys.stderr)
+
+worker._load_cells = lambda: SimpleNamespace(
+    Case=lambda thing, device, kind, n: Case((thing, device)),
+    prepared=prepared,
+    calls_for=lambda seconds, run, device: int(seconds),
+    seconds_of=lambda run, calls, device: calls / 2,
+)
+
+class Case(tuple):
+    device = "cpu"
+
+worker.work()
+"""
+
+
+def test_a_worker_answers_line_by_line():
+    asked = [
+        {"open": ["returns", "cpu", None, 1]},
+        {"calibrate": 7.0},
+        {"round": 5},
+        {"open": ["bad", "cpu", None, 1]},
+        {"open": ["update", "cpu", None, 1]},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        input="".join(json.dumps(each) + "\n" for each in asked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    hello, *answers = map(json.loads, done.stdout.splitlines())
+    assert hello == {"vecpg": str(ROOT / "vecpg")}
+    assert answers == [
+        {"ready": True},
+        {"calls": 7},
+        {"seconds": 2.5},
+        {"problem": "ValueError: no such\nthing"},
+        {"ready": True},
+    ]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("an env")]
+    assert said == [
+        "opened ('returns', 'cpu')",
+        "closed ('returns', 'cpu')",
+        "opened ('bad', 'cpu')",
+        "opened ('update', 'cpu')",
+        "closed ('update', 'cpu')",
+    ]
+
+
+def test_another_package_than_that_of_the_commit_is_refused(tmp_path):
+    with pytest.raises(TooOld, match="another vecpg than"), compare._worker(tmp_path):
+        pass
+
+
+def test_a_commit_and_its_changes_are_those_of_the_repository(repository, monkeypatch):
+    monkeypatch.setattr(results, "checkout", lambda: repository)
+    head = results.git(repository, "rev-parse", "HEAD")
+    found = results.commit()
+    assert found["dirty"] is False
+    assert len(found["commit"]) >= 7
+    assert head.startswith(found["commit"])
+    (repository / "vecpg" / "py.typed").write_text("changed")
+    assert results.commit() == found | {"dirty": True}
 
 
 @pytest.mark.slow

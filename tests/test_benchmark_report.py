@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -143,6 +144,11 @@ def test_the_picture_has_every_line_its_limit_and_units():
         (1.6e5,),
         (4e5, 8e5, 1.6e6),
     ]
+    speeds, whiskers = training.containers[0].get_children()[0], training.containers[0].lines[2][0]
+    for n, segment in zip((1, 64, 4096), whiskers.get_segments(), strict=True):
+        median = {1: 1e5, 64: 2e5, 4096: 4e5}[n]
+        np.testing.assert_allclose(segment, [[n, 0.9 * median], [n, 1.1 * median]])
+    assert speeds.get_ydata().tolist() == [1e5, 2e5, 4e5]
     (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
     words = [text.get_text() for text in legend.get_texts()]
     assert words[:3] == ["sync on CPU", "tensor on CPU", "returns, update on CPU"]
@@ -178,6 +184,8 @@ def test_what_is_recorded_is_small_and_makes_the_tables(repository, monkeypatch)
     assert report.table(found) in readme
     assert "(results/AMD-X-5-4-cores-NVIDIA-T/benchmark.png)" in readme
     rows = json.loads(written[3].read_text())["rows"]
+    trained = [one for one in found["cells"] if one["thing"] == "train"]
+    assert [row["median"] for row in rows] == [one["median"] for one in trained]
     assert faster_device(rows, "NVIDIA T", "tensor", 64)[0] == "cuda"
     assert faster_device(rows, "NVIDIA T", "tensor", 63)[0] == "cpu"
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -70,6 +72,16 @@ def test_cuda_is_taken_only_between_numbers_where_it_was_faster(cuda, num_envs, 
     assert "NVIDIA T, tensor x" in reason
     assert faster_device(rows, "NVIDIA T", "sync", num_envs)[0] == "cpu"
     assert faster_device(rows, "NVIDIA U", "tensor", num_envs)[0] == "cpu"
+
+
+def test_auto_looks_at_the_gpu_the_vectorization_and_the_number(monkeypatch, tmp_path):
+    rows = measured(cpu=(100, 100), cuda=(10, 200))
+    (tmp_path / "speeds.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(device_module, "_SPEEDS", tmp_path / "speeds.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T")
+    asked = [("tensor", 512), ("tensor", 8), ("sync", 512)]
+    assert [resolve_device("auto", *each)[0].type for each in asked] == ["cuda", "cpu", "cpu"]
 
 
 def test_one_device_alone_decides_nothing():

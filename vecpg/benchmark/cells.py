@@ -380,10 +380,11 @@ def _product(flops: int, device: str) -> Limit:
     side = _PRODUCT_SIDE[device]
     a, b, c = torch.ones(3, side, side, device=device)
 
-    def run() -> None:
+    def run() -> Tensor:
         torch.set_num_threads(threads.cores())
-        torch.mm(a, b, out=c)
+        product = torch.mm(a, b, out=c)
         torch.set_num_threads(1)
+        return product
 
     return Limit("matrix product", run, 2 * side**3 / flops)
 

@@ -29,6 +29,8 @@ from vecpg.run_directory import system
 ROUND_SECONDS = 0.002
 # Threads of a matrix product spin for a while when it is over, and would be in the next one's way.
 _QUIET_SECONDS = 0.005
+# What this process may have of the memory, where a container says so.
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,7 @@ def memory(device: str) -> int:
     if not hasattr(os, "sysconf"):
         return 2**33  # unknown: what few machines have less of
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    text = _MEMORY_LIMIT.read_text(encoding="utf-8").strip() if _MEMORY_LIMIT.exists() else "max"
     return min(physical, int(text)) if text.isdigit() else physical
 
 
