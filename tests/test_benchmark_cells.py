@@ -1,5 +1,6 @@
 """What a cell times is what it counts, and what bounds it."""
 
+import dataclasses
 import platform
 
 import numpy as np
@@ -11,9 +12,11 @@ from vecpg.benchmark import cells, measure
 from vecpg.benchmark.cells import FLOPS, Case, Cell, CheckFailed, Limit, prepared
 from vecpg.benchmark.measure import Pace
 from vecpg.envs import make_envs
+from vecpg.loss import advantages
 from vecpg.policy import Policy
 from vecpg.returns import threads
 from vecpg.rollout import collect
+from vecpg.update import update
 
 TRAIN = Case("train", "cpu", "sync", 2)
 
@@ -194,17 +197,98 @@ def wrong_here_and_there(rollout):
     rollout.obs[1::8] += 0.01
 
 
+def cut(rollout):
+    rollout.terminations[2] = True
+    rollout.mask[3:] = False
+    rollout.rewards[3:] = 0
+    rollout.terminations[3:] = rollout.truncations[3:] = False
+
+
+def ends_as_by_the_limit(rollout):
+    rollout.truncations.logical_or_(rollout.terminations)
+
+
+def started_elsewhere(rollout):
+    rollout.obs[0, 0, 0] = 0.06
+
+
+def another_action(rollout):
+    place = rollout.dones[:, 1].nonzero()[0, 0]  # the replay of it would still end
+    rollout.actions[place, 1] = 1 - rollout.actions[place, 1]
+
+
+def without_its_last_episode(rollout):
+    last = rollout.dones[:, 1].nonzero()[-1, 0]
+    before = rollout.dones[:last, 1].nonzero()[-1, 0]
+    for field in ("mask", "terminations", "truncations"):
+        getattr(rollout, field)[before + 1 :, 1] = False
+    rollout.rewards[before + 1 :, 1] = 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
         (no_end, "a copy finished no episode"),
         (paid_twice, "a reward is not 1"),
-        (wrong_here_and_there, "is not CartPole's"),
+        (wrong_here_and_there, "is not CartPole's|does not start"),
+        (cut, "is not CartPole's"),
+        (ends_as_by_the_limit, "a limit is not 500 steps"),
+        (started_elsewhere, "does not start as CartPole does"),
+        (another_action, "actions differ from what the policy draws|is not CartPole's"),
+        (without_its_last_episode, "was not played for 32 steps and to an end"),
     ],
 )
-def test_what_is_wrong_in_a_few_rows_is_not_timed(monkeypatch, spoil, problem):
+@pytest.mark.parametrize("kind", ["sync", "tensor"])
+def test_what_is_wrong_in_a_few_rows_is_not_timed(monkeypatch, spoil, problem, kind):
     monkeypatch.setattr(cells, "collect", spoilt(spoil))
-    with pytest.raises(CheckFailed, match=problem), prepared(Case("collect", "cpu", "sync", 2)):
+    with pytest.raises(CheckFailed, match=problem), prepared(Case("collect", "cpu", kind, 2)):
+        pass
+
+
+def test_a_longer_window_is_not_timed(monkeypatch):
+    def longer(envs, policy, *, num_steps, **settings):
+        return collect(envs, policy, num_steps=8 * num_steps, **settings)
+
+    monkeypatch.setattr(cells, "collect", longer)
+    with (
+        pytest.raises(CheckFailed, match="was not played for 32 steps and to an end"),
+        prepared(Case("collect", "cpu", "tensor", 2)),
+    ):
+        pass
+
+
+def lazy_update(policy, optimizer, rollout, weights, config):
+    """Nothing is differentiated."""
+
+
+def update_of_a_quarter(policy, optimizer, rollout, weights, config):
+    quarter = rollout.mask.clone()
+    quarter[len(quarter) // 4 :] = False
+    update(policy, optimizer, dataclasses.replace(rollout, mask=quarter), weights, config)
+
+
+@pytest.mark.parametrize("thing", ["update", "train"])
+@pytest.mark.parametrize("wrong", [lazy_update, update_of_a_quarter])
+def test_an_update_of_less_is_not_timed(monkeypatch, thing, wrong):
+    monkeypatch.setattr(cells, "update", wrong)
+    kind = "sync" if thing == "train" else None
+    with pytest.raises(CheckFailed, match="gradient"), prepared(Case(thing, "cpu", kind, 2)):
+        pass
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rollout, config: rollout.rewards.clone(),
+        lambda rollout, config: advantages(rollout, dataclasses.replace(config, baseline="none")),
+        lambda rollout, config: advantages(rollout, dataclasses.replace(config, gamma=0.98)),
+        lambda rollout, config: advantages(rollout, dataclasses.replace(config, baseline="mean")),
+    ],
+    ids=["rewards", "no baseline", "another discount", "another baseline"],
+)
+def test_other_advantages_are_not_timed(monkeypatch, wrong):
+    monkeypatch.setattr(cells, "advantages", wrong)
+    with pytest.raises(CheckFailed, match="advantages differ"), prepared(TRAIN):
         pass
 
 
@@ -282,11 +366,20 @@ def test_an_error_costs_only_its_own_cell(monkeypatch):
     found = measure.measure(("cpu",), (), (1,))
     assert found["cells"] == [{"thing": "returns"}]
     (left_out,) = found["not_run"]
-    assert (left_out["thing"], left_out["reason"], left_out["failed"]) == (
-        "update",
-        "no memory",
-        True,
-    )
+    assert (left_out["thing"], left_out["failed"]) == ("update", True)
+    assert left_out["reason"] == "no memory"
+
+
+def test_no_path_is_in_a_reason(monkeypatch):
+    def failing(case, pace):
+        try:
+            raise OSError(24, "Too many open files", "/home/ada/x")
+        except OSError as error:
+            raise ValueError("no environment: /home/ada/x") from error
+
+    monkeypatch.setattr(measure, "_measured", failing)
+    reasons = {one["reason"] for one in measure.measure(("cpu",), (), (1,))["not_run"]}
+    assert reasons == {"Too many open files"}
 
 
 def test_a_container_says_how_much_memory_there_is(monkeypatch, tmp_path):

@@ -79,9 +79,9 @@ class Fake:
 def fake(monkeypatch, tmp_path):
     """Compare two workers that measure nothing."""
 
-    def run(here, there, cases=(RETURNS,), problem=None):
+    def run(here, there, cases=(RETURNS,), problem=None, here_problem=None):
         log = []
-        workers = iter([Fake(log, "here", here), Fake(log, "there", there, problem)])
+        workers = iter([Fake(log, "here", here, here_problem), Fake(log, "there", there, problem)])
 
         @contextmanager
         def given(_):
@@ -132,9 +132,15 @@ def test_what_one_commit_cannot_run_is_left_out_and_nothing_at_all_is_an_error(f
         fake([1.0], [1.0], problem="no such thing")
 
 
+def test_what_fails_only_here_is_no_fault_of_the_commit(fake):
+    (found,), _ = fake([1.0], [1.0], here_problem="a reward is not 1")
+    assert (found["verdict"], found["problem"]) == ("failed here", "a reward is not 1")
+    assert "| | failed here: a reward" in compare.table([found])
+
+
 def test_the_table_says_how_many_are_slower(fake):
     found, _ = fake([1.5, 1.5, 1.0], [1.0, 1.0, 1.0], cases=(RETURNS, COLLECT))
-    text = compare.table([*found, {**found[0], "problem": "too old"}])
+    text = compare.table([*found, {**found[0], "problem": "too old", "verdict": "not compared"}])
     assert "| returns, any x 1, cpu | 1.50 (1.50 to 1.50) | slower |" in text
     assert "| collect, sync x 1, cpu | 1.00 (1.00 to 1.00) | no difference |" in text
     assert "not compared: too old" in text

@@ -195,6 +195,10 @@ class BenchmarkConfig:
         if self.compare is not None and (self.results is not None or self.record):
             other = "--record" if self.results is None else "--results"
             raise ConfigError(f"--compare: expected it without {other}; run them one by one")
+        chosen = (self.devices, self.num_envs, self.vectorizations)
+        every = (BenchmarkConfig.devices, BenchmarkConfig.num_envs, BenchmarkConfig.vectorizations)
+        if self.record and self.results is None and chosen != every:
+            raise ConfigError("--record: expected every figure; run it without a choice of them")
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -245,7 +249,8 @@ def _benchmark(config: BenchmarkConfig) -> bool:
                 progress=progress_line(),
             )
         if not found["cells"] and not any(one["failed"] for one in found["not_run"]):
-            raise ValueError(f"nothing was measured: {report.why_nothing(found)}")
+            raise ValueError(f"nothing was measured: {'; '.join(report.left_out(found))}")
+    found = results.rounded(found)  # the table of a file is that of its run
     # What was measured is safe before anybody looks at it, or does not.
     path = Path(config.out_dir) / results.run_name(found)
     written = [path.with_suffix(".png")]
@@ -267,9 +272,9 @@ def _comparison(config: BenchmarkConfig) -> bool:
     assert config.compare is not None
     commit = compare.resolve(config.compare)
     cases, left_out = measure.measurable(config.devices, config.vectorizations, config.numbers)
+    devices = {device: measure.why_not_there(device) for device in config.devices}
     if not cases:
-        devices = {device: measure.why_not_there(device) for device in config.devices}
-        why = report.why_nothing({"devices": devices, "not_run": left_out})
+        why = "; ".join(report.left_out({"devices": devices, "not_run": left_out}))
         raise ValueError(f"nothing was compared: {why}")
     pace = measure.QUICK if config.quick else measure.FULL
     found = compare.compare(
@@ -285,7 +290,9 @@ def _comparison(config: BenchmarkConfig) -> bool:
     results.write(path, content | {"machine": measure.machine(), "not_run": [], "cells": found})
     print(f"written: {path}", file=sys.stderr)
     print(compare.table(found), flush=True)
-    return any(one.get("verdict") == "slower" for one in found)
+    for line in report.left_out({"devices": devices, "not_run": left_out}):
+        print(f"* {line}", flush=True)
+    return any(one["verdict"] in ("slower", "failed here") for one in found)
 
 
 def parse_config(args: Sequence[str]) -> Config:

@@ -123,10 +123,16 @@ def compare(entries, rounds, not_run):
             round_seconds += took[best]
             row = {"name": name, "variant": best, "unequal": unequal, "tried": tried, "rounds": []}
             rows.append((worker, index, row))
-    for turn in range(max(3, min(rounds, int(60 / round_seconds)))):
-        first = turn % len(rows)
+    for turn in range(max(3, min(rounds, int(60 / max(round_seconds, 1e-9))))):
+        first = turn % max(1, len(rows))
         for worker, index, row in rows[first:] + rows[:first]:
-            row["rounds"].append(worker.ask("speed", index))
+            try:
+                row["rounds"].append(worker.ask("speed", index))
+            except Failure as failure:
+                say(f"  {row['name']}: {failure}")
+                reason = f"failed in round {turn + 1}: {failure}"
+                not_run.append({"harness": row["name"], "reason": reason})
+                rows = [other for other in rows if other[2] is not row]
     for worker, _, _ in rows:
         worker.ask("drop")
     for _, _, row in rows:
@@ -146,7 +152,11 @@ def solve(workers, seeds, not_run):
             not_run.append({"harness": SOLVERS[worker.name], "reason": reason})
     for seed in range(1, seeds + 1):
         for worker, row in rows:
-            seconds, steps = worker.ask("solve", seed)
+            try:
+                seconds, steps = worker.ask("solve", seed)
+            except Failure as failure:
+                say(f"solve, {row['name']}, seed {seed}: {failure}")
+                seconds, steps = None, None
             row["runs"].append({"seed": seed, "seconds": seconds, "env_steps": steps})
             say(f"solve, {row['name']}: {row['runs'][-1]}")
     return [row for _, row in rows]

@@ -14,16 +14,18 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.loss import advantages
 from vecpg.metrics import episode_statistics
+from vecpg.noise import Purpose, uniforms
 from vecpg.policy import Policy
 from vecpg.returns import reward_to_go, threads
 from vecpg.rollout import Rollout, collect
-from vecpg.update import by_autograd, by_machine_code, update
+from vecpg.update import by_autograd, update
 
 ENV_ID = "CartPole-v1"
 
@@ -55,8 +57,11 @@ _PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 # What a step of one CartPole on tensors has to read and write: state, action and length; state,
 # observation, length, reward and two flags.
 _BYTES_PER_TENSOR_STEP = (16 + 8 + 8) + (16 + 16 + 8 + 4 + 2)
+# How many transitions, and as many ends, are replayed; and of which rows actions are drawn again.
 _REPLAYED = 100
-_COMPARED_ROWS, _COMPARED_COPIES = 40, 1024
+_DRAWN_ROWS, _DRAWN_COPIES = 40, 1024
+# Copies of fewer bytes than this are over before a second thread has begun.
+_BYTES_PER_THREAD = 2**19
 
 
 class CheckFailed(Exception):
@@ -154,7 +159,9 @@ def why_not_run(case: Case, cores: int, memory: int) -> str | None:
         return f"sync steps copies in turn, beyond {_MOST_IN_PROCESS} no faster"
     if case.vectorization == "async" and case.num_envs > _MOST_WORKERS_PER_CORE * cores:
         return f"async beyond {_MOST_WORKERS_PER_CORE} processes for each of {cores} cores"
-    rows = _RETURNS_ROWS if case.thing == "returns" else num_steps(case) + _TIME_LIMIT
+    rows = {"returns": _RETURNS_ROWS, "update": _update_rows(case)}.get(
+        case.thing, num_steps(case) + _TIME_LIMIT
+    )
     needed = rows * case.num_envs * _BYTES_PER_ROW
     if needed > memory / 2:
         return f"may take {needed / 2**30:.1f} GiB, over half of {memory / 2**30:.1f} GiB"
@@ -165,6 +172,10 @@ def num_steps(case: Case) -> int:
     """The start window of a collection; fewer for more copies."""
     steps = _STEPS.get(case.vectorization or "", _STEPS_ELSEWHERE)
     return max(1, min(_MOST_NUM_STEPS, steps // case.num_envs))
+
+
+def _update_rows(case: Case) -> int:
+    return max(_FEWEST_UPDATE_ROWS, num_steps(case))
 
 
 def seconds_of(run: Callable[[], object], calls: int, device: str) -> float:
@@ -247,7 +258,9 @@ def _train(case: Case) -> Iterator[Cell]:
         rollout = _checked_rollout(envs, policy, case)
         config = Config(num_envs=case.num_envs, num_steps=num_steps(case))
         optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
-        _check_gradient(policy, rollout, advantages(rollout, config))
+        weights = advantages(rollout, config)
+        _check_advantages(rollout, weights, config.gamma)
+        _check_gradient(policy, optimizer, rollout, weights, config)
         counted = int(rollout.mask.sum())
         phases: dict[str, list[float]] = {}
 
@@ -303,7 +316,7 @@ def _returns(case: Case) -> Iterator[Cell]:
 @contextmanager
 def _update(case: Case) -> Iterator[Cell]:
     generator = torch.Generator().manual_seed(0)
-    rows = max(_FEWEST_UPDATE_ROWS, num_steps(case))
+    rows = _update_rows(case)
     shape = rows, case.num_envs
     none = torch.zeros(shape, dtype=torch.bool, device=case.device)
     rollout = Rollout(
@@ -319,9 +332,9 @@ def _update(case: Case) -> Iterator[Cell]:
     weights = torch.randn(shape, generator=generator).to(case.device)
     with _envs(Case("update", "cpu", "vector_entry_point", 1)) as envs:
         policy = _policy(envs, case.device)
-    _check_gradient(policy, rollout, weights)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
     config = Config(num_envs=case.num_envs)
+    _check_gradient(policy, optimizer, rollout, weights, config)
     yield Cell(
         lambda: update(policy, optimizer, rollout, weights, config),
         "environment steps",
@@ -390,30 +403,29 @@ def _product(flops: int, device: str) -> Limit:
 
 
 def _copy(moved: int, units: int, device: str) -> Limit:
-    """A copy that reads and writes so many bytes together, for something that does the same."""
+    """A copy that reads and writes so many bytes together, for something that does the same.
+
+    On the host every core copies a part, as kernels do.
+    """
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    return Limit("copy", lambda: target.copy_(source), units)
+    parts = threads.cores() if device == "cpu" else 1
+    parts = max(1, min(parts, len(source) // _BYTES_PER_THREAD))
+    pairs = list(zip(target.chunk(parts), source.chunk(parts), strict=True))
+
+    def run() -> Tensor:
+        threads.run(lambda part: pairs[part][0].copy_(pairs[part][1]), len(pairs))
+        return target
+
+    return Limit("copy", run, units)
 
 
 def _checked_rollout(envs: Any, policy: Policy, case: Case) -> Rollout:
-    """A rollout that was found to be CartPole's, and the reference's where there is another way."""
+    """A rollout that was found to be CartPole's, of the window asked for, by this policy."""
     rollout = collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0)
     check_cartpole(rollout)
-    if case.vectorization == "tensor" and case.device == "cpu":
-        # What a copy does depends on no other, so the first of them are enough.
-        copies = min(case.num_envs, _COMPARED_COPIES)
-        ours = collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0, backend="cpu")
-        with _envs(Case(case.thing, "cpu", "tensor", copies)) as few:
-            expected = collect(
-                few, policy, num_steps=num_steps(case), seed=1, iteration=0, backend="reference"
-            )
-        first = slice(0, min(_COMPARED_ROWS, len(expected.mask))), slice(0, copies)
-        counted = expected.mask[first]
-        _check(torch.equal(ours.mask[first], counted), "other rows count than in the reference")
-        for name in ("actions", "obs"):
-            one, other = (getattr(each, name)[first][counted] for each in (ours, expected))
-            _check((one - other).abs().max() <= 1e-5, f"{name} differ from the reference")
+    _check_window(rollout, num_steps(case))
+    _check_actions(rollout, policy)
     return rollout
 
 
@@ -426,46 +438,118 @@ def check_cartpole(rollout: Rollout) -> None:
     mask, dones = rollout.mask.cpu(), rollout.dones.cpu()
     _check(dones.sum(dim=0).min() >= 1, "a copy finished no episode")
     _check(torch.equal(rollout.rewards.cpu(), mask.float()), "a reward is not 1")
+    ages, left = _ages(rollout)
+    _check(not (dones & ~mask).any(), "an episode ends in a masked row")
+    _check(left[mask.numpy()].min() >= 1, "an episode has no end")
+    limit_reached = torch.from_numpy(ages == _TIME_LIMIT - 1) & mask
+    _check(torch.equal(rollout.truncations.cpu(), limit_reached), "a limit is not 500 steps")
+    obs, actions = rollout.obs.cpu().double().numpy(), rollout.actions.cpu()
+    terminations = rollout.terminations.cpu()
+    starts = obs[(ages == 0) & mask.numpy()]
+    _check(np.abs(starts).max() <= 0.05, "an episode does not start as CartPole does")
     inside = mask & ~dones
     inside[-1] = False
-    places = inside.nonzero()
-    order = np.random.default_rng(0).permutation(len(places))[:_REPLAYED]
-    obs, actions = rollout.obs.cpu().double().numpy(), rollout.actions.cpu()
     env: Any = gymnasium.make(ENV_ID).unwrapped
     env.reset(seed=0)
-    for t, n in places[torch.from_numpy(order)].tolist():
-        env.state = obs[t, n]
-        following, _, terminated, _, _ = env.step(int(actions[t, n]))
-        same = not terminated and np.abs(obs[t + 1, n] - following).max() <= 1e-5
-        _check(same, f"row {t} of copy {n} is not CartPole's")
+    for places in (inside.nonzero(), dones.nonzero()):
+        order = np.random.default_rng(0).permutation(len(places))[:_REPLAYED]
+        for t, n in places[torch.from_numpy(order)].tolist():
+            env.state, env.steps_beyond_terminated = obs[t, n], None
+            following, _, terminated, _, _ = env.step(int(actions[t, n]))
+            same = terminated == bool(terminations[t, n])
+            if inside[t, n]:
+                same = same and np.abs(obs[t + 1, n] - following).max() <= 1e-5
+            _check(same, f"row {t} of copy {n} is not CartPole's")
 
 
-def _check_gradient(policy: Policy, rollout: Rollout, weights: Tensor) -> None:
-    """The gradient that an update follows is autograd's on the host, to 1e-5 of its largest."""
-    ours = _gradient(policy, rollout, weights, policy.device.type == "cpu")
+def _ages(rollout: Rollout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of every counted row the steps since its episode began, and those to its end, itself too.
+
+    The latter is 0 where no end follows. (T, N) each.
+    """
+    mask, dones = rollout.mask.cpu().numpy(), rollout.dones.cpu().numpy()
+    ages, left = np.zeros((2, *mask.shape), np.int64)
+    age, after = np.zeros((2, mask.shape[1]), np.int64)
+    for t in range(len(mask)):
+        ages[t] = age
+        age = np.where(dones[t], 0, age + mask[t])
+    for t in reversed(range(len(mask))):
+        after = np.where(dones[t], 1, np.where(mask[t] & (after > 0), after + 1, after))
+        left[t] = after
+    return ages, left
+
+
+def _check_window(rollout: Rollout, start_window: int) -> None:
+    """Every copy began its last episode within the window, and made as many steps at least."""
+    ages, _ = _ages(rollout)
+    mask, dones = rollout.mask.cpu().numpy(), rollout.dones.cpu().numpy()
+    steps = mask.sum(axis=0)
+    last = len(dones) - 1 - dones[::-1].argmax(axis=0)
+    begun = steps - ages[last, np.arange(len(steps))] - 1
+    within = (begun < start_window) & (steps >= start_window)
+    _check(bool(within.all()), f"a copy was not played for {start_window} steps and to an end")
+
+
+def _check_actions(rollout: Rollout, policy: Policy) -> None:
+    """Actions are those that the policy draws on the host, but where rounding decides."""
+    rows, copies = min(_DRAWN_ROWS, len(rollout.mask)), min(_DRAWN_COPIES, rollout.mask.shape[1])
+    noise = uniforms(1, 0, range(rows), copies, Purpose.ACTION)
+    on_host = copy.deepcopy(policy).cpu()
+    counted = rollout.mask[:rows, :copies].cpu()
+    with torch.inference_mode():
+        drawn = torch.stack(
+            [on_host.sample(rollout.obs[t, :copies].cpu(), noise[t : t + 1]) for t in range(rows)]
+        )
+    others = (drawn != rollout.actions[:rows, :copies].cpu()) & counted
+    _check(others.sum() <= counted.sum() / 1000, "actions differ from what the policy draws")
+
+
+def _check_advantages(rollout: Rollout, weights: Tensor, gamma: float) -> None:
+    """Reward-to-go minus the mean of rows as old in other copies, where every reward is 1."""
+    ages, left = _ages(rollout)
+    mask = rollout.mask.cpu().numpy()
+    copies = np.arange(mask.shape[1])
+    to_go = (1 - gamma**left) / (1 - gamma)
+    places = (ages * len(copies) + copies)[mask]
+    size = (int(ages.max()) + 1) * len(copies)
+    own = np.bincount(places, to_go[mask], size).reshape(-1, len(copies))
+    own_count = np.bincount(places, minlength=size).reshape(-1, len(copies))
+    others = own.sum(axis=1, keepdims=True) - own
+    count = own_count.sum(axis=1, keepdims=True) - own_count
+    baseline = (others / np.maximum(count, 1))[ages, copies]
+    expected = np.where(mask, to_go - baseline, 0)
+    error = np.abs(weights.cpu().double().numpy() - expected).max()
+    _check(error <= 1e-5 * to_go.max(), "advantages differ from their definition")
+
+
+def _check_gradient(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    weights: Tensor,
+    config: Config,
+) -> None:
+    """The gradient that `update` follows is autograd's on the host, to 1e-5 of its largest."""
+    update(policy, optimizer, rollout, weights, config)
     names = ("obs", "actions", "rewards", "terminations", "truncations", "mask", "final_obs")
     on_host = Rollout(
         **{name: getattr(rollout, name).cpu() for name in names},
         final_rows=rollout.final_rows.cpu(),
     )
-    expected = _gradient(copy.deepcopy(policy).cpu(), on_host, weights.cpu(), False)
-    scale = max(gradient.abs().max() for gradient in expected)
-    for one, other in zip(ours, expected, strict=True):
-        _check((one.cpu() - other).abs().max() <= 1e-5 * scale, "the gradient is not autograd's")
-
-
-def _gradient(
-    policy: Policy, rollout: Rollout, weights: Tensor, in_machine_code: bool
-) -> list[Tensor]:
+    expected = copy.deepcopy(policy).cpu()
+    expected.zero_grad(set_to_none=True)
+    by_autograd(expected, on_host, weights.cpu(), rollout.mask.shape[1], 0.0)
+    pairs = list(zip(policy.parameters(), expected.parameters(), strict=True))
+    scale = max(other.grad.abs().max() for _, other in pairs if other.grad is not None)
+    for one, other in pairs:
+        _check((one.grad is None) == (other.grad is None), "a parameter has no gradient")
+        if one.grad is not None and other.grad is not None:
+            difference = (one.grad.cpu() - other.grad).abs().max()
+            _check(difference <= 1e-5 * scale, "the gradient is not autograd's")
     policy.zero_grad(set_to_none=True)
-    differentiate = by_machine_code if in_machine_code else by_autograd
-    differentiate(policy, rollout, weights, rollout.mask.shape[1], 0.0)
-    gradient = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
-    policy.zero_grad(set_to_none=True)
-    return gradient
 
 
-def _check(holds: bool | Tensor, problem: str) -> None:
+def _check(holds: "bool | Tensor | np.bool_", problem: str) -> None:
     if not holds:
         raise CheckFailed(problem)
 

@@ -90,8 +90,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run every case in this tree and in a commit, and compare.
 
-    What looks slower is looked at once more with everything made anew, and counts only if it is
-    slower again: a process can be unlucky with its memory for all of its rounds.
+    What looks slower or faster is looked at once more with environments, policy and memory made
+    anew, and counts only if it is so again: they can be unlucky for all of their rounds.
 
     Args:
         commit: as `resolve` gives it.
@@ -102,7 +102,7 @@ def compare(
 
     Returns:
         for each case that both can run: its name, both lists of seconds, ratio and verdict; for
-        others: the name and the problem.
+        others: the name, the problem, and as verdict "failed here" or "not compared".
 
     Raises:
         TooOld: the commit can run none of them.
@@ -115,13 +115,16 @@ def compare(
             name |= {"vectorization": kind, "num_envs": num_envs}
             if progress is not None:
                 progress(number, len(cases), f"{thing}, {kind or 'any'} x {num_envs}, {device}")
-            problem = ours.opened(case) or theirs.opened(case)
+            failed, problem = ours.opened(case), theirs.opened(case)
+            if failed is not None:
+                found.append(name | {"problem": failed, "verdict": "failed here"})
+                continue
             if problem is not None:
-                found.append(name | {"problem": problem})
+                found.append(name | {"problem": problem, "verdict": "not compared"})
                 continue
             here, before = _rounds(ours, theirs, enough, round_seconds)
             ratio = ratio_of_medians(here, before)
-            if ratio.verdict == "slower":
+            if ratio.verdict in ("slower", "faster"):
                 theirs.opened(case)
                 ours.opened(case)
                 here, before = _rounds(ours, theirs, enough, round_seconds)
@@ -131,7 +134,7 @@ def compare(
                 | {"seconds_here": here, "seconds_there": before, "verdict": ratio.verdict}
                 | {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
             )
-    if found and all("problem" in one for one in found):
+    if found and all(one["verdict"] == "not compared" for one in found):
         raise TooOld(f"--compare: {commit[:7]} can run none of these: {found[0]['problem']}")
     return found
 
@@ -144,7 +147,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             f"{one['thing']}, {one['vectorization'] or 'any'} x {one['num_envs']}, {one['device']}"
         )
         if "problem" in one:
-            lines.append(f"| {name} | | not compared: {one['problem']} |")
+            lines.append(f"| {name} | | {one['verdict']}: {one['problem']} |")
             continue
         interval = f"{one['ratio']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
         lines.append(f"| {name} | {interval} | {one['verdict']} |")

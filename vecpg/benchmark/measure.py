@@ -84,9 +84,8 @@ def measure(
             cells.append(_measured(case, QUICK if quick else FULL))
         except CheckFailed as error:
             left_out.append(_name(case) | {"reason": f"check failed: {error}", "failed": True})
-        except (OSError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split())
-            left_out.append(_name(case) | {"reason": reason, "failed": True})
+        except (OSError, RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
+            left_out.append(_name(case) | {"reason": _words(error), "failed": True})
     return {
         "schema": results_file.SCHEMA,
         **results_file.now(),
@@ -216,3 +215,13 @@ def _name(case: Case) -> dict[str, Any]:
         "vectorization": case.vectorization,
         "num_envs": case.num_envs,
     }
+
+
+def _words(error: BaseException) -> str:
+    """One line, and never a path: those of the system's errors hold some, also as a cause."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found.strerror or type(found).__name__
+        found = found.__cause__
+    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ _HEADINGS = {
     "collect": "Collecting whole episodes: counted environment steps per second",
     "returns": "Returns: rewards per second",
     "update": "Update, one gradient step: environment steps per second",
-    "train": "Training, whole iterations: counted environment steps per second",
+    "train": "Training, whole iterations without logging: counted environment steps per second",
 }
 _AXES = {
     "stepping": ("stepping", "steps / s"),
@@ -65,19 +65,17 @@ def table(results: Results) -> str:
             parts.append(f"{heading}\n\n{_aligned(_rows(cells))}")
             notes = [_limits(cells), *_crossovers(cells)]
             parts.append("\n".join(f"* {line}" for line in notes if line))
-    reasons = _left_out(results)
+    reasons = left_out(results)
     if reasons:
         parts.append("\n".join(f"* {line}" for line in reasons))
     return "\n\n".join(parts)
 
 
-def why_nothing(results: Results) -> str:
-    """Why there is no figure at all; it looks at "devices" and "not_run"."""
-    return "; ".join(_left_out(results))
+def left_out(results: Results) -> list[str]:
+    """A line for each device that is not there, and for cells that have no figure.
 
-
-def _left_out(results: Results) -> list[str]:
-    """A line for each device that is not there, and for cells that have no figure."""
+    It looks at "devices" and "not_run".
+    """
     missing = [f"{device}: {why}" for device, why in results["devices"].items() if why]
     not_run = [
         f"{'FAILED' if one['failed'] else 'not run'}: {_where(one)}: {one['reason']}"

@@ -81,7 +81,7 @@ def write(path: Path, results: Results) -> None:
         OSError: it cannot be written.
     """
     rows = {
-        name: "[\n  " + ",\n  ".join(json.dumps(_rounded(row)) for row in results[name]) + "\n ]"
+        name: "[\n  " + ",\n  ".join(json.dumps(rounded(row)) for row in results[name]) + "\n ]"
         for name in ("cells", "not_run")
         if results[name]
     }
@@ -176,11 +176,12 @@ def git(root: Path, *args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Every number in it to six digits, as a file keeps it."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: rounded(each) for name, each in value.items()}
     return value

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,4 +69,5 @@ def _load_cells() -> ModuleType:
 
 
 if __name__ == "__main__":
-    work()
+    with suppress(BrokenPipeError):  # who asked has gone
+        work()
