@@ -57,6 +57,43 @@ def test_there_is_a_harness_in_the_table_for_every_file(peers):
         assert name not in harness.NEEDS
 
 
+class Fake:
+    """A harness whose rounds, or seeds, give these numbers; None is a failure."""
+
+    def __init__(self, peers, name, numbers):
+        self.peers, self.name, self.numbers = peers, name, iter(numbers)
+
+    def ask(self, verb, *rest):
+        if verb == "make":
+            return 1.0, 0.01
+        if verb in ("keep", "drop") or (verb, *rest) == ("solve", 0):
+            return None
+        number = next(self.numbers)
+        if number is None:
+            raise self.peers.Failure("it died")
+        return number
+
+
+def test_what_fails_in_a_round_costs_only_itself(peers):
+    workers = [
+        Fake(peers, "ours", [5.0, 7.0, 6.0]),
+        Fake(peers, "jax_reinforce", [1.0, None]),
+    ]
+    entries = [
+        (worker, index, "training", worker.name, [""], "") for index, worker in enumerate(workers)
+    ]
+    not_run = []
+    (row,) = peers.compare(entries, 3, not_run)
+    assert (row["name"], row["rounds"], row["median"]) == ("ours", [5.0, 7.0, 6.0], 6.0)
+    assert not_run == [{"harness": "jax_reinforce", "reason": "failed in round 2: it died"}]
+
+
+def test_what_fails_on_a_seed_did_not_solve_it(peers):
+    workers = [Fake(peers, "ours", [(0.5, 10), None])]
+    (row,) = peers.solve(workers, 2, [])
+    assert [(run["seconds"], run["env_steps"]) for run in row["runs"]] == [(0.5, 10), (None, None)]
+
+
 def test_the_table_holds_medians_ratios_and_what_did_not_run(peers):
     def row(name, *rounds):
         middle = sorted(rounds)[len(rounds) // 2]
