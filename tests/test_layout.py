@@ -53,6 +53,7 @@ ALLOWED = {
         "vecpg.envs",
         "vecpg.loss",
         "vecpg.metrics",
+        "vecpg.noise",
         "vecpg.policy",
         "vecpg.returns",
         "vecpg.rollout",
