@@ -9,8 +9,8 @@ import statistics
 
 import pytest
 
-from vecpg.benchmark.cells import Case, prepared, seconds_of, wait_for
-from vecpg.benchmark.measure import measurable
+from vecpg.measure.cells import Case, prepared, seconds_of, wait_for
+from vecpg.measure.timing import measurable
 
 # Of devices that are not here, and of what would take too much, there are none.
 CASES, _ = measurable(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.benchmark.cells import check_cartpole
 from vecpg.envs import has_one_generator, make_envs
+from vecpg.measure.cells import check_cartpole
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 

@@ -14,14 +14,14 @@ import torch
 from conftest import multiply_speed
 
 from vecpg import update as update_module
-from vecpg.benchmark.cells import FLOPS, check_cartpole
+from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
-from vecpg.loss import advantages
-from vecpg.metrics import episode_statistics
+from vecpg.kernels import threads
+from vecpg.measure.cells import FLOPS, check_cartpole
 from vecpg.policy import Policy
-from vecpg.returns import threads
 from vecpg.rollout import collect
+from vecpg.rollout.statistics import episode_statistics
 from vecpg.update import by_autograd, by_machine_code, update
 
 CASES = [

@@ -9,8 +9,8 @@ from gymnasium import spaces
 
 from vecpg import update as update_module
 from vecpg.config import Config
+from vecpg.kernels import threads
 from vecpg.policy import Policy
-from vecpg.returns import threads
 from vecpg.rollout import Rollout
 from vecpg.update import update
 

@@ -9,9 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import commit
-
-from vecpg.run_directory import system
+from vecpg.machine import commit, system
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def _one_thread():
 @pytest.fixture
 def record(benchmark):
     """Put a speed, and where it was measured, into the benchmark's extra_info."""
-    at = commit()
+    at = commit()["commit"]
 
     def put(**numbers):
         benchmark.extra_info |= {

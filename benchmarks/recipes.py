@@ -15,10 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from machine import ROOT, commit, results_folder
-
+from vecpg.machine import checkout, commit, results_folder, system
 from vecpg.recipes import RECIPES
-from vecpg.run_directory import system
 
 KEPT = ("solved", "env_steps", "episodes", "iterations", "best_return", "eval_return_mean")
 
@@ -40,14 +38,14 @@ def main():
             summary = job.result()
             found[recipe].append({"seed": seed} | {key: summary[key] for key in KEPT})
             print(recipe, found[recipe][-1], file=sys.stderr, flush=True)
-        plot = [sys.executable, str(ROOT / "scripts" / "plot.py")]
+        plot = [sys.executable, str(checkout() / "scripts" / "plot.py")]
         out = ["--out", str(folder / "recipes.png")]
         subprocess.run(
             [*plot, *(str(path) for path in sorted(Path(runs).iterdir())), *out], check=True
         )
     result = {
         "command": f"python benchmarks/recipes.py --seeds {args.seeds}",
-        "commit": commit(),
+        "commit": commit()["commit"],
         "machine": machine,
         "recipes": found,
     }
@@ -59,7 +57,7 @@ def train(recipe, seed, out_dir):
     """The summary of one run."""
     flags = ["--recipe", recipe, "--seed", str(seed), "--out-dir", str(out_dir)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *flags],
+        [sys.executable, str(checkout() / "scripts" / "train.py"), *flags],
         capture_output=True,
         text=True,
         check=True,

@@ -15,10 +15,9 @@ import sys
 import time
 
 import torch
-from machine import commit, results_folder
 
+from vecpg.machine import commit, results_folder, system
 from vecpg.returns import packed_reward_to_go, reference, reward_to_go
-from vecpg.run_directory import system
 
 GAMMA = 0.99
 BYTES = 9  # a reward and a return of four bytes, and a flag
@@ -45,7 +44,7 @@ def main():
         for row in rows[-3:]:
             print(json.dumps(row), flush=True)
     machine = system()
-    result = {"commit": commit(), "machine": machine, "shapes": rows}
+    result = {"commit": commit()["commit"], "machine": machine, "shapes": rows}
     path = results_folder(machine) / "returns-cuda.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("| T x N | layout | device us | call us | of copy | CPU us |\n|-|-|-|-|-|-|")

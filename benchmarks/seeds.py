@@ -14,9 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from machine import ROOT, commit, results_folder
-
-from vecpg.run_directory import system
+from vecpg.machine import checkout, commit, results_folder, system
 
 KEPT = (
     "seed",
@@ -43,7 +41,7 @@ def main():
     folder = results_folder(machine)
     result = {
         "command": " ".join(["python scripts/train.py", *args.flags, "--seed S"]),
-        "commit": commit(),
+        "commit": commit()["commit"],
         "machine": machine,
         "env_id": summary["env_id"],
         "runs": runs,
@@ -56,7 +54,7 @@ def main():
 def train(flags, seed):
     """The summary of one run, and the warnings it gave."""
     with tempfile.TemporaryDirectory() as out_dir:
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags]
+        command = [sys.executable, str(checkout() / "scripts" / "train.py"), *flags]
         done = subprocess.run(
             [*command, "--seed", str(seed), "--out-dir", out_dir],
             capture_output=True,

@@ -16,13 +16,12 @@ import math
 import tempfile
 
 import torch
-from machine import commit, results_folder
 
+from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import make_envs
-from vecpg.loss import advantages
+from vecpg.machine import commit, results_folder, system
 from vecpg.rollout import collect
-from vecpg.run_directory import system
 from vecpg.train import train
 from vecpg.update import update
 from vecpg.value import Critic, ValueFunction, fit, predict
@@ -72,7 +71,7 @@ def main():
     machine = system()
     result = {
         "command": "python benchmarks/variance.py",
-        "commit": commit(),
+        "commit": commit()["commit"],
         "machine": machine,
         "rollouts": args.rollouts,
         "mean_length": sum(lengths) / len(lengths),

@@ -3,7 +3,7 @@
 Prints a table of speeds, each beside its limit; writes a JSON file and a picture.
 """
 
-from vecpg.cli import benchmark_main
+from vecpg.measure.cli import benchmark_main
 
 if __name__ == "__main__":
     benchmark_main()

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT
 from gymnasium import spaces
 
-from vecpg import checkpoint
 from vecpg.cli import EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config, to_dict
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
+from vecpg.run import checkpoint
 
 # This checkout, wherever vecpg may be installed; the scripts find modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}

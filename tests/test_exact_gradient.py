@@ -17,13 +17,13 @@ from gymnasium import spaces
 from torch import nn
 
 from vecpg import update as update_module
-from vecpg.checkpoint import load_policy
+from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.loss import advantages
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect
+from vecpg.run.checkpoint import load_policy
 from vecpg.train import train
 from vecpg.update import update
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms, uniforms_at
-from vecpg.rollout import sampling
+from vecpg.policy import sampling
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
 VECTORS = [

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from vecpg import checkpoint
 from vecpg import train as train_module
 from vecpg.cli import parse_config
 from vecpg.noise import Purpose, uniforms_at
 from vecpg.recipes import RECIPES
+from vecpg.run import checkpoint
 from vecpg.train import train
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vecpg.returns
+from vecpg.kernels.announce import anew
 from vecpg.returns import cpu, generalized_advantage, packed_reward_to_go, reward_to_go
 
 # The error of rounding the result once, with a little room.
@@ -614,9 +614,8 @@ def test_advantages_keep_nan_out_of_every_gradient(mode):
         assert value.grad.isfinite().all()
 
 
-def test_what_auto_chose_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(vecpg.returns, "_announced", set())
-    with caplog.at_level(logging.INFO, "vecpg"):
+def test_what_auto_chose_is_said_once(caplog):
+    with anew(), caplog.at_level(logging.INFO, "vecpg"):
         for _ in range(2):
             reward_to_go(torch.ones(3), torch.zeros(3, dtype=bool), 0.9)
     assert [record.message for record in caplog.records] == ["returns on cpu: machine code"]

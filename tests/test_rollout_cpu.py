@@ -14,8 +14,8 @@ from gymnasium import spaces
 from vecpg import rollout as package
 from vecpg.envs import cartpole, make_envs, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.kernels import threads
 from vecpg.policy import Policy
-from vecpg.returns import threads
 from vecpg.rollout import collect, cpu
 from vecpg.rollout.stepping import collect_by_stepping
 from vecpg.update import by_machine_code

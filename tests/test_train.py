@@ -13,14 +13,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vecpg import checkpoint
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.evaluate import evaluate
-from vecpg.interrupts import Interrupted
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
+from vecpg.run import checkpoint
+from vecpg.run.interrupts import Interrupted
 from vecpg.train import train
 
 SUMMARY_KEYS = [

@@ -17,7 +17,7 @@ T, N = 37, 5
 @pytest.fixture(params=["machine code", "autograd"], autouse=True)
 def backend(request, monkeypatch):
     if request.param == "autograd":
-        monkeypatch.setattr(update_module.mlp, "why_not", lambda policy: "a test")
+        monkeypatch.setattr(update_module.policy_cpu, "why_not", lambda policy: "a test")
     return request.param
 
 

@@ -8,14 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vecpg.checkpoint import load_policy
+    from vecpg.advantage import advantages
     from vecpg.config import Config, ConfigError
     from vecpg.envs import EnvironmentFailure, make_envs
     from vecpg.evaluate import EvalResult
-    from vecpg.loss import advantages
     from vecpg.policy import Policy
     from vecpg.returns import reward_to_go
     from vecpg.rollout import Rollout, collect
+    from vecpg.run.checkpoint import load_policy
     from vecpg.train import TrainResult
 
 __version__ = "0.1.0"
@@ -28,9 +28,9 @@ _HOMES = {
     "Policy": "vecpg.policy",
     "Rollout": "vecpg.rollout",
     "TrainResult": "vecpg.train",
-    "advantages": "vecpg.loss",
+    "advantages": "vecpg.advantage",
     "collect": "vecpg.rollout",
-    "load_policy": "vecpg.checkpoint",
+    "load_policy": "vecpg.run.checkpoint",
     "make_envs": "vecpg.envs",
     "reward_to_go": "vecpg.returns",
 }

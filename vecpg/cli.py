@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse_config(sys.argv[1:] if args is None else list(args))
         prepare_process()
-        with _stdout_kept_clean():
+        with stdout_kept_clean():
             _check_cheaply(config)
             from vecpg.train import train
 
@@ -82,11 +82,12 @@ def evaluate_main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
         prepare_process()
-        from vecpg import checkpoint, video
         from vecpg.evaluate import evaluate
+        from vecpg.look import video
+        from vecpg.run import checkpoint
 
         try:
-            with _stdout_kept_clean():
+            with stdout_kept_clean():
                 state = checkpoint.load(checkpoint.find(config.path))
                 policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
                 settings = {
@@ -143,156 +144,13 @@ def plot_main(args: Sequence[str] | None = None) -> None:
     with exit_codes():
         config = parse(PlotConfig, sys.argv[1:] if args is None else list(args))
         prepare_process()
-        from vecpg.plot import plot
+        from vecpg.look.plot import plot
 
         try:
             drawn = plot(config.runs, config.out, config.tag)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         print(json.dumps(drawn), flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """Measure this machine: stepping, collecting, returns, update and training of CartPole-v1.
-
-    Every figure is checked first, and stands beside the limit that was measured with it. A table
-    goes to stdout; progress goes to stderr; a JSON file and a picture go to the directory.
-    """
-
-    devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
-    """Where the policy is. One that is not there is left out, and a line says so."""
-    num_envs: tuple[int, ...] = ()
-    """Numbers of environments, at least 1 each. If none is given: 1 8 64 512 4096 32768, and with
-    --quick 1 8 64 4096."""
-    vectorizations: tuple[Literal["sync", "async", "vector_entry_point", "tensor"], ...] = (
-        "sync",
-        "async",
-        "vector_entry_point",
-        "tensor",
-    )
-    """How the environments are stepped."""
-    quick: bool = False
-    """Under two minutes on two cores: fewer rounds, and fewer numbers of environments. With
-    --compare it takes two to four times as long."""
-    out_dir: str = "benchmark-results"
-    """Where the JSON file and the picture go; their names begin with date and time."""
-    compare: str | None = None
-    """Instead: a commit to run beside this working tree, round for round in turn. Exit status 1
-    when something is slower here by more than 25 % with confidence."""
-    results: str | None = None
-    """Instead: show this results file again, and draw its picture in --out-dir."""
-    record: bool = False
-    """Also keep the figures in benchmarks/results, and make the tables of this repository anew."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("devices", "vectorizations"):
-            if not getattr(self, name):
-                raise ConfigError(f"{flag(name)}: expected at least one, got none")
-        if min(self.numbers) < 1:
-            raise ConfigError(f"--num-envs: expected at least 1, got {min(self.numbers)}")
-        if self.compare is not None and (self.results is not None or self.record):
-            other = "--record" if self.results is None else "--results"
-            raise ConfigError(f"--compare: expected it without {other}; run them one by one")
-        chosen = (self.devices, self.num_envs, self.vectorizations)
-        every = (BenchmarkConfig.devices, BenchmarkConfig.num_envs, BenchmarkConfig.vectorizations)
-        if self.record and self.results is None and chosen != every:
-            raise ConfigError("--record: expected every figure; run it without a choice of them")
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Of environments, as given or by default."""
-        default = (1, 8, 64, 4096) if self.quick else (1, 8, 64, 512, 4096, 32768)
-        return self.num_envs or default
-
-
-def benchmark_main(args: Sequence[str] | None = None) -> None:
-    """`scripts/benchmark.py`."""
-    with exit_codes():
-        config = parse(BenchmarkConfig, sys.argv[1:] if args is None else list(args))
-        prepare_process()
-        # Which way was taken is in the table; the progress line has this place.
-        logging.getLogger("vecpg").setLevel(logging.WARNING)
-        _check_writable(config.out_dir)
-        from vecpg.interrupts import Interrupts
-
-        try:
-            with Interrupts():
-                failed = _comparison(config) if config.compare is not None else _benchmark(config)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if failed:
-            raise SystemExit(EXIT_FAILED)
-
-
-def _benchmark(config: BenchmarkConfig) -> bool:
-    """Measure, or read; keep; show. Returns whether a check found something wrong."""
-    from vecpg.benchmark import report, results
-
-    root = results.checkout() if config.record else None
-    if config.results is not None:
-        found = results.read(Path(config.results))
-        if root is not None:
-            report.check_recordable(found)
-    else:
-        from vecpg.benchmark.measure import measure, progress_line
-
-        if root is not None:
-            report.check_recordable({"quick": config.quick, **results.commit()})
-        with _stdout_kept_clean():
-            found = measure(
-                config.devices,
-                config.vectorizations,
-                config.numbers,
-                quick=config.quick,
-                progress=progress_line(),
-            )
-        if not found["cells"] and not any(one["failed"] for one in found["not_run"]):
-            raise ValueError(f"nothing was measured: {'; '.join(report.left_out(found))}")
-    found = results.rounded(found)  # the table of a file is that of its run
-    # What was measured is safe before anybody looks at it, or does not.
-    path = Path(config.out_dir) / results.run_name(found)
-    written = [path.with_suffix(".png")]
-    if config.results is None:
-        written.append(path.with_suffix(".json"))
-        results.write(written[-1], found)
-    report.save_picture(found, written[0])
-    if root is not None:
-        written += report.record(found, root)
-    print("written: " + ", ".join(map(str, written)), file=sys.stderr)
-    print(report.table(found), flush=True)
-    return any(one["failed"] for one in found["not_run"])
-
-
-def _comparison(config: BenchmarkConfig) -> bool:
-    """Run this tree and a commit in turn. Returns whether something is slower here."""
-    from vecpg.benchmark import compare, measure, report, results
-
-    assert config.compare is not None
-    commit = compare.resolve(config.compare)
-    cases, left_out = measure.measurable(config.devices, config.vectorizations, config.numbers)
-    devices = {device: measure.why_not_there(device) for device in config.devices}
-    if not cases:
-        why = "; ".join(report.left_out({"devices": devices, "not_run": left_out}))
-        raise ValueError(f"nothing was compared: {why}")
-    pace = measure.QUICK if config.quick else measure.FULL
-    found = compare.compare(
-        commit,
-        [(case.thing, case.device, case.vectorization, case.num_envs) for case in cases],
-        pace.enough,
-        measure.ROUND_SECONDS,
-        measure.progress_line(),
-    )
-    here = {**results.now(), **results.commit(), "quick": config.quick}
-    path = Path(config.out_dir) / f"{results.run_name(here)}-compared-with-{commit[:7]}.json"
-    content = {"schema": results.SCHEMA, **here, "compared_with": commit[:7]}
-    results.write(path, content | {"machine": measure.machine(), "not_run": [], "cells": found})
-    print(f"written: {path}", file=sys.stderr)
-    print(compare.table(found), flush=True)
-    for line in report.left_out({"devices": devices, "not_run": left_out}):
-        print(f"* {line}", flush=True)
-    return any(one["verdict"] in ("slower", "failed here") for one in found)
 
 
 def parse_config(args: Sequence[str]) -> Config:
@@ -366,7 +224,7 @@ def prepare_process() -> None:
 
 
 @contextlib.contextmanager
-def _stdout_kept_clean() -> Iterator[None]:
+def stdout_kept_clean() -> Iterator[None]:
     """Send to stderr whatever an environment prints, from C too: stdout carries one JSON line."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -422,10 +280,11 @@ def _check_cheaply(config: Config) -> None:
         check_time_limit(spec, config.max_episode_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _check_writable(config.out_dir)
+    check_writable(config.out_dir)
 
 
-def _check_writable(name: str) -> None:
+def check_writable(name: str) -> None:
+    """Refuse an --out-dir in which nothing can be written."""
     out_dir = Path(name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -11,23 +11,26 @@ from typing import Any
 import gymnasium
 import torch
 
-from vecpg import checkpoint, mlp, video
-from vecpg.checkpoint import load_policy
+from vecpg.advantage import advantages, prepare_advantages
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
 from vecpg.envs import EnvironmentFailure, find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import EvalResult, evaluate
-from vecpg.interrupts import Interrupted, Interrupts
-from vecpg.loss import advantages, prepare_advantages
-from vecpg.metrics import Metrics, episode_statistics, prepare_statistics
+from vecpg.kernels import threads
+from vecpg.kernels.jit import Compilation
+from vecpg.look import video
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.progress import Progress
-from vecpg.returns import threads
-from vecpg.returns.jit import Compilation
+from vecpg.policy import cpu as policy_cpu
 from vecpg.rollout import collect, prepare
-from vecpg.run_directory import make_run_directory, write_json
-from vecpg.stopping import Stopping
+from vecpg.rollout.statistics import episode_statistics, prepare_statistics
+from vecpg.run import checkpoint
+from vecpg.run.checkpoint import load_policy
+from vecpg.run.directory import make_run_directory, write_json
+from vecpg.run.interrupts import Interrupted, Interrupts
+from vecpg.run.metrics import Metrics
+from vecpg.run.progress import Progress
+from vecpg.run.stopping import Stopping
 from vecpg.update import UpdateStats, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
@@ -162,7 +165,7 @@ def train(config: Config) -> TrainResult:
     stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
     _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
     _log.info("run directory: %s", run_dir)
-    unserved = mlp.why_not(policy)
+    unserved = policy_cpu.why_not(policy)
     if unserved is not None:
         _log.info("the gradient is torch's: %s", unserved)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
@@ -318,7 +321,7 @@ def _make_networks(
 def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
     prepare(envs, policy)
-    mlp.prepare(policy)
+    policy_cpu.prepare(policy)
     prepare_advantages(policy.device)
     if policy.device.type == "cpu":
         prepare_statistics()

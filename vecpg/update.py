@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vecpg import mlp
+from vecpg.kernels import threads
 from vecpg.noise import Purpose, uniforms_at
 from vecpg.policy import Policy
-from vecpg.returns import threads
+from vecpg.policy import cpu as policy_cpu
 from vecpg.rollout.data import Rollout
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def update(
         "sum": 1,
     }
     divisor = divisors[config.reduction]
-    differentiate = by_autograd if mlp.why_not(policy) else by_machine_code
+    differentiate = by_autograd if policy_cpu.why_not(policy) else by_machine_code
     optimizer.zero_grad(set_to_none=True)
     surrogate, entropy = differentiate(
         policy, rollout, advantages, divisor, config.ent_coef / count
@@ -178,7 +178,7 @@ def by_machine_code(
             f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
             " collect it with this policy"
         )
-    network, first_action = mlp.network_of(policy), mlp.first_action_of(policy)
+    network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
     obs = rollout.obs.reshape(rows, -1).numpy()
     actions, mask = rollout.actions.reshape(rows).numpy(), rollout.mask.reshape(rows).numpy()
     weights = advantages.detach().reshape(rows).numpy()
@@ -192,7 +192,7 @@ def by_machine_code(
 
     def differentiate(slab: int) -> tuple[float, float, bool]:
         chunk = slice(starts[slab], starts[slab] + size)
-        sums: tuple[float, float, bool] = mlp.sum_gradient(
+        sums: tuple[float, float, bool] = policy_cpu.sum_gradient(
             obs[chunk],
             actions[chunk],
             weights[chunk],
@@ -213,6 +213,6 @@ def by_machine_code(
             f"rollout.actions: expected {first_action} to {last_action} where counted, got"
             f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
         )
-    mlp.set_gradients(policy, gradients.sum(axis=0))
+    policy_cpu.set_gradients(policy, gradients.sum(axis=0))
     sums = torch.tensor([sum(surrogates), sum(entropies)], dtype=torch.float64)
     return sums[0], sums[1]

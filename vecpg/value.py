@@ -6,7 +6,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from vecpg.network import Encoder, fully_connected
+from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
 from vecpg.rollout.data import Rollout
 

@@ -34,13 +34,13 @@ def entrants():
 def make_training(num_envs, vectorization):
     import torch
 
+    from vecpg.advantage import advantages
     from vecpg.config import Config
     from vecpg.envs import make_envs
-    from vecpg.loss import advantages
-    from vecpg.metrics import episode_statistics
+    from vecpg.kernels import threads
     from vecpg.policy import Policy
-    from vecpg.returns import threads
     from vecpg.rollout import collect
+    from vecpg.rollout.statistics import episode_statistics
     from vecpg.update import update
 
     torch.set_num_threads(1)
@@ -115,7 +115,8 @@ def returns_error(result, rewards, dones):
 def make_returns(num_envs):
     import torch
 
-    from vecpg.returns import reward_to_go, threads
+    from vecpg.kernels import threads
+    from vecpg.returns import reward_to_go
 
     torch.set_num_threads(1)
     rewards, dones = returns_case(num_envs)

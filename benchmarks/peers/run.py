@@ -22,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from harness import speed, versions, why_not
-from machine import commit, results_folder
+
+from vecpg.machine import commit, results_folder, system
 
 HARNESSES = (
     "ours",
@@ -46,7 +47,6 @@ def main():
     parser.add_argument("--record", action="store_true", help="keep it in benchmarks/results")
     parser.add_argument("--out", type=Path, default="benchmark-results", help="folder")
     args = parser.parse_args()
-    from vecpg.run_directory import system
 
     began = time.perf_counter()
     load = os.getloadavg()[0]
@@ -83,7 +83,7 @@ def main():
         worker.close()
     result = {
         "command": " ".join(["python benchmarks/peers/run.py", *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": commit()["commit"],
         "machine": machine,
         "load_before": round(load, 2),
         "minutes": round((time.perf_counter() - began) / 60, 1),

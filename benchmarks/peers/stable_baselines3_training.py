@@ -27,7 +27,7 @@ STEPS = 100_000
 
 
 def entrants():
-    from vecpg.returns.threads import cores
+    from vecpg.kernels.threads import cores
 
     return [
         Entrant(

@@ -16,7 +16,7 @@ PACKAGES = ("torchrl", "tensordict")
 
 
 def entrants():
-    from vecpg.returns.threads import cores
+    from vecpg.kernels.threads import cores
 
     return [
         Entrant(

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.returns.jit import jit
+from vecpg.kernels.jit import jit
 
 GRAVITY = 10.0
 MASS = 1.0

@@ -1,30 +1,34 @@
 """Discounted returns over ragged episodes.
 
-The contract lives here: checks, the choice of a backend, and the call. Nothing else of vecpg is
+The contract lives here: the choice of a backend, and the call. Of vecpg only `kernels/` is
 imported. Kernels are compiled when they are first called.
 """
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
+from vecpg.kernels.announce import once
 from vecpg.returns import operator, reference
+from vecpg.returns.checks import (
+    check_gamma,
+    check_like,
+    check_offsets,
+    check_out,
+    check_rewards,
+    check_row_inputs,
+    is_common,
+    is_commonly_packed,
+    is_eager,
+    is_plain,
+    name_of,
+)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MASK_MODES = ("cut", "skip", "decay")
-_OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
 _BACKENDS = ("auto", "reference", "cpu", "cuda")
-# Found once: a small call is mostly made of looking things up.
-_has_transforms = torch._C._are_functorch_transforms_active
-_count_modes = torch._C._len_torch_dispatch_stack
-_get_tracing = torch._C._get_tracing_state
+_ON_CPU = "returns on cpu: machine code"
 _log = logging.getLogger(__name__)
-_announced: set[str] = set()
 
 
 def reward_to_go(
@@ -90,18 +94,19 @@ def reward_to_go(
     if (
         final_values is last_values is None
         and backend == "auto"
-        and _is_common(rewards, dones, gamma, mask, mask_mode, out)
+        and is_common(rewards, dones, gamma, mask, mask_mode, out)
     ):
+        once(_log, _ON_CPU)
         out = _writable(rewards, out)
         operator.write_common(rewards, dones, float(gamma), mask, mask_mode, out)
         return out
-    _check_rewards(rewards)
-    _check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
-    scalar, gammas = _check_gamma("gamma", gamma, rewards)
+    check_rewards(rewards)
+    check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    scalar, gammas = check_gamma("gamma", gamma, rewards)
     given: dict[str, object] = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
     given |= {"final_values": final_values, "last_values": last_values}
     if out is not None:
-        _check_out(out, rewards, given)
+        check_out(out, rewards, given)
     if not _is_served(backend, rewards):
         discounts = torch.tensor(scalar, dtype=torch.float64, device=rewards.device)
         discounts = discounts if gammas is None else gammas
@@ -110,7 +115,7 @@ def reward_to_go(
         )
         return result if out is None else out.copy_(result)
     arguments = (rewards, dones, scalar, gammas, final_values, last_values, mask, mask_mode)
-    if _is_plain((*given.values(), out)):
+    if is_plain((*given.values(), out)):
         out = _writable(rewards, out)
         operator.write(*arguments, out)
         return out
@@ -161,25 +166,26 @@ def packed_reward_to_go(
     if (
         final_values is None
         and backend == "auto"
-        and _is_commonly_packed(rewards, offsets, gamma)
+        and is_commonly_packed(rewards, offsets, gamma)
         and operator.is_partition(offsets, rewards.shape[0])
     ):
+        once(_log, _ON_CPU)
         out = torch.empty_like(rewards)
         operator.write_packed(rewards, offsets, gamma, None, out)
         return out
-    _check_rewards(rewards)
+    check_rewards(rewards)
     if rewards.ndim != 1:
         raise ValueError(
             f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass padded rewards to"
             " reward_to_go, with a mask"
         )
-    _check_offsets(offsets, rewards)
+    check_offsets(offsets, rewards)
     if final_values is not None:
-        _check_like("final_values", final_values, rewards, rewards.dtype, (offsets.shape[0] - 1,))
-    scalar, gammas = _check_gamma("gamma", gamma, rewards)
+        check_like("final_values", final_values, rewards, rewards.dtype, (offsets.shape[0] - 1,))
+    scalar, gammas = check_gamma("gamma", gamma, rewards)
     discount = scalar if gammas is None else gammas
     served = _is_served(backend, rewards)
-    if served and _is_plain((rewards, offsets, gamma, final_values)):
+    if served and is_plain((rewards, offsets, gamma, final_values)):
         out = torch.empty_like(rewards)
         operator.write_packed(rewards, offsets, discount, final_values, out)
         return out
@@ -249,21 +255,21 @@ def generalized_advantage(
         >>> generalized_advantage(ones, torch.zeros(2), dones, 0.5, 1.0)
         tensor([1.5000, 1.0000])
     """
-    _check_rewards(rewards)
+    check_rewards(rewards)
     if isinstance(values, Tensor) and values.dtype == torch.bool:
         raise TypeError(
-            f"values: expected {_name(rewards.dtype)}, got bool; pass rewards, values, dones, in"
+            f"values: expected {name_of(rewards.dtype)}, got bool; pass rewards, values, dones, in"
             " this order"
         )
-    _check_like("values", values, rewards, rewards.dtype)
-    _check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
-    scalar, gammas = _check_gamma("gamma", gamma, rewards)
-    scalar_lambda, lambdas = _check_gamma("gae_lambda", gae_lambda, rewards)
+    check_like("values", values, rewards, rewards.dtype)
+    check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    scalar, gammas = check_gamma("gamma", gamma, rewards)
+    scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards)
     if out is not None:
         given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
         given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
         given |= {"final_values": final_values, "last_values": last_values}
-        _check_out(out, rewards, given)
+        check_out(out, rewards, given)
 
     wide = torch.float64
     discount = scalar if gammas is None else gammas
@@ -293,295 +299,8 @@ def generalized_advantage(
     return result if out is None else out.copy_(result)
 
 
-def _is_common(
-    rewards: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
-    mask: Tensor | None,
-    mask_mode: str,
-    out: Tensor | None,
-) -> bool:
-    """Whether a call is right and asks for nothing special: found out in 2 us instead of 20.
-
-    What is not is checked again, and named, one by one.
-    """
-    if not (
-        _is_eager()  # first: a compiler cannot follow all of the others
-        and _is_discount(gamma)
-        and _is_known(rewards)
-        and rewards.ndim == 2
-        and type(dones) is Tensor
-        and dones.dtype is torch.bool
-        and dones.is_cpu
-        and rewards.shape == dones.shape
-        and dones.layout is torch.strided
-        and not dones._is_zerotensor()
-        and mask_mode in _MASK_MODES
-    ):
-        return False
-    if mask is not None and not (
-        type(mask) is Tensor
-        and mask.dtype is torch.bool
-        and mask.is_cpu
-        and rewards.shape == mask.shape
-        and mask.layout is torch.strided
-        and not mask._is_zerotensor()
-    ):
-        return False
-    return out is None or (
-        _is_known(out)
-        and out.dtype is rewards.dtype
-        and out.shape == rewards.shape
-        and (out.is_contiguous() or out.mT.is_contiguous())
-        and not _share_memory(out, rewards, dones, mask)
-    )
-
-
-def _is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) -> bool:
-    """The same for packed rewards; not whether the offsets are right."""
-    return (
-        _is_eager()
-        and _is_discount(gamma)
-        and _is_known(rewards)
-        and rewards.ndim == 1
-        and type(offsets) is Tensor
-        and offsets.dtype is torch.int64
-        and offsets.is_cpu
-        and offsets.ndim == 1
-        and offsets.shape[0] > 0
-        and offsets.layout is torch.strided
-    )
-
-
-def _is_discount(gamma: float | Tensor) -> bool:
-    return type(gamma) is float and 0.0 <= gamma <= 1.0
-
-
-def _is_known(tensor: Tensor) -> bool:
-    """Whether the CPU kernel can read and write a tensor directly, and has been announced."""
-    return (
-        type(tensor) is Tensor
-        and (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
-        and tensor.is_cpu
-        and not tensor.requires_grad
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-        and "cpu" in _announced
-    )
-
-
-def _check_rewards(rewards: Tensor) -> None:
-    if not isinstance(rewards, Tensor):
-        raise TypeError(
-            f"rewards: expected a tensor, got {type(rewards).__name__};"
-            " pass torch.as_tensor(rewards)"
-        )
-    if rewards.dtype not in _DTYPES:
-        raise TypeError(
-            f"rewards: expected float32, float64, bfloat16 or float16, got {_name(rewards.dtype)};"
-            f" pass {'rewards.real' if rewards.is_complex() else 'rewards.float()'}"
-        )
-    _check_layout("rewards", rewards)
-    if rewards.ndim == 0:
-        raise ValueError("rewards: expected (T, *batch), got no dimensions; pass rewards[None]")
-
-
-def _check_layout(name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        remedy = f"{name}.to_dense()"
-        if tensor.is_nested:
-            remedy = f"packed_reward_to_go({name}.values(), {name}.offsets(), ...)"
-        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; pass {remedy}")
-
-
-def _check_like(
-    name: str,
-    value: Tensor,
-    rewards: Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...] | None = None,
-) -> None:
-    shape = rewards.shape if shape is None else shape
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"
-        )
-    if value.dtype != dtype:
-        remedy = f"{name}.to(rewards.dtype)"
-        if dtype == torch.bool:
-            remedy = f"{name}.bool()"
-            if name == "dones":
-                remedy = "terminations | truncations, or dones.bool() if it is their 0 or 1"
-        raise TypeError(f"{name}: expected {_name(dtype)}, got {_name(value.dtype)}; pass {remedy}")
-    _check_layout(name, value)
-    if value.shape != shape:
-        raise ValueError(
-            f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)};"
-            f" {_shape_remedy(name, value, shape)}"
-        )
-    if value.device != rewards.device:
-        raise ValueError(
-            f"{name}: expected a tensor on {rewards.device} like rewards, got {value.device};"
-            f" pass {name}.to(rewards.device)"
-        )
-
-
-def _shape_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
-    if value.ndim == 2 and tuple(value.mT.shape) == tuple(shape):
-        return f"pass {name}.mT"
-    if name == "last_values":
-        return "pass one for each environment, without time"
-    return "pass one for each element of rewards, or, packed, one final value for each episode"
-
-
-def _check_row_inputs(
-    rewards: Tensor,
-    dones: Tensor,
-    final_values: Tensor | None,
-    last_values: Tensor | None,
-    mask: Tensor | None,
-    mask_mode: str,
-) -> None:
-    _check_like("dones", dones, rewards, torch.bool)
-    if final_values is not None:
-        _check_like("final_values", final_values, rewards, rewards.dtype)
-    if last_values is not None:
-        _check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
-    if mask is not None:
-        _check_like("mask", mask, rewards, torch.bool)
-    if mask_mode not in _MASK_MODES:
-        raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
-
-
-def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
-    if not isinstance(offsets, Tensor):
-        raise TypeError(
-            f"offsets: expected a tensor, got {type(offsets).__name__}; pass torch.tensor(offsets)"
-        )
-    if offsets.dtype != torch.int64:
-        raise TypeError(f"offsets: expected int64, got {_name(offsets.dtype)}; pass offsets.long()")
-    if offsets.ndim != 1 or offsets.shape[0] == 0:
-        raise ValueError(
-            f"offsets: expected shape (B + 1,), got {tuple(offsets.shape)}; {_OFFSETS_REMEDY}"
-        )
-    if offsets.device != rewards.device:
-        raise ValueError(
-            f"offsets: expected a tensor on {rewards.device} like rewards, got {offsets.device};"
-            " pass offsets.to(rewards.device)"
-        )
-    if offsets.device.type != "cpu" or not _is_eager():
-        return
-    places = offsets.numpy()
-    if places.item(0) != 0 or places.item(-1) != rewards.shape[0]:
-        raise ValueError(
-            f"offsets: expected numbers from 0 to {rewards.shape[0]}, the length of rewards, got"
-            f" {places[0]} to {places[-1]}; {_OFFSETS_REMEDY}"
-        )
-    falls = places[1:] < places[:-1]
-    if falls.any():
-        i = int(falls.argmax())
-        raise ValueError(
-            f"offsets: expected numbers that never decrease, got {places[i]} and then"
-            f" {places[i + 1]} at place {i + 1}; {_OFFSETS_REMEDY}"
-        )
-
-
-def _check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[float, Tensor | None]:
-    """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`."""
-    if not isinstance(gamma, Tensor):
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-            raise TypeError(
-                f"{name}: expected a float or a tensor, got {type(gamma).__name__};"
-                f" pass float({name})"
-            )
-        if not 0 <= gamma <= 1:
-            raise ValueError(
-                f"{name}: expected a number in [0, 1], got {gamma}; pass a discount such as 0.99"
-            )
-        return float(gamma), None
-    if not gamma.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a float tensor, got {_name(gamma.dtype)}")
-    if gamma.device != rewards.device and not (gamma.ndim == 0 and gamma.device.type == "cpu"):
-        raise ValueError(
-            f"{name}: expected a tensor on {rewards.device} like rewards, got {gamma.device};"
-            f" pass {name}.to(rewards.device)"
-        )
-    try:
-        gamma.expand(rewards.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {tuple(rewards.shape)},"
-            f" got {tuple(gamma.shape)}"
-        ) from None
-    if (
-        gamma.device.type == "cpu"
-        and _is_eager()
-        and gamma.numel()
-        and not bool(((gamma >= 0) & (gamma <= 1)).all())
-    ):
-        raise ValueError(
-            f"{name}: expected numbers in [0, 1], got {gamma.min().item()} to {gamma.max().item()}"
-        )
-    return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)
-
-
-def _check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> None:
-    if isinstance(out, Tensor) and out.dtype != rewards.dtype:
-        raise TypeError(
-            f"out: expected {_name(rewards.dtype)} like rewards, got {_name(out.dtype)};"
-            " pass torch.empty_like(rewards)"
-        )
-    _check_like("out", out, rewards, rewards.dtype)
-    gradients = torch.is_grad_enabled()
-    if gradients and out.requires_grad:
-        raise ValueError(
-            "out: expected a tensor without gradients, got one that requires them; pass"
-            " torch.empty_like(rewards)"
-        )
-    for name, value in given.items():
-        if isinstance(value, Tensor):
-            if gradients and value.requires_grad:
-                raise ValueError(f"out: expected no gradients, got {name} that requires them")
-            if _is_eager() and out.device == value.device and _share_memory(out, value):
-                raise ValueError(
-                    f"out: expected memory of its own, got a tensor that may overlap {name};"
-                    " pass torch.empty_like(rewards)"
-                )
-    reach = 1
-    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1 and out.numel() and step < reach:
-            raise ValueError(
-                "out: expected one place for each element, got strides"
-                f" {out.stride()} for shape {tuple(out.shape)}; pass torch.empty_like(rewards)"
-            )
-        reach = (size - 1) * step + reach if size > 1 else reach
-
-
-def _share_memory(out: Tensor, *others: Tensor | None) -> bool:
-    """Whether one of the others lies, at least in part, between the ends of `out`."""
-    start, size = out.data_ptr(), _reach(out)
-    for other in others:
-        if other is not None:
-            after = other.data_ptr() - start
-            overlap = -after < _reach(other) if after < 0 else after < size
-            if overlap and out.numel() > 0 and other.numel() > 0:
-                return True
-    return False
-
-
-def _reach(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous()):
-        return tensor.nbytes
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((size - 1) * step for size, step in steps) + 1) * tensor.element_size()
-
-
 def _is_served(backend: str, rewards: Tensor) -> bool:
     """Whether a kernel serves a tensor, rather than the reference; says once which it is."""
-    if backend == "auto" and rewards.is_cpu and "cpu" in _announced:
-        return True
     device = rewards.device.type
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
@@ -599,38 +318,10 @@ def _is_served(backend: str, rewards: Tensor) -> bool:
             ' or pass backend="reference"'
         )
     served = device == "cpu" or has_triton
-    if device not in _announced and _is_eager():
-        _announced.add(device)
+    if is_eager():
         how = "machine code" if served else "the reference backend, a loop over time"
-        _log.info("returns on %s: %s", device, how)
+        once(_log, f"returns on {device}: {how}")
     return served
-
-
-def _is_plain(given: Iterable[object]) -> bool:
-    """Whether memory can be read and written directly: no gradients, nobody who looks on."""
-    if not _is_eager():
-        return False
-    gradients = torch.is_grad_enabled()
-    for value in given:
-        kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            tensor: Tensor = value  # type: ignore[assignment]
-            if (gradients and tensor.requires_grad) or tensor.is_neg() or tensor._is_zerotensor():
-                return False
-        elif isinstance(value, Tensor):
-            return False
-    return True
-
-
-def _is_eager() -> bool:
-    """Whether tensors hold numbers here and now: not traced, not batched, not dual numbers."""
-    return not (
-        is_compiling()
-        or _has_transforms()
-        or _count_modes() > 0
-        or forward_ad._current_level >= 0
-        or _get_tracing() is not None
-    )
 
 
 def _writable(rewards: Tensor, out: Tensor | None) -> Tensor:
@@ -640,10 +331,6 @@ def _writable(rewards: Tensor, out: Tensor | None) -> Tensor:
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 __all__ = ["generalized_advantage", "packed_reward_to_go", "reward_to_go"]

@@ -19,8 +19,8 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from vecpg.returns import threads
-from vecpg.returns.jit import jit
+from vecpg.kernels import threads
+from vecpg.kernels.jit import jit
 
 # Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
 # the next row then lies on another page, and is not fetched ahead.

@@ -7,8 +7,8 @@ from gymnasium.vector import VectorEnv
 
 from vecpg.envs import check_autoreset
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.policy import Policy
-from vecpg.rollout import cpu, sampling, stepping
+from vecpg.policy import Policy, sampling
+from vecpg.rollout import cpu, stepping
 from vecpg.rollout.cpu import collect_in_blocks
 from vecpg.rollout.data import Rollout
 from vecpg.rollout.stepping import collect_by_stepping, play

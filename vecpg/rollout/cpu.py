@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vecpg import mlp
-from vecpg.distributions import Categorical, DiagonalGaussian
 from vecpg.envs import cartpole, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.mlp import BLOCK, activations, forward
+from vecpg.kernels import threads
+from vecpg.kernels.jit import jit
 from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
-from vecpg.returns import threads
-from vecpg.returns.jit import jit
+from vecpg.policy import cpu as policy_cpu
+from vecpg.policy.cpu import BLOCK, activations, forward
+from vecpg.policy.distributions import Categorical, DiagonalGaussian
+from vecpg.policy.sampling import as_uniform, choose, philox, stream_key, uniform
 from vecpg.rollout.data import Rollout
-from vecpg.rollout.sampling import as_uniform, choose, philox, stream_key, uniform
 
 SERVED = (
     "vecpg/CartPole-v1 and vecpg/Pendulum-v1 in float32 on the CPU, and policies of linear layers"
@@ -85,7 +85,7 @@ def why_not(envs: Any, policy: Policy) -> str | None:
         return "its actions are not those of the environments"
     if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
         return "its standard deviation comes from the network"
-    return mlp.why_not_network(policy)
+    return policy_cpu.why_not_network(policy)
 
 
 def collect_in_blocks(
@@ -94,7 +94,7 @@ def collect_in_blocks(
     """As `collect`, from environments and a policy that `why_not` finds nothing against.
 
     The same numbers as the reference draws: actions are equal wherever rounding does not decide.
-    Blocks are given to as many threads as `vecpg.returns.threads.count()` says; no bit depends on
+    Blocks are given to as many threads as `vecpg.kernels.threads.count()` says; no bit depends on
     it. The environments themselves are left as they were.
     """
     num_envs = envs.num_envs
@@ -105,7 +105,7 @@ def collect_in_blocks(
         stream_key(seed, iteration, Purpose.ACTION),
         stream_key(reset_seed, 0, Purpose.START),
         _action_settings(policy),
-        mlp.network_of(policy),
+        policy_cpu.network_of(policy),
     )
     _, play = _KERNELS[type(envs)]
     copies = Copies(

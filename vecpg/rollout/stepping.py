@@ -15,11 +15,11 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
+from vecpg.kernels.jit import jit
 from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
-from vecpg.returns.jit import jit
+from vecpg.policy.sampling import sampler
 from vecpg.rollout.data import Rollout
-from vecpg.rollout.sampling import sampler
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2

@@ -7,8 +7,8 @@ from vecpg.envs import EnvironmentFailure
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.noise import Purpose, reset_seeds
 from vecpg.policy import Policy
+from vecpg.policy.sampling import sampler
 from vecpg.rollout.data import Rollout
-from vecpg.rollout.sampling import sampler
 
 # Rows between two looks, from the host, at whether everything is over. On a GPU a look waits for
 # the device; on a CPU it costs as little as a row that nobody needs.

@@ -1,0 +1,76 @@
+"""What kernels are made with: once-only log lines, matrix products."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from vecpg.kernels.announce import anew, once
+from vecpg.kernels.jit import jit
+from vecpg.kernels.matrix import NONE, TILE, add_product, add_rows, row_stride, whole_tiles
+
+LOG = logging.getLogger("vecpg.test")
+
+
+def test_a_line_is_said_once_in_a_run_and_again_in_the_next(caplog):
+    with caplog.at_level(logging.DEBUG, "vecpg"):
+        with anew():
+            once(LOG, "a choice")
+            once(LOG, "a choice")
+            once(LOG, "another", logging.DEBUG)
+            with anew():
+                once(LOG, "a choice")
+            once(LOG, "a choice")
+        with anew():
+            once(LOG, "a choice")
+    assert [record.message for record in caplog.records] == [
+        "a choice",
+        "another",
+        "a choice",
+        "a choice",
+    ]
+    assert caplog.records[1].levelno == logging.DEBUG
+
+
+@jit
+def _product(a, a_row, a_column, b, b_tile, b_row, c, c_row, rows, inner, columns):
+    add_product(a, a_row, a_column, b, b_tile, b_row, c, c_row, rows + NONE, inner, columns)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("inner", [0, 1, 5])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_is_added_and_nothing_beside_it_is_touched(rows, inner, turned):
+    rng = np.random.default_rng(rows * 10 + inner)
+    columns = 2 * TILE
+    a, b = rng.normal(size=(rows, inner)), rng.normal(size=(inner, columns))
+    c = np.full((rows + 2, columns + 3), 7.0, np.float32)
+    steps = (1, rows) if turned else (inner, 1)
+    flat = np.ascontiguousarray(a.T if turned else a, np.float32).reshape(-1)
+    right = np.ascontiguousarray(b, np.float32).reshape(-1)
+    place = c.reshape(-1)
+    _product(
+        np.append(flat, np.float32(np.nan)),
+        *steps,
+        np.append(right, np.float32(np.nan)),
+        TILE,
+        columns,
+        place,
+        columns + 3,
+        rows,
+        inner,
+        columns,
+    )
+    np.testing.assert_allclose(c[:rows, :columns], 7.0 + a @ b, rtol=1e-5, atol=1e-5)
+    assert (c[rows:] == 7.0).all()
+    assert (c[:, columns:] == 7.0).all()
+
+
+def test_rows_are_summed_and_have_room_for_whole_tiles():
+    total = np.ones(3, np.float32)
+    add_rows(np.arange(8, dtype=np.float32), 4, 2, total)
+    assert total.tolist() == [1 + 0 + 4, 1 + 1 + 5, 1 + 2 + 6]
+    assert [whole_tiles(width) for width in (1, TILE, TILE + 1)] == [TILE, TILE, 2 * TILE]
+    # Long rows are kept from competing for the same places of the cache.
+    assert row_stride(64) == 64
+    assert row_stride(128) == 128 + TILE

@@ -1,0 +1,123 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from numba.core.caching import NullCache
+
+from vecpg.kernels import jit as module
+from vecpg.kernels.jit import Compilation, jit
+
+
+def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_Cache", lambda function: NullCache())  # nothing from before
+
+    def inner(x):
+        return x + 1
+
+    inner = jit(inner)
+
+    def outer(x):
+        return inner(x) * 2
+
+    outer = jit(outer)
+    with caplog.at_level(logging.INFO, "vecpg"), Compilation() as compilation:
+        assert outer(3) == 8
+        first = compilation.seconds
+        assert outer(4) == 10
+        assert compilation.seconds == first > 0
+        assert outer(1.5) == 5.0
+        assert compilation.seconds > first
+    assert [record.message for record in caplog.records].count(
+        "compiling kernels, once; this takes about twenty seconds"
+    ) == 1
+    seconds = compilation.seconds
+    assert outer(1j) == 2 + 2j
+    assert compilation.seconds == seconds
+
+
+@pytest.mark.slow
+def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
+    """No cache beside the source, none in the user's directory."""
+    (tmp_path / "kernel.py").write_text(
+        "import logging\n"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "from vecpg.kernels.jit import jit\n"
+        "@jit\n"
+        "def twice(x):\n"
+        "    return 2 * x\n"
+        "@jit\n"
+        "def thrice(x):\n"
+        "    return 3 * x\n"
+        "print(twice(2) + thrice(1))\n"
+    )
+    program = (
+        "import runpy, numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "runpy.run_path('kernel.py')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "7\n"
+    assert result.stderr.count("no directory for compiled code can be written to") == 1
+
+
+@pytest.mark.slow
+def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path):
+    """Numba's own cache would go on with the old one."""
+    outer = (
+        "import inner\n"
+        "from inner import add\n"
+        "from vecpg.kernels.jit import Compilation, jit\n"
+        "@jit\n"
+        "def twice(x):\n"
+        "    return add(x)\n"
+        "with Compilation() as compilation:\n"
+        "    print(twice(1), compilation.seconds > 0)\n"
+    )
+    (tmp_path / "outer.py").write_text(outer)
+
+    def run(added):
+        text = f"from vecpg.kernels.jit import jit\n@jit\ndef add(x):\n    return x + {added}\n"
+        (tmp_path / "inner.py").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "outer.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert run(1) == ["2", "True"]
+    assert run(1) == ["2", "False"]
+    assert run(5) == ["6", "True"]
+
+
+@pytest.mark.slow
+def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import sys\n"
+        "from vecpg.kernels.jit import jit\n"
+        "def make(number, function):\n"
+        "    @jit\n"
+        "    def made(x):\n"
+        "        return function(x) + number\n"
+        "    return made\n"
+        "@jit\n"
+        "def half(x):\n"
+        "    return x / 2\n"
+        "@jit\n"
+        "def double(x):\n"
+        "    return x * 2\n"
+        "print(*(make(number, f)(4.0) for f in (half, double) for number in (1, 10)))\n"
+        "print(make(1, make(5, half))(4.0), make(1, make(6, half))(4.0))\n"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "made.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["3.0", "12.0", "9.0", "18.0", "8.0", "9.0"]

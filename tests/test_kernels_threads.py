@@ -1,0 +1,64 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from vecpg.kernels import threads
+
+
+def test_results_come_in_order_whoever_was_first():
+    def slow_first(block):
+        time.sleep(0.05 if block == 0 else 0.0)
+        return block, threading.get_ident()
+
+    with threads.using(3):
+        results = threads.run(slow_first, 9)
+    assert [block for block, _ in results] == list(range(9))
+    assert len({ident for _, ident in results}) > 1
+
+
+def test_the_number_is_torchs_unless_said_otherwise():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert threads.count() == 2
+        with threads.using(7), threads.using(5):
+            assert threads.count() == 5
+        assert threads.count() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads.cores() >= 1
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_error_is_raised_when_every_thread_is_done_and_nothing_more_is_begun(number):
+    begun, ended = [], []
+
+    def task(block):
+        begun.append(block)
+        if block == 1:
+            raise KeyError(block)
+        time.sleep(0.1)
+        ended.append(block)
+
+    with threads.using(number), pytest.raises(KeyError):
+        threads.run(task, 50)
+    assert sorted(begun) == sorted([*ended, 1])
+    assert len(begun) < 10
+
+
+def test_an_interrupt_leaves_no_thread_at_work():
+    """The memory it writes to may be given back."""
+    begun, ended = threading.Barrier(3, timeout=30), []
+
+    def task(block):
+        begun.wait()
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        ended.append(block)
+
+    with threads.using(3), pytest.raises(KeyboardInterrupt):
+        threads.run(task, 3)
+    assert len(ended) == 2

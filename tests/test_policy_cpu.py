@@ -1,0 +1,207 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from vecpg import update
+from vecpg.noise import Purpose, uniforms
+from vecpg.policy import Policy
+from vecpg.policy import cpu as policy_cpu
+from vecpg.policy.sampling import sampler
+from vecpg.rollout import Rollout
+from vecpg.update import by_autograd, by_machine_code
+
+# Rows, features, hidden sizes, actions: whole blocks of four and of 64, and what is left over.
+SHAPES = [
+    (1, 1, (), 1),
+    (3, 4, (64, 64), 2),
+    (63, 5, (33,), 3),
+    (65, 6, (7, 9, 11), 2),
+    (1000, 3, (256, 5), 18),
+]
+
+
+def make_policy(features, hidden_sizes, actions, activation="tanh", start=0):
+    torch.manual_seed(features)
+    policy = Policy(
+        spaces.Box(-1, 1, (features,)),
+        spaces.Discrete(actions, start=start),
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+    )
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter.shape)))
+    return policy
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(("rows", "features", "hidden_sizes", "num_actions"), SHAPES)
+def test_actions_are_those_of_the_policy(rows, features, hidden_sizes, num_actions, activation):
+    policy = make_policy(features, hidden_sizes, num_actions, activation, start=-4)
+    obs = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
+    actions = np.full(rows, 99)
+    seed, t = 2**40 + 7, 12
+    sampler(policy, seed, 3, rows)(t, obs, torch.from_numpy(actions))
+    noise = uniforms(seed, 3, range(t, t + 1), rows, Purpose.ACTION)[0]
+    with torch.no_grad():
+        below = torch.softmax(policy(obs).double(), dim=0).cumsum(dim=0)
+    # Where the number lies within rounding of a boundary, either side is right.
+    clear = (below - noise).abs().min(dim=0).values > 1e-6
+    assert clear.float().mean() > 0.99
+    expected = policy.sample(obs, noise)
+    assert torch.equal(torch.from_numpy(actions)[clear], expected[clear])
+
+
+def make_rollout(policy, rows, masked=0.3):
+    g = torch.Generator().manual_seed(rows)
+    mask = torch.rand(rows, 2, generator=g) >= masked
+    none = torch.zeros(rows, 2, dtype=torch.bool)
+    rollout = Rollout(
+        obs=torch.randn(rows, 2, *policy.obs_shape, generator=g),
+        actions=torch.randint(0, policy.distribution.num_actions, (rows, 2), generator=g)
+        + policy.distribution.first_action,
+        rewards=torch.zeros(rows, 2),
+        terminations=none,
+        truncations=none,
+        mask=mask,
+        final_obs=torch.zeros(0, *policy.obs_shape),
+        final_rows=torch.zeros(0, 2, dtype=torch.int64),
+    )
+    rollout.obs[~mask] = math.nan
+    rollout.actions[~mask] = 10**9
+    return rollout, torch.randn(rows, 2, generator=g).masked_fill(~mask, math.nan)
+
+
+def gradients(differentiate, policy, rollout, advantages):
+    policy.zero_grad()
+    sums = differentiate(policy, rollout, advantages, 7, 0.3)
+    return sums, [parameter.grad.clone() for parameter in policy.parameters()]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(("rows", "features", "hidden_sizes", "num_actions"), SHAPES)
+def test_the_gradient_is_that_of_autograd(rows, features, hidden_sizes, num_actions, activation):
+    policy = make_policy(features, hidden_sizes, num_actions, activation, start=5)
+    rollout, advantages = make_rollout(policy, rows)
+    sums, ours = gradients(by_machine_code, policy, rollout, advantages)
+    expected_sums, expected = gradients(by_autograd, policy, rollout, advantages)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+    scale = max(one.abs().max() for one in expected) + 1e-30
+    for one, other in zip(ours, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() / scale < 1e-5
+
+
+def test_the_gradient_of_many_rows_keeps_its_digits():
+    policy = make_policy(4, (64, 64), 2)
+    rollout, advantages = make_rollout(policy, 60_000)
+    ours = gradients(by_machine_code, policy, rollout, advantages)[1]
+    policy.double()
+    rollout = Rollout(
+        **{
+            name: getattr(rollout, name).double()
+            if name in ("obs", "rewards", "final_obs")
+            else getattr(rollout, name)
+            for name in Rollout.__slots__
+        }
+    )
+    exact = gradients(by_autograd, policy, rollout, advantages.double())[1]
+    scale = max(one.abs().max() for one in exact)
+    for one, other in zip(ours, exact, strict=True):
+        assert (one - other).abs().max() / scale < 1e-5
+
+
+def test_few_slabs_serve_where_gradients_are_large(monkeypatch):
+    policy = make_policy(4, (64, 64), 2)
+    rollout, advantages = make_rollout(policy, 30_000)
+    expected = gradients(by_machine_code, policy, rollout, advantages)[1]
+    slabs, total = [], policy_cpu.sum_gradient
+
+    def counted(obs, *given):
+        slabs.append(len(obs))
+        return total(obs, *given)
+
+    monkeypatch.setattr(policy_cpu, "sum_gradient", counted)
+    for numbers, count in ((1, 1), (3 * 4610 + 300, 3)):
+        slabs.clear()
+        monkeypatch.setattr(update, "_MOST_NUMBERS", numbers)
+        ours = gradients(by_machine_code, policy, rollout, advantages)[1]
+        assert len(slabs) == count
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_tanh_keeps_its_digits():
+    x = np.concatenate([np.linspace(-12, 12, 200_001), [0.0, 1e-30, 1e30, -1e30]])
+    x = x.astype(np.float32)
+    ours = np.array([policy_cpu.tanh(value) for value in x])
+    exact = np.tanh(x.astype(np.float64))
+    assert np.abs(ours - exact).max() < 1e-7
+    assert np.abs(ours - torch.tanh(torch.from_numpy(x)).numpy()).max() < 2e-7
+    assert (np.abs(ours - exact) <= 2e-7 * np.abs(exact)).all()
+    assert policy_cpu.tanh(np.float32(math.inf)) == 1
+    assert math.isnan(policy_cpu.tanh(np.float32(math.nan)))
+
+
+def test_exp_keeps_its_digits():
+    x = np.concatenate([np.linspace(-85, 0, 100_001), [-1e-30]]).astype(np.float32)
+    ours = np.array([policy_cpu.exp(value) for value in x], np.float64)
+    assert np.abs(ours / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
+    assert 0 <= policy_cpu.exp(np.float32(-math.inf)) < 1e-37
+    assert math.isnan(policy_cpu.exp(np.float32(math.nan)))
+
+
+def test_what_is_not_served_is_told():
+    policy = make_policy(2, (3,), 2)
+    assert policy_cpu.why_not(policy) is None
+    assert policy_cpu.why_not(make_policy(2, (3,), 2).double()) == "the parameters are not float32"
+    assert "more than" in policy_cpu.why_not(make_policy(2, (5000,), 2))
+    assert policy_cpu.why_not(policy.to("meta")) == "the policy is on meta"
+
+
+def test_policies_that_compute_something_else_are_not_served():
+    class Other(Policy):
+        pass
+
+    spaces_ = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+    assert policy_cpu.why_not(Other(*spaces_)) == "Other may compute something else"
+    policy = Policy(*spaces_)
+    policy.network.insert(1, torch.nn.LayerNorm(64))
+    assert policy_cpu.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_)
+    policy.network[0].register_forward_hook(lambda *_: None)
+    assert policy_cpu.why_not(policy) == "a module has hooks"
+    policy = Policy(*spaces_)
+    policy.network[2].weight.register_hook(lambda gradient: 2 * gradient)
+    assert policy_cpu.why_not(policy) == "a module has hooks"
+    policy = Policy(*spaces_)
+    policy.network[4] = torch.nn.Linear(64, 2, bias=False)
+    assert policy_cpu.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_, hidden_sizes=(64, 64, 64))
+    policy.network[4] = policy.network[2]
+    assert policy_cpu.why_not(policy) == "the network was changed"
+    policy = Policy(*spaces_, normalize_obs=True)
+    assert policy_cpu.why_not(policy) == "it normalizes observations"
+    policy = Policy(*spaces_)
+    policy.network[0].weight.requires_grad_(False)
+    assert policy_cpu.why_not(policy) == "a parameter is frozen"
+
+
+def test_rollouts_of_another_policy_are_refused():
+    policy = make_policy(4, (8,), 2)
+    rollout, advantages = make_rollout(make_policy(3, (8,), 2), 10)
+    with pytest.raises(ValueError, match=r"rollout.obs: expected \(T, N, \*\(4,\)\), got"):
+        by_machine_code(policy, rollout, advantages, 1, 0.0)
+    other = make_policy(4, (8,), 2, start=5)
+    rollout, advantages = make_rollout(other, 10)
+    rollout.actions[0] = torch.where(rollout.mask[0], 4, rollout.actions[0])
+    rollout.mask[0] = True
+    rollout.obs[0], rollout.actions[0] = 0.0, 4
+    with pytest.raises(ValueError, match="rollout.actions: expected 5 to 6 where counted, got 4"):
+        by_machine_code(other, rollout, advantages.nan_to_num(), 1, 0.0)
+    rollout, advantages = make_rollout(make_policy(4, (8,), 9), 9000)
+    rollout.actions[5000:] = 0
+    with pytest.raises(ValueError, match="rollout.actions: expected 0 to 1 where counted, got 0"):
+        by_machine_code(policy, rollout, advantages, 1, 0.0)

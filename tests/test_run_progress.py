@@ -1,0 +1,66 @@
+import io
+import sys
+
+from vecpg.config import Config
+from vecpg.run.progress import Progress
+
+ROW = {
+    "iteration": 3,
+    "env_steps": 12345,
+    "episodes": 192,
+    "charts/episodic_return": 56.78,
+    "charts/best_return": None,
+    "charts/SPS": 54321.0,
+}
+
+
+def test_plain_lines_come_now_and_then_and_at_the_end(capsys):
+    with Progress(Config(progress=False, log_every=1e6)) as progress:
+        progress.show(ROW, last=False)
+        progress.show(ROW | {"iteration": 4}, last=False)
+        progress.show(ROW | {"iteration": 5, "charts/best_return": 60.0}, last=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "iteration 3, 12,345 steps: return 56.8, 54,321 steps/s",
+        "iteration 5, 12,345 steps: return 56.8, best 60.0, 54,321 steps/s",
+    ]
+
+
+def test_the_live_line_shows_how_far_the_run_is(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(Config(progress=True, total_timesteps=24_690)) as progress:
+        progress.show(ROW, last=True)
+    line = stream.getvalue().split("\r")[-1]
+    assert " 50%" in line
+    assert "12.3k/24.7k steps" in line
+    assert "return 56.8" in line
+
+
+def test_a_run_of_episodes_or_iterations_counts_those(monkeypatch):
+    for limit in ({"total_episodes": 384}, {"total_iterations": 6}):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(Config(progress=True, total_timesteps=None, **limit)) as progress:
+            progress.show(ROW, last=True)
+        assert " 50%" in stream.getvalue().split("\r")[-1]
+
+
+def test_the_nearest_of_several_limits_is_shown(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    limits = {"total_timesteps": 1_234_500, "total_iterations": 4}
+    with Progress(Config(progress=True, **limits)) as progress:
+        progress.show(ROW, last=True)
+    line = stream.getvalue().split("\r")[-1]
+    assert " 75%" in line
+    assert "3.00/4.00 iterations" in line
+
+
+def test_overshooting_the_end_is_all_of_it(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(Config(progress=True, total_timesteps=10_000)) as progress:
+        progress.show(ROW, last=True)
+    assert "100%" in stream.getvalue().split("\r")[-1]

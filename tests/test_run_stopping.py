@@ -1,0 +1,106 @@
+import logging
+
+import pytest
+import torch
+from gymnasium import spaces
+
+from vecpg.evaluate import EvalResult
+from vecpg.policy import Policy
+from vecpg.run.stopping import ReturnWindow, Stopping
+
+
+class Judge:
+    """A confirming evaluation with prepared results, which remembers whom it was shown."""
+
+    def __init__(self, *means):
+        self.means, self.shown = list(means), []
+
+    def __call__(self, policy):
+        self.shown.append(mark(policy))
+        return EvalResult((self.means.pop(0),), (1,))
+
+
+def marked_policy():
+    return Policy(spaces.Box(-1, 1, (1,)), spaces.Discrete(1), hidden_sizes=())
+
+
+def mark(policy, value=None):
+    """Read or write the one number by which a policy is told apart."""
+    if value is not None:
+        with torch.no_grad():
+            policy.network[0].bias.fill_(value)
+    return policy.network[0].bias.item()
+
+
+def run(stopping, *iterations):
+    """Let policy k collect the returns of iteration k, then change it, as training does."""
+    policy = marked_policy()
+    for number, returns in enumerate(iterations):
+        mark(policy, number)
+        stopping.consider(policy, torch.tensor(returns, dtype=torch.float64))
+        mark(policy, 99.0)
+    return stopping
+
+
+def best_mark(stopping):
+    return stopping.best_parameters["network.0.bias"].item()
+
+
+def test_the_window_holds_whole_iterations():
+    window = ReturnWindow(5)
+    window.add(torch.tensor([1.0, 1.0, 1.0]))
+    assert window.mean is None
+    window.add(torch.tensor([5.0, 5.0, 5.0]))
+    assert window.mean == 3.0
+    window.add(torch.tensor([9.0, 9.0]))
+    # 3 + 2 episodes are enough, so the first iteration goes.
+    assert window.mean == (15 + 18) / 5
+    window.add(torch.arange(10.0))
+    assert window.mean == 4.5
+
+
+def test_best_is_the_policy_that_collected_the_highest_full_window():
+    stopping = run(Stopping(None, 4, None), [9.0, 9.0], [1.0, 1.0], [8.0, 8.0], [2.0, 2.0])
+    # Full windows: (9, 1), (1, 8), (8, 2): means 5, 4.5, 5; the first of equals stays.
+    assert stopping.best_return == 5.0
+    assert best_mark(stopping) == 1.0
+    assert not stopping.solved
+
+
+def test_a_confirmed_target_ends_the_run_with_the_policy_that_was_confirmed():
+    judge = Judge(10.0)
+    stopping = run(Stopping(5.0, 2, judge), [4.0, 4.0], [6.0, 6.0])
+    assert stopping.solved
+    assert judge.shown == [1.0]
+    assert best_mark(stopping) == 1.0
+    assert stopping.evaluation.return_mean == 10.0
+
+
+def test_an_unconfirmed_target_goes_on(caplog):
+    caplog.set_level(logging.INFO)
+    stopping = run(Stopping(5.0, 2, Judge(4.9, 5.0)), [9.0, 9.0], [5.0, 5.0])
+    assert "not confirmed: the window's mean is 9.0, a greedy evaluation gives 4.9" in caplog.text
+    assert stopping.solved
+    # The confirmed policy is the best, though another window was higher.
+    assert best_mark(stopping) == 1.0
+
+
+def test_without_confirmation_the_window_alone_decides():
+    stopping = run(Stopping(5.0, 2, None), [5.0, 5.0])
+    assert stopping.solved
+    assert stopping.evaluation is None
+
+
+def test_no_target_never_stops():
+    assert not run(Stopping(None, 1, None), [1e9], [1e9]).solved
+
+
+@pytest.mark.parametrize(("iterations", "said"), [(4, 0), (5, 1), (12, 1)])
+def test_equal_returns_are_noticed_once(caplog, iterations, said):
+    run(Stopping(None, 3, None), [1.0, 2.0], *[[-500.0, -500.0]] * iterations)
+    assert caplog.text.count("every episode has returned -500 for 5 iterations") == said
+
+
+def test_returns_that_differ_are_not_called_equal(caplog):
+    run(Stopping(None, 3, None), *[[-500.0, -499.0]] * 9, *[[float(k)] * 2 for k in range(9)])
+    assert caplog.text == ""

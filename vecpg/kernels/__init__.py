@@ -1,0 +1,1 @@
+"""What every kernel on the CPU is made with. Nothing else of vecpg is imported here."""

@@ -1,0 +1,433 @@
+"""A policy's network in machine code, forwards and backwards.
+
+For 64 rows a call of torch costs more than its arithmetic.
+
+Activations are (rows, features). A row's bits depend on that row alone, whichever rows are beside
+it. Rows have room for whole tiles of a product: what is beyond their width is 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vecpg.kernels.jit import jit
+from vecpg.kernels.matrix import (
+    NONE,
+    TILE,
+    add_product,
+    add_rows,
+    exp,
+    row_stride,
+    tanh,
+    whole_tiles,
+)
+from vecpg.policy import Policy
+from vecpg.policy.distributions import Categorical
+
+# Rows that go through the network together: their activations stay in the fastest cache.
+BLOCK = 64
+# Rows whose gradients are summed in float32 before they are added in float64.
+_SUM_ROWS = 16 * BLOCK
+
+_MOST_UNITS = 1024
+
+
+class Network(NamedTuple):
+    """A policy's parameters as the kernels read them.
+
+    forwards:  float32 vector: for each hidden layer its weights (inputs, outputs), a tile of
+               outputs after the other, and its biases; for the last layer its weights (actions,
+               inputs) and its biases.
+    backwards: the weights of all layers but the first as (outputs, inputs), in tiles of inputs.
+    widths:    int64, features of the input, of every hidden layer, and the number of actions.
+    relu:      True = ReLU, False = tanh.
+    """
+
+    forwards: NDArray[np.float32]
+    backwards: NDArray[np.float32]
+    widths: NDArray[np.int64]
+    relu: bool
+
+
+def why_not(policy: Policy) -> str | None:
+    """Why these kernels do not serve a policy; None if they do."""
+    if not isinstance(policy.distribution, Categorical):
+        return "its actions are not Discrete"
+    return why_not_network(policy)
+
+
+def why_not_network(policy: Policy) -> str | None:
+    """Why `forward` does not serve a policy, whatever its actions are; None if it does."""
+    if type(policy) is not Policy:
+        return f"{type(policy).__name__} may compute something else"
+    if policy.device.type != "cpu":
+        return f"the policy is on {policy.device}"
+    if policy.obs_dtype != torch.float32:
+        return "its observations are not a Box"
+    if policy.encoder.normalizer is not None:
+        return "it normalizes observations"
+    if policy.dropout > 0:
+        return "it has dropout"
+    kinds = [type(module) for module in policy.network]
+    activation = nn.ReLU if policy.activation == "relu" else nn.Tanh
+    layers = [module for module in policy.network if isinstance(module, nn.Linear)]
+    changed = kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]
+    if changed or len(set(layers)) < len(layers) or any(layer.bias is None for layer in layers):
+        return "the network was changed"
+    if "forward" in vars(policy) or any(map(_has_hooks, policy.modules())):
+        return "a module has hooks"
+    for parameter in policy.parameters():
+        if parameter.dtype != torch.float32:
+            return "the parameters are not float32"
+        if not parameter.requires_grad:
+            return "a parameter is frozen"
+    if max(policy.hidden_sizes, default=0) > _MOST_UNITS:
+        return f"a hidden layer has more than {_MOST_UNITS} units"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    of_parameters = [parameter._backward_hooks for parameter in module.parameters(recurse=False)]
+    return any(hooks) or bool(module._backward_pre_hooks) or any(of_parameters)
+
+
+def first_action_of(policy: Policy) -> int:
+    """The number of the first action of a policy that these kernels serve."""
+    assert isinstance(policy.distribution, Categorical)
+    return policy.distribution.first_action
+
+
+def network_of(policy: Policy) -> Network:
+    """A copy of the parameters in the kernels' order."""
+    *hidden, last = _linear_layers(policy)
+    forwards, backwards = [], []
+    with torch.no_grad():
+        for layer in hidden:
+            forwards += [_in_tiles(layer.weight.t()), _padded(layer.bias)]
+        forwards += [_padded(last.weight).reshape(-1) if hidden else last.weight.reshape(-1)]
+        forwards += [last.bias]
+        for layer in [*hidden, last][1:]:
+            backwards += [_in_tiles(layer.weight)]
+        every = [torch.cat(parts).numpy() for parts in (forwards, backwards or [last.bias[:0]])]
+    widths = [layer.in_features for layer in [*hidden, last]] + [last.out_features]
+    return Network(every[0], every[1], np.array(widths, np.int64), policy.activation == "relu")
+
+
+def prepare(policy: Policy) -> None:
+    """Compile, or load, what the gradient of a policy will need."""
+    if why_not(policy) is not None:
+        return
+    network, one = network_of(policy), np.ones(1, np.float32)
+    sum_gradient(
+        np.zeros((1, *policy.obs_shape), np.float32).reshape(1, -1),
+        np.full(1, first_action_of(policy)),
+        one,
+        one > 0,
+        first_action_of(policy),
+        1.0,
+        0.0,
+        network,
+        np.zeros(len(network.forwards)),
+    )
+
+
+def set_gradients(policy: Policy, gradient: NDArray[np.float64]) -> None:
+    """Write what `sum_gradient` has added up to the policy's `.grad`."""
+    rest = torch.from_numpy(gradient).to(torch.float32)
+    *hidden, last = _linear_layers(policy)
+    for layer in hidden:
+        rows = rest[: layer.in_features * _wide(layer.out_features)]
+        layer.weight.grad = rows.reshape(layer.in_features, -1)[:, : layer.out_features].t().clone()
+        rest = rest[len(rows) :]
+        layer.bias.grad = rest[: layer.out_features].clone()
+        rest = rest[_wide(layer.out_features) :]
+    rows, last.bias.grad = rest[: -last.out_features], rest[-last.out_features :].clone()
+    last.weight.grad = rows.reshape(last.out_features, -1)[:, : last.in_features].clone()
+
+
+def _linear_layers(policy: Policy) -> list[nn.Linear]:
+    return [layer for layer in policy.network if isinstance(layer, nn.Linear)]
+
+
+def _wide(width: int) -> int:
+    return -(-width // TILE) * TILE
+
+
+def _padded(weights: Tensor) -> Tensor:
+    width = weights.shape[-1]
+    return nn.functional.pad(weights, (0, _wide(width) - width))
+
+
+def _in_tiles(weights: Tensor) -> Tensor:
+    """(rows, columns) as one vector, `TILE` columns after the other."""
+    rows = len(weights)
+    return _padded(weights).reshape(rows, -1, TILE).transpose(0, 1).reshape(-1)
+
+
+@jit
+def sum_gradient(
+    obs: NDArray[np.float32],
+    actions: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    first_action: int,
+    scale: float,
+    ent_coef: float,
+    network: Network,
+    gradient: NDArray[np.float64],
+) -> tuple[float, float, bool]:
+    """Add to `gradient` that of a sum over counted rows, and return two sums over them.
+
+        sum of -log pi(a|s) * weight * scale - ent_coef * entropy(s)
+
+    Args:
+        obs: (R, features).
+        actions: (R,).
+        weights: (R,).
+        mask: (R,), True = counted. Other rows are not read.
+        first_action: the number of the first action.
+        scale: of every weight.
+        ent_coef: how much entropy is worth.
+        network: the policy's.
+        gradient: float64, one number for each of `network.forwards`.
+
+    Returns:
+        the sum of -log pi(a|s) * weight * scale, that of the entropy in nats, and whether every
+        action is one of the policy's. Where one is not, the rest is not to be used.
+    """
+    units = activations(network)
+    slopes, spare = np.zeros_like(units), np.zeros_like(units)
+    partial = np.zeros(len(gradient), np.float32)
+    picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    scaled = np.empty(BLOCK, np.float32)
+    features = network.widths[0]
+    loss = 0.0
+    entropy = 0.0
+    known = True
+    row = 0
+    summed = 0
+    while row < len(mask):
+        rows = NONE
+        while row < len(mask) and rows < BLOCK:
+            if mask[row]:
+                picked[rows] = row
+                for i in range(features):
+                    units[rows * features + i] = obs[row, i]
+                rows += 1
+            row += 1
+        if rows > 0:
+            for n in range(rows):
+                action = actions[picked[n]] - first_action
+                known = known and 0 <= action < network.widths[-1]
+                taken[n] = action if known else 0
+                scaled[n] = weights[picked[n]] * scale
+            block_loss, block_entropy = _slopes(
+                forward(network, units, rows), taken, scaled, np.float32(ent_coef), rows
+            )
+            loss += block_loss
+            entropy += block_entropy
+            _backward(network, units, rows, slopes, spare, partial)
+            summed += rows
+        if summed >= _SUM_ROWS or row == len(mask):
+            for i in range(len(partial)):
+                gradient[i] += partial[i]
+                partial[i] = 0.0
+            summed = 0
+    return loss, entropy, known
+
+
+@jit
+def activations(network):
+    """Zeros with room for the activations of `BLOCK` rows, the observations first."""
+    widths = network.widths
+    total = widths[0] + widths[-1]
+    for layer in range(1, len(widths) - 1):
+        total += row_stride(widths[layer])
+    return np.zeros(BLOCK * total, np.float32)
+
+
+@jit
+def forward(network, units, rows):
+    """Fill in the activations of `rows` observations, layer after layer, and return the logits.
+
+    The observations stand in `units`, (rows, features); the logits are (actions, BLOCK).
+    """
+    parameters, _, widths, relu = network
+    at, begin = 0, BLOCK * widths[0]
+    below, below_row = units[: rows * widths[0]], widths[0]
+    for layer in range(1, len(widths) - 1):
+        fan_in, wide, stride = (
+            widths[layer - 1],
+            whole_tiles(widths[layer]),
+            row_stride(widths[layer]),
+        )
+        weight = parameters[at : at + fan_in * wide]
+        at += fan_in * wide
+        bias = parameters[at : at + wide]
+        at += wide
+        here = units[begin : begin + rows * stride]
+        for n in range(rows):
+            row = here[n * stride : n * stride + wide]
+            for o in range(wide):
+                row[o] = bias[o]
+        tile, one = np.int64(TILE), np.int64(1)
+        add_product(
+            below, below_row, one, weight, fan_in * tile, tile, here, stride, rows, fan_in, wide
+        )
+        for n in range(rows):
+            row = here[n * stride : n * stride + wide]
+            if relu:
+                for o in range(wide):
+                    row[o] = max(row[o], np.float32(0.0))
+            else:
+                for o in range(wide):
+                    row[o] = tanh(row[o])
+        below, below_row = here, stride
+        begin += BLOCK * stride
+    fan_out = widths[-1]
+    biases = len(parameters) - fan_out
+    wide = (biases - at) // fan_out
+    logits = units[begin : begin + BLOCK * fan_out].reshape(fan_out, BLOCK)
+    for n in range(rows):
+        row = below[n * below_row : n * below_row + wide]
+        for a in range(fan_out):
+            column = parameters[at + a * wide : at + (a + 1) * wide]
+            total = np.float32(0.0)
+            for i in range(wide):
+                total += row[i] * column[i]
+            logits[a, n] = total + parameters[biases + a]
+    return logits
+
+
+@jit
+def exponentials(logits, largest, total, rows):
+    """Replace logits (actions, BLOCK) by exp(logit - largest); fill in both (BLOCK,) vectors."""
+    _largest(logits, largest, rows)
+    total[:rows] = np.float32(0.0)
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            row[n] = exp(row[n] - largest[n])
+            total[n] += row[n]
+
+
+@jit
+def _largest(logits, largest, rows):
+    """Fill in the largest logit of each row."""
+    for n in range(rows):
+        largest[n] = logits[0, n]
+    for a in range(1, len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            largest[n] = max(largest[n], row[n])
+
+
+@jit
+def _backward(network, units, rows, slopes, spare, gradient):
+    """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters."""
+    _, backwards, widths, relu = network
+    last = len(widths) - 1
+    tile, one = np.int64(TILE), np.int64(1)
+    fan_out = widths[last]
+    at, begin, turned = len(gradient) - fan_out, len(units) - BLOCK * fan_out, len(backwards)
+    above, above_row, above_column = units[begin:], one, BLOCK * one
+    for a in range(fan_out):
+        total = np.float32(0.0)
+        for slope in above[a * BLOCK : a * BLOCK + rows]:
+            total += slope
+        gradient[at + a] += total
+    if last == 1:
+        fan_in = widths[0]
+        for a in range(fan_out):
+            for n in range(rows):
+                for i in range(fan_in):
+                    gradient[a * fan_in + i] += above[a * BLOCK + n] * units[n * fan_in + i]
+        return
+    wide, stride = whole_tiles(widths[last - 1]), row_stride(widths[last - 1])
+    at -= fan_out * wide
+    begin -= BLOCK * stride
+    below = units[begin : begin + rows * stride]
+    to_weight = gradient[at : at + fan_out * wide]
+    add_product(
+        above, above_column, above_row, below, tile, stride, to_weight, wide, fan_out, rows, wide
+    )
+    for layer in range(last - 1, 0, -1):
+        # `above`, (rows, next_out), belongs to the layer above this one.
+        next_out, fan_in = widths[layer + 1], widths[layer - 1]
+        wide, stride = whole_tiles(widths[layer]), row_stride(widths[layer])
+        slope, active = slopes[: rows * stride], units[begin : begin + rows * stride]
+        slope[:] = np.float32(0.0)
+        turned -= next_out * wide
+        weight, to_tile = backwards[turned : turned + next_out * wide], next_out * tile
+        add_product(
+            above,
+            above_row,
+            above_column,
+            weight,
+            to_tile,
+            tile,
+            slope,
+            stride,
+            rows,
+            next_out,
+            wide,
+        )
+        if relu:
+            for i in range(len(slope)):
+                kept = slope[i]
+                slope[i] = kept if active[i] > np.float32(0.0) else np.float32(0.0)
+        else:
+            for i in range(len(slope)):
+                slope[i] *= np.float32(1.0) - active[i] * active[i]
+        at -= wide
+        add_rows(slope, stride, rows, gradient[at : at + wide])
+        at -= fan_in * wide
+        below_row = fan_in if layer == 1 else row_stride(fan_in)
+        begin -= BLOCK * below_row
+        below = units[begin : begin + rows * below_row]
+        to_weight = gradient[at : at + fan_in * wide]
+        add_product(below, one, below_row, slope, tile, stride, to_weight, wide, fan_in, rows, wide)
+        above, above_row, above_column = slope, stride, one
+        slopes, spare = spare, slopes
+
+
+@jit
+def _slopes(logits, actions, weights, ent_coef, rows):
+    """Replace logits (actions, BLOCK) by the slopes of the loss in them.
+
+    Returns the sums over rows of -log pi * weight and of the entropy.
+    """
+    largest, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    shift, entropy = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    _largest(logits, largest, rows)
+    total[:rows] = np.float32(0.0)
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            total[n] += exp(row[n] - largest[n])
+    for n in range(rows):
+        shift[n] = largest[n] + np.float32(math.log(total[n]))
+    entropy[:rows] = np.float32(0.0)
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            row[n] -= shift[n]
+            entropy[n] -= exp(row[n]) * row[n]
+    loss = 0.0
+    sum_entropy = 0.0
+    for n in range(rows):
+        loss -= weights[n] * logits[actions[n], n]
+        sum_entropy += entropy[n]
+    for a in range(len(logits)):
+        row = logits[a]
+        for n in range(rows):
+            bonus = ent_coef * (row[n] + entropy[n])
+            row[n] = exp(row[n]) * (weights[n] + bonus)
+    for n in range(rows):
+        logits[actions[n], n] -= weights[n]
+    return loss, sum_entropy

@@ -1,0 +1,95 @@
+"""Return and length of every episode of a rollout."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vecpg.kernels.jit import jit
+from vecpg.rollout.data import Rollout
+
+_BLOCK_ROWS = 2**18
+
+
+def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Undiscounted return and length of every episode, in order of (environment, start).
+
+    Args:
+        rollout: whole episodes.
+
+    Returns:
+        (episodes,) float64 returns and (episodes,) int64 lengths.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> ends = torch.tensor([[False, True], [True, False]])
+        >>> rows = Rollout(
+        ...     torch.zeros(2, 2, 1), torch.zeros(2, 2, dtype=torch.int64), rewards, ends,
+        ...     torch.zeros_like(ends), torch.tensor([[True, True], [True, False]]),
+        ...     torch.zeros(0, 1), torch.zeros(0, 2, dtype=torch.int64))
+        >>> episode_statistics(rows)
+        (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
+    """
+    if rollout.mask.device.type == "cpu" and rollout.rewards.dtype == torch.float32:
+        return _statistics_on_host(rollout)
+    return _statistics_in_torch(rollout)
+
+
+def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """As `_statistics_in_torch`, in one pass."""
+    ends = (rollout.dones & rollout.mask).numpy()
+    begins = np.concatenate([[0], ends.sum(axis=0).cumsum()])
+    returns, lengths = np.empty(begins[-1]), np.empty(begins[-1], np.int64)
+    _add_up(rollout.rewards.detach().numpy(), rollout.mask.numpy(), ends, begins, returns, lengths)
+    return torch.from_numpy(returns), torch.from_numpy(lengths)
+
+
+def prepare_statistics() -> None:
+    """Compile, or load, what the statistics of a rollout on the CPU will need."""
+    number, flags = np.zeros(1), np.zeros((1, 1), np.bool_)
+    rewards, whole = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
+    _add_up(rewards, flags, flags, whole, number, whole)
+
+
+def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The reference, on any device."""
+    returns, lengths = [], []
+    # A few environments at a time, so that the temporaries stay small.
+    width = max(1, _BLOCK_ROWS // rollout.mask.shape[0])
+    for mask, rewards, dones in zip(
+        *(
+            torch.split(each, width, dim=1)
+            for each in (rollout.mask, rollout.rewards, rollout.dones & rollout.mask)
+        ),
+        strict=True,
+    ):
+        totals = torch.where(mask, rewards, 0.0).cumsum(dim=0, dtype=torch.float64).mT
+        steps = mask.cumsum(dim=0).mT
+        n, t = dones.mT.nonzero(as_tuple=True)
+        first = torch.ones_like(n, dtype=torch.bool)
+        first[1:] = n[1:] != n[:-1]
+        returns.append(_differences(totals[n, t], first))
+        lengths.append(_differences(steps[n, t], first))
+    return torch.cat(returns), torch.cat(lengths)
+
+
+def _differences(values: Tensor, first: Tensor) -> Tensor:
+    before = torch.zeros_like(values)
+    before[1:] = values[:-1]
+    return values - torch.where(first, 0, before)
+
+
+@jit
+def _add_up(rewards, mask, dones, begins, returns, lengths):  # type: ignore[no-untyped-def]
+    """Write every episode's return and length, from where those of its environment begin."""
+    num_envs = mask.shape[1]
+    at = begins.copy()
+    total, steps = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    for t in range(len(mask)):
+        for n in range(num_envs):
+            if mask[t, n]:
+                total[n] += rewards[t, n]
+                steps[n] += 1
+                if dones[t, n]:
+                    returns[at[n]], lengths[at[n]] = total[n], steps[n]
+                    at[n] += 1
+                    total[n], steps[n] = 0.0, 0
