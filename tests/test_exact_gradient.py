@@ -453,7 +453,10 @@ def test_a_baseline_of_the_state_alone_adds_nothing_in_expectation(action_space,
     ]
     assert largest_mean([score(rollout) for rollout in rollouts]) < BOUND
     few = rollouts[:50]
-    others = [replace(rollout, iteration=rollout.iteration + 100) for rollout in few]
+    others = [
+        replace(rollout, stream=replace(rollout.stream, iteration=100 + iteration))
+        for iteration, rollout in enumerate(few)
+    ]
     assert largest_mean([score(rollout) for rollout in others]) > FAR
     if isinstance(action_space, spaces.Box):
         clipped = [replace(rollout, actions=rollout.actions.clamp(-0.5, 0.5)) for rollout in few]

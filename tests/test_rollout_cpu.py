@@ -1,6 +1,5 @@
 """Whole rollouts in machine code, against the same environments stepped in torch."""
 
-import logging
 import math
 from dataclasses import replace
 
@@ -8,16 +7,15 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import apart
+from conftest import apart, by_stepping
 from gymnasium import spaces
 
-from vecpg import rollout as package
 from vecpg.envs import cartpole, make_envs, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
+from vecpg.noise import Stream
 from vecpg.policy import Policy
-from vecpg.rollout import collect, cpu
-from vecpg.rollout.stepping import collect_by_stepping
+from vecpg.rollout import choose_collector, collect, cpu
 from vecpg.update import by_machine_code
 
 NAMES = (
@@ -111,7 +109,7 @@ def test_short_rollouts_are_those_of_the_reference_to_the_end(num_steps, max_epi
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
         torch.testing.assert_close(ours.final_obs, expected.final_obs, rtol=0, atol=1e-5)
         assert torch.equal(ours.actions[ours.mask], expected.actions[ours.mask])
-        assert (ours.seed, ours.iteration) == (expected.seed, expected.iteration)
+        assert ours.stream == expected.stream == Stream(1, iteration, 0, 19)
         assert len(ours.final_rows) > 0
 
 
@@ -295,25 +293,26 @@ def test_episodes_are_as_long_as_those_of_the_reference():
     assert apart((ours * 1.05).round(), theirs) > limit
 
 
-def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
-    package._announced.clear()
+def test_what_is_not_served_goes_the_reference_way_and_says_why():
     plain, envs = make_policy(), make(2)
     dropping = Policy(envs.single_observation_space, envs.single_action_space, dropout=0.5)
     swinging = make_envs("Pendulum-v1", 2)
     box = swinging.single_observation_space, swinging.single_action_space
     gaussian, other = Policy(*box), Policy(*box, log_std="network")
     arguments = {"num_steps": 1, "seed": 1, "iteration": 0}
-    with caplog.at_level(logging.INFO, "vecpg.rollout"):
-        for made, policy in ((envs, plain), (envs, dropping), (envs, plain), (swinging, other)):
-            collect(made, policy, **arguments)
-        collect(swinging, gaussian, **arguments)
-    assert [record.message for record in caplog.records] == [
-        "CartPole is collected in machine code",
-        "CartPole is collected by stepping it in torch: it has dropout",
-        "Pendulum is collected by stepping it in torch: its standard deviation comes from the"
-        " network",
-        "Pendulum is collected in machine code",
-    ]
+    for made, policy, way in (
+        (envs, plain, "in machine code"),
+        (envs, dropping, "by stepping, actions drawn in torch: it has dropout"),
+        (
+            swinging,
+            other,
+            "by stepping, actions drawn in torch: its standard deviation comes from the network",
+        ),
+        (swinging, gaussian, "in machine code"),
+    ):
+        assert str(choose_collector(made, policy)) == way
+    stepped = choose_collector(make_envs("CartPole-v1", 2, vectorization="sync"), plain)
+    assert str(stepped) == "by stepping: InProcessEnvs is no environment on tensors"
     double = gymnasium.make_vec("vecpg/CartPole-v1", num_envs=2, dtype="float64")
     sync = make_envs("CartPole-v1", 2, vectorization="sync")
     for made, policy, reason in (
@@ -407,7 +406,7 @@ def test_a_policy_of_nan_ends_all_the_same():
 def test_collecting_by_stepping_gives_the_same_first_steps():
     policy, arguments = make_policy(), {"num_steps": 20, "seed": 3, "iteration": 2}
     ours = collect(make(7), policy, **arguments)
-    stepped = collect_by_stepping(make(7), policy, **arguments)
+    stepped = by_stepping(make(7), policy, **arguments)
     assert torch.equal(ours.mask[:20], stepped.mask[:20])
     assert torch.equal(ours.actions[:20][ours.mask[:20]], stepped.actions[:20][ours.mask[:20]])
 

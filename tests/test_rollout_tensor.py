@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import apart
+from conftest import apart, by_stepping
 from environments import Counting  # noqa: F401 - registers the small ones
 from gymnasium import spaces
 
@@ -11,7 +11,6 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 from vecpg.rollout import tensor as module
-from vecpg.rollout.stepping import collect_by_stepping
 
 
 class Plain(Policy):
@@ -54,7 +53,7 @@ def same(one, other):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     for name in ("obs", "actions"):
         assert torch.equal(getattr(one, name)[one.mask], getattr(other, name)[other.mask]), name
-    assert (one.seed, one.iteration) == (other.seed, other.iteration)
+    assert one.stream == other.stream
 
 
 @pytest.mark.parametrize("between", [1, 5, 16])
@@ -72,7 +71,7 @@ def test_a_rollout_is_that_of_stepping(monkeypatch, which, num_steps, between):
     for iteration in range(2):
         arguments = {"num_steps": num_steps, "seed": 3, "iteration": iteration}
         on_device = collect(envs, policy, **arguments)
-        stepped = collect_by_stepping(make(), policy, **arguments)
+        stepped = by_stepping(make(), policy, **arguments)
         same(on_device, stepped)
         assert on_device.mask[-1].any()
         # Fewer episodes than rows: something was cut, something reset, something masked.
@@ -106,9 +105,12 @@ def test_numbers_that_are_not_finite_are_named(what):
             now[1] = True
             return now & (state[0] >= 1)
 
+    step = 0 if what == "reward" else 1
     envs = TensorVectorEnv(Broken(), 3, max_episode_steps=5)
     envs.dynamics.start = lambda uniforms: torch.stack([uniforms[0] * 0, uniforms[0] * 0 + 4])
-    with pytest.raises(EnvironmentFailure, match=f"environment 1 returned a {what} that is not"):
+    with pytest.raises(
+        EnvironmentFailure, match=f"environment 1 returned the {what} .* at step {step} of"
+    ):
         collect(envs, make_policy(envs), num_steps=1, seed=1, iteration=0)
 
 

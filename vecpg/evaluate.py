@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from vecpg.envs import find_spec, has_one_generator, make_envs, own_vectorization
-from vecpg.noise import Purpose, StepNoise, reset_seeds
+from vecpg.noise import Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import play
 
@@ -96,13 +96,16 @@ def evaluate(
         max_episode_steps=max_episode_steps,
     )
 
-    noise = StepNoise(seed, draw, num_envs, purpose, policy.device, policy.num_uniforms)
+    stream = Stream(seed, draw, 0, num_envs)
+    noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
         return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
-    seeds = reset_seeds(seed, draw, num_envs, purpose)
+    seeds: int | list[int] = stream.reset_seeds(purpose)
+    if has_one_generator(envs):
+        seeds = stream.common_seed(purpose)
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total = np.zeros(num_envs)
@@ -113,7 +116,7 @@ def evaluate(
                 envs,
                 act,
                 quotas=quotas,
-                seeds=seeds[0] if has_one_generator(envs) else seeds,
+                seeds=seeds,
             ):
                 total += row.rewards
                 length += row.mask

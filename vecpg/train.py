@@ -22,7 +22,7 @@ from vecpg.look import video
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
-from vecpg.rollout import collect, prepare
+from vecpg.rollout import choose_collector, collect
 from vecpg.rollout.statistics import episode_statistics, prepare_statistics
 from vecpg.run import checkpoint
 from vecpg.run.checkpoint import load_policy
@@ -320,7 +320,7 @@ def _make_networks(
 
 def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
-    prepare(envs, policy)
+    choose_collector(envs, policy).prepare(envs, policy)
     policy_cpu.prepare(policy)
     prepare_advantages(policy.device)
     if policy.device.type == "cpu":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vecpg.kernels import threads
-from vecpg.noise import Purpose, uniforms_at
+from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.rollout.data import Rollout
@@ -149,14 +149,14 @@ def by_autograd(
 
 def _dropout(policy: Policy, rollout: Rollout, index: Tensor) -> Tensor:
     """The numbers that chose, when these rows were collected, what was dropped."""
+    if rollout.stream is None:
+        raise ValueError(
+            "rollout.stream: expected the Stream that fixed what was dropped, got None; pass a"
+            " rollout as `collect` made it"
+        )
     num_envs = rollout.mask.shape[1]
-    return uniforms_at(
-        rollout.seed,
-        rollout.iteration,
-        index // num_envs,
-        index % num_envs,
-        Purpose.DROPOUT,
-        policy.dropout_units,
+    return rollout.stream.uniforms_at(
+        index // num_envs, index % num_envs, Purpose.DROPOUT, policy.dropout_units
     )
 
 

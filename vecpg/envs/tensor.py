@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from vecpg.noise import Purpose, StepNoise
+from vecpg.noise import Purpose, StepNoise, Stream
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -119,21 +119,18 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
         Args:
             seed: fixes all start states until the next seed; None goes on with further ones.
-            options: may hold "reset_mask", (N,) bool. The other copies go on as they are.
+            options: may hold "reset_mask", (N,) bool: the other copies go on as they are; and
+                "first_env", the index of the first copy in the whole run, by default 0: start
+                states are a function of a copy's index there.
         """
         mask = (options or {}).get("reset_mask")
+        first_env = (options or {}).get("first_env", 0)
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed: expected a number from 0 to 2**64 - 1, got {seed}")
         super().reset(seed=seed)
         self._seed, self._draw = (self._seed, self._draw + 1) if seed is None else (seed, 0)
-        self._noise = StepNoise(
-            self._seed,
-            self._draw,
-            self.num_envs,
-            Purpose.START,
-            self.device,
-            self.dynamics.num_uniforms,
-        )
+        stream = Stream(self._seed, self._draw, first_env, self.num_envs)
+        self._noise = StepNoise(stream, Purpose.START, self.device, self.dynamics.num_uniforms)
         self._step = 0
         fresh = self._start()
         zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)

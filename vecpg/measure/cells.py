@@ -21,7 +21,7 @@ from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.kernels import threads
-from vecpg.noise import Purpose, uniforms
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.returns import reward_to_go
 from vecpg.rollout import Rollout, collect
@@ -494,7 +494,7 @@ def _check_window(rollout: Rollout, start_window: int) -> None:
 def _check_actions(rollout: Rollout, policy: Policy) -> None:
     """Actions are those that the policy draws on the host, but where rounding decides."""
     rows, copies = min(_DRAWN_ROWS, len(rollout.mask)), min(_DRAWN_COPIES, rollout.mask.shape[1])
-    noise = uniforms(1, 0, range(rows), copies, Purpose.ACTION)
+    noise = Stream(1, 0, 0, copies).uniforms(range(rows), Purpose.ACTION)
     on_host = copy.deepcopy(policy).cpu()
     counted = rollout.mask[:rows, :copies].cpu()
     with torch.inference_mode():

@@ -16,13 +16,13 @@ from vecpg.envs import cartpole, pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
 from vecpg.kernels.jit import jit
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, forward
 from vecpg.policy.distributions import Categorical, DiagonalGaussian
-from vecpg.policy.sampling import as_uniform, choose, philox, stream_key, uniform
-from vecpg.rollout.data import Rollout
+from vecpg.policy.sampling import as_uniform, choose, philox, uniform
+from vecpg.rollout.data import Rollout, check_finite
 
 SERVED = (
     "vecpg/CartPole-v1 and vecpg/Pendulum-v1 in float32 on the CPU, and policies of linear layers"
@@ -89,7 +89,7 @@ def why_not(envs: Any, policy: Policy) -> str | None:
 
 
 def collect_in_blocks(
-    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, seed: int, iteration: int
+    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, stream: Stream
 ) -> Rollout:
     """As `collect`, from environments and a policy that `why_not` finds nothing against.
 
@@ -98,12 +98,13 @@ def collect_in_blocks(
     it. The environments themselves are left as they were.
     """
     num_envs = envs.num_envs
-    reset_seed = reset_seeds(seed, iteration, 1, Purpose.TRAINING_RESET)[0]
+    starts_of = Stream(stream.common_seed(Purpose.TRAINING_RESET), 0, stream.first_env, num_envs)
     settings = (
         num_steps,
         envs.max_episode_steps,
-        stream_key(seed, iteration, Purpose.ACTION),
-        stream_key(reset_seed, 0, Purpose.START),
+        stream.first_env,
+        stream.key(Purpose.ACTION),
+        starts_of.key(Purpose.START),
         _action_settings(policy),
         policy_cpu.network_of(policy),
     )
@@ -133,7 +134,7 @@ def collect_in_blocks(
         length = max(length, *threads.run(advance, len(starts)))
     if isinstance(policy.distribution, DiagonalGaussian):
         rows = rows._replace(actions=rows.actions[:, :, None])
-    return _rollout(rows, length, seed, iteration)
+    return _rollout(rows, length, stream)
 
 
 def _action_settings(policy: Policy) -> NDArray[np.float64]:
@@ -165,43 +166,44 @@ def _longer(rows: Rows, policy: Policy) -> Rows:
     return longer
 
 
-def _rollout(rows: Rows, length: int, seed: int, iteration: int) -> Rollout:
+def _rollout(rows: Rows, length: int, stream: Stream) -> Rollout:
     t, n = np.nonzero(rows.truncations[:length])
-    return Rollout(
+    rollout = Rollout(
         **{name: torch.from_numpy(each[:length]) for name, each in rows._asdict().items()},
         final_obs=torch.from_numpy(rows.obs[t + 1, n]),
         final_rows=torch.from_numpy(np.stack([t, n], axis=1)),
-        seed=seed,
-        iteration=iteration,
+        stream=stream,
     )
+    check_finite(rollout)
+    return rollout
 
 
 def prepare(envs: Any, policy: Policy) -> None:
     """Compile, or load, the kernel that serves environments and a policy."""
     one = type(envs)(1, max_episode_steps=1)
-    collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
+    collect_in_blocks(one, policy, num_steps=1, stream=Stream(0, 0, 0, 1))
 
 
 @jit
-def _draw_categorical(outputs, key, step, who, live, settings, drawn, acted):
+def _draw_categorical(outputs, key, step, first_env, who, live, settings, drawn, acted):
     """Draw a block's actions, and write them as the environment takes them to `acted`.
 
     There are no settings.
     """
     numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
     for i in range(live):
-        numbers[i] = uniform(key, step, who[i])
+        numbers[i] = uniform(key, step, first_env + who[i])
     choose(outputs, numbers, chosen, live)
     for i in range(live):
         drawn[i] = acted[i] = chosen[i]
 
 
 @jit
-def _draw_gaussian(outputs, key, step, who, live, settings, drawn, acted):
+def _draw_gaussian(outputs, key, step, first_env, who, live, settings, drawn, acted):
     """As `_draw_categorical`, of one component; the settings are standard deviation and bounds."""
     std, low, high = np.float32(settings[0]), np.float32(settings[1]), np.float32(settings[2])
     for i in range(live):
-        w0, w1, _, _ = philox(key, step, who[i])
+        w0, w1, _, _ = philox(key, step, first_env + who[i])
         radius = math.sqrt(np.float32(-2.0) * np.float32(math.log1p(-as_uniform(w0))))
         normal = radius * math.cos(np.float32(2.0 * math.pi) * as_uniform(w1))
         drawn[i] = outputs[0, i] + std * normal
@@ -227,6 +229,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         end,
         num_steps,
         max_episode_steps,
+        first_env,
         action_key,
         start_key,
         action_settings,
@@ -254,7 +257,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
             if copies.steps[n] < 0:
                 continue
             if begin == 0:
-                w0, w1, w2, w3 = philox(start_key, _NONE, n)
+                w0, w1, w2, w3 = philox(start_key, _NONE, first_env + n)
                 s0[live], s1[live], s2[live], s3[live] = start(
                     as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
                 )
@@ -273,7 +276,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
                     units[i * features + f] = seen[f, i]
                     obs[t, who[i], f] = seen[f, i]
             outputs = forward(network, units, live)
-            draw(outputs, action_key, t, who, live, action_settings, drawn, acted)
+            draw(outputs, action_key, t, first_env, who, live, action_settings, drawn, acted)
             for i in range(live):
                 f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], acted[i])
             for i in range(live):
@@ -285,7 +288,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
                 who[kept] = n
                 if copies.resets[n]:
                     copies.resets[n] = False
-                    w0, w1, w2, w3 = philox(start_key, t + 1, n)
+                    w0, w1, w2, w3 = philox(start_key, t + 1, first_env + n)
                     s0[kept], s1[kept], s2[kept], s3[kept] = start(
                         as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
                     )

@@ -1,9 +1,37 @@
-"""What one collection gives: whole episodes of N environments, time first."""
+"""What one collection gives, how it grows, and which rows count."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from vecpg.envs import EnvironmentFailure
+from vecpg.noise import Stream
+
+# What an environment does at a row.
+FINISHED, PLAYING, RESETTING = 0, 1, 2
+
+# The start window's rule, for every collector: NEXT[now, ends, more] is what an environment does
+# at the next row. `ends`: its action ended the episode. `more`: it has made fewer than `num_steps`
+# real steps, this one among them (and, in evaluation, finished fewer episodes than its quota).
+#
+#     now          ends  more  next          the row counts
+#     PLAYING      no    any   PLAYING       yes
+#     PLAYING      yes   yes   RESETTING     yes
+#     PLAYING      yes   no    FINISHED      yes
+#     RESETTING    any   any   PLAYING       no: Gymnasium's NEXT_STEP mode resets at this row
+#     FINISHED     any   any   FINISHED      no
+NEXT: NDArray[np.int8] = np.array(
+    [
+        [[FINISHED, FINISHED], [FINISHED, FINISHED]],
+        [[PLAYING, PLAYING], [FINISHED, RESETTING]],
+        [[PLAYING, PLAYING], [PLAYING, PLAYING]],
+    ],
+    np.int8,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +52,8 @@ class Rollout:
     mask:         (T, N) bool                  True = a real transition that counts
     final_obs:    (K, *obs_shape) float32      the observation after each truncated action
     final_rows:   (K, 2) int64                 the (t, n) of each, t rising
-    seed, iteration:                           they fix every random number that was used
+    stream:       Stream                       what fixed every random number; None where nothing
+                                               was drawn by one, and then nothing can be drawn again
     """
 
     obs: Tensor
@@ -35,8 +64,7 @@ class Rollout:
     mask: Tensor
     final_obs: Tensor
     final_rows: Tensor
-    seed: int = 0
-    iteration: int = 0
+    stream: Stream | None = None
 
     @property
     def dones(self) -> Tensor:
@@ -54,3 +82,134 @@ class Rollout:
         cut = self.truncations[t, n] & ~self.terminations[t, n]
         values[t, n] = torch.where(cut, final_values, 0.0)
         return values
+
+    def shards(self, count: int) -> list["Rollout"]:
+        """`count` equal groups of environments, each as if it had been collected alone.
+
+        Sums are formed for each of them and added in this order; see `docs/semantics.md`. Each has
+        rows up to its own last one that counts, in memory of its own. One shard is the rollout
+        itself, and costs nothing.
+
+        Raises:
+            ValueError: a count that does not divide the number of environments.
+        """
+        if count == 1:
+            return [self]
+        num_envs = self.mask.shape[1]
+        if count < 1 or num_envs % count:
+            raise ValueError(
+                f"shards: expected a number that divides {num_envs} environments, got {count}"
+            )
+        size = num_envs // count
+        return [self._part(first, size) for first in range(0, num_envs, size)]
+
+    def _part(self, first: int, size: int) -> "Rollout":
+        envs = slice(first, first + size)
+        counted = self.mask[:, envs].any(dim=1).nonzero()
+        length = int(counted.max()) + 1 if len(counted) else 0
+        n = self.final_rows[:, 1]
+        own = (n >= first) & (n < first + size)
+        rows = {
+            name: getattr(self, name)[:length, envs].contiguous()
+            for name in ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+        }
+        shift = torch.tensor([0, first], device=n.device)
+        return Rollout(
+            **rows,
+            final_obs=self.final_obs[own],
+            final_rows=self.final_rows[own] - shift,
+            stream=None if self.stream is None else self.stream.part(first, size),
+        )
+
+
+class Rows:
+    """The arrays of a `Rollout` while it is collected, on one device; they double when full.
+
+    obs has one row more than the others: the observations after the last action. Rows that were
+    not written are masked.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs: tuple[tuple[int, ...], torch.dtype],
+        actions: tuple[tuple[int, ...], torch.dtype],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one."""
+        shape = capacity, num_envs
+        self.obs = _zeros((capacity + 1, num_envs, *obs[0]), obs[1], device)
+        self.actions = _zeros((*shape, *actions[0]), actions[1], device)
+        self.rewards = _zeros(shape, torch.float32, device)
+        self.terminations, self.truncations, self.mask = (
+            _zeros(shape, torch.bool, device) for _ in range(3)
+        )
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there is room for."""
+        return len(self.mask)
+
+    def make_room(self, length: int) -> bool:
+        """Hold at least `length` rows. Returns whether the arrays are others than before."""
+        if length <= self.capacity:
+            return False
+        longer = max(length, 2 * self.capacity)
+        for name, old in vars(self).items():
+            rows = longer + 1 if name == "obs" else longer
+            new = _zeros((rows, *old.shape[1:]), old.dtype, old.device)
+            new[: len(old)] = old
+            setattr(self, name, new)
+        return True
+
+    def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
+        """The first `length` rows, on a device."""
+        rows = {
+            name: getattr(self, name)[:length].to(device, non_blocking=True)
+            for name in ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+        }
+        final_rows = self.truncations[:length].nonzero()
+        final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
+        return Rollout(
+            **rows,
+            final_obs=final_obs.to(device, non_blocking=True),
+            final_rows=final_rows.to(device, non_blocking=True),
+            stream=stream,
+        )
+
+
+def check_finite(rollout: Rollout) -> None:
+    """Refuse what is not finite in a row that counts; other rows may hold anything.
+
+    Raises:
+        EnvironmentFailure: with the environment, the row and the seed.
+    """
+    for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
+        if not rows.is_floating_point():
+            continue
+        flat = rows.reshape(-1)
+        # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
+        if bool(torch.dot(flat, flat).isfinite()):
+            continue
+        finite = rows.isfinite().reshape(*rollout.mask.shape, -1).all(dim=2)
+        bad = (rollout.mask & ~finite).nonzero()
+        if len(bad):
+            t, n = bad[0].tolist()
+            stream = rollout.stream
+            where = (
+                "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
+            )
+            raise EnvironmentFailure(
+                f"environment {n} returned the {what} {rows[t, n].tolist()} at step {t}{where};"
+                " expected finite float32 numbers"
+            )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    # Rows made while somebody only infers are differentiated later.
+    with torch.inference_mode(False):
+        if torch.device(device).type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # Memory that the system hands out as it is written to; torch would write to all of it.
+        return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
