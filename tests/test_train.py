@@ -20,6 +20,7 @@ from vecpg.evaluate import evaluate
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
+from vecpg.run import clock as clock_module
 from vecpg.run.interrupts import Interrupted
 from vecpg.train import train
 
@@ -631,8 +632,8 @@ def test_what_is_compiled_while_evaluating_is_left_out_once(monkeypatch):
         seconds = 2.0
 
     now = 100.0
-    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now)
-    clock = train_module.Clock(torch.device("cpu"), Compiled(), started=now)
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now)
+    clock = clock_module.Clock(torch.device("cpu"), Compiled(), {})
     now, Compiled.seconds = 103.0, 4.0
     assert clock.since_start() == 1.0
     with clock.evaluation():

@@ -6,6 +6,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from vecpg.adam import Adam
 from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
 from vecpg.rollout.data import Rollout
@@ -59,7 +60,12 @@ class Critic:
 
     def __init__(self, value_function: ValueFunction, learning_rate: float) -> None:
         self.value_function = value_function
-        self.optimizer = torch.optim.Adam(value_function.parameters(), lr=learning_rate)
+        self.optimizer = Adam(value_function.parameters(), learning_rate)
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.value_function.load_state_dict(content["parameters"])
+        self.optimizer.load_state_dict(content["optimizer"])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -89,7 +89,7 @@ def collect(
     iteration: int,
     first_env: int = 0,
     shards: int = 1,
-    backend: str = "auto",
+    backend: str | Collector = "auto",
 ) -> Rollout:
     """Whole episodes from a fresh reset, with the start window.
 
@@ -109,7 +109,7 @@ def collect(
             collected alone with its own `first_env`, is the same, bit for bit.
         backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
             machine code, of environments on tensors on the CPU under a plain network; "auto" takes
-            "cpu" where it serves.
+            "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
 
     Returns:
         a `Rollout` on the policy's device.
@@ -129,7 +129,8 @@ def collect(
         >>> rollout.dones.sum().item()
         4
     """
-    return choose_collector(envs, policy, backend).collect(
+    chosen = backend if isinstance(backend, Collector) else choose_collector(envs, policy, backend)
+    return chosen.collect(
         envs,
         policy,
         num_steps=num_steps,
