@@ -270,7 +270,7 @@ def test_what_was_measured_is_kept_before_it_is_shown(tmp_path, monkeypatch):
         (["--compare", "HEAD", "--record"], "--compare: expected it without --record"),
         (["--results", "old.json"], "old.json: expected results of schema 1, got 0; measure again"),
         (["--results", "file"], "file: expected results in JSON, got something else; give"),
-        (["--results", "compared.json"], "compared.json: expected what scripts/benchmark.py mea"),
+        (["--results", "compared.json"], "compared.json: expected what vecpg benchmark mea"),
         (["--results", "quick.json", "--record"], "--record keeps whole rounds only"),
         (["--quick", "--record"], "--record keeps whole rounds only"),
         (["--num-envs", 10**9, "--vectorizations", "sync"], "nothing was measured: "),
