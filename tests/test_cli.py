@@ -16,18 +16,21 @@ import torch
 from conftest import ROOT
 from gymnasium import spaces
 
-from vecpg.cli import EvaluateConfig, main, parse, parse_config
+import vecpg
+from vecpg import cli
+from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config, to_dict
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
 from vecpg.run import checkpoint
 
-# This checkout, wherever vecpg may be installed; the scripts find modules beside the user.
+# This checkout, wherever vecpg may be installed; a command finds modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def start(script, *args, cwd):
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+def start(*args, cwd):
+    """`vecpg ARGS`, in a process of its own."""
+    command = [sys.executable, "-m", "vecpg", *map(str, args)]
     return subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -36,6 +39,26 @@ def start(script, *args, cwd):
 def finish(process):
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+@pytest.fixture
+def here(capfd, monkeypatch, tmp_path):
+    """Run `vecpg ARGS` in this process: its status, stdout and stderr. Paths are relative.
+
+    A process of its own takes seconds to import torch.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*args):
+        code = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def refused(capsys, *args):
@@ -125,7 +148,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys, args, message):
 def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
     ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train.py", "--gama", "1"],
+        [sys.executable, "-m", "vecpg", "train", "--gama", "1"],
         capture_output=True,
         text=True,
         env=ascii_only,
@@ -163,17 +186,11 @@ def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
         ),
     ],
 )
-def test_a_space_that_cannot_be_used_is_one_line_and_status_2(
-    capfd, monkeypatch, tmp_path, args, message
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    captured = capfd.readouterr()
-    assert (caught.value.code, captured.out) == (2, "")
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith(f"error: {message}")
+def test_a_space_that_cannot_be_used_is_one_line_and_status_2(here, tmp_path, args, message):
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"error: {message}")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -208,10 +225,11 @@ def test_help_names_every_setting(capsys):
 
 
 def test_evaluate_flags(capsys):
-    config = parse(EvaluateConfig, ["runs/x", "--episodes", "1e1", "--stochastic"])
+    args = ["runs/x", "--episodes", "1e1", "--stochastic"]
+    config = parse(EvaluateConfig, args, command="evaluate")
     assert (config.path, config.episodes, config.stochastic, config.seed) == ("runs/x", 10, True, 1)
     with pytest.raises(SystemExit) as caught:
-        parse(EvaluateConfig, ["runs/x", "--episodes", "0"])
+        parse(EvaluateConfig, ["runs/x", "--episodes", "0"], command="evaluate")
     assert caught.value.code == 2
     assert "--episodes: expected at least 1, got 0" in capsys.readouterr().err
 
@@ -219,12 +237,19 @@ def test_evaluate_flags(capsys):
 @pytest.mark.parametrize(
     "args",
     [
+        [],
         ["--help"],
-        ["--num-envs", "0"],
-        ["--env-id", "CartPol-v1"],
-        ["--env-id", "CliffWalking-v1"],
-        ["--out-dir", "file/runs"],
+        ["--version"],
+        ["trian"],
+        *([name, "--help"] for name in COMMANDS),
+        ["train", "--num-envs", "0"],
+        ["train", "--env-id", "CartPol-v1"],
+        ["train", "--env-id", "CliffWalking-v1"],
+        ["train", "--out-dir", "file/runs"],
+        ["evaluate", "runs", "--episodes", "0"],
+        ["benchmark", "--num-envs", "0"],
     ],
+    ids=" ".join,
 )
 def test_torch_is_not_loaded_for_help_or_a_mistake(tmp_path, args):
     (tmp_path / "file").touch()
@@ -235,18 +260,99 @@ def test_torch_is_not_loaded_for_help_or_a_mistake(tmp_path, args):
         f"main({args!r})"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        check=False,
     )
-    assert result.returncode == (0 if args == ["--help"] else 2)
+    mistaken = args and "--help" not in args and args != ["--version"]
+    assert result.returncode == (2 if mistaken else 0)
     assert result.stdout.endswith("False\n")
-    if args != ["--help"]:
+    if mistaken:
         assert result.stderr.count("\n") == 1
         assert result.stderr.startswith("error: ")
+    else:
+        assert result.stderr == ""
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed_one_a_line(capsys, args):
+    main(args)
+    out = capsys.readouterr().out
+    for name, what in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(what)}$", out, re.MULTILINE)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"vecpg {vecpg.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("trian", "did you mean vecpg train?"),
+        ("vecpg-train", "did you mean vecpg train?"),
+        ("eval", "did you mean vecpg evaluate?"),
+        ("help", "did you mean vecpg --help?"),
+        ("--verison", "did you mean vecpg --version?"),
+        ("--num-envs", "did you mean vecpg train --num-envs?"),
+        ("zzz", "see vecpg --help"),
+    ],
+)
+def test_an_unknown_command_is_one_line_and_status_2(capsys, command, hint):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "64"])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    expected = "expected one of train, evaluate, plot, benchmark first"
+    assert captured.err == f"error: {expected}, got {command}; {hint}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_is_its_command(tmp_path, name):
+    def said(*command):
+        return subprocess.run(
+            [sys.executable, *command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            check=True,
+        ).stdout
+
+    script = said(ROOT / "scripts" / f"{name}.py")
+    assert script == said("-m", "vecpg", name)
+    assert script.startswith(f"usage: vecpg {name} ")
+
+
+def test_a_hint_can_be_called_from_where_the_user_is(tmp_path, monkeypatch):
+    folder = tmp_path / "some where" / "bin"
+    folder.mkdir(parents=True)
+    (tmp_path / "vecpg").touch(mode=0o755)  # another environment's, first on the path
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def hint(at):
+        monkeypatch.chdir(at)
+        return cli._how_to_call("vecpg", "vecpg")
+
+    # Without the command, the module.
+    assert hint(tmp_path) == "'some where/bin/python' -m vecpg"
+    assert hint(folder) == f"'{folder}/python' -m vecpg"
+    (folder / "vecpg").touch(mode=0o755)
+    assert hint(tmp_path) == "'some where/bin/vecpg'"
+    (tmp_path / "elsewhere").mkdir()
+    assert hint(tmp_path / "elsewhere") == hint(folder) == f"'{folder}/vecpg'"
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{tmp_path}")
+    assert hint(tmp_path) == "vecpg"
 
 
 def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     code, out, err = finish(
-        start("train.py", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
+        start("train", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
     )
     assert code == 0
     assert out.count("\n") == 1
@@ -254,22 +360,31 @@ def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     assert summary["run_dir"].startswith("runs/CartPole-v1__reinforce__3__")
     assert json.loads((tmp_path / summary["run_dir"] / "summary.json").read_text()) == summary
     assert "Traceback" not in err
-    assert "tensorboard --logdir runs" in err
     assert "\r" not in err
+    curves, evaluate = err.splitlines()[-2:]
+    assert curves.startswith("curves:   ")
+    assert curves.endswith(" --logdir runs")
 
-    code, out, err = finish(
-        start("evaluate.py", summary["run_dir"], "--episodes", 7, "--stochastic", cwd=tmp_path)
+    # The hint, as a shell reads it.
+    command = [*shlex.split(evaluate.removeprefix("evaluate: ")), "--episodes", "7"]
+    assert command[-3] == summary["run_dir"]
+    evaluation = subprocess.Popen(
+        [*command, "--stochastic"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    code, out, err = finish(evaluation)
     assert (code, err) == (0, "")
     result = json.loads(out)
     assert list(result) == ["return_mean", "return_std", "length_mean", "episodes"]
     assert result["episodes"] == 7
 
 
-@pytest.mark.slow
-def test_evaluation_flags_are_used(tmp_path):
+def test_evaluation_flags_are_used(here, tmp_path):
     """A policy that takes action 1 with probability 3/4, in an environment that pays 100 for it."""
-    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     policy = Policy(spaces.Box(-1, 1, (2, 3)), spaces.Discrete(2, start=99), hidden_sizes=())
     with torch.no_grad():
         policy.network[0].weight.zero_()
@@ -279,7 +394,7 @@ def test_evaluation_flags_are_used(tmp_path):
     checkpoint.save(tmp_path / "x.pt", state)
 
     def means(*args):
-        code, out, err = finish(start("evaluate.py", "x.pt", *args, cwd=tmp_path))
+        code, out, err = here("evaluate", "x.pt", *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -295,57 +410,51 @@ def test_evaluation_flags_are_used(tmp_path):
 def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     args = ["--env-id", "environments:Talkative-v0", "--num-envs", 2, "--total-iterations", 1]
-    code, out, err = finish(start("train.py", *args, "--eval-episodes", 1, cwd=tmp_path))
+    code, out, err = finish(start("train", *args, "--eval-episodes", 1, cwd=tmp_path))
     assert code == 0
     assert json.loads(out)["episodes"] == 2
     assert "hello from Python" in err
     assert "hello from C" in err
 
 
-@pytest.mark.slow
-def test_an_environment_that_leaves_python_is_status_1(tmp_path):
-    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
-    args = ["--env-id", "environments:Leaving-v0", "--num-envs", 4]
-    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+def test_an_environment_that_leaves_python_is_status_1(here):
+    code, out, err = here("train", "--env-id", "environments:Leaving-v0", "--num-envs", 4)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: environment ")
 
 
-@pytest.mark.slow
-def test_an_id_with_a_module_beside_the_user(tmp_path):
-    (tmp_path / "mine.py").write_text((ROOT / "tests" / "environments.py").read_text())
-    text = (tmp_path / "mine.py").read_text().replace("environments:", "mine:")
-    (tmp_path / "mine.py").write_text(text)
-    args = ["--env-id", "mine:Counting-v0", "--num-envs", 4, "--total-iterations", 1]
-    code, out, _ = finish(start("train.py", *args, "--eval-episodes", 3, cwd=tmp_path))
+def test_an_id_with_a_module_beside_the_user(here, tmp_path):
+    (tmp_path / "beside.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Beside-v0', 'environments:Counting', max_episode_steps=9)\n"
+    )
+    args = ["--env-id", "beside:Beside-v0", "--num-envs", 4, "--total-iterations", 1]
+    code, out, _ = here("train", *args, "--eval-episodes", 3)
     assert code == 0
     assert json.loads(out)["episodes"] == 4
 
 
-def test_a_faulty_environment_is_status_1_with_one_traceback(tmp_path):
-    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
-    args = ["--env-id", "environments:Faulty-v0", "--num-envs", 4]
-    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+def test_a_faulty_environment_is_status_1_with_one_traceback(here):
+    code, out, err = here("train", "--env-id", "environments:Faulty-v0", "--num-envs", 4)
     assert (code, out) == (1, "")
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].startswith("error: environment ")
     assert "failed at step 3 (reset with seed " in err
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_quietly_with_its_status(tmp_path, signum, status):
+def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):
     args = ["--target-return", "none", "--total-timesteps", "1e9", "--log-every", 0.01]
-    process = start("train.py", "--num-envs", 8, *args, cwd=tmp_path)
+    process = start("train", "--num-envs", 8, *args, cwd=tmp_path)
     for line in process.stderr:
         if line.startswith("iteration"):
             break
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     code, out, err = finish(process)
-    assert (code, out) == (status, "")
+    assert (code, out) == (143, "")
     assert time.monotonic() - begun < 10
     assert "Traceback" not in err
-    assert f"stopped by {signum.name}" in err
+    assert "stopped by SIGTERM" in err
 
 
 def test_nobody_reading_stdout_is_no_traceback(tmp_path):
@@ -357,9 +466,9 @@ def test_nobody_reading_stdout_is_no_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["nothing", "file"])
-def test_evaluating_what_is_no_checkpoint_is_status_2(tmp_path, path):
+def test_evaluating_what_is_no_checkpoint_is_status_2(here, tmp_path, path):
     (tmp_path / "file").touch()
-    code, out, err = finish(start("evaluate.py", path, cwd=tmp_path))
+    code, out, err = here("evaluate", path)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -389,16 +498,15 @@ def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
     code, out, err = finish(process)
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+    assert "stopped by SIGINT" in err
     _, left = psutil.wait_procs(below, timeout=5)
     assert left == []
     assert time.monotonic() - begun < 10
 
 
-@pytest.mark.slow
-def test_a_killed_async_worker_is_status_1_without_a_traceback(tmp_path):
-    (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
+def test_a_killed_async_worker_is_status_1_without_a_traceback(here):
     args = ["--env-id", "environments:Suicidal-v0", "--vectorization", "async", "--num-envs", 3]
-    code, out, err = finish(start("train.py", *args, cwd=tmp_path))
+    code, out, err = here("train", *args)
     assert (code, out) == (1, "")
     assert "Traceback" not in err
     last = err.splitlines()[-1]

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a training run. The flags of `scripts/train.py` are these fields.
+    """Every setting of a training run. The flags of `vecpg train` are these fields.
 
     Raises:
         ConfigError: a value outside its range, with the range and what was given.

@@ -61,7 +61,8 @@ def checkout() -> Path:
     root = Path(__file__).resolve().parents[1]
     if git(root, "rev-parse", "--show-toplevel") != str(root):
         raise ValueError(
-            "vecpg was installed without its repository; clone it, and install it with pip's -e"
+            "expected vecpg in a checkout, got it installed without its repository; clone it, and"
+            " install it with pip's -e"
         )
     return root
 

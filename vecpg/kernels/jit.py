@@ -29,9 +29,10 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     they vectorize: the same order at every call of the same machine code. With `as_written` nothing
     is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept.
 
-    Where no directory can be written to, it is compiled anew in every process. It is also compiled
-    anew when its file changed, or that of a compiled function it calls by its name, or a number it
-    names. (What it reaches through a module's attribute is not looked at.)
+    It is kept beside the source; where that cannot be written to, in the user's cache directory.
+    Where neither can, it is compiled anew in every process, and the log says so. It is compiled
+    anew, too, when its file changed, or that of a compiled function it calls by its name, or a
+    number it names. (What it reaches through a module's attribute is not looked at.)
     """
     if function is None:
         return functools.partial(jit, as_written=as_written)
@@ -47,7 +48,10 @@ def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False)
     except (RuntimeError, OSError):
         if "cache" not in _announced:
             _announced.add("cache")
-            _log.info("no directory for compiled code can be written to; compiling at every start")
+            _log.info(
+                "no directory for compiled code can be written to; compiling at every start;"
+                " NUMBA_CACHE_DIR names another"
+            )
     return compiled
 
 
@@ -119,7 +123,8 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                _log.info("compiling kernels, once; this takes about twenty seconds")
+                once = "" if "cache" in _announced else ", once"
+                _log.info("compiling kernels%s; this takes about twenty seconds", once)
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
