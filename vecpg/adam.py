@@ -1,4 +1,4 @@
-"""Adam, one step at a time. Torch's own loads its compiler first, which takes about a second."""
+"""Adam, in plain operations. Torch's own loads torch's compiler first, which takes a second."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What torch's Adam can do besides, as it writes down that it does not.
-_NOT_DONE = {
+# What torch's Adam offers besides, in the words in which its state says that it is not used.
+_UNUSED = {
     "weight_decay": 0,
     "amsgrad": False,
     "maximize": False,
@@ -17,33 +17,33 @@ _NOT_DONE = {
     "fused": None,
     "decoupled_weight_decay": False,
 }
-# Those of the above that change what a step is, and not only how it is computed.
-_OTHER_STEPS = ("weight_decay", "amsgrad", "maximize")
+# Those of them that change what a step does, and not only how it is computed.
+_CHANGES = ("weight_decay", "amsgrad", "maximize")
 
 
 class Adam:
-    """Adam with torch's defaults; `torch.optim.Adam` gives the same bits.
+    """Adam. On the CPU, parameters and state are bit for bit those of `torch.optim.Adam`.
 
-        m = m + (1 - beta1) (g - m)         v = beta2 v + (1 - beta2) g^2
+        m = m + (1 - beta1) (g - m)        v = beta2 v + (1 - beta2) g^2
         p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-    Each parameter counts its own steps t: one without a gradient is left as it is. Nothing waits
-    for the device.
+    Every parameter counts its own steps t: one without a gradient is left as it is. The host does
+    not wait for the device.
 
     Args:
-        parameters: real tensors of floats, on any device.
+        parameters: tensors of real numbers, on any device. They are changed in place.
         lr: the step size.
-        betas: how much of each average is kept, in [0, 1).
+        betas: how much of m and of v a step keeps. In [0, 1).
         eps: added to the square root. At least 0.
 
     Source: Kingma & Ba (2015), algorithm 1.
 
     Example:
-        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> adam = Adam([weight], lr=0.5)
-        >>> weight.square().sum().backward()
+        >>> weights = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> adam = Adam([weights], lr=0.5)
+        >>> weights.square().sum().backward()
         >>> adam.step()
-        >>> weight.detach()
+        >>> weights.detach()
         tensor([0.5000, 1.5000])
     """
 
@@ -56,104 +56,119 @@ class Adam:
     ) -> None:
         self.parameters = list(parameters)
         self.lr, self.betas, self.eps = lr, betas, eps
-        # By the parameter's place: the steps it has made, and its averages m and v.
+        # Of each parameter that has made a step, by its place: t, m and v.
         self._steps: dict[int, int] = {}
-        self._averages: dict[int, tuple[Tensor, Tensor]] = {}
+        self._means: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or fill them with 0."""
+        """Drop the gradients, or fill them with 0."""
         for parameter in self.parameters:
             if set_to_none:
                 parameter.grad = None
             elif parameter.grad is not None:
-                parameter.grad = torch.zeros_like(parameter.grad)
+                parameter.grad.zero_()
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients that the parameters have."""
-        (beta1, beta2), lr = self.betas, self.lr
-        places = [i for i, each in enumerate(self.parameters) if each.grad is not None]
-        if not places:
+        """One step along the gradients."""
+        gradients = {
+            place: parameter.grad
+            for place, parameter in enumerate(self.parameters)
+            if parameter.grad is not None
+        }
+        if not gradients:
             return
-        for i in places:
-            if i not in self._averages:
-                zeros = torch.zeros_like(self.parameters[i])
-                self._averages[i] = zeros, zeros.clone()
-            self._steps[i] = self._steps.get(i, 0) + 1
-        parameters = [self.parameters[i] for i in places]
-        gradients = [each.grad for each in parameters]
-        means = [self._averages[i][0] for i in places]
-        squares = [self._averages[i][1] for i in places]
-        steps = [self._steps[i] for i in places]
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        for place in gradients:
+            if place not in self._steps:
+                self._steps[place] = 0
+                self._means[place] = torch.zeros_like(self.parameters[place])
+                self._squares[place] = torch.zeros_like(self.parameters[place])
+            self._steps[place] += 1
+        (beta1, beta2), grads = self.betas, list(gradients.values())
+        steps = [self._steps[place] for place in gradients]
+        means = [self._means[place] for place in gradients]
+        squares = [self._squares[place] for place in gradients]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         divisors = torch._foreach_sqrt(squares)
         torch._foreach_div_(divisors, [(1 - beta2**t) ** 0.5 for t in steps])
         torch._foreach_add_(divisors, self.eps)
-        sizes = [-(lr / (1 - beta1**t)) for t in steps]
-        torch._foreach_addcdiv_(parameters, means, divisors, sizes)
+        torch._foreach_addcdiv_(
+            [self.parameters[place] for place in gradients],
+            means,
+            divisors,
+            [-self.lr / (1 - beta1**t) for t in steps],
+        )
 
     def copy_from(self, other: "Adam") -> None:
-        """Take the steps and averages of the optimizer of an equal set of parameters."""
-        for i, averages in other._averages.items():
-            if i not in self._averages:
-                self._averages[i] = tuple(torch.empty_like(each) for each in averages)
-        own, theirs = (
-            [each for averages in adam._averages.values() for each in averages]
-            for adam in (self, other)
-        )
-        if own:
-            torch._foreach_copy_(own, theirs)
+        """Come to where another one is, of parameters of the same shapes; they are not copied.
+
+        If it is interrupted, it can be done again.
+        """
+        for own, theirs in ((self._means, other._means), (self._squares, other._squares)):
+            for place, average in theirs.items():
+                if place not in own:
+                    own[place] = torch.empty_like(average)
+            if theirs:
+                torch._foreach_copy_([own[place] for place in theirs], list(theirs.values()))
         self._steps = dict(other._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Adam.state_dict`, which loads it. The averages are not copied."""
+        """What `torch.optim.Adam.state_dict` gives, and its `load_state_dict` takes.
+
+        The tensors are those that the next step changes, no copies.
+        """
         state = {
-            i: {"step": torch.tensor(float(self._steps[i])), "exp_avg": mean, "exp_avg_sq": square}
-            for i, (mean, square) in sorted(self._averages.items())
+            place: {
+                "step": torch.tensor(float(self._steps[place])),
+                "exp_avg": self._means[place],
+                "exp_avg_sq": self._squares[place],
+            }
+            for place in self._steps
         }
-        settings = {"lr": self.lr, "betas": self.betas, "eps": self.eps, **_NOT_DONE}
-        numbers = list(range(len(self.parameters)))
-        return {"state": state, "param_groups": [{**settings, "params": numbers}]}
+        settings = {"lr": self.lr, "betas": self.betas, "eps": self.eps, **_UNUSED}
+        return {
+            "state": state,
+            "param_groups": [{**settings, "params": list(range(len(self.parameters)))}],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that this class or `torch.optim.Adam` gave; its tensors are copied.
+        """Go on from what `state_dict` gave, here or in `torch.optim.Adam`; it is copied.
 
         Raises:
-            ValueError: it is that of other parameters, or of an optimizer that steps differently;
-                nothing was changed.
+            ValueError: it is of other parameters, or of an Adam that steps differently. Nothing
+                was changed.
         """
-        groups, states = state_dict["param_groups"], state_dict["state"]
-        numbers = [number for group in groups for number in group["params"]]
-        if len(groups) != 1 or len(numbers) != len(self.parameters):
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != [len(self.parameters)]:
             raise ValueError(
-                f"state_dict: expected one group of {len(self.parameters)} parameters, got"
-                f" {[len(group['params']) for group in groups]}; load the one saved with them"
+                f"state_dict: expected one group of {len(self.parameters)} parameters, got groups"
+                f" of {sizes}; pass the state that was saved with these parameters"
             )
-        group = groups[0]
-        for name in _OTHER_STEPS:
-            if group[name]:
+        (group,) = state_dict["param_groups"]
+        for name in _CHANGES:
+            if group[name] != _UNUSED[name]:
                 raise ValueError(
-                    f"state_dict: expected {name}={_NOT_DONE[name]}, got {group[name]}; load it"
-                    " into torch.optim.Adam"
+                    f"state_dict: expected {name} {_UNUSED[name]}, got {group[name]}; pass the"
+                    " state of a plain Adam"
                 )
         steps: dict[int, int] = {}
-        averages: dict[int, tuple[Tensor, Tensor]] = {}
-        for i, (number, parameter) in enumerate(zip(numbers, self.parameters, strict=True)):
-            if number not in states:
+        means: dict[int, Tensor] = {}
+        squares: dict[int, Tensor] = {}
+        for place, number in enumerate(group["params"]):
+            if number not in state_dict["state"]:
                 continue
-            steps[i] = int(states[number]["step"])
-            mean, square = (states[number][name] for name in ("exp_avg", "exp_avg_sq"))
-            for each in (mean, square):
-                if each.shape != parameter.shape:
+            one, parameter = state_dict["state"][number], self.parameters[place]
+            for averages, name in ((means, "exp_avg"), (squares, "exp_avg_sq")):
+                if one[name].shape != parameter.shape:
                     raise ValueError(
-                        f"state_dict: expected shape {tuple(parameter.shape)} for parameter {i},"
-                        f" got {tuple(each.shape)}; load the one saved with these parameters"
+                        f"state_dict: expected {name} {number} of shape {tuple(parameter.shape)},"
+                        f" got {tuple(one[name].shape)}; pass the state that was saved with these"
+                        " parameters"
                     )
-            averages[i] = (
-                torch.zeros_like(parameter, requires_grad=False).copy_(mean),
-                torch.zeros_like(parameter, requires_grad=False).copy_(square),
-            )
+                averages[place] = one[name].detach().to(parameter, copy=True)
+            steps[place] = int(one["step"])
         self.lr, self.betas, self.eps = group["lr"], tuple(group["betas"]), group["eps"]
-        self._steps, self._averages = steps, averages
+        self._steps, self._means, self._squares = steps, means, squares

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vecpg.adam import Adam
 from vecpg.kernels import threads
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -44,7 +45,7 @@ class UpdateStats:
 
 def update(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam | torch.optim.Optimizer,
     rollout: Rollout,
     advantages: Tensor,
     config: "Config",

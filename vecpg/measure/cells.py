@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vecpg.adam import Adam
 from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
@@ -258,7 +259,7 @@ def _train(case: Case) -> Iterator[Cell]:
         policy = _policy(envs, case.device)
         rollout = _checked_rollout(envs, policy, case)
         config = Config(num_envs=case.num_envs, num_steps=num_steps(case))
-        optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
+        optimizer = Adam(policy.parameters(), lr=0.0)
         weights = advantages(rollout, config)
         _check_advantages(rollout, weights, config.gamma)
         _check_gradient(policy, optimizer, rollout, weights, config)
@@ -333,7 +334,7 @@ def _update(case: Case) -> Iterator[Cell]:
     weights = torch.randn(shape, generator=generator).to(case.device)
     with _envs(Case("update", "cpu", "vector_entry_point", 1)) as envs:
         policy = _policy(envs, case.device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
+    optimizer = Adam(policy.parameters(), lr=0.0)
     config = Config(num_envs=case.num_envs)
     _check_gradient(policy, optimizer, rollout, weights, config)
     yield Cell(
@@ -525,7 +526,7 @@ def _check_advantages(rollout: Rollout, weights: Tensor, gamma: float) -> None:
 
 def _check_gradient(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam,
     rollout: Rollout,
     weights: Tensor,
     config: Config,
