@@ -5,6 +5,7 @@ Torch is imported only once the flags are right, so that `--help` and mistakes c
 
 import contextlib
 import difflib
+import gc
 import io
 import json
 import logging
@@ -88,7 +89,8 @@ def train_main(args: Sequence[str]) -> None:
         prepare_process()
         with stdout_kept_clean():
             _check_cheaply(config)
-            from vecpg.train import train
+            with imports_kept():
+                from vecpg.train import train
 
             result = train(config)
         print(json.dumps(result.summary), flush=True)
@@ -148,9 +150,10 @@ def evaluate_main(args: Sequence[str]) -> None:
     with exit_codes():
         config = parse(EvaluateConfig, args, command="evaluate")
         prepare_process()
-        from vecpg.evaluate import evaluate
-        from vecpg.look import video
-        from vecpg.run import checkpoint
+        with imports_kept():
+            from vecpg.evaluate import evaluate
+            from vecpg.look import video
+            from vecpg.run import checkpoint
 
         try:
             with stdout_kept_clean():
@@ -307,6 +310,20 @@ def stdout_kept_clean() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def imports_kept() -> Iterator[None]:
+    """What is imported inside is there to stay, and no garbage is ever looked for in it.
+
+    That would take half a second: meanwhile, when kernels are loaded, and at exit.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager
