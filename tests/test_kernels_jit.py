@@ -1,13 +1,17 @@
+import errno
 import logging
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from numba.core.caching import NullCache
 
 from vecpg.kernels import jit as module
+from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation, jit
 
 
@@ -125,3 +129,58 @@ def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
             [sys.executable, "made.py"], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert done.stdout.split() == ["3.0", "12.0", "9.0", "18.0", "8.0", "9.0"]
+
+
+def load_twice(directory):
+    """A compiled function of a file of its own, as a new process would have it."""
+    path = directory / "kernel.py"
+    path.write_text("from vecpg.kernels.jit import jit\n@jit\ndef twice(x):\n    return 2 * x\n")
+    return runpy.run_path(str(path))["twice"]
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+@pytest.mark.parametrize("content", [b"", bytes(64), b"not a pickle"])
+def test_a_damaged_file_is_compiled_anew_and_replaced(tmp_path, caplog, ending, content):
+    """As a machine that lost its power leaves them: Numba's own would raise at every start."""
+    caplog.set_level(logging.INFO, "vecpg")
+
+    def call():
+        """The result, and whether it was compiled."""
+        twice = load_twice(tmp_path)
+        with anew():
+            result = twice(2)
+        return result, sum(twice.stats.cache_misses.values())
+
+    assert call() == (4, 1)
+    assert call() == (4, 0)
+    (kept,) = (tmp_path / "__pycache__").glob(f"*.{ending}")
+    kept.write_bytes(content)
+    assert call() == (4, 1)
+    lines = [one.message for one in caplog.records if "cannot be read" in one.message]
+    assert lines == [f"what is kept in {kept.parent} cannot be read; compiling it anew"]
+    assert call() == (4, 0)
+
+
+def test_what_can_neither_be_read_nor_replaced_is_compiled_every_time(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vecpg")
+    twice = load_twice(tmp_path)
+    Path(twice._cache._cache_file._index_path).mkdir()
+    assert twice(2) == 4
+    assert twice(2.5) == 5.0
+    assert len(caplog.records) == 1
+
+
+def test_a_full_disk_is_no_failure(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "vecpg")
+    twice = load_twice(tmp_path)
+
+    def save(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(twice._cache._cache_file, "save", save)
+    assert twice(2) == 4
+    assert twice(2.5) == 5.0
+    directory = tmp_path / "__pycache__"
+    assert [one.message for one in caplog.records] == [
+        f"compiled code cannot be kept in {directory}: No space left on device"
+    ]

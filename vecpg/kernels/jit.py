@@ -18,6 +18,8 @@ from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
 
+from vecpg.kernels.announce import once
+
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
 
@@ -60,7 +62,28 @@ class _Cache(FunctionCache):
 
     A function may also call compiled functions that it was made with: they stand in its closure,
     where Numba's own would take them for new ones in every process.
+
+    Numba's own raises where a file is damaged, or cannot be read or written. This one compiles.
     """
+
+    def _load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super()._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        # Unpickling a file that was cut, or is another, raises a dozen different types.
+        except Exception:
+            once(_log, f"what is kept in {self.cache_path} cannot be read; compiling it anew")
+        try:
+            self.flush()  # type: ignore[no-untyped-call]  # saving reads the index first
+        except OSError:
+            self.disable()  # type: ignore[no-untyped-call]
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep machine code for the next process, if its file can be written."""
+        try:
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            once(_log, f"compiled code cannot be kept in {self.cache_path}: {error.strerror}")
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         made_of = repr((_contents(__file__), _parts(self._py_func, ())))
