@@ -31,7 +31,7 @@ ALLOWED = {
         "vecpg.policy",
         "vecpg.rollout",
     },
-    "vecpg.value": {"vecpg.policy", "vecpg.returns", "vecpg.rollout"},
+    "vecpg.value": {"vecpg.kernels", "vecpg.policy", "vecpg.returns", "vecpg.rollout"},
     "vecpg.update": {
         "vecpg.kernels",
         "vecpg.noise",
