@@ -28,6 +28,7 @@ SUMMARY_KEYS = [
     "num_envs",
     "num_steps",
     "seed",
+    "shards",
     "device",
     "vectorization",
     "recipe",

@@ -23,7 +23,7 @@ from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.rollout import choose_collector, collect
-from vecpg.rollout.statistics import episode_statistics, prepare_statistics
+from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
 from vecpg.run import checkpoint
 from vecpg.run.checkpoint import load_policy
 from vecpg.run.directory import make_run_directory, write_json
@@ -195,15 +195,16 @@ def train(config: Config) -> TrainResult:
                         num_steps=config.num_steps,
                         seed=config.seed,
                         iteration=counters.iteration,
+                        shards=config.resolved_shards,
                     )
-                returns, lengths = episode_statistics(rollout)
+                episodes = episode_statistics(rollout, config.resolved_shards)
                 with clock.evaluation():
-                    evaluation = stopping.consider(policy, returns)
+                    evaluation = stopping.consider(policy, episodes.returns)
                 if stopping.solved:
                     solved_seconds = clock.since_start()
                 with interrupts.held():
                     with clock.phase("returns"):  # weights minus baseline, (T, N)
-                        values, final_values = predict(critic, rollout)
+                        values, final_values = predict(critic, rollout, config.resolved_shards)
                         weights = advantages(rollout, config, values, final_values)
                     with clock.phase("update"):  # one batched gradient step
                         stats = update(policy, optimizer, rollout, weights, config)
@@ -211,10 +212,8 @@ def train(config: Config) -> TrainResult:
                     counters.iteration += 1
                     counters.env_steps += int(rollout.mask.sum())
                     counters.vector_steps += rollout.mask.numel()
-                    counters.episodes += returns.numel()
-                    row = _row(
-                        counters, clock, stopping, returns, lengths, stats, value_loss, evaluation
-                    )
+                    counters.episodes += episodes.returns.numel()
+                    row = _row(counters, clock, stopping, episodes, stats, value_loss, evaluation)
                     metrics.log(row)
                     ending = stopping.solved or _limit_reached(config, counters)
                     progress.show(row, last=ending)
@@ -242,6 +241,7 @@ def train(config: Config) -> TrainResult:
         "num_envs": config.num_envs,
         "num_steps": config.num_steps,
         "seed": config.seed,
+        "shards": config.resolved_shards,
         "device": str(device),
         "vectorization": vectorization,
         "recipe": config.recipe,
@@ -340,8 +340,7 @@ def _row(
     counters: Counters,
     clock: Clock,
     stopping: Stopping,
-    returns: torch.Tensor,
-    lengths: torch.Tensor,
+    episodes: Episodes,
     stats: UpdateStats,
     value_loss: torch.Tensor | None,
     evaluation: EvalResult | None,
@@ -351,9 +350,9 @@ def _row(
         "iteration": counters.iteration,
         "env_steps": counters.env_steps,
         "episodes": counters.episodes,
-        "charts/episodic_return": returns.mean().item(),
+        "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
         "charts/best_return": stopping.best_return,
-        "charts/episodic_length": lengths.to(torch.float64).mean().item(),
+        "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
         "charts/SPS": counters.env_steps / clock.without_evaluations(),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
