@@ -81,24 +81,26 @@ def advantages(
             )
         continued = rollout.values_at_truncations(final_values)
     shards = rollout.shards(config.resolved_shards)
+    masks, dones = [shard.mask for shard in shards], [shard.dones for shard in shards]
     none: list[Tensor | None] = [None] * len(shards)
     weights = [
-        _weigh(*parts, config)
+        _weigh(config, *parts)
         for parts in zip(
-            shards,
+            [shard.rewards for shard in shards],
+            masks,
+            dones,
             none if values is None else rollout.split(values, shards),
             none if continued is None else rollout.split(continued, shards),
             strict=True,
         )
     ]
-    masks = [shard.mask for shard in shards]
     if config.baseline == "mean":
         mean = masked_mean(weights, masks).to(weights[0].dtype)
         weights = [
             torch.where(mask, own - mean, 0.0) for own, mask in zip(weights, masks, strict=True)
         ]
     if config.baseline in ("timestep_mean", "leave_one_out"):
-        rows = [(own, shard.mask, shard.dones) for own, shard in zip(weights, shards, strict=True)]
+        rows = list(zip(weights, masks, dones, strict=True))
         sums = add_by_age([sums_by_age(*own) for own in rows])
         for own in rows:
             subtract_mean_by_age(*own, sums, others=config.baseline == "leave_one_out")
@@ -115,13 +117,17 @@ def prepare_advantages(device: torch.device) -> None:
 
 
 def _weigh(
-    shard: "Rollout", values: Tensor | None, continued: Tensor | None, config: "Config"
+    config: "Config",
+    rewards: Tensor,
+    mask: Tensor,
+    dones: Tensor,
+    values: Tensor | None,
+    continued: Tensor | None,
 ) -> Tensor:
-    """w_t of every row, and of baselines V(s_t) alone subtracted. Nothing is summed over rows."""
-    mask, dones = shard.mask, shard.dones
-    weights = torch.empty_like(shard.rewards)
+    """w_t of a shard's rows, less V(s_t) where that is the baseline. No sum goes over rows."""
+    weights = torch.empty_like(rewards)
     for block in _blocks(mask):
-        paid, ends, counted = shard.rewards[:, block], dones[:, block], mask[:, block]
+        paid, ends, counted = rewards[:, block], dones[:, block], mask[:, block]
         after = None if continued is None else continued[:, block]
         if config.weights == "gae" and values is not None:
             weights[:, block] = generalized_advantage(

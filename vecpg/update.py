@@ -1,5 +1,6 @@
 """One gradient step over a whole rollout, a few rows at a time, so that memory stays flat."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -272,46 +273,58 @@ def by_machine_code(
             f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
             " collect it with this policy"
         )
-    network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
     parts = rollout.shards(shards)
+    weights = rollout.split(advantages, parts)
+    total = in_order(sums_by_machine_code(policy, parts, weights, divisor, ent_coef))
+    policy_cpu.set_gradients(policy, total[:-2])
+    surrogate, entropy = torch.from_numpy(total[-2:])
+    return surrogate, entropy
+
+
+def sums_by_machine_code(
+    policy: Policy,
+    shards: list[Rollout],
+    advantages: list[Tensor],
+    divisor: Tensor | int,
+    ent_coef: Tensor | float,
+) -> Iterator[NDArray[np.float64]]:
+    """Of each shard the gradient, as `policy_cpu.sum_gradient` has it, and behind it two sums.
+
+    They are those of `by_autograd`: the first part of the loss, and the entropy.
+    """
+    network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
+    scale, bonus = 1.0 / float(divisor), float(ent_coef)
     # As many slabs for any number of threads: their sums are added in their order.
     numbers = len(network.forwards)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
-    slabs = [
-        _slabs(*pair, most_slabs)
-        for pair in zip(parts, rollout.split(advantages, parts), strict=True)
-    ]
-    scale, bonus = 1.0 / float(divisor), float(ent_coef)
-
-    def sums_of(first: int, last: int) -> list[NDArray[np.float64]]:
-        """Of each of these shards the gradient and, behind it, the two sums."""
-        flat = [slab for own in slabs[first:last] for slab in own]
+    slabs = [_slabs(*pair, most_slabs) for pair in zip(shards, advantages, strict=True)]
+    # Shards that together have no more slabs than one may have: memory stays flat here too.
+    at_once = max(1, most_slabs // max(map(len, slabs)))
+    for first in range(0, len(slabs), at_once):
+        flat = [slab for own in slabs[first : first + at_once] for slab in own]
         sums = np.zeros((len(flat), numbers + 2))
 
         def differentiate(number: int) -> bool:
-            *sums[number, -2:], known = policy_cpu.sum_gradient(
-                *flat[number], first_action, scale, bonus, network, sums[number, :-2]
+            *sums[number, -2:], known = policy_cpu.sum_gradient(  # noqa: B023
+                *flat[number],  # noqa: B023
+                first_action,
+                scale,
+                bonus,
+                network,
+                sums[number, :-2],  # noqa: B023
             )
             return bool(known)
 
         if not all(threads.run(differentiate, len(flat))):
-            taken = rollout.actions[rollout.mask]
             last_action = first_action + policy.distribution.num_parameters - 1
+            taken = torch.cat([shard.actions[shard.mask] for shard in shards])
             raise ValueError(
                 f"rollout.actions: expected {first_action} to {last_action} where counted, got"
                 f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
             )
-        ends = np.cumsum([len(own) for own in slabs[first:last]])
-        return [own.sum(axis=0) for own in np.split(sums, ends[:-1])]
-
-    # Shards that together have no more slabs than one may have: memory stays flat here too.
-    at_once = max(1, most_slabs // max(map(len, slabs)))
-    total = in_order(
-        sums for first in range(0, shards, at_once) for sums in sums_of(first, first + at_once)
-    )
-    policy_cpu.set_gradients(policy, total[:-2])
-    surrogate, entropy = torch.from_numpy(total[-2:])
-    return surrogate, entropy
+        for own in slabs[first : first + at_once]:
+            yield sums[: len(own)].sum(axis=0)
+            sums = sums[len(own) :]
 
 
 def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArray[Any], ...]]:
@@ -319,8 +332,8 @@ def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArra
     rows = rollout.mask.numel()
     size = max(_SLAB_ROWS, -(-rows // most))
     every = (
-        rollout.obs.reshape(rows, -1).numpy(),
-        rollout.actions.reshape(rows).numpy(),
+        rollout.obs.reshape(rows, -1).contiguous().numpy(),
+        rollout.actions.reshape(rows).contiguous().numpy(),
         advantages.detach().reshape(rows).numpy(),
         rollout.mask.reshape(rows).numpy(),
     )

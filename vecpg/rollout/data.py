@@ -87,7 +87,8 @@ class Rollout:
         """`count` equal groups of environments, each as if it had been collected alone.
 
         Sums are formed for each of them and added in this order; see `docs/semantics.md`. Each has
-        rows up to its own last one that counts. One shard is the rollout itself, and costs nothing.
+        rows up to its own last one that counts. One shard is the rollout itself, and costs nothing;
+        of several, `obs` and `actions` lie in the rollout's memory.
 
         Raises:
             ValueError: a count that does not divide the number of environments.
@@ -108,13 +109,16 @@ class Rollout:
         length = int(counted.max()) + 1 if len(counted) else 0
         n = self.final_rows[:, 1]
         own = (n >= first) & (n < first + size)
-        rows = {
+        own_rows = {
             name: getattr(self, name)[:length, envs].contiguous()
-            for name in ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+            for name in ("rewards", "terminations", "truncations", "mask")
         }
         shift = torch.tensor([0, first], device=n.device)
         return Rollout(
-            **rows,
+            # Only what counts of them is looked at, and it is gathered first.
+            obs=self.obs[:length, envs],
+            actions=self.actions[:length, envs],
+            **own_rows,
             final_obs=self.final_obs[own],
             final_rows=self.final_rows[own] - shift,
             stream=None if self.stream is None else self.stream.part(first, size),
