@@ -116,6 +116,11 @@ def test_keyword_arguments_are_json():
         (["--target-return", "x"], "--target-return: expected none or float or auto, got x"),
         (["--total-episodes", "x"], "--total-episodes: expected none or int, got x"),
         (["--dropout", 1], "--dropout: expected a number in [0, 1), got 1"),
+        (
+            ["--shards", 7],
+            "--shards: expected a number that divides --num-envs 64, got 7; nearest: 4 and 8",
+        ),
+        (["--num-envs", 1, "--shards", 8], "--num-envs 1, got 8; nearest: 1"),
         (["--embedding-size", 0], "--embedding-size: expected at least 1, got 0"),
         (["--gae-lambda", 2], "--gae-lambda: expected a number in [0, 1], got 2"),
         (

@@ -33,7 +33,13 @@ ALLOWED = {
         "vecpg.policy",
         "vecpg.rollout",
     },
-    "vecpg.value": {"vecpg.adam", "vecpg.policy", "vecpg.returns", "vecpg.rollout"},
+    "vecpg.value": {
+        "vecpg.adam",
+        "vecpg.kernels",
+        "vecpg.policy",
+        "vecpg.returns",
+        "vecpg.rollout",
+    },
     "vecpg.update": {
         "vecpg.adam",
         "vecpg.kernels",
@@ -42,7 +48,17 @@ ALLOWED = {
         "vecpg.rollout",
     },
     "vecpg.evaluate": {"vecpg.envs", "vecpg.noise", "vecpg.policy", "vecpg.rollout"},
-    "vecpg.run": {"vecpg.config", "vecpg.evaluate", "vecpg.machine", "vecpg.policy", "vecpg.run"},
+    "vecpg.run": {
+        "vecpg.adam",
+        "vecpg.config",
+        "vecpg.evaluate",
+        "vecpg.kernels",
+        "vecpg.machine",
+        "vecpg.policy",
+        "vecpg.rollout",
+        "vecpg.run",
+        "vecpg.value",
+    },
     "vecpg.look": {"vecpg.config", "vecpg.envs", "vecpg.look", "vecpg.noise", "vecpg.recipes"},
     "vecpg.measure": {
         "vecpg.adam",

@@ -14,6 +14,7 @@ from vecpg import train as train_module
 from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.policy import Policy
+from vecpg.rollout.statistics import Episodes
 from vecpg.run import checkpoint
 from vecpg.run.checkpoint import _digest
 from vecpg.run.state import TrainState
@@ -47,7 +48,9 @@ def advance(state, by):
         state.critic.value_function(obs[0]).square().sum().backward()
         state.critic.optimizer.step()
         state.critic.value_function.encoder.observe(obs, mask)
-    state.stopping.consider(state.policy, torch.full((4,), float(by)), None)
+    returns = torch.full((4,), float(by))
+    episodes = Episodes(returns, torch.ones(4), returns.sum())
+    state.stopping.consider(state.policy, episodes, None)
     state.counters.iteration += 1
     state.counters.env_steps += 8
     state.seconds = {"run": float(by)}

@@ -6,6 +6,7 @@ from gymnasium import spaces
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
+from vecpg.rollout.statistics import Episodes
 from vecpg.run.stopping import ReturnWindow, Stopping
 
 
@@ -32,12 +33,17 @@ def mark(policy, value=None):
     return policy.network[0].bias.item()
 
 
+def episodes(returns):
+    returns = torch.tensor(returns, dtype=torch.float64)
+    return Episodes(returns, torch.ones_like(returns), returns.sum())
+
+
 def run(stopping, *iterations, confirm=None):
     """Let policy k collect the returns of iteration k, then change it, as training does."""
     policy = marked_policy()
     for number, returns in enumerate(iterations):
         mark(policy, number)
-        stopping.consider(policy, torch.tensor(returns, dtype=torch.float64), confirm)
+        stopping.consider(policy, episodes(returns), confirm)
         mark(policy, 99.0)
     return stopping
 

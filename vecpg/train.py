@@ -24,10 +24,9 @@ from vecpg.look import video
 from vecpg.machine import versions
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.spaces import fingerprint
 from vecpg.rollout import Collector, Rollout, choose_collector, collect
-from vecpg.rollout.statistics import episode_statistics, prepare_statistics
+from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
 from vecpg.run.checkpoint import Saver, load_policy
 from vecpg.run.clock import Clock
 from vecpg.run.directory import make_run_directory, write_json
@@ -36,7 +35,7 @@ from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
 from vecpg.run.state import TrainState
 from vecpg.run.stopping import Stopping
-from vecpg.update import UpdateStats, update
+from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
 _log = logging.getLogger(__name__)
@@ -88,23 +87,26 @@ def train(config: Config) -> TrainResult:
                     num_steps=config.num_steps,
                     seed=config.seed,
                     iteration=iteration,
+                    shards=config.resolved_shards,
                     backend=run.collector,
                 )
-            returns, lengths = episode_statistics(rollout)
+            episodes = episode_statistics(rollout, config.resolved_shards)
             with clock.evaluation():
                 confirm = _confirmation(config, iteration) if config.confirm else None
-                evaluation = draft.stopping.consider(state.policy, returns, confirm)
+                evaluation = draft.stopping.consider(state.policy, episodes, confirm)
             if draft.stopping.solved:
                 clock.note("solved")
             with interrupts.held():
                 with clock.phase("returns"):  # weights minus baseline, (T, N)
-                    values, final_values = predict(state.critic, rollout)
+                    values, final_values = predict(state.critic, rollout, config.resolved_shards)
                     weights = advantages(rollout, config, values, final_values)
                 with clock.phase("update"):  # one batched gradient step
-                    stats = update(draft.policy, draft.optimizer, rollout, weights, config)
+                    stats = update(
+                        draft.policy, draft.optimizer, rollout, weights, config, backend=run.learner
+                    )
                     value_loss = fit(draft.critic, rollout, final_values, config)
-                _count(draft, rollout, returns, clock)
-                row = _row(draft, clock, returns, lengths, stats, value_loss, evaluation)
+                _count(draft, rollout, episodes, clock)
+                row = _row(draft, clock, episodes, stats, value_loss, evaluation)
                 metrics.log(row)
                 state.commit(draft)
                 ending = _is_over(config, state)
@@ -138,6 +140,7 @@ class Run(NamedTuple):
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
     collector: Collector
+    learner: Learner
     state: TrainState
     run_dir: Path
     saver: Saver
@@ -168,7 +171,7 @@ def _begin(config: Config) -> Run:
                 )
             with _torch_threads(1):  # an initialization may depend on it in its last bits
                 policy, critic = _make_networks(config, envs, device)
-            collector = choose_collector(envs, policy)
+            collector, learner = choose_collector(envs, policy), choose_learner(policy)
             target = config.target_return
             stopping = Stopping(
                 spec.reward_threshold if target == "auto" else target, config.return_window
@@ -177,7 +180,11 @@ def _begin(config: Config) -> Run:
             state = TrainState(policy, optimizer, critic, stopping)
             about = {
                 "config": to_dict(config),
-                "resolved": {"vectorization": vectorization, "device": str(device)},
+                "resolved": {
+                    "vectorization": vectorization,
+                    "device": str(device),
+                    "shards": config.resolved_shards,
+                },
                 "versions": versions(),
                 "spaces": fingerprint(envs.single_observation_space, envs.single_action_space),
             }
@@ -191,14 +198,13 @@ def _begin(config: Config) -> Run:
         raise ConfigError(str(error)) from error
     _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
     _log.info("run directory: %s", run_dir)
-    return Run(spec, vectorization, device, envs, collector, state, run_dir, saver)
+    return Run(spec, vectorization, device, envs, collector, learner, state, run_dir, saver)
 
 
 @contextmanager
 def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progress, Interrupts]]:
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
-    unserved = policy_cpu.why_not(run.state.policy)
-    in_machine_code = run.state.critic is None and unserved is None
+    in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     with (
         anew(),
         _torch_threads(1 if in_machine_code else config.threads or 1),
@@ -214,7 +220,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progres
             closing.callback(metrics.close)
             closing.callback(run.saver.save, run.state)
             _log.info("collecting: %s", run.collector)
-            _log.info("gradient: %s", "in machine code" if unserved is None else unserved)
+            _log.info("gradient: %s", run.learner)
             if config.baseline == "leave_one_out" and config.num_envs == 1:
                 _log.info("baseline leave_one_out: with one environment it equals none")
             _prepare_kernels(run)
@@ -292,7 +298,7 @@ def _make_networks(
 def _prepare_kernels(run: Run) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
     run.collector.prepare(run.envs, run.state.policy)
-    policy_cpu.prepare(run.state.policy)
+    run.learner.prepare(run.state.policy)
     prepare_advantages(run.device)
     if run.device.type == "cpu":
         prepare_statistics()
@@ -309,19 +315,18 @@ def _is_over(config: Config, state: TrainState) -> bool:
     return state.stopping.solved or reached
 
 
-def _count(draft: TrainState, rollout: Rollout, returns: torch.Tensor, clock: Clock) -> None:
+def _count(draft: TrainState, rollout: Rollout, episodes: Episodes, clock: Clock) -> None:
     draft.counters.iteration += 1
     draft.counters.env_steps += int(rollout.mask.sum())
     draft.counters.vector_steps += rollout.mask.numel()
-    draft.counters.episodes += returns.numel()
+    draft.counters.episodes += len(episodes.returns)
     draft.seconds = clock.totals()
 
 
 def _row(
     state: TrainState,
     clock: Clock,
-    returns: torch.Tensor,
-    lengths: torch.Tensor,
+    episodes: Episodes,
     stats: UpdateStats,
     value_loss: torch.Tensor | None,
     evaluation: EvalResult | None,
@@ -332,9 +337,9 @@ def _row(
         "iteration": counters.iteration,
         "env_steps": counters.env_steps,
         "episodes": counters.episodes,
-        "charts/episodic_return": returns.mean().item(),
+        "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
         "charts/best_return": state.stopping.best_return,
-        "charts/episodic_length": lengths.to(torch.float64).mean().item(),
+        "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
         "charts/SPS": counters.env_steps / clock.without_evaluations(),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
@@ -355,6 +360,7 @@ def _summary(
         "num_envs": config.num_envs,
         "num_steps": config.num_steps,
         "seed": config.seed,
+        "shards": config.resolved_shards,
         "device": str(run.device),
         "vectorization": run.vectorization,
         "recipe": config.recipe,

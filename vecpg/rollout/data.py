@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vecpg.envs import EnvironmentFailure
 from vecpg.noise import Stream
@@ -87,8 +87,8 @@ class Rollout:
         """`count` equal groups of environments, each as if it had been collected alone.
 
         Sums are formed for each of them and added in this order; see `docs/semantics.md`. Each has
-        rows up to its own last one that counts, in memory of its own. One shard is the rollout
-        itself, and costs nothing.
+        rows up to its own last one that counts. One shard is the rollout itself, and costs nothing;
+        of several, `obs` and `actions` lie in the rollout's memory.
 
         Raises:
             ValueError: a count that does not divide the number of environments.
@@ -109,17 +109,48 @@ class Rollout:
         length = int(counted.max()) + 1 if len(counted) else 0
         n = self.final_rows[:, 1]
         own = (n >= first) & (n < first + size)
-        rows = {
+        own_rows = {
             name: getattr(self, name)[:length, envs].contiguous()
-            for name in ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+            for name in ("rewards", "terminations", "truncations", "mask")
         }
         shift = torch.tensor([0, first], device=n.device)
         return Rollout(
-            **rows,
+            # Only what counts of them is looked at, and it is gathered first.
+            obs=self.obs[:length, envs],
+            actions=self.actions[:length, envs],
+            **own_rows,
             final_obs=self.final_obs[own],
             final_rows=self.final_rows[own] - shift,
             stream=None if self.stream is None else self.stream.part(first, size),
         )
+
+    def split(self, values: Tensor, shards: list["Rollout"]) -> list[Tensor]:
+        """What belongs to these rows, (T, N), as the parts that belong to its `shards`."""
+        if len(shards) == 1:
+            return [values]
+        widths = [shard.mask.shape[1] for shard in shards]
+        columns = torch.split(values, widths, dim=1)
+        return [
+            own[: len(shard.mask)].contiguous() for own, shard in zip(columns, shards, strict=True)
+        ]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `split`, (T, N), 0 after a shard's last row that counts."""
+        if len(parts) == 1:
+            return parts[0]
+        length = len(self.mask)
+        padded = [nn.functional.pad(part, (0, 0, 0, length - len(part))) for part in parts]
+        return torch.cat(padded, dim=1)
+
+    def join_final(self, parts: list[Tensor]) -> Tensor:
+        """What belongs to the shards' `final_rows` as what belongs to these, (K,)."""
+        if len(parts) == 1:
+            return parts[0]
+        shard = self.final_rows[:, 1] // (self.mask.shape[1] // len(parts))
+        values = torch.cat(parts)
+        joined = torch.empty_like(values)
+        joined[shard.argsort(stable=True)] = values
+        return joined
 
 
 class Rows:

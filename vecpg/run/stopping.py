@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
+from vecpg.rollout.statistics import Episodes
 
 # After so many iterations of equal returns somebody should hear about it.
 _STUCK_ITERATIONS = 5
@@ -76,21 +77,21 @@ class Stopping:
     def consider(
         self,
         policy: Policy,
-        returns: Tensor,
+        episodes: Episodes,
         confirm: Callable[[Policy], EvalResult] | None,
     ) -> EvalResult | None:
         """Take in the episodes that `policy` has just collected, before it is updated.
 
         Args:
             policy: is not changed; its parameters are copied where it is the best so far.
-            returns: (episodes,) of the iteration.
+            episodes: of the iteration.
             confirm: plays the greedy evaluation of a policy, or None where none is wanted.
 
         Returns:
             the greedy evaluation, if the target was reached and one was asked for.
         """
-        self._notice_equal(returns)
-        self.window = self.window.with_iteration(returns.sum().item(), returns.numel())
+        self._notice_equal(episodes.returns)
+        self.window = self.window.with_iteration(episodes.return_sum.item(), len(episodes.returns))
         mean = self.window.mean
         if mean is None:
             return None
