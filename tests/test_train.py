@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import evaluate
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -586,6 +587,83 @@ def test_a_signal_drops_a_collection_but_finishes_an_update(tmp_path, monkeypatc
     other = checkpoint.load(reference.run_dir / "checkpoints" / "last.pt")
     for name, value in other["policy"]["parameters"].items():
         assert torch.equal(state["policy"]["parameters"][name], value)
+
+
+def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatch, caplog):
+    def broken(self, **kwargs):
+        raise RuntimeError("close broke")
+
+    monkeypatch.setattr(InProcessEnvs, "close_extras", broken)
+    result = train(short(tmp_path, vectorization="sync", total_iterations=6, confirm=False))
+    assert "closing the environments failed: RuntimeError: close broke" in caplog.text
+    assert checkpoint.load(result.run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert len(lines(result.run_dir)) == 6
+    assert (result.run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("closing", ["the checkpoint", "the metrics"])
+def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypatch, closing):
+    closed = []
+    real = train_module.Metrics.close
+    monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append("envs"))
+
+    def full(*args):
+        raise OSError("the disk is full")
+
+    def close(metrics):
+        real(metrics)
+        closed.append("metrics")
+        if closing == "the metrics":
+            full()
+
+    monkeypatch.setattr(train_module.Metrics, "close", close)
+    calls = []
+    if closing == "the checkpoint":
+        save = checkpoint.save
+        monkeypatch.setattr(
+            checkpoint,
+            "save",
+            lambda *args: calls.append(1) or (full if calls[2:] else save)(*args),
+        )
+    with pytest.raises(OSError, match="the disk is full"):
+        train(short(tmp_path, vectorization="sync", total_iterations=1))
+    assert closed == ["metrics", "envs"]
+
+
+def test_a_signal_while_saving_waits_until_it_is_done(tmp_path, monkeypatch):
+    saves = []
+    real = checkpoint.Saver.save
+
+    def save(saver, state):
+        saves.append(state)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(saver, state)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    with pytest.raises(Interrupted):
+        train(short(tmp_path, total_iterations=6))
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert len(lines(run_dir)) == 6
+
+
+def test_a_second_run_says_again_which_way_it_goes(tmp_path, caplog):
+    for settings in ({}, {}, {"dropout": 0.5}):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="vecpg"):
+            train(short(tmp_path, total_iterations=1, **settings))
+        said = [record.message for record in caplog.records]
+        ways = [line for line in said if line.startswith(("collecting", "gradient", "returns"))]
+        how = ["in machine code"] * 2
+        if settings:
+            drawn = "by stepping, actions drawn in torch: it has dropout"
+            how = [drawn, "torch's: it has dropout"]
+        assert ways == [
+            f"collecting: {how[0]}",
+            f"gradient: {how[1]}",
+            "returns on cpu: machine code",
+        ]
 
 
 def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
