@@ -216,9 +216,8 @@ class Injection:
 
 
 FAULTY = {
-    "machine code": {},
-    "value": {"baseline": "value", "value_steps": 2, "normalize_obs": True},
-    "confirmed": {"target_return": 2.0, "return_window": 3, "dropout": 0.5},
+    "machine code": {"target_return": 2.0, "return_window": 3},
+    "torch": {"baseline": "value", "value_steps": 1, "normalize_obs": True, "dropout": 0.5},
 }
 
 
