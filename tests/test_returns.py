@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import pairwise
 
 from vecpg.kernels.announce import anew
 from vecpg.returns import cpu, generalized_advantage, packed_reward_to_go, reward_to_go
@@ -77,20 +78,17 @@ def assert_equals_definition(result, case, mode):
     assert error <= TOLERANCE[result.dtype] * scale
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (2, 3), (63, 33), (130, 2)])
-def test_it_is_the_definition(length, num_envs, dtype, mode, backend):
-    case = poison(make_case(length, length, num_envs, dtype))
+@pairwise(shape=[(1, 1), (2, 3), (63, 33), (130, 2)], dtype=TOLERANCE, mode=MODES, backend=BACKENDS)
+def test_it_is_the_definition(shape, dtype, mode, backend):
+    case = poison(make_case(shape[0], *shape, dtype))
     assert_equals_definition(reward_to_go(**case, mask_mode=mode, backend=backend), case, mode)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    length=st.integers(1, 12),
-    num_envs=st.integers(1, 5),
+    length=st.integers(1, 20),  # more than eight steps of eight environments: a loop of its own
+    num_envs=st.integers(1, 18),
     mode=st.sampled_from(MODES),
     done=st.sampled_from([0.0, 0.3, 1.0]),
     masked=st.sampled_from([0.0, 0.5, 1.0]),
@@ -140,11 +138,9 @@ def laid_out(values, layout):
     return wide[::2, 1::3]
 
 
-# Around what is done two, eight and a block at a time.
-@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
-@pytest.mark.parametrize(
-    ("length", "num_envs"),
-    [
+@pairwise(
+    # Around what is done two, eight and a block at a time.
+    shape=[
         (1, 8),
         (2, 7),
         (7, 9),
@@ -156,10 +152,12 @@ def laid_out(values, layout):
         (2, 4100),
         (5, 4097),
     ],
+    layout=["rows", "columns", "apart"],
+    masked=[False, True],
+    dtype=[torch.float32, torch.float64],
 )
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_loop_is_the_reference(length, num_envs, layout, masked, dtype):
+def test_every_loop_is_the_reference(shape, layout, masked, dtype):
+    length, num_envs = shape
     case = poison(make_case(length + num_envs, length, num_envs, dtype, done=0.1))
     del case["final_values"], case["gamma"]
     if not masked:
@@ -197,9 +195,7 @@ def test_infinity_and_nan_stay_in_their_episode(layout, masked):
     assert rest.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("length", [1000, 100_000])
-@pytest.mark.parametrize("gamma", [0.9, 0.999, 1.0])
+@pairwise(gamma=[0.9, 0.999, 1.0], length=[1000, 100_000], backend=BACKENDS)
 def test_long_returns_keep_their_digits(length, gamma, backend):
     """Against sums of the definition in float64, at some places of one long episode."""
     rewards = torch.rand(length, 2, generator=torch.Generator().manual_seed(length))
@@ -276,9 +272,11 @@ def test_expanded_rewards_are_read_in_place():
     assert torch.equal(reward_to_go(rewards, dones, 0.5), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("lengths", [[3, 0, 4, 3], [0, 0], [1] * 50, [300], [7] * 40 + [0, 1000]])
+@pairwise(
+    lengths=[[3, 0, 4, 3], [0, 0], [1] * 50, [300], [7] * 40 + [0, 1000]],
+    dtype=TOLERANCE,
+    backend=BACKENDS,
+)
 def test_packed_episodes_are_the_padded_ones(lengths, dtype, backend):
     g = torch.Generator().manual_seed(len(lengths))
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -375,9 +373,7 @@ def monte_carlo(case, mode):
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("masked", [0.0, 0.4])
+@pairwise(masked=[0.0, 0.4], mode=MODES, backend=BACKENDS)
 def test_advantages_with_lambda_one_are_monte_carlo_returns_minus_values(mode, masked, backend):
     case = poison(make_case(7, 40, 6, torch.float64, masked=masked))
     values = torch.randn(40, 6, dtype=torch.float64).masked_fill(~case["mask"], math.nan)
