@@ -10,7 +10,14 @@ def pairwise(**values):
 
     Most faults show where two parameters meet; a product's cases grow with all of them.
     """
-    return pytest.mark.parametrize(tuple(values), pairs(*map(list, values.values())))
+    cases = pairs(*map(list, values.values()))
+    return pytest.mark.parametrize(tuple(values), cases, ids=short)
+
+
+def short(value):
+    """What a value is called in a test's name; None leaves it to pytest."""
+    text = str(value)
+    return text if len(text) < 40 else None
 
 
 def pairs(*values):
