@@ -757,6 +757,14 @@ def test_bad_input_is_named_with_what_was_expected(error, message, arguments):
         reward_to_go(**{"rewards": R, "dones": D, "gamma": 0.9} | arguments)
 
 
+@pytest.mark.parametrize(("begin", "out_begin"), [(0, 11), (11, 0)])
+def test_an_out_that_overlaps_an_input_in_part_is_refused(begin, out_begin):
+    memory = torch.zeros(24)
+    rewards, out = (memory[start : start + 12].view(4, 3) for start in (begin, out_begin))
+    with pytest.raises(ValueError, match="out: .*may overlap rewards"):
+        reward_to_go(rewards, D, 0.9, out=out)
+
+
 def test_out_and_gradients_do_not_go_together():
     rewards = torch.zeros(4, 3, requires_grad=True)
     with pytest.raises(ValueError, match="no gradients"):

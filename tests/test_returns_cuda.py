@@ -322,6 +322,7 @@ def test_sizes_and_gamma_are_arguments(monkeypatch):
         ((1000, 32768), False, "A"),
         ((128, 4096), False, "B"),
         ((10_000, 4096), False, "B"),
+        ((500, 64), False, "B"),
         ((65536, 64), False, "D"),
         ((32, 8), True, "C"),
         ((2048, 8192), True, "C"),
