@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairs import pairwise
 
 from vecpg import advantage
 from vecpg.advantage import advantages, masked_mean, normalized
@@ -78,11 +79,13 @@ def by_hand(rollout, config):
 RAGGED = [[3, 1, 4], [6], [1, 1, 1, 1], [2, 5]]
 
 
-@pytest.mark.parametrize("reset_rows", [True, False])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("weights", ["reward_to_go", "full_return"])
-@pytest.mark.parametrize("baseline", ["none", "mean", "timestep_mean", "leave_one_out"])
-@pytest.mark.parametrize("block_rows", [1, 20, 2**18])
+@pairwise(
+    baseline=["none", "mean", "timestep_mean", "leave_one_out"],
+    block_rows=[1, 20, 2**18],
+    weights=["reward_to_go", "full_return"],
+    normalize=[False, True],
+    reset_rows=[True, False],
+)
 def test_advantages_are_the_definition(
     monkeypatch, reset_rows, normalize, weights, baseline, block_rows
 ):
@@ -293,15 +296,13 @@ def episodes_of(rollout, values, final_values, bootstrap):
                     rows = []
 
 
-@pytest.mark.parametrize("block_rows", [1, 20, 2**18])
-@pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize(
-    ("weights", "gae_lambda"),
-    [("reward_to_go", 0.5), ("full_return", 0.5), ("gae", 0.0), ("gae", 0.8), ("gae", 1.0)],
+@pairwise(
+    kind=[("reward_to_go", 0.5), ("full_return", 0.5), ("gae", 0.0), ("gae", 0.8), ("gae", 1.0)],
+    block_rows=[1, 20, 2**18],
+    bootstrap=[False, True],
 )
-def test_with_values_advantages_are_the_definition(
-    monkeypatch, weights, gae_lambda, bootstrap, block_rows
-):
+def test_with_values_advantages_are_the_definition(monkeypatch, kind, block_rows, bootstrap):
+    weights, gae_lambda = kind
     monkeypatch.setattr(advantage, "_BLOCK_ROWS", block_rows)
     rollout, values, final_values = with_ends(make_rollout(RAGGED))
     config = Config(

@@ -2,6 +2,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from pairs import pairwise
 
 from vecpg.envs import (
     SubEnvironmentError,
@@ -113,9 +114,7 @@ def test_a_copy_that_raises_says_which_it_is():
     assert "environments.py" in caught.value.trace
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-@pytest.mark.parametrize("what", ["four", "shape", "reward"])
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pairwise(what=["four", "shape", "reward"], index=[0, 1, 2], vectorization=["sync", "async"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of the same
 def test_a_copy_that_returns_what_cannot_be_used_says_which_it_is(vectorization, what, index):
     envs = make_envs(

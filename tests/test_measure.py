@@ -19,6 +19,7 @@ from vecpg.measure.timing import Pace
 from vecpg.rollout import collect
 
 GIB = 2**30
+KINDS = ("sync", "async", "vector_entry_point", "tensor")
 GRADIENT = update_module, "by_machine_code"
 
 
@@ -79,19 +80,10 @@ def test_what_is_too_much_is_not_run(case, reason):
     assert (given is None) if reason is None else (reason in given)
 
 
-@pytest.mark.parametrize(
-    ("thing", "kind"),
-    [
-        pytest.param("stepping", "sync", marks=pytest.mark.slow),
-        pytest.param("stepping", "tensor", marks=pytest.mark.slow),
-        ("collect", "vector_entry_point"),
-        pytest.param("train", "tensor", marks=pytest.mark.slow),
-        ("returns", None),
-        ("update", None),
-    ],
-)
-def test_a_cell_counts_what_it_does(thing, kind):
-    with prepared(Case(thing, "cpu", kind, 2)) as cell:
+@pytest.mark.parametrize("case", cases(("cpu",), KINDS, (2,)), ids=str)
+def test_every_cell_is_checked_and_counts_what_it_does(case):
+    thing = case.thing
+    with prepared(case) as cell:
         cell.run()
         if cell.limit is not None:
             cell.limit.run()
@@ -120,10 +112,6 @@ def wrong_collect(envs, policy, **settings):
     return rollout
 
 
-def wrong_returns(rewards, dones, gamma, out=None, **settings):
-    return rewards.clone() if out is None else out.copy_(rewards)
-
-
 def wrong_gradient(policy, *rest):
     result = update_module.by_autograd(policy, *rest)
     policy.network[0].bias.grad[0] += 1
@@ -134,9 +122,7 @@ def wrong_gradient(policy, *rest):
     ("thing", "kind", "where", "wrong", "problem"),
     [
         ("stepping", "sync", (cells, "collect"), wrong_collect, "is not CartPole's"),
-        ("collect", "vector_entry_point", (cells, "collect"), wrong_collect, "is not CartPole's"),
         ("update", None, GRADIENT, wrong_gradient, "the gradient is not autograd's"),
-        ("train", "sync", GRADIENT, wrong_gradient, "the gradient is not autograd's"),
     ],
 )
 def test_what_is_wrong_is_not_timed(monkeypatch, thing, kind, where, wrong, problem):

@@ -226,19 +226,19 @@ def without_its_last_episode(rollout):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("spoil", "problem", "kind"),
     [
-        (no_end, "a copy finished no episode"),
-        (paid_twice, "a reward is not 1"),
-        (wrong_here_and_there, "is not CartPole's|does not start"),
-        (cut, "is not CartPole's"),
-        (ends_as_by_the_limit, "a limit is not 500 steps"),
-        (started_elsewhere, "does not start as CartPole does"),
-        (another_action, "actions differ from what the policy draws|is not CartPole's"),
-        (without_its_last_episode, "was not played for 32 steps and to an end"),
+        (no_end, "a copy finished no episode", "sync"),
+        (paid_twice, "a reward is not 1", "tensor"),
+        (wrong_here_and_there, "is not CartPole's|does not start", "vector_entry_point"),
+        (cut, "is not CartPole's", "tensor"),
+        (ends_as_by_the_limit, "a limit is not 500 steps", "sync"),
+        (started_elsewhere, "does not start as CartPole does", "tensor"),
+        (another_action, "actions differ from what the policy draws|is not CartPole's", "sync"),
+        (another_action, "actions differ from what the policy draws|is not CartPole's", "tensor"),
+        (without_its_last_episode, "was not played for 32 steps and to an end", "sync"),
     ],
 )
-@pytest.mark.parametrize("kind", ["sync", "tensor"])
 def test_what_is_wrong_in_a_few_rows_is_not_timed(monkeypatch, spoil, problem, kind):
     monkeypatch.setattr(cells, "collect", spoilt(spoil))
     with pytest.raises(CheckFailed, match=problem), prepared(Case("collect", "cpu", kind, 2)):

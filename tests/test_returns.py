@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import pairwise
 
 from vecpg.kernels.announce import anew
 from vecpg.returns import cpu, generalized_advantage, packed_reward_to_go, reward_to_go
@@ -77,20 +78,17 @@ def assert_equals_definition(result, case, mode):
     assert error <= TOLERANCE[result.dtype] * scale
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (2, 3), (63, 33), (130, 2)])
-def test_it_is_the_definition(length, num_envs, dtype, mode, backend):
-    case = poison(make_case(length, length, num_envs, dtype))
+@pairwise(shape=[(1, 1), (2, 3), (63, 33), (130, 2)], dtype=TOLERANCE, mode=MODES, backend=BACKENDS)
+def test_it_is_the_definition(shape, dtype, mode, backend):
+    case = poison(make_case(shape[0], *shape, dtype))
     assert_equals_definition(reward_to_go(**case, mask_mode=mode, backend=backend), case, mode)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    length=st.integers(1, 12),
-    num_envs=st.integers(1, 5),
+    length=st.integers(1, 20),  # more than eight steps of eight environments: a loop of its own
+    num_envs=st.integers(1, 18),
     mode=st.sampled_from(MODES),
     done=st.sampled_from([0.0, 0.3, 1.0]),
     masked=st.sampled_from([0.0, 0.5, 1.0]),
@@ -140,11 +138,9 @@ def laid_out(values, layout):
     return wide[::2, 1::3]
 
 
-# Around what is done two, eight and a block at a time.
-@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
-@pytest.mark.parametrize(
-    ("length", "num_envs"),
-    [
+@pairwise(
+    # Around what is done two, eight and a block at a time.
+    shape=[
         (1, 8),
         (2, 7),
         (7, 9),
@@ -156,11 +152,12 @@ def laid_out(values, layout):
         (2, 4100),
         (5, 4097),
     ],
+    loop=list(itertools.product(["rows", "columns", "apart"], [False, True])),
+    dtype=[torch.float32, torch.float64],
 )
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_loop_is_the_reference(length, num_envs, layout, masked, dtype):
-    case = poison(make_case(length + num_envs, length, num_envs, dtype, done=0.1))
+def test_every_loop_is_the_reference(shape, loop, dtype):
+    (length, num_envs), (layout, masked) = shape, loop
+    case = poison(make_case(length + num_envs, length, num_envs, dtype))
     del case["final_values"], case["gamma"]
     if not masked:
         del case["mask"]
@@ -197,9 +194,7 @@ def test_infinity_and_nan_stay_in_their_episode(layout, masked):
     assert rest.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("length", [1000, 100_000])
-@pytest.mark.parametrize("gamma", [0.9, 0.999, 1.0])
+@pairwise(gamma=[0.9, 0.999, 1.0], length=[1000, 100_000], backend=BACKENDS)
 def test_long_returns_keep_their_digits(length, gamma, backend):
     """Against sums of the definition in float64, at some places of one long episode."""
     rewards = torch.rand(length, 2, generator=torch.Generator().manual_seed(length))
@@ -227,6 +222,13 @@ def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
     for general, rows in results[1:]:
         assert torch.equal(general, results[0][0])
         assert torch.equal(rows, results[0][1])
+
+
+def test_sixteen_bits_are_the_same_a_few_columns_at_a_time(monkeypatch):
+    case = poison(make_case(0, 50, 33, torch.bfloat16))
+    whole = reward_to_go(**case)
+    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    assert torch.equal(reward_to_go(**case), whole)
 
 
 def in_child(queue):
@@ -276,9 +278,18 @@ def test_expanded_rewards_are_read_in_place():
     assert torch.equal(reward_to_go(rewards, dones, 0.5), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("lengths", [[3, 0, 4, 3], [0, 0], [1] * 50, [300], [7] * 40 + [0, 1000]])
+@pairwise(
+    lengths=[
+        [3, 0, 4, 3],
+        [0, 0],
+        [1] * 50,
+        [300],
+        [7] * 40 + [0, 1000],
+        [5, 19, 2, 31, 1] * 9,  # eight runs of it are of different lengths, none of them short
+    ],
+    dtype=TOLERANCE,
+    backend=BACKENDS,
+)
 def test_packed_episodes_are_the_padded_ones(lengths, dtype, backend):
     g = torch.Generator().manual_seed(len(lengths))
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -375,9 +386,7 @@ def monte_carlo(case, mode):
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("masked", [0.0, 0.4])
+@pairwise(masked=[0.0, 0.4], mode=MODES, backend=BACKENDS)
 def test_advantages_with_lambda_one_are_monte_carlo_returns_minus_values(mode, masked, backend):
     case = poison(make_case(7, 40, 6, torch.float64, masked=masked))
     values = torch.randn(40, 6, dtype=torch.float64).masked_fill(~case["mask"], math.nan)
@@ -746,6 +755,14 @@ R, D = torch.zeros(4, 3), torch.zeros(4, 3, dtype=bool)
 def test_bad_input_is_named_with_what_was_expected(error, message, arguments):
     with pytest.raises(error, match=message):
         reward_to_go(**{"rewards": R, "dones": D, "gamma": 0.9} | arguments)
+
+
+@pytest.mark.parametrize(("begin", "out_begin"), [(0, 11), (11, 0)])
+def test_an_out_that_overlaps_an_input_in_part_is_refused(begin, out_begin):
+    memory = torch.zeros(24)
+    rewards, out = (memory[start : start + 12].view(4, 3) for start in (begin, out_begin))
+    with pytest.raises(ValueError, match="out: .*may overlap rewards"):
+        reward_to_go(rewards, D, 0.9, out=out)
 
 
 def test_out_and_gradients_do_not_go_together():

@@ -1,7 +1,6 @@
 import itertools
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pairs import pairs, pairwise
 from test_returns import MODES, TOLERANCE, definition, make_case, poison
 
 triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
@@ -30,15 +30,16 @@ from vecpg.returns import (  # noqa: E402
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # Tiles that small tensors fill more than once, and the rows of a program (None: all).
-KERNELS = {
-    "A": [(cuda._Tile(False, 4, 1, 4, 1, 1), None)],
-    "B": [(cuda._Tile(False, 2, 4, 2, 1, 1), None)],
-    "C": [(cuda._Tile(True, 2, 2, 2, 1, 1), None), (cuda._Tile(True, 1, 4, 2, 1, 1), None)],
-    "D": [(cuda._Tile(False, 2, 2, 2, 1, 1), 8), (cuda._Tile(True, 2, 2, 2, 1, 1), 4)],
-}
+KERNELS = [
+    (cuda._Tile(False, 4, 1, 4, 1, 1), None),  # A
+    (cuda._Tile(False, 2, 4, 2, 1, 1), None),  # B
+    (cuda._Tile(True, 2, 2, 2, 1, 1), None),  # C, twice
+    (cuda._Tile(True, 1, 4, 2, 1, 1), None),
+    (cuda._Tile(False, 2, 2, 2, 1, 1), 8),  # D, twice
+    (cuda._Tile(True, 2, 2, 2, 1, 1), 4),
+]
 OPTIONAL = ("final_values", "last_values", "mask")
 LAYOUTS = ("plain", "transposed", "sliced")
-SHAPES = ((1, 1), (2, 3), (9, 5), (9, 5), (13, 3))
 
 
 # In the interpreter, which has to be chosen before the kernels are read: in a process of its own.
@@ -61,16 +62,19 @@ def interpret():
     check_public()
     check_packed("cpu", (23, 24))
     check_offsets_out_of_bounds()
-    pick = random.Random(0)
-    cases = [(dtype, mode, set(OPTIONAL), None) for dtype in TOLERANCE for mode in MODES]
-    cases += [(torch.float32, pick.choice(MODES), {name}, 0.9) for name in OPTIONAL]
-    cases += [(torch.float32, "cut", set(), gamma) for gamma in (0.9, 1.0, 0.0)]
-    for kernels in KERNELS.values():
-        for seed, case in enumerate(cases):
-            tile, span = kernels[seed % len(kernels)]
-            check_case(tile, span, seed, pick.choice(SHAPES), *case, pick.choice(LAYOUTS))
-        for tile, span in kernels:
-            check_nothing_passes_an_end(tile, span)
+    cases = pairs(
+        KERNELS,
+        [(9, 5), (13, 3), (2, 3), (1, 1)],
+        list(TOLERANCE),
+        list(MODES),
+        [set(OPTIONAL), set(), *({name} for name in OPTIONAL)],
+        [None, 0.9, 1.0, 0.0],
+        LAYOUTS,
+    )
+    for seed, (kernel, *case) in enumerate(cases):
+        check_case(*kernel, seed, *case)
+    for kernel in KERNELS:
+        check_nothing_passes_an_end(*kernel)
 
 
 def check_public():
@@ -265,9 +269,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("name", LAUNCHES)
+@pairwise(name=LAUNCHES, capability=[80, 90, 100], everything=[False, True])
 def test_compiled(name, everything, capability, monkeypatch):
     call, launches = LAUNCHES[name]
     target = GPUTarget("cuda", capability, 32)
@@ -320,6 +322,7 @@ def test_sizes_and_gamma_are_arguments(monkeypatch):
         ((1000, 32768), False, "A"),
         ((128, 4096), False, "B"),
         ((10_000, 4096), False, "B"),
+        ((500, 64), False, "B"),
         ((65536, 64), False, "D"),
         ((32, 8), True, "C"),
         ((2048, 8192), True, "C"),
@@ -343,21 +346,19 @@ GPU_SHAPES = [(1, 1), (63, 33), (130, 1000), (16, 5000), (300, 33000), (4100, 2)
 
 
 @needs_gpu
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_on_a_gpu_it_is_the_reference(shape, layout):
-    for mode, dtype in itertools.product(MODES, TOLERANCE):
-        case = poison(make_case(1, *shape, dtype, done=0.02))
-        expected = reference.reward_to_go(**case, mask_mode=mode)
-        passed = {name: laid_out(value.cuda(), layout) for name, value in case.items()}
-        out = laid_out(torch.full(shape, math.nan, dtype=dtype, device="cuda"), layout)
-        cuda.reward_to_go(**passed, mask_mode=mode, out=out)
-        scale = max(1.0, expected.abs().max().item())
-        error = (out.cpu().double() - expected.double()).abs().max().item()
-        assert error <= 2 * TOLERANCE[dtype] * scale
-        again = laid_out(torch.full_like(out, math.nan), layout)
-        cuda.reward_to_go(**passed, mask_mode=mode, out=again)
-        assert torch.equal(out, again)
+@pairwise(shape=GPU_SHAPES, dtype=TOLERANCE, layout=LAYOUTS, mode=MODES)
+def test_on_a_gpu_it_is_the_reference(shape, dtype, layout, mode):
+    case = poison(make_case(1, *shape, dtype, done=0.02))
+    expected = reference.reward_to_go(**case, mask_mode=mode)
+    passed = {name: laid_out(value.cuda(), layout) for name, value in case.items()}
+    out = laid_out(torch.full(shape, math.nan, dtype=dtype, device="cuda"), layout)
+    cuda.reward_to_go(**passed, mask_mode=mode, out=out)
+    scale = max(1.0, expected.abs().max().item())
+    error = (out.cpu().double() - expected.double()).abs().max().item()
+    assert error <= 2 * TOLERANCE[dtype] * scale
+    again = laid_out(torch.full_like(out, math.nan), layout)
+    cuda.reward_to_go(**passed, mask_mode=mode, out=again)
+    assert torch.equal(out, again)
 
 
 @needs_gpu

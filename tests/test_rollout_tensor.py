@@ -5,6 +5,7 @@ import torch
 from conftest import apart, by_stepping
 from environments import Counting  # noqa: F401 - registers the small ones
 from gymnasium import spaces
+from pairs import pairwise
 
 from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.envs.tensor import TensorVectorEnv
@@ -56,9 +57,11 @@ def same(one, other):
     assert one.stream == other.stream
 
 
-@pytest.mark.parametrize("between", [1, 5, 16])
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
-@pytest.mark.parametrize("which", ["CartPole-v1", "Pendulum-v1", "fading"])
+@pairwise(
+    num_steps=[1, 2, 7, 40],
+    which=["CartPole-v1", "Pendulum-v1", "fading"],
+    between=[1, 5, 16],
+)
 def test_a_rollout_is_that_of_stepping(monkeypatch, which, num_steps, between):
     def make():
         if which == "fading":
