@@ -112,8 +112,8 @@ def wrong_collect(envs, policy, **settings):
     return rollout
 
 
-def wrong_gradient(policy, *rest):
-    result = update_module.by_autograd(policy, *rest)
+def wrong_gradient(policy, *rest, **settings):
+    result = update_module.by_autograd(policy, *rest, **settings)
     policy.network[0].bias.grad[0] += 1
     return result
 
