@@ -6,6 +6,7 @@ from gymnasium import spaces
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
+from vecpg.rollout.statistics import Episodes
 from vecpg.run.stopping import ReturnWindow, Stopping
 
 
@@ -37,7 +38,8 @@ def run(stopping, *iterations):
     policy = marked_policy()
     for number, returns in enumerate(iterations):
         mark(policy, number)
-        stopping.consider(policy, torch.tensor(returns, dtype=torch.float64))
+        every = torch.tensor(returns, dtype=torch.float64)
+        stopping.consider(policy, Episodes(every, torch.ones_like(every).long(), every.sum()))
         mark(policy, 99.0)
     return stopping
 
@@ -48,14 +50,14 @@ def best_mark(stopping):
 
 def test_the_window_holds_whole_iterations():
     window = ReturnWindow(5)
-    window.add(torch.tensor([1.0, 1.0, 1.0]))
+    window.add(3.0, 3)
     assert window.mean is None
-    window.add(torch.tensor([5.0, 5.0, 5.0]))
+    window.add(15.0, 3)
     assert window.mean == 3.0
-    window.add(torch.tensor([9.0, 9.0]))
+    window.add(18.0, 2)
     # 3 + 2 episodes are enough, so the first iteration goes.
     assert window.mean == (15 + 18) / 5
-    window.add(torch.arange(10.0))
+    window.add(45.0, 10)
     assert window.mean == 4.5
 
 

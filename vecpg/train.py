@@ -199,7 +199,7 @@ def train(config: Config) -> TrainResult:
                     )
                 episodes = episode_statistics(rollout, config.resolved_shards)
                 with clock.evaluation():
-                    evaluation = stopping.consider(policy, episodes.returns)
+                    evaluation = stopping.consider(policy, episodes)
                 if stopping.solved:
                     solved_seconds = clock.since_start()
                 with interrupts.held():

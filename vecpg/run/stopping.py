@@ -3,11 +3,15 @@
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
+
+if TYPE_CHECKING:
+    from vecpg.rollout.statistics import Episodes
 
 # After so many iterations of equal returns somebody should hear about it.
 _STUCK_ITERATIONS = 5
@@ -21,10 +25,9 @@ class ReturnWindow:
     Whole iterations, because inside one the short episodes end first.
 
     Example:
-        >>> import torch
         >>> window = ReturnWindow(3)
-        >>> for returns in ([1.0, 1.0], [4.0, 4.0], [7.0]):
-        ...     window.add(torch.tensor(returns))
+        >>> for total, episodes in ((2.0, 2), (8.0, 2), (7.0, 1)):
+        ...     window.add(total, episodes)
         >>> window.mean
         5.0
     """
@@ -34,10 +37,10 @@ class ReturnWindow:
         self._iterations: deque[tuple[float, int]] = deque()
         self._count = 0
 
-    def add(self, returns: Tensor) -> None:
-        """Add one iteration's episodes, and let go of iterations that are no longer needed."""
-        self._iterations.append((returns.sum().item(), returns.numel()))
-        self._count += returns.numel()
+    def add(self, total: float, episodes: int) -> None:
+        """Add one iteration's sum of returns, and let go of iterations no longer needed."""
+        self._iterations.append((total, episodes))
+        self._count += episodes
         while self._count - self._iterations[0][1] >= self._needed:
             self._count -= self._iterations.popleft()[1]
 
@@ -73,14 +76,14 @@ class Stopping:
         self._window = ReturnWindow(window)
         self._equal: tuple[float, int] = (0.0, 0)
 
-    def consider(self, policy: Policy, returns: Tensor) -> EvalResult | None:
+    def consider(self, policy: Policy, episodes: "Episodes") -> EvalResult | None:
         """Take in the episodes that `policy` has just collected, before it is updated.
 
         Returns:
             the greedy evaluation, if the target was reached and one was asked for.
         """
-        self._notice_equal(returns)
-        self._window.add(returns)
+        self._notice_equal(episodes.returns)
+        self._window.add(episodes.return_sum.item(), episodes.returns.numel())
         mean = self._window.mean
         if mean is None:
             return None
