@@ -201,7 +201,7 @@ def by_autograd(
     def differentiate(shard: int) -> tuple[Tensor, Tensor]:
         return _add_gradient(policy, parts[shard], weights[shard], divisor, ent_coef)
 
-    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, shards), strict=True)
+    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, len(parts)), strict=True)
     return in_order(surrogates), in_order(entropies)
 
 
