@@ -60,7 +60,7 @@ class Learner:
     reason: str | None
 
     def __str__(self) -> str:
-        return "in machine code" if self.reason is None else f"torch's: {self.reason}"
+        return "in machine code" if self.reason is None else f"by autograd: {self.reason}"
 
     def update(
         self,
@@ -126,7 +126,7 @@ def choose_learner(policy: Policy, backend: str = "auto") -> Learner:
         >>> str(choose_learner(Policy(box, spaces.Discrete(2))))
         'in machine code'
         >>> str(choose_learner(Policy(box, box)))
-        "torch's: its actions are not Discrete"
+        'by autograd: its actions are not Discrete'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -208,7 +208,7 @@ def by_autograd(
     def differentiate(shard: int) -> tuple[Tensor, Tensor]:
         return _add_gradient(policy, parts[shard], weights[shard], divisor, ent_coef)
 
-    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, shards), strict=True)
+    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, len(parts)), strict=True)
     return in_order(surrogates), in_order(entropies)
 
 
