@@ -332,10 +332,13 @@ def test_advantages_are_those_of_the_shards_one_by_one(way, name, dtype, normali
 def statistics_agree(whole, parts):
     episodes = episode_statistics(whole, SHARDS)
     alone = [episode_statistics(part) for part in parts]
-    windows = ReturnWindow(10), ReturnWindow(10)
-    windows[0].add(episodes.return_sum.item(), len(episodes.returns))
-    windows[1].add(
-        added([own.returns.sum() for own in alone]).item(), sum(len(own.returns) for own in alone)
+    window = ReturnWindow(10)
+    windows = (
+        window.with_iteration(episodes.return_sum.item(), len(episodes.returns)),
+        window.with_iteration(
+            added([own.returns.sum() for own in alone]).item(),
+            sum(len(own.returns) for own in alone),
+        ),
     )
     assert bits(episodes.returns) == bits(torch.cat([own.returns for own in alone]))
     assert bits(episodes.lengths) == bits(torch.cat([own.lengths for own in alone]))
@@ -511,7 +514,7 @@ class Run:
 def iterate_together(run, way, config, iteration):
     rollout = collect_together(way, run.policy, iteration)
     episodes = episode_statistics(rollout, SHARDS)
-    run.window.add(episodes.return_sum.item(), len(episodes.returns))
+    run.window = run.window.with_iteration(episodes.return_sum.item(), len(episodes.returns))
     values, final_values = predict(run.critic, rollout, SHARDS)
     weights = advantages(rollout, config, values, final_values)
     learner = choose_learner(run.policy)
@@ -523,7 +526,8 @@ def iterate_together(run, way, config, iteration):
 def iterate_alone(run, way, config, iteration):
     parts = collect_alone(way, run.policy, iteration)
     returns = [episode_statistics(part).returns for part in parts]
-    run.window.add(added([own.sum() for own in returns]).item(), sum(map(len, returns)))
+    total = added([own.sum() for own in returns]).item()
+    run.window = run.window.with_iteration(total, sum(map(len, returns)))
     predicted = [predict(run.critic, part) for part in parts]
     values, final_values = ([own[k] for own in predicted] for k in range(2))
     weights = advantages_alone(parts, config, values, final_values)
