@@ -4,7 +4,7 @@ Every number is a pure function of (seed, iteration, global environment index, s
 run can be resumed, split over processes or moved to another device and draw the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -167,24 +167,31 @@ class Stream:
 class StepNoise:
     """The numbers of `Stream.uniforms_at`, a step at a time, made many steps at once.
 
-    A call of `uniforms_at` costs far more than its numbers.
+    A call of `uniforms_at` costs far more than its numbers, and so may what is made of them:
+    `made`, from (count, *shape) numbers to (rows, *shape) others.
     """
 
     def __init__(
-        self, stream: Stream, purpose: Purpose, device: torch.device, count: int = 1
+        self,
+        stream: Stream,
+        purpose: Purpose,
+        device: torch.device,
+        count: int = 1,
+        made: Callable[[Tensor], Tensor] = lambda numbers: numbers,
     ) -> None:
-        self._stream, self._purpose, self._count = stream, purpose, count
+        self._stream, self._purpose, self._count, self._made = stream, purpose, count, made
         self._envs = torch.arange(stream.num_envs, device=device)
         self._steps = max(1, min(64, 2**18 // max(1, stream.num_envs * count)))
         self._start = -self._steps
         self._block = torch.empty(0)
 
     def __call__(self, t: int) -> Tensor:
-        """(count, num_envs) numbers for step t."""
+        """(count, num_envs) numbers for step t, or what is made of them."""
         if not self._start <= t < self._start + self._steps:
             self._start = t - t % self._steps
             steps = torch.arange(self._steps, device=self._envs.device) + self._start
-            self._block = self._stream.uniforms_at(
+            numbers = self._stream.uniforms_at(
                 steps[:, None], self._envs, self._purpose, self._count
             )
+            self._block = self._made(numbers)
         return self._block[:, t - self._start]

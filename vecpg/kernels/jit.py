@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numba
@@ -24,24 +24,29 @@ _log = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 
-def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False) -> Any:
+def jit(
+    function: Callable[..., Any] | None = None, *, as_written: bool = False, inlined: bool = False
+) -> Any:
     """Compile `function` when it is first called, and keep the machine code on disk.
 
     The interpreter's lock is released while it runs. Sums may be taken in another order, so that
     they vectorize: the same order at every call of the same machine code. With `as_written` nothing
-    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept.
+    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept. With
+    `inlined` it becomes a part of compiled functions that call it, whatever its size, so that loops
+    around it vectorize.
 
     It is kept beside the source; where that cannot be written to, in the user's cache directory.
     Where neither can, it is compiled anew in every process, and the log says so. It is compiled
     anew, too, when its file changed, or that of a compiled function it calls by its name, or a
-    number it names. (What it reaches through a module's attribute is not looked at.)
+    number it names, or that it reaches through a module that it names.
     """
     if function is None:
-        return functools.partial(jit, as_written=as_written)
+        return functools.partial(jit, as_written=as_written, inlined=inlined)
     settings: dict[str, Any] = {
         "nogil": True,
         "no_cfunc_wrapper": True,  # nobody calls these from C, and it takes time to compile
         "error_model": "numpy",  # no check for division by zero, which would not vectorize
+        "forceinline": inlined,
         "fastmath": False if as_written else {"contract", "reassoc", "nsz", "arcp"},
     }
     compiled = numba.njit(**settings)(function)
@@ -97,6 +102,9 @@ def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any,
     """
     code = function.__code__
     used = [function.__globals__.get(name) for name in code.co_names]
+    # What it reaches through a module, such as `ops.sin`.
+    modules = [each for each in used if isinstance(each, ModuleType)]
+    used += [getattr(module, name, None) for module in modules for name in code.co_names]
     used += [cell.cell_contents for cell in function.__closure__ or ()]
     parts: list[Any] = [function.__module__, function.__qualname__, code.co_code]
     parts.append(_contents(code.co_filename))

@@ -155,6 +155,6 @@ def choose_collector(envs: Any, policy: Policy, backend: str = "auto") -> Collec
         raise ValueError(
             f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
         )
-    return Collector(
-        "reference" if reason else "cpu", reason, draws_on_host=policy_cpu.why_not(policy) is None
-    )
+    if reason is None:
+        return Collector("cpu", None, draws_on_host=True)
+    return Collector("reference", reason, draws_on_host=policy_cpu.why_not(policy) is None)

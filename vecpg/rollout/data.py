@@ -1,6 +1,7 @@
 """What one collection gives, how it grows, and which rows count."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ NEXT: NDArray[np.int8] = np.array(
     ],
     np.int8,
 )
+
+_FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+_ON_HOST = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +161,16 @@ class Rows:
     """The arrays of a `Rollout` while it is collected, on one device; they double when full.
 
     obs has one row more than the others: the observations after the last action. Rows that were
-    not written are masked.
+    not written are masked. On the CPU `host` has the same memory as NumPy's arrays under the same
+    names, which are quicker to write rows to; elsewhere it is None.
     """
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminations: Tensor
+    truncations: Tensor
+    mask: Tensor
 
     def __init__(
         self,
@@ -169,45 +181,57 @@ class Rows:
         device: torch.device | str = "cpu",
     ) -> None:
         """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one."""
-        shape = capacity, num_envs
-        self.obs = _zeros((capacity + 1, num_envs, *obs[0]), obs[1], device)
-        self.actions = _zeros((*shape, *actions[0]), actions[1], device)
-        self.rewards = _zeros(shape, torch.float32, device)
-        self.terminations, self.truncations, self.mask = (
-            _zeros(shape, torch.bool, device) for _ in range(3)
-        )
+        flag = ((), torch.bool)
+        each = (obs, actions, ((), torch.float32), flag, flag, flag)
+        self._rows = {
+            name: ((num_envs, *shape), dtype)
+            for name, (shape, dtype) in zip(_FIELDS, each, strict=True)
+        }
+        self._device = torch.device(device)
+        self._make(capacity)
 
-    @property
-    def capacity(self) -> int:
-        """How many rows there is room for."""
-        return len(self.mask)
+    def _make(self, capacity: int) -> None:
+        self.capacity = capacity
+        on_host = self._device.type == "cpu"
+        host: dict[str, NDArray[Any]] = {}
+        # Rows made while somebody only infers are differentiated later.
+        with torch.inference_mode(False):
+            for name, (row, dtype) in self._rows.items():
+                shape = (capacity + (name == "obs"), *row)
+                if on_host:
+                    # The system hands this memory out as it is written to; torch would write all.
+                    host[name] = np.zeros(shape, _ON_HOST[dtype])
+                    setattr(self, name, torch.from_numpy(host[name]))
+                else:
+                    setattr(self, name, torch.zeros(shape, dtype=dtype, device=self._device))
+        self.host: Any = SimpleNamespace(**host) if on_host else None
 
     def make_room(self, length: int) -> bool:
         """Hold at least `length` rows. Returns whether the arrays are others than before."""
         if length <= self.capacity:
             return False
-        longer = max(length, 2 * self.capacity)
-        for name, old in vars(self).items():
-            rows = longer + 1 if name == "obs" else longer
-            new = _zeros((rows, *old.shape[1:]), old.dtype, old.device)
-            new[: len(old)] = old
-            setattr(self, name, new)
+        before = {name: getattr(self, name) for name in _FIELDS}
+        self._make(max(length, 2 * self.capacity))
+        for name, old in before.items():
+            getattr(self, name)[: len(old)] = old
         return True
 
     def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
         """The first `length` rows, on a device."""
-        rows = {
-            name: getattr(self, name)[:length].to(device, non_blocking=True)
-            for name in ("obs", "actions", "rewards", "terminations", "truncations", "mask")
-        }
-        final_rows = self.truncations[:length].nonzero()
-        final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
-        return Rollout(
-            **rows,
-            final_obs=final_obs.to(device, non_blocking=True),
-            final_rows=final_rows.to(device, non_blocking=True),
-            stream=stream,
-        )
+        if self.host is not None:
+            arrays = {name: getattr(self.host, name)[:length] for name in _FIELDS}
+            t, n = np.nonzero(arrays["truncations"])
+            arrays |= {"final_obs": self.host.obs[t + 1, n], "final_rows": np.stack([t, n], axis=1)}
+            with torch.inference_mode(False):
+                rows = {name: torch.from_numpy(each) for name, each in arrays.items()}
+        else:
+            rows = {name: getattr(self, name)[:length] for name in _FIELDS}
+            final_rows = self.truncations[:length].nonzero()
+            final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
+            rows |= {"final_obs": final_obs, "final_rows": final_rows}
+        if device != self._device:
+            rows = {name: each.to(device, non_blocking=True) for name, each in rows.items()}
+        return Rollout(**rows, stream=stream)
 
 
 def check_finite(rollout: Rollout) -> None:
@@ -235,12 +259,3 @@ def check_finite(rollout: Rollout) -> None:
                 f"environment {n} returned the {what} {rows[t, n].tolist()} at step {t}{where};"
                 " expected finite float32 numbers"
             )
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    # Rows made while somebody only infers are differentiated later.
-    with torch.inference_mode(False):
-        if torch.device(device).type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=device)
-        # Memory that the system hands out as it is written to; torch would write to all of it.
-        return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))

@@ -54,12 +54,12 @@ def collect_by_stepping(
         (policy.obs_shape, policy.obs_dtype),
         (policy.action_shape, policy.action_dtype),
     )
-    host = _OnHost(rows)
+    host = rows.host
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         nonlocal host
         if rows.make_room(t + 1):
-            host = _OnHost(rows)
+            host = rows.host
         host.obs[t] = obs
         draw(t, rows.obs[t], rows.actions[t])
         return policy.for_env(host.actions[t])
@@ -78,15 +78,6 @@ def collect_by_stepping(
             last_obs = following
     host.obs[length] = last_obs
     return rows.rollout(length, policy.device, stream)
-
-
-class _OnHost:
-    """The same memory as NumPy's, which is quicker to write rows to."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.obs, self.actions = rows.obs.numpy(), rows.actions.numpy()
-        self.rewards, self.mask = rows.rewards.numpy(), rows.mask.numpy()
-        self.terminations, self.truncations = rows.terminations.numpy(), rows.truncations.numpy()
 
 
 def play(
