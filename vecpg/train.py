@@ -297,7 +297,10 @@ def _make_networks(
 
 def _prepare_kernels(run: Run) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
-    run.collector.prepare(run.envs, run.state.policy)
+    try:
+        run.collector.prepare(run.envs, run.state.policy)
+    except ValueError as error:  # a definition that does not compile
+        raise ConfigError(str(error)) from error
     run.learner.prepare(run.state.policy)
     prepare_advantages(run.device)
     if run.device.type == "cpu":

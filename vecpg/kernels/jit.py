@@ -21,7 +21,8 @@ from numba.core.dispatcher import Dispatcher
 from vecpg.kernels.announce import once
 
 _log = logging.getLogger(__name__)
-_announced: set[str] = set()
+# Whether there is a function for which no directory was found that machine code can be kept in.
+_not_kept = False
 
 
 def jit(
@@ -53,12 +54,13 @@ def jit(
     try:
         compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError):
-        if "cache" not in _announced:
-            _announced.add("cache")
-            _log.info(
-                "no directory for compiled code can be written to; compiling at every start;"
-                " NUMBA_CACHE_DIR names another"
-            )
+        global _not_kept
+        _not_kept = True
+        once(
+            _log,
+            "no directory for compiled code can be written to; compiling at every start;"
+            " NUMBA_CACHE_DIR names another",
+        )
     return compiled
 
 
@@ -154,8 +156,8 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                once = "" if "cache" in _announced else ", once"
-                _log.info("compiling kernels%s; this takes about twenty seconds", once)
+                again = "" if _not_kept else ", once"
+                _log.info("compiling kernels%s; this takes about twenty seconds", again)
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
