@@ -658,7 +658,7 @@ def test_a_second_run_says_again_which_way_it_goes(tmp_path, caplog):
         how = ["in machine code"] * 2
         if settings:
             drawn = "by stepping, actions drawn in torch: it has dropout"
-            how = [drawn, "torch's: it has dropout"]
+            how = [drawn, "by autograd: it has dropout"]
         assert ways == [
             f"collecting: {how[0]}",
             f"gradient: {how[1]}",
