@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pairs import pairwise
 
 from vecpg import advantage
-from vecpg.advantage import advantages, masked_mean, normalized
+from vecpg.advantage import add_by_age, advantages, masked_mean, normalized, sums_by_age
 from vecpg.config import Config
 from vecpg.rollout import Rollout
 
@@ -433,6 +435,45 @@ def test_means_by_age_are_the_same_in_torch_and_on_the_host(monkeypatch, length,
         torch.testing.assert_close(own_sums, sums, rtol=1e-9, atol=1e-9)
         advantage.subtract_mean_by_age(ours, mask, dones, own_sums, others=others)
         torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    episodes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=9),
+    reset_rows=st.booleans(),
+    seed=st.integers(0, 2**31),
+    block_envs=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sums_by_age_are_their_definition(episodes, reset_rows, seed, block_envs, dtype):
+    """Of shards too, which end at different rows; what is masked is NaN."""
+    rollout = make_rollout(episodes, reset_rows, seed=seed)
+    weights = (rollout.rewards * 10.0 ** (seed % 9)).to(dtype)
+    by_age = {}
+    for n, lengths in enumerate(episodes):
+        own = weights[rollout.mask[:, n], n].tolist()
+        for steps in lengths:
+            for age in range(steps):
+                by_age.setdefault(age, []).append(own.pop(0))
+    expected = torch.zeros(2, len(weights), dtype=torch.float64)
+    size = torch.zeros(len(weights), dtype=torch.float64)
+    for age, own in by_age.items():
+        expected[:, age] = torch.tensor([math.fsum(own), len(own)], dtype=torch.float64)
+        size[age] = math.fsum(map(abs, own))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advantage, "_BLOCK_ENVS", block_envs)
+        patch.setattr(advantage, "_BLOCK_ROWS", block_envs * len(weights))
+        together = sums_by_age(weights, rollout.mask, rollout.dones)
+        apart = []
+        for n in range(len(episodes)):
+            rows = slice(int(rollout.mask[:, n].nonzero().max()) + 1), slice(n, n + 1)
+            parts = weights[rows], rollout.mask[rows], rollout.dones[rows]
+            apart.append(sums_by_age(*(part.contiguous() for part in parts)))
+    for sums in (together, add_by_age(apart)):
+        longest = sums.shape[1]
+        assert torch.equal(sums[1], expected[1, :longest])
+        assert not expected[:, longest:].any()
+        assert ((sums[0] - expected[0, :longest]).abs() <= 1e-13 * size[:longest]).all()
 
 
 def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():

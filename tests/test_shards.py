@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vecpg import advantage, update, value
+from vecpg import train as train_module
 from vecpg.advantage import advantages, subtract_mean_by_age, sum_and_count, sums_by_age
 from vecpg.config import Config
 from vecpg.envs import make_envs
@@ -22,7 +23,7 @@ from vecpg.kernels.sums import gradient_in_order
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.returns import reward_to_go
-from vecpg.rollout import Rollout, collect, statistics
+from vecpg.rollout import Collector, Rollout, collect, statistics
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.run.stopping import ReturnWindow
 from vecpg.train import train
@@ -31,6 +32,7 @@ from vecpg.value import Critic, ValueFunction, fit, predict
 
 SHARDS = 8
 NUM_STEPS = 20
+SEED = 2**40 + 3
 FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
 
 # Environments, their number, the form they are stepped in, and the policy's settings. Episodes of
@@ -87,7 +89,7 @@ def collect_part(way, policy, iteration, first, count, shards):
             envs,
             policy,
             num_steps=NUM_STEPS,
-            seed=2**40 + 3,
+            seed=SEED,
             iteration=iteration,
             first_env=first,
             shards=shards,
@@ -495,11 +497,12 @@ SETTINGS = {
 class Run:
     """What changes from iteration to iteration."""
 
-    def __init__(self, way, config):
-        policy, value_function = copy.deepcopy(networks(way))
-        self.policy, self.critic = policy, None
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
-        if config.baseline == "value":
+    def __init__(self, way, config, policy=None, critic=None):
+        known_policy, value_function = copy.deepcopy(networks(way))
+        self.policy = known_policy if policy is None else policy
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.learning_rate)
+        self.critic = critic
+        if critic is None and config.baseline == "value":
             self.critic = Critic(value_function, config.value_learning_rate)
         self.window = ReturnWindow(config.return_window)
 
@@ -523,8 +526,12 @@ def iterate_together(run, way, config, iteration):
     return stats.policy_loss, stats.entropy, stats.grad_norm, loss
 
 
-def iterate_alone(run, way, config, iteration):
+def iterate_alone(run, way, config, iteration, repaid=None):
     parts = collect_alone(way, run.policy, iteration)
+    if repaid is not None:
+        length = max(len(part.mask) for part in parts)
+        rewards = repaid((length, config.num_envs), iteration)
+        parts = [replace(p, rewards=r) for p, r in zip(parts, cut(rewards, parts), strict=True)]
     returns = [episode_statistics(part).returns for part in parts]
     total = added([own.sum() for own in returns]).item()
     run.window = run.window.with_iteration(total, sum(map(len, returns)))
@@ -603,7 +610,20 @@ def test_one_shard_and_many_agree_to_rounding(way):
             torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-4)
 
 
-# -- Threads and memory --------------------------------------------------------------------------
+# -- Machine code --------------------------------------------------------------------------
+
+
+def test_machine_code_reads_rows_that_lie_close_together(monkeypatch):
+    """Of other rows it would be compiled once more."""
+    whole, parts = first_collection("tensor, one each")
+    total, seen = policy_cpu.sum_gradient, []
+    monkeypatch.setattr(
+        policy_cpu, "sum_gradient", lambda *given: seen.extend(given[:4]) or total(*given)
+    )
+    weights, _ = weights_for(whole, parts)
+    by_machine_code(networks("tensor, one each")[0], whole, weights, 1, 0.0, shards=SHARDS)
+    assert len(seen) == 4 * SHARDS
+    assert all(rows.flags.c_contiguous for rows in seen)
 
 
 @pytest.mark.parametrize("most_numbers", [1, 2**22])
@@ -702,7 +722,72 @@ def test_observations_taken_in_all_at_once_are_found(monkeypatch):
 # -- A run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "tensor", "vector_entry_point"])
+CLOCK = {"charts/SPS", "perf/collect_s", "perf/returns_s", "perf/update_s"}
+
+
+def rows_of(result):
+    lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in CLOCK and v is not None}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("way", ["tensor", "Gaussian in torch"])
+def test_a_run_is_that_of_the_shards_one_by_one(tmp_path, monkeypatch, way):
+    """Its metrics too, whatever is paid."""
+    env_id, num_envs, vectorization, settings = WAYS[way]
+    config = Config(
+        env_id=env_id,
+        max_episode_steps=12,
+        num_envs=num_envs,
+        num_steps=NUM_STEPS,
+        shards=SHARDS,
+        vectorization=vectorization,
+        hidden_sizes=(9, 7),
+        baseline="value",
+        value_steps=3,
+        bootstrap_truncations=True,
+        seed=SEED,
+        total_iterations=3,
+        return_window=1,
+        target_return=None,
+        eval_episodes=1,
+        progress=False,
+        out_dir=str(tmp_path),
+        **settings,
+    )
+
+    def repaid(shape, iteration):
+        return of_all_sizes(shape, torch.Generator().manual_seed(iteration))
+
+    real, begun = Collector.collect, []
+
+    def collect_repaid(self, envs, policy, **given):
+        begun.append(copy.deepcopy(policy))
+        rollout = real(self, envs, policy, **given)
+        rewards = repaid(rollout.mask.shape, given["iteration"])
+        return replace(rollout, rewards=rewards.masked_fill(~rollout.mask, 0.0))
+
+    monkeypatch.setattr(Collector, "collect", collect_repaid)
+    monkeypatch.setattr(
+        train_module, "Critic", lambda *args: begun.append(Critic(*args)) or copy.deepcopy(begun[0])
+    )
+    rows = rows_of(train(config))
+    monkeypatch.undo()
+    critic, policy, *_ = begun
+    alone = Run(way, config, policy, critic)
+    for iteration, row in enumerate(rows):
+        surrogate, entropy, norm, loss = iterate_alone(alone, way, config, iteration, repaid)
+        assert row["losses/policy_loss"] == surrogate.item()
+        assert row["losses/entropy"] == entropy.item()
+        assert row["losses/grad_norm"] == norm.item()
+        assert row["losses/value_loss"] == loss.item()
+        assert row["charts/episodic_return"] == alone.window.mean
+    assert rows[-1]["charts/best_return"] == max(row["charts/episodic_return"] for row in rows)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])
 def test_a_run_with_shards_goes_on_as_one_without_but_for_rounding(tmp_path, vectorization):
     rows = {}
     for shards in (None, 1, 4):
@@ -719,15 +804,8 @@ def test_a_run_with_shards_goes_on_as_one_without_but_for_rounding(tmp_path, vec
         )
         result = train(config)
         assert result.summary["shards"] == (shards or 1)
-        lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
-        rows[shards] = [
-            {k: v for k, v in json.loads(line).items() if k not in CLOCK and v is not None}
-            for line in lines
-        ]
+        rows[shards] = rows_of(result)
     assert rows[None] == rows[1]
     assert rows[4] != rows[1]
     for many, one in zip(rows[4], rows[1], strict=True):
         assert many == pytest.approx(one, rel=1e-3)
-
-
-CLOCK = {"charts/SPS", "perf/collect_s", "perf/returns_s", "perf/update_s"}
