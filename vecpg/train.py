@@ -184,7 +184,8 @@ def train(config: Config) -> TrainResult:
         metrics = Metrics(run_dir, to_dict(config))
         solved_seconds = None
         try:
-            _prepare_kernels(envs, policy)
+            with _before_the_first_step():
+                _prepare_kernels(envs, policy)
             clock = Clock(device, compilation)
             saved = clock.started
             while not (stopping.solved or _limit_reached(config, counters)):
