@@ -78,7 +78,8 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path):
+@pytest.mark.parametrize("name", ["add", "inner.add"])
+def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path, name):
     """Numba's own cache would go on with the old one."""
     outer = (
         "import inner\n"
@@ -86,7 +87,7 @@ def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path
         "from vecpg.kernels.jit import Compilation, jit\n"
         "@jit\n"
         "def twice(x):\n"
-        "    return add(x)\n"
+        f"    return {name}(x)\n"
         "with Compilation() as compilation:\n"
         "    print(twice(1), compilation.seconds > 0)\n"
     )

@@ -48,7 +48,7 @@ def check_compiled(
                 f"`{name_of(definition, name)}`: expected a function that Numba compiles, got"
                 f" {_words(error)}; use Python's operators, vecpg.envs.ops, functions of the module"
                 " and its constants"
-            ) from error
+            ) from None
         found = types.unliteral(functions[name].overloads[given].signature.return_type)
         if found != wanted:
             raise ValueError(
@@ -69,7 +69,8 @@ def _described(found: Any) -> str:
 
 
 def _words(error: NumbaError) -> str:
-    """What Numba says, without its headings and listings."""
+    """What Numba says, without its headings, listings and places."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith("Failed in nopython")]
-    return " ".join(told[:2])
+    places = [number for number, line in enumerate(told) if line.startswith(("File", "During"))]
+    return " ".join(told[: min([2, *places])])

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 import numba
@@ -17,6 +17,7 @@ import numpy as np
 from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 from vecpg.kernels.announce import once
 
@@ -98,7 +99,8 @@ class _Cache(FunctionCache):
 
 
 def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a function is made of: its file, its code, the numbers and compiled functions it names.
+    """What a function is made of: its file, its code, and what it names: numbers, compiled
+    functions and those that build instructions.
 
     What its callers are made of is known to them.
     """
@@ -108,14 +110,26 @@ def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any,
     modules = [each for each in used if isinstance(each, ModuleType)]
     used += [getattr(module, name, None) for module in modules for name in code.co_names]
     used += [cell.cell_contents for cell in function.__closure__ or ()]
-    parts: list[Any] = [function.__module__, function.__qualname__, code.co_code]
-    parts.append(_contents(code.co_filename))
+    parts: list[Any] = [function.__module__, function.__qualname__, _instructions(code)]
+    # There is no file of what was typed at a prompt.
+    if Path(code.co_filename).is_file():
+        parts.append(_contents(code.co_filename))
     for each in used:
         if isinstance(each, Dispatcher) and each.py_func not in (function, *callers):
             parts.append(_parts(each.py_func, (function, *callers)))
+        elif isinstance(each, _Intrinsic):
+            parts.append(_parts(each._defn, (function, *callers)))
         elif isinstance(each, int | float | tuple | np.generic):
             parts.append(repr(each))
     return tuple(parts)
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """Code with the names and constants that it uses, without addresses."""
+    constants = [
+        _instructions(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts
+    ]
+    return (code.co_code, code.co_names, *constants)
 
 
 @functools.cache
