@@ -401,7 +401,7 @@ def test_what_is_not_served_goes_the_reference_way_and_says_why():
     ):
         assert str(choose_collector(made, policy)) == way
     stepped = choose_collector(make_envs("CartPole-v1", 2, vectorization="sync"), plain)
-    assert str(stepped) == "by stepping: InProcessEnvs is no environment on tensors"
+    assert str(stepped) == "by stepping: these are no environments on tensors"
     double = gymnasium.make_vec("vecpg/CartPole-v1", num_envs=2, dtype="float64")
     several = TensorVectorEnv(Panel, 2, max_episode_steps=9)
     dialled = Policy(several.single_observation_space, several.single_action_space)
@@ -416,7 +416,7 @@ def test_what_is_not_served_goes_the_reference_way_and_says_why():
         (Other(CartPole, 2, max_episode_steps=9), plain, "Other may do something else than its"),
         (several, dialled, "its actions are neither Discrete nor a Box"),
         (double, plain, "the environments are not in float32"),
-        (sync, plain, "InProcessEnvs is no environment on tensors"),
+        (sync, plain, "these are no environments on tensors"),
     ):
         with pytest.raises(ValueError, match=f'backend="cpu": {reason}.*; it serves environments'):
             collect(made, policy, **arguments, backend="cpu")

@@ -50,6 +50,7 @@ class TrainResult:
     summary: dict[str, Any]
 
 
+@anew()
 def train(config: Config) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
 
@@ -135,12 +136,12 @@ def train(config: Config) -> TrainResult:
 class Run(NamedTuple):
     """What is settled before the first step, and the state, which is not."""
 
-    spec: gymnasium.envs.registration.EnvSpec
     vectorization: str
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
     collector: Collector
     learner: Learner
+    compilation: Compilation
     state: TrainState
     run_dir: Path
     saver: Saver
@@ -171,7 +172,19 @@ def _begin(config: Config) -> Run:
                 )
             with _torch_threads(1):  # an initialization may depend on it in its last bits
                 policy, critic = _make_networks(config, envs, device)
+            _log.info(
+                "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
+            )
             collector, learner = choose_collector(envs, policy), choose_learner(policy)
+            _log.info("collecting: %s", collector)
+            _log.info("gradient: %s", learner)
+            compilation = Compilation()
+            with compilation, _torch_threads(1):
+                # What the first iteration would wait for is no part of its time.
+                collector.prepare(envs, policy)
+                learner.prepare(policy)
+                prepare_advantages(device)
+                prepare_statistics(device)
             target = config.target_return
             stopping = Stopping(
                 spec.reward_threshold if target == "auto" else target, config.return_window
@@ -196,9 +209,10 @@ def _begin(config: Config) -> Run:
             unless_all_is_well.pop_all()
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         raise ConfigError(str(error)) from error
-    _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
     _log.info("run directory: %s", run_dir)
-    return Run(spec, vectorization, device, envs, collector, learner, state, run_dir, saver)
+    if config.baseline == "leave_one_out" and config.num_envs == 1:
+        _log.info("baseline leave_one_out: with one environment it equals none")
+    return Run(vectorization, device, envs, collector, learner, compilation, state, run_dir, saver)
 
 
 @contextmanager
@@ -206,12 +220,11 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progres
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
     in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     with (
-        anew(),
         _torch_threads(1 if in_machine_code else config.threads or 1),
         threads.using(config.threads or threads.cores()),
         Interrupts() as interrupts,
         Progress(config) as progress,
-        Compilation() as compilation,
+        run.compilation as compilation,
     ):
         closing = ExitStack()
         closing.callback(_close, run.envs)
@@ -219,11 +232,6 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progres
             metrics = Metrics(run.run_dir, to_dict(config))
             closing.callback(metrics.close)
             closing.callback(run.saver.save, run.state)
-            _log.info("collecting: %s", run.collector)
-            _log.info("gradient: %s", run.learner)
-            if config.baseline == "leave_one_out" and config.num_envs == 1:
-                _log.info("baseline leave_one_out: with one environment it equals none")
-            _prepare_kernels(run)
             clock = Clock(run.device, compilation, run.state.seconds)
             yield clock, metrics, progress, interrupts
         except Interrupted:
@@ -293,18 +301,6 @@ def _make_networks(
             value_function = ValueFunction(observations, **shape).to(device)
             critic = Critic(value_function, config.value_learning_rate)
     return policy, critic
-
-
-def _prepare_kernels(run: Run) -> None:
-    """Compile, or load, what the first iteration would wait for: it is no part of its time."""
-    try:
-        run.collector.prepare(run.envs, run.state.policy)
-    except ValueError as error:  # a definition that does not compile
-        raise ConfigError(str(error)) from error
-    run.learner.prepare(run.state.policy)
-    prepare_advantages(run.device)
-    if run.device.type == "cpu":
-        prepare_statistics()
 
 
 def _is_over(config: Config, state: TrainState) -> bool:

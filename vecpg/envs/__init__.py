@@ -243,9 +243,10 @@ def resolve_vectorization(
             f"--vectorization: expected auto, {', '.join(needed)}, got {vectorization!r}"
         )
     if needed[vectorization] is None:
-        other = "vector_entry_point" if spec.entry_point is None else "sync"
+        others = [name for name, form in needed.items() if form is not None]
         raise ValueError(
-            f"--vectorization: {spec.id} has no {vectorization} form; use {other} or auto"
+            f"--vectorization: {spec.id} has no {vectorization} form; use {', '.join(others)} or"
+            " auto"
         )
     if vectorization == "tensor" and changed is not None:
         raise ValueError(

@@ -170,8 +170,8 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                again = "" if _not_kept else ", once"
-                _log.info("compiling kernels%s; this takes about twenty seconds", again)
+                again = "" if _not_kept else ", once for runs of this kind"
+                _log.info("compiling kernels%s; this takes up to twenty seconds", again)
         self._depth += 1
 
     def on_end(self, event: Any) -> None:

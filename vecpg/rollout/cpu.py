@@ -61,7 +61,7 @@ class Copies(NamedTuple):
 def why_not(envs: Any, policy: Policy) -> str | None:
     """Why the kernels of this file do not serve environments and a policy; None if they do."""
     if not isinstance(envs, TensorVectorEnv):
-        return f"{type(envs).__name__} is no environment on tensors"
+        return "these are no environments on tensors"
     if type(envs) is not TensorVectorEnv:
         return f"{type(envs).__name__} may do something else than its definition"
     if envs.device.type != "cpu":

@@ -67,8 +67,10 @@ def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(returns), torch.from_numpy(lengths)
 
 
-def prepare_statistics() -> None:
-    """Compile, or load, what the statistics of a rollout on the CPU will need."""
+def prepare_statistics(device: torch.device) -> None:
+    """Compile, or load, what the statistics of a rollout on a device will need."""
+    if device.type != "cpu":
+        return
     number, flags = np.zeros(1), np.zeros((1, 1), np.bool_)
     rewards, whole = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     _add_up(rewards, flags, flags, whole, number, whole)

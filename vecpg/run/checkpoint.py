@@ -100,9 +100,10 @@ def find(run_or_checkpoint: str | Path) -> Path:
     given = Path(run_or_checkpoint)
     path = given / "checkpoints" / "best.pt" if given.is_dir() else given
     if not path.is_file():
+        got = "neither" if given.exists() else "nothing of that name"
         raise ValueError(
-            f"{given}: expected a run directory or a checkpoint, such as runs/RUN or"
-            " runs/RUN/checkpoints/last.pt"
+            f"{given}: expected a run directory or a checkpoint, such as"
+            f" runs/CartPole-v1__reinforce__1__1795600430, got {got}"
         )
     return path
 

@@ -90,9 +90,10 @@ class Stopping:
         Returns:
             the greedy evaluation, if the target was reached and one was asked for.
         """
-        self._notice_equal(episodes.returns)
         self.window = self.window.with_iteration(episodes.return_sum.item(), len(episodes.returns))
         mean = self.window.mean
+        if mean is None or self.target is None or mean < self.target:
+            self._notice_equal(episodes.returns)
         if mean is None:
             return None
         if self.best_return is None or mean > self.best_return:
@@ -161,8 +162,8 @@ class Stopping:
         self.equal = (low, iterations + 1 if iterations and low == value else 1)
         if self.equal[1] == _STUCK_ITERATIONS:
             _log.warning(
-                "every episode has returned %g for %d iterations, which teaches nothing; if more is"
-                " possible, try another --seed, more --num-envs or --ent-coef 0.01",
+                "every episode has returned %g for %d iterations, which teaches next to nothing; if"
+                " more is possible, try another --seed, more --num-envs or --ent-coef 0.01",
                 low,
                 _STUCK_ITERATIONS,
             )
