@@ -57,9 +57,7 @@ def collect_by_stepping(
     host = rows.host
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        nonlocal host
-        if rows.make_room(t + 1):
-            host = rows.host
+        rows.make_room(t + 1)
         host.obs[t] = obs
         draw(t, rows.obs[t], rows.actions[t])
         return policy.for_env(host.actions[t])
