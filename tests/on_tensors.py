@@ -11,7 +11,7 @@ STEP = 0.5
 PI, TURN = math.pi, 2 * math.pi
 
 
-class Slide:
+class Track:
     """One variable: a place on a line, which every action moves; near 0 it pays most."""
 
     observation_space = spaces.Box(-9, 9, (2,))
@@ -154,7 +154,7 @@ class Fading:
         return action
 
 
-class Whole(Slide):
+class Whole(Track):
     """A number that is not a float, which torch takes and machine code does not."""
 
     @staticmethod
@@ -162,10 +162,10 @@ class Whole(Slide):
         return (state[0] + action / 2,)
 
 
-for _env, _limit in ((Slide, 20), (Dock, 30), (Panel, 10), (Fading, 5), (Whole, 5)):
+for _env, _limit in ((Track, 20), (Dock, 30), (Panel, 10), (Fading, 5), (Whole, 5)):
     register(
         f"{_env.__name__}-v0",
         f"on_tensors:{_env.__name__}",
         max_episode_steps=_limit,
-        reward_threshold=12.0 if _env is Slide else None,
+        reward_threshold=12.0 if _env is Track else None,
     )

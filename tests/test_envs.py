@@ -148,28 +148,28 @@ def test_an_environment_on_tensors_is_judged_by_what_it_stands_for_else_by_itsel
     assert ours == theirs
     assert evaluate(policy, "vecpg/CartPole-v1", 4, max_episode_steps=3).lengths == (3,) * 4
     assert judge_of("CartPole-v1", env_kwargs={"sutton_barto_reward": True})[1]["env_kwargs"]
-    env_id, settings = judge_of("on_tensors:Slide-v0")
+    env_id, settings = judge_of("on_tensors:Track-v0")
     envs = make_envs(env_id, 2, **settings)
-    assert env_id == "Slide-v0"
+    assert env_id == "Track-v0"
     assert envs.dtype == torch.float64
     assert envs.max_episode_steps == 20
 
 
 def test_one_registration_makes_it_gymnasiums_and_ours(registered):
     registered(
-        "mine/Slide-v3",
-        "on_tensors:Slide",
+        "mine/Track-v3",
+        "on_tensors:Track",
         how=register,
         max_episode_steps=9,
         reward_threshold=2.5,
         stands_for="CartPole-v1",
     )
-    assert find_spec("mine/Slide-v3").reward_threshold == 2.5
-    envs = gymnasium.make_vec("mine/Slide-v3", num_envs=5, device="cpu", dtype="float64")
+    assert find_spec("mine/Track-v3").reward_threshold == 2.5
+    envs = gymnasium.make_vec("mine/Track-v3", num_envs=5, device="cpu", dtype="float64")
     assert (envs.num_envs, envs.max_episode_steps, envs.dtype) == (5, 9, torch.float64)
     assert gymnasium.make_vec(envs.spec).dtype == torch.float64
     assert envs.spec.to_json()
-    assert make_envs("mine/Slide-v3", 2).single_action_space.start == -1
+    assert make_envs("mine/Track-v3", 2).single_action_space.start == -1
     # The last registration stands for it.
     assert make_envs("CartPole-v1", 2).single_action_space.start == -1
     assert make_envs("CartPole-v1", 2).max_episode_steps == 500
@@ -179,7 +179,7 @@ def test_one_registration_makes_it_gymnasiums_and_ours(registered):
     ("settings", "message"),
     [
         ({"definition": "on_tensors"}, "definition: expected \"module:Class\", got 'on_tensors'"),
-        ({"definition": ":Slide"}, "definition: expected \"module:Class\", got ':Slide'"),
+        ({"definition": ":Track"}, "definition: expected \"module:Class\", got ':Track'"),
         ({"max_episode_steps": 0}, "max_episode_steps: expected .* at least 1, got 0"),
         ({"max_episode_steps": None}, "max_episode_steps: expected .* at least 1, got None"),
     ],
@@ -187,7 +187,7 @@ def test_one_registration_makes_it_gymnasiums_and_ours(registered):
 def test_a_registration_that_says_too_little_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         register(
-            "mine/X-v0", **{"definition": "on_tensors:Slide", "max_episode_steps": 5} | settings
+            "mine/X-v0", **{"definition": "on_tensors:Track", "max_episode_steps": 5} | settings
         )
     assert "mine/X-v0" not in gymnasium.registry
 
@@ -195,7 +195,7 @@ def test_a_registration_that_says_too_little_is_refused(settings, message):
 def test_a_definition_that_is_not_there_is_named_with_its_environment(registered):
     for definition, words in (
         ("on_tensors:Nothing", "expected Nothing in module on_tensors, found none"),
-        ("no_such_module:Slide", "No module named 'no_such_module'"),
+        ("no_such_module:Track", "No module named 'no_such_module'"),
         ("on_tensors:STEP", 'expected a class or "module:Class", got float'),
     ):
         registered("mine/X-v0", definition, how=register, max_episode_steps=5)

@@ -1,6 +1,7 @@
 """One definition of an environment, and what is made of it."""
 
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gymnasium import spaces
-from on_tensors import Dock, Panel, Slide
+from on_tensors import Dock, Panel, Track
 
 from vecpg.config import Config
 from vecpg.envs import make_envs, ops
@@ -29,7 +30,7 @@ PI = math.pi
 WHOLE = 3
 
 
-@pytest.mark.parametrize("definition", [*OURS, Slide, Dock, Panel])
+@pytest.mark.parametrize("definition", [*OURS, Track, Dock, Panel])
 def test_a_definition_is_plain_python_too(definition):
     """The oracle of the form on tensors: one copy after the other, in Python's own numbers."""
     envs = TensorVectorEnv(definition, 40, max_episode_steps=9, dtype="float64")
@@ -114,7 +115,7 @@ def test_an_operation_may_be_named_alone():
 def without(name):
     names = {"observation_space", "action_space", "num_uniforms", "start", "transition"}
     names |= {"observation", "terminated", "reward"}
-    return type("Less", (), {each: getattr(Slide, each) for each in names - {name}})
+    return type("Less", (), {each: getattr(Track, each) for each in names - {name}})
 
 
 @pytest.mark.parametrize("name", ["observation_space", "num_uniforms", "start", "reward"])
@@ -268,14 +269,31 @@ def short(tmp_path, **settings):
 @pytest.mark.parametrize("vectorization", ["auto", "tensor"])
 def test_a_users_environment_learns_in_machine_code(tmp_path, vectorization):
     settings = {"vectorization": vectorization, "total_timesteps": 30_000, "seed": 2}
-    config = short(tmp_path, env_id="on_tensors:Slide-v0", **settings)
+    config = short(tmp_path, env_id="on_tensors:Track-v0", **settings)
     result = train(config)
     assert result.summary["vectorization"] == "tensor"
     # Its own threshold, judged by itself in float64; staying in place pays 15 at most.
     assert result.summary["target_return"] == 12.0
     assert result.summary["solved"]
-    envs = make_envs("on_tensors:Slide-v0", 2)
+    envs = make_envs("on_tensors:Track-v0", 2)
     assert str(choose_collector(envs, result.policy)) == "in machine code"
+
+
+def test_the_environment_that_the_documentation_shows_in_full_learns(tmp_path, monkeypatch):
+    """Its file, and what it says to type in Python."""
+    text = (ROOT / "docs" / "environments.md").read_text()
+    module, typed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "slide.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(typed, names)
+    assert names["obs"].dtype == torch.float64
+    assert names["result"].summary["vectorization"] == "tensor"
+    assert names["result"].summary["solved"]
+    assert names["result"].summary["steps_per_second"] > 0
+    envs = make_envs("slide:Slide-v0", 1)
+    assert choose_collector(envs, names["result"].policy).backend == "cpu"
 
 
 @pytest.mark.parametrize("name", ["Dock", "Panel"])

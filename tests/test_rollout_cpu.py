@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import apart, by_stepping
 from gymnasium import spaces
-from on_tensors import Dock, Panel, Slide
+from on_tensors import Dock, Panel, Track
 
 from vecpg.envs import make_envs
 from vecpg.envs.acrobot import Acrobot
@@ -201,7 +201,7 @@ def random_states(definition, count):
         Pendulum: [50.0, 8.0],
         Acrobot: [math.pi, math.pi, 4 * math.pi, 9 * math.pi],
         MountainCarContinuous: [1.2, 0.07],
-        Slide: [1.6],
+        Track: [1.6],
         Dock: [1.0, 1.0, 1.0, 2.0, 2.0, math.pi, 0.2],
     }[definition]
     g = torch.Generator().manual_seed(0)
@@ -220,7 +220,7 @@ def random_states(definition, count):
         # An acceleration of up to 400, by 0.2 seconds, of terms that cancel.
         (Acrobot, 4e-4, True),
         (MountainCarContinuous, 2e-7, True),
-        (Slide, 1e-7, True),
+        (Track, 1e-7, True),
         (Dock, 1e-6, True),
     ],
 )
@@ -299,7 +299,7 @@ def std(policy):
     [
         ("Acrobot-v1", 30),
         ("MountainCarContinuous-v0", 60),
-        ("on_tensors:Slide-v0", 60),
+        ("on_tensors:Track-v0", 60),
         ("on_tensors:Dock-v0", 20),
         ("on_tensors:Fading-v0", 60),
     ],

@@ -48,8 +48,9 @@ class Config:
     num_steps: int = 1
     """A copy starts another episode while it has made fewer real steps. 1 = one episode each."""
     vectorization: Literal["auto", "sync", "async", "vector_entry_point", "tensor"] = "auto"
-    """How the copies are stepped. tensor: all at once as tensors (CartPole-v1, Pendulum-v1). auto:
-    tensor where vecpg has it, else the environment's own vectorized form, else sync."""
+    """How the copies are stepped. tensor: all at once as tensors (CartPole-v1, Pendulum-v1,
+    Acrobot-v1, MountainCarContinuous-v0, and your own: docs/environments.md). auto: tensor where
+    vecpg has it, else the environment's own vectorized form, else sync."""
     step_timeout: float = 60.0
     """Seconds after which an async environment that has not answered counts as hung."""
     device: str = "auto"

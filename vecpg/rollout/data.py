@@ -162,7 +162,7 @@ class Rows:
     """The arrays of a `Rollout` while it is collected, on one device; they double when full.
 
     obs has one row more than the others: the observations after the last action. Rows that were
-    not written are masked. On the CPU `host` has the same memory as NumPy's arrays under the same
+    not written are masked. On the CPU `host` has the same memory as NumPy's arrays, under the same
     names, which are quicker to write rows to; elsewhere it is None.
     """
 
@@ -189,32 +189,34 @@ class Rows:
             for name, (shape, dtype) in zip(_FIELDS, each, strict=True)
         }
         self._device = torch.device(device)
-        self._make(capacity)
-
-    def _make(self, capacity: int) -> None:
         self.capacity = capacity
-        on_host = self._device.type == "cpu"
-        host: dict[str, NDArray[Any]] = {}
+        self.host: Any = SimpleNamespace() if self._device.type == "cpu" else None
         # Rows made while somebody only infers are differentiated later.
         with torch.inference_mode(False):
-            for name, (row, dtype) in self._rows.items():
-                shape = (capacity + (name == "obs"), *row)
-                if on_host:
-                    # The system hands this memory out as it is written to; torch would write all.
-                    host[name] = np.zeros(shape, _ON_HOST[dtype])
-                    setattr(self, name, torch.from_numpy(host[name]))
-                else:
-                    setattr(self, name, torch.zeros(shape, dtype=dtype, device=self._device))
-        self.host: Any = SimpleNamespace(**host) if on_host else None
+            for name in _FIELDS:
+                self._make(name)
+
+    def _make(self, name: str) -> None:
+        row, dtype = self._rows[name]
+        shape = (self.capacity + (name == "obs"), *row)
+        if self.host is None:
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=self._device))
+            return
+        # The system hands this memory out as it is written to; torch would write to all of it.
+        array: NDArray[Any] = np.zeros(shape, _ON_HOST[dtype])
+        setattr(self.host, name, array)
+        setattr(self, name, torch.from_numpy(array))
 
     def make_room(self, length: int) -> bool:
         """Hold at least `length` rows. Returns whether the arrays are others than before."""
         if length <= self.capacity:
             return False
-        before = {name: getattr(self, name) for name in _FIELDS}
-        self._make(max(length, 2 * self.capacity))
-        for name, old in before.items():
-            getattr(self, name)[: len(old)] = old
+        self.capacity = max(length, 2 * self.capacity)
+        with torch.inference_mode(False):
+            for name in _FIELDS:
+                old = getattr(self, name)
+                self._make(name)
+                getattr(self, name)[: len(old)] = old
         return True
 
     def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:

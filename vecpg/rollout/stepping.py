@@ -57,9 +57,7 @@ def collect_by_stepping(
     host = rows.host
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        nonlocal host
-        if rows.make_room(t + 1):
-            host = rows.host
+        rows.make_room(t + 1)
         host.obs[t] = obs
         actions: NDArray[Any] = host.actions[t]
         # Indexing NumPy's array costs half of indexing torch's.
