@@ -14,6 +14,7 @@ import torch
 from conftest import multiply_speed
 
 from vecpg import update as update_module
+from vecpg.adam import Adam
 from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
@@ -43,7 +44,7 @@ def bench_train(benchmark, record, vectorization, num_envs, num_steps):
     envs = make_envs("CartPole-v1", num_envs, vectorization=vectorization)
     torch.manual_seed(0)
     policy = Policy(envs.single_observation_space, envs.single_action_space)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    optimizer = Adam(policy.parameters(), lr=1e-3)
     config = Config(num_envs=num_envs, num_steps=num_steps)
     seconds = dict.fromkeys(("collect", "returns", "update"), 0.0)
     steps = {"env": 0, "vector": 0}
@@ -124,7 +125,7 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
     def fresh():
         torch.manual_seed(0)
         policy = Policy(envs.single_observation_space, envs.single_action_space)
-        return policy, torch.optim.Adam(policy.parameters(), lr=1e-4)
+        return policy, Adam(policy.parameters(), lr=1e-4)
 
     policy, optimizer = fresh()
     shares = {}

@@ -8,6 +8,7 @@ import torch
 from gymnasium import spaces
 
 from vecpg import update as update_module
+from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.kernels import threads
 from vecpg.policy import Policy
@@ -57,7 +58,7 @@ def bench_update(benchmark, record, monkeypatch, length, num_envs, how, number):
     for chunked, parameter in zip(in_chunks, policy.parameters(), strict=True):
         torch.testing.assert_close(chunked, parameter.grad, rtol=1e-3, atol=1e-4)
 
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4)
+    optimizer = Adam(policy.parameters(), lr=1e-4)
     with threads.using(number):
         benchmark.pedantic(
             lambda: update(policy, optimizer, rollout, advantages, config),

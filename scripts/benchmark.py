@@ -1,9 +1,8 @@
-"""Measure this machine: `python scripts/benchmark.py --quick`. See `--help`.
+"""Measure this machine: `scripts/benchmark.py ARGS` is `vecpg benchmark ARGS`. See `--help`."""
 
-Prints a table of speeds, each beside its limit; writes a JSON file and a picture.
-"""
+import sys
 
-from vecpg.measure.cli import benchmark_main
+from vecpg.cli import main
 
 if __name__ == "__main__":
-    benchmark_main()
+    main(["benchmark", *sys.argv[1:]])

@@ -1,10 +1,8 @@
-"""Play whole episodes with a trained policy: `python scripts/evaluate.py runs/RUN --episodes 100`.
+"""Play whole episodes: `scripts/evaluate.py ARGS` is `vecpg evaluate ARGS`. See `--help`."""
 
-Prints one JSON line: return_mean, return_std, length_mean, episodes, and video where one was asked
-for. See `--help`.
-"""
+import sys
 
-from vecpg.cli import evaluate_main
+from vecpg.cli import main
 
 if __name__ == "__main__":
-    evaluate_main()
+    main(["evaluate", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Draw curves of runs: `python scripts/plot.py runs --out curves.png`. See `--help`.
+"""Draw learning curves: `scripts/plot.py ARGS` is `vecpg plot ARGS`. See `--help`."""
 
-Prints one JSON line: out, runs, groups.
-"""
+import sys
 
-from vecpg.cli import plot_main
+from vecpg.cli import main
 
 if __name__ == "__main__":
-    plot_main()
+    main(["plot", *sys.argv[1:]])

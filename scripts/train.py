@@ -1,6 +1,8 @@
-"""Train a policy: `python scripts/train.py --num-envs 64`. See `--help` for every flag."""
+"""Train a policy: `scripts/train.py ARGS` is `vecpg train ARGS`. See `--help`."""
+
+import sys
 
 from vecpg.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

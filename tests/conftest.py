@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from vecpg.noise import Stream
+from vecpg.policy import cpu as policy_cpu
+from vecpg.policy.sampling import sampler
+from vecpg.rollout.stepping import collect_by_stepping
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +29,13 @@ def _quiet_and_steady():
     yield
     torch.set_num_threads(threads)
     logging.getLogger("vecpg").setLevel(logging.NOTSET)
+
+
+def by_stepping(envs, policy, *, num_steps, seed, iteration):
+    """Environments on tensors stepped from outside, like any other."""
+    stream = Stream(seed, iteration, 0, envs.num_envs)
+    draw = sampler(policy, stream, in_machine_code=policy_cpu.why_not(policy) is None)
+    return collect_by_stepping(envs, policy, draw, num_steps=num_steps, stream=stream)
 
 
 def apart(ours, theirs):

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pairs import pairwise
 
 from vecpg import advantage
-from vecpg.advantage import advantages, masked_mean, normalized
+from vecpg.advantage import add_by_age, advantages, masked_mean, normalized, sums_by_age
 from vecpg.config import Config
 from vecpg.rollout import Rollout
 
@@ -137,7 +139,7 @@ def test_the_order_of_environments_does_not_matter():
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e6, 0.1, 1e30])
 def test_equal_weights_normalize_to_zero(value):
     mask = torch.rand(70, 9) < 0.8
-    result = normalized(torch.full((70, 9), value), mask)
+    (result,) = normalized([torch.full((70, 9), value)], [mask])
     assert torch.equal(result, torch.zeros(70, 9))
 
 
@@ -149,13 +151,14 @@ def test_one_row_normalizes_to_zero():
 def test_normalized_has_mean_zero_and_deviation_one():
     values = torch.randn(200, 30) * 40 + 1000
     mask = torch.rand(200, 30) < 0.5
-    counted = normalized(values.masked_fill(~mask, math.nan), mask)[mask].double()
+    (result,) = normalized([values.masked_fill(~mask, math.nan)], [mask])
+    counted = result[mask].double()
     assert abs(counted.mean().item()) < 1e-5
     assert counted.std().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_mean_over_nothing_is_zero():
-    assert masked_mean(torch.tensor([math.nan]), torch.tensor([False])).item() == 0
+    assert masked_mean([torch.tensor([math.nan])], [torch.tensor([False])]).item() == 0
 
 
 # -- The expectation is exact --------------------------------------------------------------------
@@ -418,23 +421,59 @@ def test_equal_returns_give_zero_advantages_not_nan(baseline):
 
 @pytest.mark.parametrize("others", [True, False])
 @pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (40, 3), (63, 64), (30, 65), (200, 130)])
-def test_means_by_age_are_the_same_in_torch_and_on_the_host(length, num_envs, others):
+def test_means_by_age_are_the_same_in_torch_and_on_the_host(monkeypatch, length, num_envs, others):
     g = torch.Generator().manual_seed(num_envs)
     mask = torch.rand(length, num_envs, generator=g) < 0.9
     dones = (torch.rand(length, num_envs, generator=g) < 0.1) & mask
     weights = torch.randn(length, num_envs, generator=g).masked_fill(~mask, torch.nan)
-    for width in (1, 7, 64):
+    expected, sums = weights.double(), advantage.sums_by_age(weights.double(), mask, dones)
+    advantage.subtract_mean_by_age(expected, mask, dones, sums, others=others)
+    for block_envs in (1, 7, 64):
+        monkeypatch.setattr(advantage, "_BLOCK_ENVS", block_envs)
         ours = weights.clone()
-        advantage._subtract_on_host(ours.numpy(), mask.numpy(), dones.numpy(), others, width)
-        torch.testing.assert_close(
-            ours, expected_of(weights, mask, dones, others), rtol=1e-5, atol=1e-6
-        )
+        own_sums = advantage.sums_by_age(ours, mask, dones)
+        torch.testing.assert_close(own_sums, sums, rtol=1e-9, atol=1e-9)
+        advantage.subtract_mean_by_age(ours, mask, dones, own_sums, others=others)
+        torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-6)
 
 
-def expected_of(weights, mask, dones, others):
-    expected = weights.clone()
-    advantage._subtract_in_torch(expected, mask, dones, others)
-    return expected
+@settings(max_examples=60, deadline=None)
+@given(
+    episodes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=9),
+    reset_rows=st.booleans(),
+    seed=st.integers(0, 2**31),
+    block_envs=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sums_by_age_are_their_definition(episodes, reset_rows, seed, block_envs, dtype):
+    """Of shards too, which end at different rows; what is masked is NaN."""
+    rollout = make_rollout(episodes, reset_rows, seed=seed)
+    weights = (rollout.rewards * 10.0 ** (seed % 9)).to(dtype)
+    by_age = {}
+    for n, lengths in enumerate(episodes):
+        own = weights[rollout.mask[:, n], n].tolist()
+        for steps in lengths:
+            for age in range(steps):
+                by_age.setdefault(age, []).append(own.pop(0))
+    expected = torch.zeros(2, len(weights), dtype=torch.float64)
+    size = torch.zeros(len(weights), dtype=torch.float64)
+    for age, own in by_age.items():
+        expected[:, age] = torch.tensor([math.fsum(own), len(own)], dtype=torch.float64)
+        size[age] = math.fsum(map(abs, own))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advantage, "_BLOCK_ENVS", block_envs)
+        patch.setattr(advantage, "_BLOCK_ROWS", block_envs * len(weights))
+        together = sums_by_age(weights, rollout.mask, rollout.dones)
+        apart = []
+        for n in range(len(episodes)):
+            rows = slice(int(rollout.mask[:, n].nonzero().max()) + 1), slice(n, n + 1)
+            parts = weights[rows], rollout.mask[rows], rollout.dones[rows]
+            apart.append(sums_by_age(*(part.contiguous() for part in parts)))
+    for sums in (together, add_by_age(apart)):
+        longest = sums.shape[1]
+        assert torch.equal(sums[1], expected[1, :longest])
+        assert not expected[:, longest:].any()
+        assert ((sums[0] - expected[0, :longest]).abs() <= 1e-13 * size[:longest]).all()
 
 
 def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():
@@ -455,13 +494,14 @@ def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():
     )
     peaks = []
 
-    def width_of(weights, mask, dones, others, width):
-        peaks.append(width)
+    def width_of(*arguments):
+        peaks.append(arguments[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advantage, "_subtract_on_host", width_of)
+        for name in ("_add_on_host", "_subtract_on_host"):
+            patch.setattr(advantage, name, width_of)
         advantages(rollout, Config(baseline="timestep_mean"))
-    assert peaks == [1]
+    assert peaks == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -16,18 +16,21 @@ import torch
 from conftest import ROOT
 from gymnasium import spaces
 
-from vecpg.cli import EvaluateConfig, evaluate_main, main, parse, parse_config
+import vecpg
+from vecpg import cli
+from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config, to_dict
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
 from vecpg.run import checkpoint
 
-# This checkout, wherever vecpg may be installed; the scripts find modules beside the user.
+# This checkout, wherever vecpg may be installed; a command finds modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def start(script, *args, cwd):
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+def start(*args, cwd):
+    """`vecpg ARGS`, in a process of its own."""
+    command = [sys.executable, "-m", "vecpg", *map(str, args)]
     return subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -40,17 +43,17 @@ def finish(process):
 
 @pytest.fixture
 def here(capfd, monkeypatch, tmp_path):
-    """Run what a script calls in this process: its status, stdout and stderr. Paths are relative.
+    """Run `vecpg ARGS` in this process: its status, stdout and stderr. Paths are relative.
 
     A process of its own takes seconds to import torch.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(script, *args):
+    def run(*args):
         code = 0
         try:
-            script([str(arg) for arg in args])
+            main([str(arg) for arg in args])
         except SystemExit as exit_:
             code = exit_.code
         return code, *capfd.readouterr()
@@ -113,6 +116,11 @@ def test_keyword_arguments_are_json():
         (["--target-return", "x"], "--target-return: expected none or float or auto, got x"),
         (["--total-episodes", "x"], "--total-episodes: expected none or int, got x"),
         (["--dropout", 1], "--dropout: expected a number in [0, 1), got 1"),
+        (
+            ["--shards", 7],
+            "--shards: expected a number that divides --num-envs 64, got 7; nearest: 4 and 8",
+        ),
+        (["--num-envs", 1, "--shards", 8], "--num-envs 1, got 8; nearest: 1"),
         (["--embedding-size", 0], "--embedding-size: expected at least 1, got 0"),
         (["--gae-lambda", 2], "--gae-lambda: expected a number in [0, 1], got 2"),
         (
@@ -145,7 +153,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys, args, message):
 def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
     ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train.py", "--gama", "1"],
+        [sys.executable, "-m", "vecpg", "train", "--gama", "1"],
         capture_output=True,
         text=True,
         env=ascii_only,
@@ -184,7 +192,7 @@ def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
     ],
 )
 def test_a_space_that_cannot_be_used_is_one_line_and_status_2(here, tmp_path, args, message):
-    code, out, err = here(main, *args)
+    code, out, err = here("train", *args)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
     assert err.startswith(f"error: {message}")
@@ -222,10 +230,11 @@ def test_help_names_every_setting(capsys):
 
 
 def test_evaluate_flags(capsys):
-    config = parse(EvaluateConfig, ["runs/x", "--episodes", "1e1", "--stochastic"])
+    args = ["runs/x", "--episodes", "1e1", "--stochastic"]
+    config = parse(EvaluateConfig, args, command="evaluate")
     assert (config.path, config.episodes, config.stochastic, config.seed) == ("runs/x", 10, True, 1)
     with pytest.raises(SystemExit) as caught:
-        parse(EvaluateConfig, ["runs/x", "--episodes", "0"])
+        parse(EvaluateConfig, ["runs/x", "--episodes", "0"], command="evaluate")
     assert caught.value.code == 2
     assert "--episodes: expected at least 1, got 0" in capsys.readouterr().err
 
@@ -233,12 +242,19 @@ def test_evaluate_flags(capsys):
 @pytest.mark.parametrize(
     "args",
     [
+        [],
         ["--help"],
-        ["--num-envs", "0"],
-        ["--env-id", "CartPol-v1"],
-        ["--env-id", "CliffWalking-v1"],
-        ["--out-dir", "file/runs"],
+        ["--version"],
+        ["trian"],
+        *([name, "--help"] for name in COMMANDS),
+        ["train", "--num-envs", "0"],
+        ["train", "--env-id", "CartPol-v1"],
+        ["train", "--env-id", "CliffWalking-v1"],
+        ["train", "--out-dir", "file/runs"],
+        ["evaluate", "runs", "--episodes", "0"],
+        ["benchmark", "--num-envs", "0"],
     ],
+    ids=" ".join,
 )
 def test_torch_is_not_loaded_for_help_or_a_mistake(tmp_path, args):
     (tmp_path / "file").touch()
@@ -249,18 +265,99 @@ def test_torch_is_not_loaded_for_help_or_a_mistake(tmp_path, args):
         f"main({args!r})"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        check=False,
     )
-    assert result.returncode == (0 if args == ["--help"] else 2)
+    mistaken = args and "--help" not in args and args != ["--version"]
+    assert result.returncode == (2 if mistaken else 0)
     assert result.stdout.endswith("False\n")
-    if args != ["--help"]:
+    if mistaken:
         assert result.stderr.count("\n") == 1
         assert result.stderr.startswith("error: ")
+    else:
+        assert result.stderr == ""
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed_one_a_line(capsys, args):
+    main(args)
+    out = capsys.readouterr().out
+    for name, what in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(what)}$", out, re.MULTILINE)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"vecpg {vecpg.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("trian", "did you mean vecpg train?"),
+        ("vecpg-train", "did you mean vecpg train?"),
+        ("eval", "did you mean vecpg evaluate?"),
+        ("help", "did you mean vecpg --help?"),
+        ("--verison", "did you mean vecpg --version?"),
+        ("--num-envs", "did you mean vecpg train --num-envs?"),
+        ("zzz", "see vecpg --help"),
+    ],
+)
+def test_an_unknown_command_is_one_line_and_status_2(capsys, command, hint):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "64"])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    expected = "expected one of train, evaluate, plot, benchmark first"
+    assert captured.err == f"error: {expected}, got {command}; {hint}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_is_its_command(tmp_path, name):
+    def said(*command):
+        return subprocess.run(
+            [sys.executable, *command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            check=True,
+        ).stdout
+
+    script = said(ROOT / "scripts" / f"{name}.py")
+    assert script == said("-m", "vecpg", name)
+    assert script.startswith(f"usage: vecpg {name} ")
+
+
+def test_a_hint_can_be_called_from_where_the_user_is(tmp_path, monkeypatch):
+    folder = tmp_path / "some where" / "bin"
+    folder.mkdir(parents=True)
+    (tmp_path / "vecpg").touch(mode=0o755)  # another environment's, first on the path
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def hint(at):
+        monkeypatch.chdir(at)
+        return cli._how_to_call("vecpg", "vecpg")
+
+    # Without the command, the module.
+    assert hint(tmp_path) == "'some where/bin/python' -m vecpg"
+    assert hint(folder) == f"'{folder}/python' -m vecpg"
+    (folder / "vecpg").touch(mode=0o755)
+    assert hint(tmp_path) == "'some where/bin/vecpg'"
+    (tmp_path / "elsewhere").mkdir()
+    assert hint(tmp_path / "elsewhere") == hint(folder) == f"'{folder}/vecpg'"
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{tmp_path}")
+    assert hint(tmp_path) == "vecpg"
 
 
 def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     code, out, err = finish(
-        start("train.py", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
+        start("train", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
     )
     assert code == 0
     assert out.count("\n") == 1
@@ -268,12 +365,23 @@ def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     assert summary["run_dir"].startswith("runs/CartPole-v1__reinforce__3__")
     assert json.loads((tmp_path / summary["run_dir"] / "summary.json").read_text()) == summary
     assert "Traceback" not in err
-    assert "tensorboard --logdir runs" in err
     assert "\r" not in err
+    curves, evaluate = err.splitlines()[-2:]
+    assert curves.startswith("curves:   ")
+    assert curves.endswith(" --logdir runs")
 
-    code, out, err = finish(
-        start("evaluate.py", summary["run_dir"], "--episodes", 7, "--stochastic", cwd=tmp_path)
+    # The hint, as a shell reads it.
+    command = [*shlex.split(evaluate.removeprefix("evaluate: ")), "--episodes", "7"]
+    assert command[-3] == summary["run_dir"]
+    evaluation = subprocess.Popen(
+        [*command, "--stochastic"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    code, out, err = finish(evaluation)
     assert (code, err) == (0, "")
     result = json.loads(out)
     assert list(result) == ["return_mean", "return_std", "length_mean", "episodes"]
@@ -291,7 +399,7 @@ def test_evaluation_flags_are_used(here, tmp_path):
     checkpoint.save(tmp_path / "x.pt", state)
 
     def means(*args):
-        code, out, err = here(evaluate_main, "x.pt", *args)
+        code, out, err = here("evaluate", "x.pt", *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -307,7 +415,7 @@ def test_evaluation_flags_are_used(here, tmp_path):
 def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
     (tmp_path / "environments.py").write_text((ROOT / "tests" / "environments.py").read_text())
     args = ["--env-id", "environments:Talkative-v0", "--num-envs", 2, "--total-iterations", 1]
-    code, out, err = finish(start("train.py", *args, "--eval-episodes", 1, cwd=tmp_path))
+    code, out, err = finish(start("train", *args, "--eval-episodes", 1, cwd=tmp_path))
     assert code == 0
     assert json.loads(out)["episodes"] == 2
     assert "hello from Python" in err
@@ -315,7 +423,7 @@ def test_what_an_environment_prints_stays_out_of_stdout(tmp_path):
 
 
 def test_an_environment_that_leaves_python_is_status_1(here):
-    code, out, err = here(main, "--env-id", "environments:Leaving-v0", "--num-envs", 4)
+    code, out, err = here("train", "--env-id", "environments:Leaving-v0", "--num-envs", 4)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: environment ")
 
@@ -326,13 +434,13 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
         "gymnasium.register('Beside-v0', 'environments:Counting', max_episode_steps=9)\n"
     )
     args = ["--env-id", "beside:Beside-v0", "--num-envs", 4, "--total-iterations", 1]
-    code, out, _ = here(main, *args, "--eval-episodes", 3)
+    code, out, _ = here("train", *args, "--eval-episodes", 3)
     assert code == 0
     assert json.loads(out)["episodes"] == 4
 
 
 def test_a_faulty_environment_is_status_1_with_one_traceback(here):
-    code, out, err = here(main, "--env-id", "environments:Faulty-v0", "--num-envs", 4)
+    code, out, err = here("train", "--env-id", "environments:Faulty-v0", "--num-envs", 4)
     assert (code, out) == (1, "")
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].startswith("error: environment ")
@@ -341,7 +449,7 @@ def test_a_faulty_environment_is_status_1_with_one_traceback(here):
 
 def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):
     args = ["--target-return", "none", "--total-timesteps", "1e9", "--log-every", 0.01]
-    process = start("train.py", "--num-envs", 8, *args, cwd=tmp_path)
+    process = start("train", "--num-envs", 8, *args, cwd=tmp_path)
     for line in process.stderr:
         if line.startswith("iteration"):
             break
@@ -365,7 +473,7 @@ def test_nobody_reading_stdout_is_no_traceback(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "file"])
 def test_evaluating_what_is_no_checkpoint_is_status_2(here, tmp_path, path):
     (tmp_path / "file").touch()
-    code, out, err = here(evaluate_main, path)
+    code, out, err = here("evaluate", path)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -403,7 +511,7 @@ def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
 
 def test_a_killed_async_worker_is_status_1_without_a_traceback(here):
     args = ["--env-id", "environments:Suicidal-v0", "--vectorization", "async", "--num-envs", 3]
-    code, out, err = here(main, *args)
+    code, out, err = here("train", *args)
     assert (code, out) == (1, "")
     assert "Traceback" not in err
     last = err.splitlines()[-1]

@@ -44,6 +44,9 @@ from vecpg.config import Config, ConfigError, to_dict
         ("return_window", [0], "--return-window"),
         ("eval_episodes", [0], "--eval-episodes"),
         ("seed", [-1, 2**64], "--seed"),
+        ("shards", [0, -1], "--shards: expected at least 1, or none, got"),
+        ("shards", [7], "divides --num-envs 64, got 7; nearest: 4 and 8"),
+        ("shards", [63, 65, 1000], "divides --num-envs 64, got .*; nearest: "),
         ("save_every", [0.0], "--save-every"),
         ("log_every", [-1.0], "--log-every"),
         ("env_kwargs", ["{}"], "--env-kwargs: expected a dictionary"),
@@ -55,6 +58,20 @@ def test_a_value_outside_its_range_is_named_with_the_range(name, values, message
     for value in values:
         with pytest.raises(ConfigError, match=message):
             Config(**{name: value})
+
+
+def test_shards_that_cannot_be_are_answered_with_the_nearest_that_can():
+    answers = []
+    for num_envs, shards in ((64, 7), (64, 33), (64, 65), (6, 5), (7, 3), (1, 2), (10**6, 999)):
+        with pytest.raises(ConfigError, match=f"--num-envs {num_envs}, got {shards}; ") as caught:
+            Config(num_envs=num_envs, shards=shards)
+        answers.append(str(caught.value).split("nearest: ")[1])
+    assert answers == ["4 and 8", "32 and 64", "64", "3 and 6", "1 and 7", "1", "800 and 1000"]
+
+
+def test_without_shards_there_is_one():
+    assert Config().resolved_shards == Config(shards=1).resolved_shards == 1
+    assert Config(shards=8).resolved_shards == 8
 
 
 def test_a_run_needs_an_end():

@@ -1,18 +1,33 @@
+import logging
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
+import on_tensors  # noqa: F401 - registers its environments before a test's registry is put up
 import pytest
+import torch
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.registration import WrapperSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from pairs import pairwise
 
+from vecpg import envs as module
 from vecpg.envs import (
     SubEnvironmentError,
     check_autoreset,
     find_spec,
     has_one_generator,
+    judge_of,
     make_envs,
     own_vectorization,
+    register,
     resolve_vectorization,
 )
+from vecpg.evaluate import evaluate
+from vecpg.kernels.announce import anew
+from vecpg.policy import Policy
+from vecpg.rollout import collect
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])
@@ -31,12 +46,187 @@ def test_auto_takes_tensors_then_the_vector_entry_point_then_sync():
     kwargs = {"sutton_barto_reward": True}
     assert resolve_vectorization(cartpole, "auto", kwargs) == "vector_entry_point"
     assert resolve_vectorization(find_spec("vecpg/CartPole-v1"), "auto") == "tensor"
-    assert resolve_vectorization(find_spec("Acrobot-v1"), "auto") == "sync"
+    assert resolve_vectorization(find_spec("Acrobot-v1"), "auto") == "tensor"
+    assert resolve_vectorization(find_spec("MountainCarContinuous-v0"), "auto") == "tensor"
+    assert resolve_vectorization(find_spec("MountainCar-v0"), "auto") == "sync"
     assert own_vectorization(cartpole) == "vector_entry_point"
     assert own_vectorization(find_spec("Acrobot-v1")) == "sync"
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "vecpg/CartPole-v1", "vecpg/Pendulum-v1"])
+# -- Environments on tensors, and what they stand for ---------------------------------------------
+
+
+class Harsh(CartPoleEnv):
+    """Another environment than Gymnasium's."""
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, -100.0, terminated, truncated, info
+
+
+class Halved(gymnasium.Wrapper):
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward / 2, terminated, truncated, info
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Register something under an id, for one test; Gymnasium would warn of what it replaces."""
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", {**gymnasium.registry})
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    monkeypatch.setattr(module, "_stand_ins", {**module._stand_ins})
+
+    def put(env_id, *arguments, how=gymnasium.register, **settings):
+        gymnasium.registry.pop(env_id, None)
+        how(env_id, *arguments, **settings)
+
+    return put
+
+
+OWN = "gymnasium.envs.classic_control.cartpole:CartPoleEnv"
+HALVED = (WrapperSpec("Halved", "test_envs:Halved", None),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"entry_point": Harsh}, "entry_point is <class 'test_envs.Harsh'>"),
+        ({"entry_point": "test_envs:Harsh"}, "entry_point is 'test_envs:Harsh'"),
+        ({"entry_point": OWN, "vector_entry_point": "a:B"}, "vector_entry_point is 'a:B'"),
+        ({"entry_point": OWN, "additional_wrappers": HALVED}, "additional_wrappers are Halved"),
+        ({"entry_point": OWN, "kwargs": {"sutton_barto_reward": True}}, "kwargs are {'sutton"),
+    ],
+)
+def test_what_was_registered_anew_is_stepped_and_the_log_says_so(
+    registered, settings, what, caplog
+):
+    registered("CartPole-v1", max_episode_steps=500, **settings)
+    spec = find_spec("CartPole-v1")
+    with anew(), caplog.at_level(logging.INFO, "vecpg"):
+        assert resolve_vectorization(spec, "auto") == own_vectorization(spec)
+    said = f"CartPole-v1 is stepped as it is registered, not on tensors: its {what}"
+    assert [record.message[: len(said)] for record in caplog.records] == [said]
+    with pytest.raises(ValueError, match=r"^--vectorization tensor: vecpg/CartPole-v1 stands for"):
+        make_envs("CartPole-v1", 1, vectorization="tensor")
+    # It is no judge of what was trained on tensors either.
+    assert judge_of("vecpg/CartPole-v1")[0] == "vecpg/CartPole-v1"
+    assert judge_of("CartPole-v1")[1]["vectorization"] == own_vectorization(spec)
+
+
+def test_training_is_in_the_environment_that_was_named(registered):
+    registered("CartPole-v1", Harsh, max_episode_steps=7)
+    envs = make_envs("CartPole-v1", 2)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    rollout = collect(envs, policy, num_steps=1, seed=1, iteration=0)
+    assert torch.equal(rollout.rewards, -100.0 * rollout.mask)
+    result = evaluate(policy, "CartPole-v1", 3)
+    assert result.returns == tuple(-100.0 * length for length in result.lengths)
+
+
+def test_a_limit_that_was_registered_anew_is_kept_on_tensors(registered):
+    registered("CartPole-v1", OWN, max_episode_steps=7)
+    envs = make_envs("CartPole-v1", 2)
+    assert type(envs).__name__ == "TensorVectorEnv"
+    assert envs.max_episode_steps == 7
+    assert make_envs("CartPole-v1", 2, max_episode_steps=9).max_episode_steps == 9
+    registered("CartPole-v1", OWN)
+    with pytest.raises(ValueError, match="CartPole-v1 has no time limit"):
+        make_envs("CartPole-v1", 2)
+
+
+def test_what_took_the_place_of_a_stand_in_stands_for_nothing(registered):
+    registered("vecpg/CartPole-v1", Harsh, max_episode_steps=7)
+    assert resolve_vectorization(find_spec("CartPole-v1"), "auto") == "vector_entry_point"
+    assert judge_of("vecpg/CartPole-v1")[0] == "vecpg/CartPole-v1"
+    assert judge_of("vecpg/CartPole-v1")[1]["vectorization"] == "sync"
+
+
+def test_an_environment_on_tensors_is_judged_by_what_it_stands_for_else_by_itself():
+    policy = Policy(gymnasium.spaces.Box(-9, 9, (4,)), gymnasium.spaces.Discrete(2))
+    ours, theirs = (evaluate(policy, env_id, 4) for env_id in ("vecpg/CartPole-v1", "CartPole-v1"))
+    assert ours == theirs
+    assert evaluate(policy, "vecpg/CartPole-v1", 4, max_episode_steps=3).lengths == (3,) * 4
+    assert judge_of("CartPole-v1", env_kwargs={"sutton_barto_reward": True})[1]["env_kwargs"]
+    env_id, settings = judge_of("on_tensors:Slide-v0")
+    envs = make_envs(env_id, 2, **settings)
+    assert env_id == "Slide-v0"
+    assert envs.dtype == torch.float64
+    assert envs.max_episode_steps == 20
+
+
+def test_one_registration_makes_it_gymnasiums_and_ours(registered):
+    registered(
+        "mine/Slide-v3",
+        "on_tensors:Slide",
+        how=register,
+        max_episode_steps=9,
+        reward_threshold=2.5,
+        stands_for="CartPole-v1",
+    )
+    assert find_spec("mine/Slide-v3").reward_threshold == 2.5
+    envs = gymnasium.make_vec("mine/Slide-v3", num_envs=5, device="cpu", dtype="float64")
+    assert (envs.num_envs, envs.max_episode_steps, envs.dtype) == (5, 9, torch.float64)
+    assert gymnasium.make_vec(envs.spec).dtype == torch.float64
+    assert envs.spec.to_json()
+    assert make_envs("mine/Slide-v3", 2).single_action_space.start == -1
+    # The last registration stands for it.
+    assert make_envs("CartPole-v1", 2).single_action_space.start == -1
+    assert make_envs("CartPole-v1", 2).max_episode_steps == 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"definition": "on_tensors"}, "definition: expected \"module:Class\", got 'on_tensors'"),
+        ({"definition": ":Slide"}, "definition: expected \"module:Class\", got ':Slide'"),
+        ({"max_episode_steps": 0}, "max_episode_steps: expected .* at least 1, got 0"),
+        ({"max_episode_steps": None}, "max_episode_steps: expected .* at least 1, got None"),
+    ],
+)
+def test_a_registration_that_says_too_little_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        register(
+            "mine/X-v0", **{"definition": "on_tensors:Slide", "max_episode_steps": 5} | settings
+        )
+    assert "mine/X-v0" not in gymnasium.registry
+
+
+def test_a_definition_that_is_not_there_is_named_with_its_environment(registered):
+    for definition, words in (
+        ("on_tensors:Nothing", "expected Nothing in module on_tensors, found none"),
+        ("no_such_module:Slide", "No module named 'no_such_module'"),
+        ("on_tensors:STEP", 'expected a class or "module:Class", got float'),
+    ):
+        registered("mine/X-v0", definition, how=register, max_episode_steps=5)
+        with pytest.raises(ValueError, match=f"mine/X-v0 could not be made: .*{words}"):
+            make_envs("mine/X-v0", 1)
+
+
+def test_environments_need_no_torch_until_they_are_on_tensors():
+    code = (
+        "import sys, vecpg.envs as envs\n"
+        "envs.make_envs('CartPole-v1', 2, vectorization='sync').close()\n"
+        "envs.resolve_vectorization(envs.find_spec('CartPole-v1'), 'auto')\n"
+        "print({'torch', 'numba'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.strip() == b"set()"
+
+
+# -- Making environments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "CartPole-v1",
+        "vecpg/CartPole-v1",
+        "vecpg/Pendulum-v1",
+        "vecpg/Acrobot-v1",
+        "MountainCarContinuous-v0",
+    ],
+)
 def test_tensors_are_on_the_device_asked_for(env_id):
     assert make_envs(env_id, 2, device="meta").device.type == "meta"
 
@@ -91,6 +281,8 @@ def test_a_constructor_that_raises_is_named_with_its_reason():
 def test_a_form_that_the_environment_does_not_have_is_refused():
     with pytest.raises(ValueError, match="Acrobot-v1 has no vector_entry_point form; use sync"):
         make_envs("Acrobot-v1", 1, vectorization="vector_entry_point")
+    with pytest.raises(ValueError, match="MountainCar-v0 has no tensor form; use sync or auto"):
+        make_envs("MountainCar-v0", 1, vectorization="tensor")
     with pytest.raises(
         ValueError, match="expected auto, sync, async, vector_entry_point, tensor, got 'fast'"
     ):

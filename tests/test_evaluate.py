@@ -6,7 +6,7 @@ from gymnasium import spaces
 
 from vecpg import evaluate as evaluate_module
 from vecpg.evaluate import EvalResult, evaluate
-from vecpg.noise import Purpose
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 
 
@@ -54,15 +54,15 @@ def test_the_same_seed_plays_the_same_episodes():
 
 def test_start_states_are_none_of_trainings(monkeypatch):
     asked = []
-    real = evaluate_module.reset_seeds
+    real = Stream.reset_seeds
 
     def noticed(*args):
         asked.append(args)
         return real(*args)
 
-    monkeypatch.setattr(evaluate_module, "reset_seeds", noticed)
+    monkeypatch.setattr(Stream, "reset_seeds", noticed)
     evaluate(policy(), "environments:Constant-v0", 3, seed=4, draw=2)
-    assert asked == [(4, 2, 3, Purpose.EVALUATION_RESET)]
+    assert asked == [(Stream(4, 2, 0, 3), Purpose.EVALUATION_RESET)]
 
 
 def test_it_runs_in_the_environments_own_vectorized_form(monkeypatch):

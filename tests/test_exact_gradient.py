@@ -20,7 +20,7 @@ from torch import nn
 from vecpg import update as update_module
 from vecpg.advantage import advantages
 from vecpg.config import Config
-from vecpg.envs import make_envs
+from vecpg.envs import make_envs, ops
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect
@@ -61,26 +61,31 @@ class Tabular(Policy):
 
 
 class LineOnTensors:
-    """The dynamics of the line; an observation is the state's number."""
+    """The line; an observation is the state's number."""
 
     observation_space = spaces.Box(0, 4, (1,))
     action_space = spaces.Discrete(2)
     num_uniforms = 1
 
-    def start(self, uniforms):
-        return torch.zeros_like(uniforms)
+    @staticmethod
+    def start(uniforms):
+        return (0.0,)
 
-    def transition(self, state, actions):
-        return (state + 2 * actions - 1).clamp(min=0)
+    @staticmethod
+    def transition(state, action):
+        return (ops.maximum(state[0] + 2.0 * action - 1.0, 0.0),)
 
-    def observation(self, state):
-        return state.mT
+    @staticmethod
+    def observation(state):
+        return state
 
-    def terminated(self, state):
-        return state[0] == 4
+    @staticmethod
+    def terminated(state):
+        return state[0] == 4.0
 
-    def reward(self, state, actions, following):
-        return torch.where(following[0] == 4, 10.0, -1.0)
+    @staticmethod
+    def reward(state, action, following):
+        return ops.where(following[0] == 4.0, 10.0, -1.0)
 
 
 class TabularOfNumbers(Tabular):
@@ -104,7 +109,7 @@ def of_many_environments(name, num_steps):
         envs = make_envs("vecpg/LineWorld-v0", num_envs, vectorization="sync")
     elif name == "tensor":
         num_envs, policy = 64 * 100, TabularOfNumbers(world.logits)
-        envs = TensorVectorEnv(LineOnTensors(), num_envs, max_episode_steps=100)
+        envs = TensorVectorEnv(LineOnTensors, num_envs, max_episode_steps=100)
     else:
         num_envs = 64 * 313 if num_steps == 1 else 64 * 150
         envs = Tables(world, num_envs)
@@ -463,7 +468,10 @@ def test_a_baseline_of_the_state_alone_adds_nothing_in_expectation(action_space,
     ]
     assert largest_mean([score(rollout) for rollout in rollouts]) < BOUND
     few = rollouts[:50]
-    others = [replace(rollout, iteration=rollout.iteration + 100) for rollout in few]
+    others = [
+        replace(rollout, stream=replace(rollout.stream, iteration=100 + iteration))
+        for iteration, rollout in enumerate(few)
+    ]
     assert largest_mean([score(rollout) for rollout in others]) > FAR
     if isinstance(action_space, spaces.Box):
         clipped = [replace(rollout, actions=rollout.actions.clamp(-0.5, 0.5)) for rollout in few]

@@ -1,11 +1,13 @@
-"""What kernels are made with: once-only log lines, matrix products."""
+"""What kernels are made with: once-only log lines, matrix products, columns as tuples."""
 
 import logging
 
 import numpy as np
 import pytest
+from numba.core.errors import TypingError
 
 from vecpg.kernels.announce import anew, once
+from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
 from vecpg.kernels.matrix import NONE, TILE, add_product, add_rows, row_stride, whole_tiles
 
@@ -74,3 +76,37 @@ def test_rows_are_summed_and_have_room_for_whole_tiles():
     # Long rows are kept from competing for the same places of the cache.
     assert row_stride(64) == 64
     assert row_stride(128) == 128 + TILE
+
+
+@pytest.mark.parametrize(("count", "stride"), [(1, 1), (3, 5), (7, 64)])
+def test_a_column_is_read_and_written_and_nothing_beside_it(count, stride):
+    read, write = reader(count, stride), writer(count, stride)
+
+    @jit(as_written=True)
+    def turn(one, other, number):
+        for i in range(number):
+            write(other, i, read(one, i)[::-1])
+
+    here = np.arange(count * stride, dtype=np.float32)
+    there = np.full(count * stride, np.nan, np.float32)
+    number = max(1, stride - 2)
+    turn(here, there, number)
+    found, expected = there.reshape(count, stride), here.reshape(count, stride)[::-1]
+    assert np.array_equal(found[:, :number], expected[:, :number])
+    assert np.isnan(found[:, number:]).all()
+
+
+def test_only_so_many_numbers_of_float32_are_written_to_a_column():
+    write, values = writer(2, 4), np.zeros(8, np.float32)
+
+    @jit
+    def double(vector):
+        write(vector, 0, (1.0, 2.0))
+
+    @jit
+    def three(vector):
+        write(vector, 0, (np.float32(1.0), np.float32(2.0), np.float32(3.0)))
+
+    for function in (double, three):
+        with pytest.raises(TypingError, match=r"expected UniTuple\(float32 x 2\), got"):
+            function(values)

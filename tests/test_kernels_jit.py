@@ -1,12 +1,17 @@
+import errno
 import logging
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from numba.core.caching import NullCache
 
 from vecpg.kernels import jit as module
+from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation, jit
 
 
@@ -43,14 +48,15 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
     (tmp_path / "kernel.py").write_text(
         "import logging\n"
         "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
-        "from vecpg.kernels.jit import jit\n"
+        "from vecpg.kernels.jit import Compilation, jit\n"
         "@jit\n"
         "def twice(x):\n"
         "    return 2 * x\n"
         "@jit\n"
         "def thrice(x):\n"
         "    return 3 * x\n"
-        "print(twice(2) + thrice(1))\n"
+        "with Compilation():\n"
+        "    print(twice(2) + thrice(1))\n"
     )
     program = (
         "import runpy, numba.core.caching as caching\n"
@@ -60,17 +66,20 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert result.stdout == "7\n"
     assert result.stderr.count("no directory for compiled code can be written to") == 1
+    # Not "once".
+    assert "compiling kernels; this takes about twenty seconds\n" in result.stderr
 
 
 @pytest.mark.slow
-def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path):
+@pytest.mark.parametrize("name", ["add", "inner.add"])
+def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path, name):
     """Numba's own cache would go on with the old one."""
     outer = (
         "import inner\n"
@@ -78,7 +87,7 @@ def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path
         "from vecpg.kernels.jit import Compilation, jit\n"
         "@jit\n"
         "def twice(x):\n"
-        "    return add(x)\n"
+        f"    return {name}(x)\n"
         "with Compilation() as compilation:\n"
         "    print(twice(1), compilation.seconds > 0)\n"
     )
@@ -121,3 +130,58 @@ def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
             [sys.executable, "made.py"], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert done.stdout.split() == ["3.0", "12.0", "9.0", "18.0", "8.0", "9.0"]
+
+
+def load_twice(directory):
+    """A compiled function of a file of its own, as a new process would have it."""
+    path = directory / "kernel.py"
+    path.write_text("from vecpg.kernels.jit import jit\n@jit\ndef twice(x):\n    return 2 * x\n")
+    return runpy.run_path(str(path))["twice"]
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+@pytest.mark.parametrize("content", [b"", bytes(64), b"not a pickle"])
+def test_a_damaged_file_is_compiled_anew_and_replaced(tmp_path, caplog, ending, content):
+    """As a machine that lost its power leaves them: Numba's own would raise at every start."""
+    caplog.set_level(logging.INFO, "vecpg")
+
+    def call():
+        """The result, and whether it was compiled."""
+        twice = load_twice(tmp_path)
+        with anew():
+            result = twice(2)
+        return result, sum(twice.stats.cache_misses.values())
+
+    assert call() == (4, 1)
+    assert call() == (4, 0)
+    (kept,) = (tmp_path / "__pycache__").glob(f"*.{ending}")
+    kept.write_bytes(content)
+    assert call() == (4, 1)
+    lines = [one.message for one in caplog.records if "cannot be read" in one.message]
+    assert lines == [f"what is kept in {kept.parent} cannot be read; compiling it anew"]
+    assert call() == (4, 0)
+
+
+def test_what_can_neither_be_read_nor_replaced_is_compiled_every_time(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vecpg")
+    twice = load_twice(tmp_path)
+    Path(twice._cache._cache_file._index_path).mkdir()
+    assert twice(2) == 4
+    assert twice(2.5) == 5.0
+    assert len(caplog.records) == 1
+
+
+def test_a_full_disk_is_no_failure(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "vecpg")
+    twice = load_twice(tmp_path)
+
+    def save(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(twice._cache._cache_file, "save", save)
+    assert twice(2) == 4
+    assert twice(2.5) == 5.0
+    directory = tmp_path / "__pycache__"
+    assert [one.message for one in caplog.records] == [
+        f"compiled code cannot be kept in {directory}: No space left on device"
+    ]

@@ -15,7 +15,7 @@ from vecpg import EnvironmentFailure, Policy
 from vecpg.cli import evaluate_main
 from vecpg.config import Config, to_dict
 from vecpg.look import video
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 from vecpg.run import checkpoint
 
 # Every level of grey is 16 apart: compression does not confuse them.
@@ -103,7 +103,7 @@ def grey(frame):
 def test_the_film_has_every_frame_of_one_whole_episode(tmp_path, draw):
     path = tmp_path / "film.mp4"
     video.record(policy(), "Painted-v0", path, seed=5, draw=draw)
-    seed = reset_seeds(5, draw, 1, Purpose.VIDEO_RESET)[0]
+    seed = Stream(5, draw, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0]
     length = 1 + seed % 14
     seen, fps = frames(path)
     assert [grey(frame) for frame in seen] == list(range(length + 1))
@@ -121,8 +121,14 @@ def test_frames_of_odd_size_are_padded_not_stretched(tmp_path):
     assert grey(seen[-1][31:]) == grey(seen[-1][:, 45:]) == 0
 
 
+def video_seed(seed):
+    return Stream(seed, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0]
+
+
 def test_the_limit_is_kept(tmp_path):
-    seed = next(s for s in range(99) if reset_seeds(s, 0, 1, Purpose.VIDEO_RESET)[0] % 14 > 4)
+    seed = next(
+        s for s in range(99) if Stream(s, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0] % 14 > 4
+    )
     video.record(policy(), "Painted-v0", tmp_path / "x.mp4", max_episode_steps=2, seed=seed)
     assert [grey(frame) for frame in frames(tmp_path / "x.mp4")[0]] == [0, 1, 2]
 
@@ -158,7 +164,9 @@ def test_draws_are_fixed_by_the_seed_and_leave_torchs_generator_alone(tmp_path):
         assert torch.equal(torch.random.get_rng_state(), before)
         return [action for what, action in Painted.record if what == "step"]
 
-    seeds = [s for s in range(99) if reset_seeds(s, 0, 1, Purpose.VIDEO_RESET)[0] % 14 == 13]
+    seeds = [
+        s for s in range(99) if Stream(s, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0] % 14 == 13
+    ]
     one = actions(0, seed=seeds[0])
     assert len(one) == 14
     assert set(one) == {3, 4}
@@ -179,7 +187,7 @@ def test_cartpole_is_filmed_as_it_is_rendered(tmp_path):
     seen, fps = frames(tmp_path / "x.mp4")
     assert fps == 50
     env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
-    env.reset(seed=reset_seeds(1, 0, 1, Purpose.VIDEO_RESET)[0])
+    env.reset(seed=Stream(1, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0])
     assert np.abs(seen[0].astype(int) - env.render()).mean() < 2
     env.close()
     assert len(seen) == 4
@@ -237,7 +245,7 @@ def test_missing_packages_name_the_remedy(tmp_path, monkeypatch):
 def test_an_environment_that_fails_later_leaves_the_old_film(tmp_path, fault, kind):
     path = tmp_path / "x.mp4"
     path.write_bytes(b"old")
-    seed = reset_seeds(1, 0, 1, Purpose.VIDEO_RESET)[0]
+    seed = Stream(1, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0]
     message = rf"the environment failed at step 0 \(reset with seed {seed}\): {kind}: "
     with pytest.raises(EnvironmentFailure, match=message) as caught:
         video.record(policy(), "Painted-v0", path, env_kwargs={"fault": fault})
@@ -278,7 +286,7 @@ def test_show_draws_the_episode_on_the_screen(monkeypatch):
     )
     monkeypatch.setitem(Painted.metadata, "render_fps", 1000)
     video.show(policy(), "Painted-v0", seed=5)
-    length = 1 + reset_seeds(5, 0, 1, Purpose.VIDEO_RESET)[0] % 14
+    length = 1 + Stream(5, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0] % 14
     assert colours == list(range(length + 1))
     assert not pygame.display.get_init()
 
@@ -324,11 +332,11 @@ def test_the_script_records_and_says_where(saved, capfd):
     assert out.count("\n") == 1
     result = json.loads(out)
     assert (result["video"], result["episodes"]) == (str(path), 3)
-    length = 1 + reset_seeds(1, 0, 1, Purpose.VIDEO_RESET)[0] % 14
+    length = 1 + Stream(1, 0, 0, 1).reset_seeds(Purpose.VIDEO_RESET)[0] % 14
     assert len(frames(path)[0]) == length + 1
     # What was shown, what was recorded, and the three episodes that count.
     resets = [seed for what, seed in Painted.record if what == "reset"]
-    evaluation = reset_seeds(1, 0, 3, Purpose.EVALUATION_RESET)
+    evaluation = Stream(1, 0, 0, 3).reset_seeds(Purpose.EVALUATION_RESET)
     assert sorted(resets[2:5]) == sorted(evaluation)
     assert resets[0] == resets[1]
     assert resets[0] not in evaluation

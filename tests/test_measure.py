@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vecpg import machine
 from vecpg import update as update_module
 from vecpg.measure import cells, report, results, timing
 from vecpg.measure import cli as measure_cli
@@ -111,8 +112,8 @@ def wrong_collect(envs, policy, **settings):
     return rollout
 
 
-def wrong_gradient(policy, *rest):
-    result = update_module.by_autograd(policy, *rest)
+def wrong_gradient(policy, *rest, **settings):
+    result = update_module.by_autograd(policy, *rest, **settings)
     policy.network[0].bias.grad[0] += 1
     return result
 
@@ -256,7 +257,7 @@ def test_what_was_measured_is_kept_before_it_is_shown(tmp_path, monkeypatch):
         (["--compare", "HEAD", "--record"], "--compare: expected it without --record"),
         (["--results", "old.json"], "old.json: expected results of schema 1, got 0; measure again"),
         (["--results", "file"], "file: expected results in JSON, got something else; give"),
-        (["--results", "compared.json"], "compared.json: expected what scripts/benchmark.py mea"),
+        (["--results", "compared.json"], "compared.json: expected what vecpg benchmark mea"),
         (["--results", "quick.json", "--record"], "--record keeps whole rounds only"),
         (["--quick", "--record"], "--record keeps whole rounds only"),
         (["--num-envs", 10**9, "--vectorizations", "sync"], "nothing was measured: "),
@@ -276,6 +277,20 @@ def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, args,
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
     assert message in err
+
+
+@pytest.mark.parametrize("args", [["--record"], ["--compare", "HEAD"]])
+def test_what_needs_a_checkout_says_so_before_anything_is_measured(
+    capsys, tmp_path, monkeypatch, args
+):
+    installed = tmp_path / "site-packages" / "vecpg"
+    monkeypatch.setattr(machine, "__file__", str(installed / "machine.py"))
+    code, out, err = run(capsys, *args, "--out-dir", tmp_path)
+    assert (code, out) == (2, "")
+    expected = (
+        "expected vecpg in a checkout, got it installed without its repository; clone it, and"
+    )
+    assert err == f"error: {args[0]}: {expected} install it with pip's -e\n"
 
 
 def test_rounds_end_by_number_or_by_time():

@@ -141,8 +141,8 @@ def test_an_iteration_is_whole_and_leaves_the_policy_as_it_was(spy, monkeypatch)
     rollout, weights = calls[0][3], calls[2][3]
     policy, optimizer, updated, given, config = calls[3][1]
     assert (updated, given) == (rollout, weights)
-    assert optimizer.param_groups[0]["lr"] == 0.0
-    assert optimizer.param_groups[0]["params"] == list(policy.parameters())
+    assert optimizer.lr == 0.0
+    assert optimizer.parameters == list(policy.parameters())
     assert (config.num_envs, config.num_steps, config.baseline) == (2, 32, "leave_one_out")
     assert waits == ["cpu"] * 4, "the device has nothing left to do at the end of each phase"
 
@@ -161,7 +161,7 @@ def test_returns_and_the_update_are_of_every_row(spy):
     (_, (_, optimizer, rollout, weights, _), _, _) = calls.pop()
     assert rollout.mask.all()
     assert cell.units == rollout.mask.numel() == weights.numel() == 64
-    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert optimizer.lr == 0.0
 
 
 def test_kernels_have_every_core_and_torch_has_one_thread(monkeypatch):

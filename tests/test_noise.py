@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.noise import Purpose, StepNoise, philox, reset_seeds, uniforms, uniforms_at
+from vecpg.noise import Purpose, StepNoise, Stream, philox
 from vecpg.policy import sampling
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
@@ -44,7 +44,7 @@ def test_philox_agrees_with_plain_integers():
 
 
 def test_uniforms_are_uniform():
-    numbers = uniforms(3, 5, range(1000), 200, Purpose.ACTION).double()
+    numbers = Stream(3, 5, 0, 200).uniforms(range(1000), Purpose.ACTION).double()
     assert numbers.min() >= 0
     assert numbers.max() < 1
     for power in (1, 2, 3):
@@ -59,6 +59,7 @@ def test_uniforms_are_uniform():
         {"seed": 4},
         {"seed": 3 + 2**32},
         {"iteration": 6},
+        {"first_env": 1},
         {"steps": range(1, 9)},
         {"purpose": Purpose.EVALUATION_RESET},
     ],
@@ -67,21 +68,25 @@ def test_every_part_of_the_key_matters(other):
     given = {
         "seed": 3,
         "iteration": 5,
+        "first_env": 0,
         "steps": range(8),
-        "num_envs": 8,
         "purpose": Purpose.ACTION,
     }
-    assert not torch.isclose(uniforms(**given), uniforms(**given | other)).any()
+
+    def draw(seed, iteration, first_env, steps, purpose):
+        return Stream(seed, iteration, first_env, 8).uniforms(steps, purpose)
+
+    assert not torch.isclose(draw(**given), draw(**given | other)).any()
 
 
 def test_a_number_does_not_depend_on_what_is_drawn_with_it():
-    whole = uniforms(3, 5, range(100), 8, Purpose.ACTION)
-    assert torch.equal(whole[40:64, :5], uniforms(3, 5, range(40, 64), 5, Purpose.ACTION))
+    whole = Stream(3, 5, 0, 8).uniforms(range(100), Purpose.ACTION)
+    assert torch.equal(whole[40:64, :5], Stream(3, 5, 0, 5).uniforms(range(40, 64), Purpose.ACTION))
 
 
 def test_numbers_taken_step_by_step_are_the_same():
-    whole = uniforms(3, 5, range(200), 4, Purpose.ACTION)
-    noise = StepNoise(3, 5, 4, Purpose.ACTION, torch.device("cpu"))
+    whole = Stream(3, 5, 0, 4).uniforms(range(200), Purpose.ACTION)
+    noise = StepNoise(Stream(3, 5, 0, 4), Purpose.ACTION, torch.device("cpu"))
     for t in (0, 1, 63, 64, 65, 130, 2, 199):
         assert torch.equal(noise(t), whole[t][None])
 
@@ -89,20 +94,20 @@ def test_numbers_taken_step_by_step_are_the_same():
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_several_numbers_for_a_step_are_those_of_the_words_in_turn(count):
     steps, envs = torch.tensor([0, 7, 200]), torch.tensor([2, 0, 1])
-    numbers = uniforms_at(3, 5, steps, envs, Purpose.DROPOUT, count)
+    numbers = Stream(3, 5, 0, 3).uniforms_at(steps, envs, Purpose.DROPOUT, count)
     assert numbers.shape == (count, 3)
     for i in range(count):
         for j in range(3):
             purpose = Purpose.DROPOUT + 256 * (i // 4)
             words = philox([steps[j], int(envs[j]), 5, purpose], (3, 0))
             assert numbers[i, j] == (int(words[i % 4]) >> 8) / 2**24
-    noise = StepNoise(3, 5, 3, Purpose.DROPOUT, torch.device("cpu"), count)
+    noise = StepNoise(Stream(3, 5, 0, 3), Purpose.DROPOUT, torch.device("cpu"), count)
     for j in (2, 0, 1):
         assert torch.equal(noise(int(steps[j]))[:, envs[j]], numbers[:, j])
 
 
 def test_environments_draw_different_numbers():
-    numbers = uniforms(3, 5, range(50), 50, Purpose.ACTION)
+    numbers = Stream(3, 5, 0, 50).uniforms(range(50), Purpose.ACTION)
     assert numbers.unique().numel() == numbers.numel()
 
 
@@ -112,22 +117,37 @@ def test_reset_seeds_differ_between_environments_iterations_seeds_and_purposes()
         for seed in (1, 2)
         for iteration in range(50)
         for purpose in (Purpose.TRAINING_RESET, Purpose.CONFIRMATION_RESET)
-        for one in reset_seeds(seed, iteration, 64, purpose)
+        for one in Stream(seed, iteration, 0, 64).reset_seeds(purpose)
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(type(one) is int and 0 <= one < 2**32 for one in seeds)
 
 
+def test_a_part_of_the_environments_draws_what_it_draws_among_all():
+    whole = Stream(2**64 - 1, 5, 0, 12)
+    part = whole.part(4, 6).part(3, 2)
+    assert part == Stream(2**64 - 1, 5, 7, 2)
+    many = whole.uniforms(range(9), Purpose.START)
+    assert torch.equal(part.uniforms(range(9), Purpose.START), many[:, 7:9])
+    noise = StepNoise(part, Purpose.START, torch.device("cpu"))
+    assert torch.equal(noise(8)[0], many[8, 7:9])
+    seeds = whole.reset_seeds(Purpose.TRAINING_RESET)
+    assert part.reset_seeds(Purpose.TRAINING_RESET) == seeds[7:9]
+    # One seed for all of them is the same for every part.
+    assert part.common_seed(Purpose.TRAINING_RESET) == seeds[0]
+
+
 def test_the_first_reset_seeds_do_not_depend_on_how_many_there_are():
-    few = reset_seeds(7, 3, 5, Purpose.TRAINING_RESET)
-    assert reset_seeds(7, 3, 500, Purpose.TRAINING_RESET)[:5] == few
+    few = Stream(7, 3, 0, 5).reset_seeds(Purpose.TRAINING_RESET)
+    assert Stream(7, 3, 0, 500).reset_seeds(Purpose.TRAINING_RESET)[:5] == few
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**64 - 1])
 def test_machine_code_draws_the_same_bits(seed):
     purpose = Purpose.EVALUATION_RESET
-    key = np.array([seed & 0xFFFFFFFF, seed >> 32, 2**32 - 1, purpose], np.uint64)
-    many = uniforms(seed, 2**32 - 1, range(5, 9), 100, purpose)
+    stream = Stream(seed, 2**32 - 1, 0, 100)
+    key = stream.key(purpose)
+    many = stream.uniforms(range(5, 9), purpose)
     for t in range(5, 9):
         ours = [sampling.uniform(key, t, n) for n in range(100)]
         assert np.array_equal(np.array(ours, np.float32), many[t - 5].numpy())

@@ -6,7 +6,7 @@ import torch
 from gymnasium import spaces
 
 from vecpg import update
-from vecpg.noise import Purpose, uniforms
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.sampling import sampler
@@ -43,8 +43,10 @@ def test_actions_are_those_of_the_policy(rows, features, hidden_sizes, num_actio
     obs = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
     actions = np.full(rows, 99)
     seed, t = 2**40 + 7, 12
-    sampler(policy, seed, 3, rows)(t, obs, torch.from_numpy(actions))
-    noise = uniforms(seed, 3, range(t, t + 1), rows, Purpose.ACTION)[0]
+    sampler(policy, Stream(seed, 3, 0, rows), in_machine_code=True)(
+        t, obs, torch.from_numpy(actions)
+    )
+    noise = Stream(seed, 3, 0, rows).uniforms(range(t, t + 1), Purpose.ACTION)[0]
     with torch.no_grad():
         below = torch.softmax(policy(obs).double(), dim=0).cumsum(dim=0)
     # Where the number lies within rounding of a boundary, either side is right.

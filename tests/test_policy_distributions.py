@@ -246,8 +246,8 @@ def test_log_std_stays_inside_its_range_at_a_large_reward_scale(tmp_path, monkey
     inside = []
     real = train_module.update
 
-    def update(policy, optimizer, rollout, *rest):
-        stats = real(policy, optimizer, rollout, *rest)
+    def update(policy, optimizer, rollout, *rest, **settings):
+        stats = real(policy, optimizer, rollout, *rest, **settings)
         with torch.no_grad():
             parameters = policy(rollout.obs[rollout.mask])
             inside.append(policy.distribution.mean_and_log_std(parameters)[1])

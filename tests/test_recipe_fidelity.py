@@ -18,7 +18,7 @@ import torch
 
 from vecpg import train as train_module
 from vecpg.cli import parse_config
-from vecpg.noise import Purpose, uniforms_at
+from vecpg.noise import Purpose
 from vecpg.recipes import RECIPES
 from vecpg.run import checkpoint
 from vecpg.train import train
@@ -213,8 +213,7 @@ def test_actions_are_drawn_with_the_dropout_masks_of_the_textbook(tmp_path, monk
         theta = doubles(state["policy"]["parameters"])
         for [episode] in episodes_of(rollout):
             for step in episode:
-                stream = rollout.seed, rollout.iteration, *place(step)
-                drawn = uniforms_at(*stream, Purpose.ACTION, 1).item()
+                drawn = rollout.stream.uniforms_at(*place(step), Purpose.ACTION, 1).item()
                 left = step._replace(action=torch.tensor(0))
                 probability = torch.exp(log_prob(config, theta, rollout, left)).item()
                 if abs(drawn - probability) > 1e-5:
@@ -405,8 +404,8 @@ def log_prob(config, theta, rollout, step):
     """The logarithm of pi(action|obs), a softmax or a density of independent normals."""
     uniforms = None
     if config.dropout > 0:
-        stream = rollout.seed, rollout.iteration, *place(step)
-        uniforms = uniforms_at(*stream, Purpose.DROPOUT, sum(config.hidden_sizes))
+        units = sum(config.hidden_sizes)
+        uniforms = rollout.stream.uniforms_at(*place(step), Purpose.DROPOUT, units)
     output = network(config, theta, step.obs, uniforms)
     if not step.action.is_floating_point():
         return output[step.action] - torch.log(torch.exp(output).sum())

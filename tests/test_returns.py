@@ -771,14 +771,13 @@ def test_out_and_gradients_do_not_go_together():
         reward_to_go(rewards, D, 0.9, out=torch.empty(4, 3))
 
 
-def readme_examples():
-    text = (ROOT / "README.md").read_text()
-    section = re.search(r"## Use the returns kernel alone\n(.*?)\n## ", text, re.DOTALL)[1]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+def documented_examples():
+    text = (ROOT / "docs" / "returns.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_readmes_examples_run_and_are_right():
-    rollout, tokens, packed = (exec(code, names := {}) or names for code in readme_examples())
+def test_the_documented_examples_run_and_are_right():
+    rollout, tokens, packed = (exec(code, names := {}) or names for code in documented_examples())
     ends = rollout["terminations"] | rollout["truncations"]
     for n in (0, 63):
         for t in (0, 60, 127):

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vecpg.envs import EnvironmentFailure, make_envs
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 
@@ -38,7 +38,7 @@ def test_every_field_of_every_row_belongs_together(num_steps):
     policy = policy_for(envs)
     for iteration in range(2):
         rollout = collect(envs, policy, num_steps=num_steps, seed=3, iteration=iteration)
-        seeds = reset_seeds(3, iteration, 5, Purpose.TRAINING_RESET)
+        seeds = Stream(3, iteration, 0, 5).reset_seeds(Purpose.TRAINING_RESET)
         final = {
             tuple(row): obs
             for row, obs in zip(
@@ -98,8 +98,8 @@ def test_a_rollout_is_a_function_of_seed_and_iteration(vectorization):
 
     one = rollout(1, 4)
     same = rollout(1, 4, warm_up=3)
-    assert (one.seed, one.iteration) == (same.seed, same.iteration) == (1, 4)
-    for name in set(one.__slots__) - {"seed", "iteration"}:
+    assert one.stream == same.stream == Stream(1, 4, 0, one.mask.shape[1])
+    for name in set(one.__slots__) - {"stream"}:
         counted = (one.mask, same.mask) if name in ("obs", "actions") else (..., ...)
         assert torch.equal(getattr(one, name)[counted[0]], getattr(same, name)[counted[1]])
     for other in (rollout(1, 5), rollout(2, 4)):
@@ -192,7 +192,7 @@ def test_a_faulty_environment_is_named_with_step_and_seed(fault, message):
     for index, env in enumerate(envs.envs):
         env.unwrapped.guilty = index == 2
     assert Faulty.made
-    seed = reset_seeds(1, 0, 4, Purpose.TRAINING_RESET)[2]
+    seed = Stream(1, 0, 0, 4).reset_seeds(Purpose.TRAINING_RESET)[2]
     with pytest.raises(EnvironmentFailure, match=message.format(seed=seed)):
         collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
 

@@ -1,6 +1,5 @@
 """Whole rollouts in machine code, against the same environments stepped in torch."""
 
-import logging
 import math
 from dataclasses import replace
 
@@ -8,16 +7,21 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import apart
+from conftest import apart, by_stepping
 from gymnasium import spaces
+from on_tensors import Dock, Panel, Slide
 
-from vecpg import rollout as package
-from vecpg.envs import cartpole, make_envs, pendulum
+from vecpg.envs import make_envs
+from vecpg.envs.acrobot import Acrobot
+from vecpg.envs.cartpole import CartPole
+from vecpg.envs.cpu import compiled
+from vecpg.envs.mountain_car_continuous import MountainCarContinuous
+from vecpg.envs.pendulum import Pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
+from vecpg.noise import Stream
 from vecpg.policy import Policy
-from vecpg.rollout import collect, cpu
-from vecpg.rollout.stepping import collect_by_stepping
+from vecpg.rollout import choose_collector, collect, cpu
 from vecpg.update import by_machine_code
 
 NAMES = (
@@ -111,7 +115,7 @@ def test_short_rollouts_are_those_of_the_reference_to_the_end(num_steps, max_epi
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
         torch.testing.assert_close(ours.final_obs, expected.final_obs, rtol=0, atol=1e-5)
         assert torch.equal(ours.actions[ours.mask], expected.actions[ours.mask])
-        assert (ours.seed, ours.iteration) == (expected.seed, expected.iteration)
+        assert ours.stream == expected.stream == Stream(1, iteration, 0, 19)
         assert len(ours.final_rows) > 0
 
 
@@ -190,26 +194,62 @@ def test_transitions_are_gymnasiums():
             np.testing.assert_allclose(rollout.obs[t + 1, n], obs, rtol=0, atol=1e-6)
 
 
-def test_the_functions_of_one_copy_are_those_of_the_tensors():
+def random_states(definition, count):
+    """States in and beyond the usual range, (V, count) float32."""
+    high = {
+        CartPole: [2.6, 3.0, 0.25, 3.0],
+        Pendulum: [50.0, 8.0],
+        Acrobot: [math.pi, math.pi, 4 * math.pi, 9 * math.pi],
+        MountainCarContinuous: [1.2, 0.07],
+        Slide: [1.6],
+        Dock: [1.0, 1.0, 1.0, 2.0, 2.0, math.pi, 0.2],
+    }[definition]
     g = torch.Generator().manual_seed(0)
-    dynamics = cartpole.CartPoleDynamics()
-    high = torch.tensor([[2.6], [3.0], [0.25], [3.0]])
-    state = (2 * torch.rand(4, 2000, generator=g) - 1) * high
-    actions = torch.randint(0, 2, (2000,), generator=g)
-    following = dynamics.transition(state, actions)
-    ended = dynamics.terminated(following)
-    assert 100 < ended.sum() < 1900
-    uniforms = torch.rand(4, 2000, generator=g)
-    for i in range(2000):
-        one = [np.float32(value) for value in state[:, i]]
-        after = cartpole.transition(*one, int(actions[i]))
-        np.testing.assert_allclose(after, following[:, i], rtol=0, atol=5e-7)
-        exact = [np.float32(value) for value in following[:, i]]
-        assert cartpole.terminated(*exact) == ended[i]
-        assert cartpole.observation(*exact) == tuple(exact)
-        assert cartpole.reward(*one, int(actions[i]), *exact) == 1
-        numbers = [np.float32(value) for value in uniforms[:, i]]
-        assert cartpole.start(*numbers) == tuple(dynamics.start(uniforms)[:, i].tolist())
+    state = (2 * torch.rand(len(high), count, generator=g) - 1) * torch.tensor(high)[:, None]
+    uniforms = torch.rand(definition.num_uniforms, count, generator=g)
+    definition.action_space.seed(0)
+    actions = torch.from_numpy(np.stack([definition.action_space.sample() for _ in range(count)]))
+    return state, uniforms, actions
+
+
+@pytest.mark.parametrize(
+    ("definition", "tolerance", "ends"),
+    [
+        (CartPole, 5e-7, True),
+        (Pendulum, 4e-6, False),
+        # An acceleration of up to 400, by 0.2 seconds, of terms that cancel.
+        (Acrobot, 4e-4, True),
+        (MountainCarContinuous, 2e-7, True),
+        (Slide, 1e-7, True),
+        (Dock, 1e-6, True),
+    ],
+)
+def test_the_functions_of_one_copy_are_those_of_the_tensors(definition, tolerance, ends):
+    count = 2000
+    state, uniforms, actions = random_states(definition, count)
+    dynamics = TensorVectorEnv(definition, count, max_episode_steps=1).dynamics
+    following, paid, ended = dynamics.step(state, actions)
+    seen, fresh = dynamics.observation(state).reshape(count, -1), dynamics.start(uniforms)
+    functions = compiled(definition)
+    assert not ends or 50 < ended.sum() < count - 50
+
+    def numbers(column):
+        return tuple(np.float32(value) for value in column)
+
+    for i in range(count):
+        one, after = numbers(state[:, i]), numbers(following[:, i])
+        action = numbers(actions[i].reshape(-1))
+        action = action[0] if actions.ndim == 1 else action
+        np.testing.assert_allclose(
+            functions["transition"](one, action), following[:, i], rtol=0, atol=tolerance
+        )
+        np.testing.assert_allclose(functions["observation"](one), seen[i], rtol=1e-6, atol=1e-6)
+        reward = functions["reward"](one, action, after)
+        assert reward == pytest.approx(paid[i].item(), rel=1e-6, abs=2e-6)
+        assert functions["terminated"](after) == ended[i]
+        np.testing.assert_allclose(
+            functions["start"](numbers(uniforms[:, i])), fresh[:, i], rtol=0, atol=3e-7
+        )
 
 
 def test_pendulum_is_that_of_the_reference():
@@ -231,13 +271,13 @@ def test_pendulum_is_that_of_the_reference():
             assert difference < tolerance, (rows, name)
     # Later rows follow from their own states.
     state = torch.stack([torch.atan2(ours.obs[..., 1], ours.obs[..., 0]), ours.obs[..., 2]])
-    dynamics, acted = envs.dynamics, ours.actions.clamp(-2, 2)
+    acted = ours.actions.clamp(-2, 2)
     inside = ours.mask[:-1] & ~ours.dones[:-1]
     assert (ours.actions.abs() > 2).any()
-    following = dynamics.transition(state[:, :-1][:, inside], acted[:-1][inside])
-    seen = dynamics.observation(following)
+    following, _, _ = envs.dynamics.step(state[:, :-1][:, inside], acted[:-1][inside])
+    seen = envs.dynamics.observation(following)
     torch.testing.assert_close(ours.obs[1:][inside], seen, rtol=0, atol=1e-5)
-    paid = dynamics.reward(state[:, ours.mask], acted[ours.mask], None)
+    _, paid, _ = envs.dynamics.step(state[:, ours.mask], acted[ours.mask])
     torch.testing.assert_close(ours.rewards[ours.mask], paid, rtol=1e-5, atol=1e-4)
     normals = (ours.actions[..., 0] - expected_means(policy, ours.obs)) / std(policy)
     assert normals[ours.mask].mean().abs() < 4 / 26000**0.5
@@ -254,25 +294,72 @@ def std(policy):
         return policy.distribution.mean_and_log_std(torch.zeros(1, 1))[1].exp().item()
 
 
-def test_the_functions_of_one_pendulum_are_those_of_the_tensors():
-    g = torch.Generator().manual_seed(0)
-    dynamics = pendulum.PendulumDynamics()
-    state = (2 * torch.rand(2, 2000, generator=g) - 1) * torch.tensor([[50.0], [8.0]])
-    torques = 4 * torch.rand(2000, 1, generator=g) - 2
-    following = dynamics.transition(state, torques)
-    rewards = dynamics.reward(state, torques, following)
-    seen, uniforms = dynamics.observation(state), torch.rand(2, 2000, generator=g)
-    none = np.float32(0)
-    for i in range(2000):
-        one = [*(np.float32(value) for value in state[:, i]), none, none]
-        torque = np.float32(torques[i, 0])
-        after = pendulum.transition(*one, torque)
-        np.testing.assert_allclose(after[:2], following[:, i], rtol=0, atol=4e-6)
-        np.testing.assert_allclose(pendulum.observation(*one)[:3], seen[i], rtol=0, atol=1e-6)
-        assert pendulum.reward(*one, torque, *after) == pytest.approx(rewards[i].item(), abs=1e-4)
-        assert not pendulum.terminated(*after)
-        numbers = [*(np.float32(value) for value in uniforms[:, i]), none, none]
-        assert pendulum.start(*numbers)[:2] == tuple(dynamics.start(uniforms)[:, i].tolist())
+@pytest.mark.parametrize(
+    ("env_id", "rows"),
+    [
+        ("Acrobot-v1", 30),
+        ("MountainCarContinuous-v0", 60),
+        ("on_tensors:Slide-v0", 60),
+        ("on_tensors:Dock-v0", 20),
+        ("on_tensors:Fading-v0", 60),
+    ],
+)
+@pytest.mark.parametrize("num_envs", [1, 65])
+def test_any_environment_is_that_of_the_reference(env_id, rows, num_envs):
+    """One state variable and seven, three components of an action, eight of an observation."""
+    envs = make_envs(env_id, num_envs, max_episode_steps=40, vectorization="tensor")
+    torch.manual_seed(0)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, hidden_sizes=(33,))
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for iteration in range(2):
+        arguments = {"num_steps": 70, "seed": 2**33 + 1, "iteration": iteration}
+        ours = collect(envs, policy, **arguments, backend="cpu")
+        expected = collect(envs, policy, **arguments, backend="reference")
+        counted = expected.mask[:rows]
+        for name in ("mask", "terminations", "truncations"):
+            same = torch.equal(getattr(ours, name)[:rows], getattr(expected, name)[:rows])
+            assert same, name
+        seen = counted.clone()
+        seen[1:] |= expected.dones[: rows - 1]
+        for name, where in (("obs", seen), ("actions", counted), ("rewards", counted)):
+            ours_there, there = (getattr(each, name)[:rows][where] for each in (ours, expected))
+            assert (ours_there - there).abs().max() < 2e-4, name
+        assert ours.actions.shape[1:] == expected.actions.shape[1:]
+        assert ours.final_obs.shape[1:] == expected.final_obs.shape[1:]
+        assert counted.sum() > 10 * num_envs
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_normal_numbers_are_those_of_the_distribution(size):
+    """However many components: radii are the first half of the uniform numbers, turns the other."""
+
+    high = np.arange(1, size + 1, dtype=np.float32)
+    moved = Dock.transition
+
+    class Many(Dock):
+        action_space = spaces.Box(-high, high + 1)
+
+        @staticmethod
+        def transition(state, action):
+            return moved(state, (action[0], action[-1], 0.5))
+
+        @staticmethod
+        def reward(state, action, following):
+            return action[0] - action[-1]
+
+    envs = TensorVectorEnv(Many, 9, max_episode_steps=6)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, hidden_sizes=())
+    with torch.no_grad():
+        policy.distribution.raw_log_std.copy_(torch.linspace(-1, 1, size))
+    arguments = {"num_steps": 1, "seed": 3, "iteration": 4, "first_env": 5}
+    ours = collect(envs, policy, **arguments, backend="cpu")
+    expected = collect(envs, policy, **arguments, backend="reference")
+    assert torch.equal(ours.mask, expected.mask)
+    torch.testing.assert_close(ours.actions[0], expected.actions[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        ours.actions[ours.mask], expected.actions[ours.mask], rtol=1e-4, atol=1e-3
+    )
 
 
 def lengths(backend, seed, num_envs=64, iterations=80):
@@ -295,37 +382,43 @@ def test_episodes_are_as_long_as_those_of_the_reference():
     assert apart((ours * 1.05).round(), theirs) > limit
 
 
-def test_what_is_not_served_goes_the_reference_way_and_the_log_says_why(caplog):
-    package._announced.clear()
+def test_what_is_not_served_goes_the_reference_way_and_says_why():
     plain, envs = make_policy(), make(2)
     dropping = Policy(envs.single_observation_space, envs.single_action_space, dropout=0.5)
     swinging = make_envs("Pendulum-v1", 2)
     box = swinging.single_observation_space, swinging.single_action_space
     gaussian, other = Policy(*box), Policy(*box, log_std="network")
     arguments = {"num_steps": 1, "seed": 1, "iteration": 0}
-    with caplog.at_level(logging.INFO, "vecpg.rollout"):
-        for made, policy in ((envs, plain), (envs, dropping), (envs, plain), (swinging, other)):
-            collect(made, policy, **arguments)
-        collect(swinging, gaussian, **arguments)
-    assert [record.message for record in caplog.records] == [
-        "CartPole is collected in machine code",
-        "CartPole is collected by stepping it in torch: it has dropout",
-        "Pendulum is collected by stepping it in torch: its standard deviation comes from the"
-        " network",
-        "Pendulum is collected in machine code",
-    ]
+    for made, policy, way in (
+        (envs, plain, "in machine code"),
+        (envs, dropping, "by stepping, actions drawn in torch: it has dropout"),
+        (
+            swinging,
+            other,
+            "by stepping, actions drawn in torch: its standard deviation comes from the network",
+        ),
+        (swinging, gaussian, "in machine code"),
+    ):
+        assert str(choose_collector(made, policy)) == way
+    stepped = choose_collector(make_envs("CartPole-v1", 2, vectorization="sync"), plain)
+    assert str(stepped) == "by stepping: InProcessEnvs is no environment on tensors"
     double = gymnasium.make_vec("vecpg/CartPole-v1", num_envs=2, dtype="float64")
+    several = TensorVectorEnv(Panel, 2, max_episode_steps=9)
+    dialled = Policy(several.single_observation_space, several.single_action_space)
+
+    class Other(TensorVectorEnv):
+        pass
+
     sync = make_envs("CartPole-v1", 2, vectorization="sync")
     for made, policy, reason in (
         (envs, dropping, "it has dropout"),
         (swinging, other, "its standard deviation comes from the network"),
-        (TensorVectorEnv(cartpole.CartPoleDynamics(), 2, 9), plain, "there is no kernel for Ten"),
+        (Other(CartPole, 2, max_episode_steps=9), plain, "Other may do something else than its"),
+        (several, dialled, "its actions are neither Discrete nor a Box"),
         (double, plain, "the environments are not in float32"),
         (sync, plain, "InProcessEnvs is no environment on tensors"),
     ):
-        with pytest.raises(
-            ValueError, match=f'backend="cpu": {reason}.*; it serves vecpg/CartPole'
-        ):
+        with pytest.raises(ValueError, match=f'backend="cpu": {reason}.*; it serves environments'):
             collect(made, policy, **arguments, backend="cpu")
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, got 'x'"):
         collect(envs, plain, **arguments, backend="x")
@@ -350,29 +443,41 @@ def test_a_policy_for_other_spaces_is_not_served(observations, actions, reason):
     assert "its actions are not those" in cpu.why_not(swinging, wide)
 
 
-def test_other_dynamics_are_not_passed_by():
-    class Generous(cartpole.CartPoleDynamics):
-        def reward(self, state, actions, following):
-            return 5 * super().reward(state, actions, following)
-
-    envs = make(2)
-    envs.dynamics = Generous()
-    rollout = collect(envs, make_policy(), num_steps=1, seed=1, iteration=0)
+def test_a_definition_made_of_another_is_played_as_it_is_written():
+    """Inherited functions and changed ones, with a number and a function of where it was made."""
+    generous = make_generous(5.0)
+    envs = TensorVectorEnv(generous, 3, max_episode_steps=500)
+    arguments = {"num_steps": 1, "seed": 1, "iteration": 0}
+    rollout = collect(envs, make_policy(), **arguments, backend="cpu")
     assert torch.equal(rollout.rewards, 5.0 * rollout.mask)
+    other = TensorVectorEnv(make_generous(2.0), 3, max_episode_steps=500)
+    again = collect(other, make_policy(), **arguments, backend="cpu")
+    assert torch.equal(again.rewards, 2.0 * rollout.mask)
+    assert torch.equal(again.obs, rollout.obs)
+
+
+def make_generous(much):
+    paid = CartPole.reward
+
+    class Generous(CartPole):
+        @staticmethod
+        def reward(state, action, following):
+            return much * paid(state, action, following)
+
+    return Generous
 
 
 def test_a_call_that_returns_early_changes_nothing(monkeypatch):
     policy, arguments = make_policy(), {"num_steps": 60, "seed": 3, "iteration": 1}
     expected = collect(make(9), policy, **arguments, backend="cpu")
-    calls, play = [], cpu._KERNELS[cartpole.CartPole][1]
+    calls, play = [], cpu._kernel(CartPole, 4)
 
     def counted(*given):
         calls.append(given)
         return play(*given)
 
     monkeypatch.setattr(cpu, "_CALL_STEPS", 63)
-    kernels = {cartpole.CartPole: (cartpole.CartPoleDynamics, counted)}
-    monkeypatch.setattr(cpu, "_KERNELS", kernels)
+    monkeypatch.setattr(cpu, "_kernel", lambda definition, num_variables: counted)
     with threads.using(1):
         same(collect(make(9), policy, **arguments, backend="cpu"), expected)
     assert len(calls) == -(-len(expected.mask) // 7)
@@ -407,7 +512,7 @@ def test_a_policy_of_nan_ends_all_the_same():
 def test_collecting_by_stepping_gives_the_same_first_steps():
     policy, arguments = make_policy(), {"num_steps": 20, "seed": 3, "iteration": 2}
     ours = collect(make(7), policy, **arguments)
-    stepped = collect_by_stepping(make(7), policy, **arguments)
+    stepped = by_stepping(make(7), policy, **arguments)
     assert torch.equal(ours.mask[:20], stepped.mask[:20])
     assert torch.equal(ours.actions[:20][ours.mask[:20]], stepped.actions[:20][ours.mask[:20]])
 

@@ -29,11 +29,11 @@ def test_episode_statistics_agree_with_gymnasiums_own_wrapper():
 
     recorded.step = step
     rollout = collect(recorded, policy, num_steps=1, seed=1, iteration=0)
-    returns, lengths = episode_statistics(rollout)
+    episodes = episode_statistics(rollout)
     first = {}
     for n, episode_return, length in seen:
         first.setdefault(n, (episode_return, length))
-    assert list(zip(returns.tolist(), lengths.tolist(), strict=True)) == [
+    assert list(zip(episodes.returns.tolist(), episodes.lengths.tolist(), strict=True)) == [
         first[n] for n in range(6)
     ]
 
@@ -53,8 +53,8 @@ def test_episode_statistics_are_in_order_of_environment_and_start():
                 if rollout.dones[t, n]:
                     expected.append((total, length))
                     total = length = 0
-    returns, lengths = episode_statistics(rollout)
-    assert list(zip(returns.tolist(), lengths.tolist(), strict=True)) == expected
+    episodes = episode_statistics(rollout)
+    assert list(zip(episodes.returns.tolist(), episodes.lengths.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (63, 3), (40, 65)])

@@ -1,18 +1,18 @@
 """Collecting on the device against collecting step by step."""
 
+import math
+
 import pytest
 import torch
-from conftest import apart
-from environments import Counting  # noqa: F401 - registers the small ones
-from gymnasium import spaces
+from conftest import apart, by_stepping
+from on_tensors import Fading, Panel
 from pairs import pairwise
 
-from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs import EnvironmentFailure, make_envs, ops
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 from vecpg.rollout import tensor as module
-from vecpg.rollout.stepping import collect_by_stepping
 
 
 class Plain(Policy):
@@ -27,46 +27,25 @@ def make_policy(envs, **settings):
     return policy
 
 
-class Fading:
-    """Ends by rule, by limit or both; the reward is the action, the observation the length."""
-
-    observation_space = spaces.Box(0, 100, (2,))
-    action_space = spaces.Discrete(3)
-    num_uniforms = 1
-
-    def start(self, uniforms):
-        return torch.stack([torch.zeros_like(uniforms[0]), (uniforms[0] * 8).floor() + 1])
-
-    def transition(self, state, actions):
-        return torch.stack([state[0] + 1, state[1]])
-
-    def observation(self, state):
-        return state.mT
-
-    def terminated(self, state):
-        return state[0] >= state[1]
-
-    def reward(self, state, actions, following):
-        return actions.to(state.dtype)
-
-
 def same(one, other):
     for name in ("mask", "rewards", "terminations", "truncations", "final_obs", "final_rows"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     for name in ("obs", "actions"):
         assert torch.equal(getattr(one, name)[one.mask], getattr(other, name)[other.mask]), name
-    assert (one.seed, one.iteration) == (other.seed, other.iteration)
+    assert one.stream == other.stream
 
 
 @pairwise(
     num_steps=[1, 2, 7, 40],
-    which=["CartPole-v1", "Pendulum-v1", "fading"],
+    which=["CartPole-v1", "Pendulum-v1", "fading", "several"],
     between=[1, 5, 16],
 )
 def test_a_rollout_is_that_of_stepping(monkeypatch, which, num_steps, between):
     def make():
         if which == "fading":
-            return TensorVectorEnv(Fading(), 9, max_episode_steps=5)
+            return TensorVectorEnv(Fading, 9, max_episode_steps=5)
+        if which == "several":
+            return TensorVectorEnv(Panel, 9, max_episode_steps=5)
         return make_envs(which, 9, vectorization="tensor", max_episode_steps=30)
 
     monkeypatch.setattr(module, "_ROWS_BETWEEN_LOOKS", {"cpu": between})
@@ -75,7 +54,7 @@ def test_a_rollout_is_that_of_stepping(monkeypatch, which, num_steps, between):
     for iteration in range(2):
         arguments = {"num_steps": num_steps, "seed": 3, "iteration": iteration}
         on_device = collect(envs, policy, **arguments)
-        stepped = collect_by_stepping(make(), policy, **arguments)
+        stepped = by_stepping(make(), policy, **arguments)
         same(on_device, stepped)
         assert on_device.mask[-1].any()
         # Fewer episodes than rows: something was cut, something reset, something masked.
@@ -90,29 +69,41 @@ def test_an_environment_elsewhere_than_the_policy_is_refused():
 
 
 @pytest.mark.parametrize("what", ["reward", "observation"])
-def test_numbers_that_are_not_finite_are_named(what):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_numbers_that_are_not_finite_are_named(what, backend):
+    """The second environment to start is the only one of the three that starts above 0.5."""
+    nan = math.nan
+    in_reward, in_observation = float(what == "reward"), float(what == "observation")
+
     class Broken(Fading):
-        def reward(self, state, actions, following):
-            paid = super().reward(state, actions, following)
-            return torch.where(self._now(following), torch.nan, paid) if what == "reward" else paid
+        @staticmethod
+        def start(uniforms):
+            return 0.0, uniforms[0] + 4.0
 
-        def observation(self, state):
-            seen = super().observation(state)
-            return (
-                torch.where(self._now(state)[:, None], torch.inf, seen)
-                if what != "reward"
-                else seen
-            )
+        @staticmethod
+        def observation(state):
+            now = in_observation * state[0] * ops.where(state[1] > limit, 1.0, 0.0) > 0.0
+            return state[0], ops.where(now, nan, state[1])
 
-        def _now(self, state):
-            now = torch.zeros(state.shape[1], dtype=torch.bool)
-            now[1] = True
-            return now & (state[0] >= 1)
+        @staticmethod
+        def reward(state, action, following):
+            now = in_reward * following[0] * ops.where(state[1] > limit, 1.0, 0.0) > 0.0
+            return ops.where(now, nan, action)
 
-    envs = TensorVectorEnv(Broken(), 3, max_episode_steps=5)
-    envs.dynamics.start = lambda uniforms: torch.stack([uniforms[0] * 0, uniforms[0] * 0 + 4])
-    with pytest.raises(EnvironmentFailure, match=f"environment 1 returned a {what} that is not"):
-        collect(envs, make_policy(envs), num_steps=1, seed=1, iteration=0)
+    limit = 99.0
+    envs = TensorVectorEnv(Broken, 3, max_episode_steps=5)
+    firsts = collect(envs, make_policy(envs), num_steps=1, seed=1, iteration=0).obs[0, :, 1]
+    order = firsts.argsort().tolist()
+    limit = (firsts[order[1]] + firsts[order[2]]).item() / 2
+    step = 0 if what == "reward" else 1
+    envs = TensorVectorEnv(Broken, 3, max_episode_steps=5)
+    policy = make_policy(envs)
+    if backend == "cpu":
+        policy = Policy(envs.single_observation_space, envs.single_action_space)
+    with pytest.raises(
+        EnvironmentFailure, match=f"environment {order[2]} returned the {what} .* at step {step} of"
+    ):
+        collect(envs, policy, num_steps=1, seed=1, iteration=0, backend=backend)
 
 
 def lengths_of(vectorization, policy, iterations):
@@ -136,6 +127,51 @@ def test_episodes_of_a_policy_are_as_long_as_in_gymnasiums_own():
     assert apart(ours, theirs) < limit
     # Lengths of which each is 5 % longer would be seen.
     assert apart((ours * 1.05).round(), theirs) > limit
+
+
+def pushing(env_id, strength):
+    """Pushes along with the movement, more or less often: it reaches the goal in some episodes."""
+    envs = make_envs(env_id, 1)
+    spaces = envs.single_observation_space, envs.single_action_space
+    policy = Policy(*spaces, hidden_sizes=())
+    with torch.no_grad():
+        layer = policy.network[0]
+        layer.bias.zero_()
+        layer.weight.zero_()
+        layer.weight[:, -1] = (
+            strength * torch.linspace(-1, 1, 3) if len(layer.bias) > 1 else strength
+        )
+    return policy
+
+
+def ends_of(env_id, policy, limit, vectorization, backend):
+    """Lengths of 1280 episodes, and the share of those that reached the goal."""
+    envs = make_envs(env_id, 64, vectorization=vectorization, max_episode_steps=limit)
+    lengths, reached = [], 0
+    for iteration in range(20):
+        given = {"num_steps": 1, "seed": 5, "iteration": iteration}
+        rollout = collect(envs, policy, **given, backend=backend)
+        lengths.append(rollout.mask.sum(dim=0))
+        reached += rollout.terminations.sum().item()
+    envs.close()
+    return torch.cat(lengths), reached / 1280
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env_id", "strength", "limit"),
+    [("Acrobot-v1", 0.5, 130), ("MountainCarContinuous-v0", 30.0, 200)],
+)
+def test_goals_are_reached_as_often_and_as_soon_as_in_gymnasiums_own(env_id, strength, limit):
+    policy = pushing(env_id, strength)
+    theirs, share = ends_of(env_id, policy, limit, "sync", "auto")
+    assert 0.3 < share < 0.8
+    most = 1.95 * (2 / 1280) ** 0.5
+    for backend in ("cpu", "reference"):
+        ours, reached = ends_of(env_id, policy, limit, "tensor", backend)
+        assert abs(reached - share) < 3.3 * (share * (1 - share) * 2 / 1280) ** 0.5
+        assert apart(ours, theirs) < most
+        assert apart((ours * 1.05).round(), theirs) > most
 
 
 @pytest.mark.parametrize("vectorization", ["tensor", "vector_entry_point"])

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import evaluate
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -28,6 +29,7 @@ SUMMARY_KEYS = [
     "num_envs",
     "num_steps",
     "seed",
+    "shards",
     "device",
     "vectorization",
     "recipe",
@@ -463,8 +465,8 @@ def test_last_is_the_state_after_the_last_update_and_best_the_best_collector(tmp
         collected.append([p.detach().clone() for p in policy.parameters()])
         return real_collect(envs, policy, **kwargs)
 
-    def update(policy, *args):
-        stats = real_update(policy, *args)
+    def update(policy, *args, **kwargs):
+        stats = real_update(policy, *args, **kwargs)
         updated.append([p.detach().clone() for p in policy.parameters()])
         return stats
 
@@ -587,6 +589,83 @@ def test_a_signal_drops_a_collection_but_finishes_an_update(tmp_path, monkeypatc
         assert torch.equal(state["policy"]["parameters"][name], value)
 
 
+def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatch, caplog):
+    def broken(self, **kwargs):
+        raise RuntimeError("close broke")
+
+    monkeypatch.setattr(InProcessEnvs, "close_extras", broken)
+    result = train(short(tmp_path, vectorization="sync", total_iterations=6, confirm=False))
+    assert "closing the environments failed: RuntimeError: close broke" in caplog.text
+    assert checkpoint.load(result.run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert len(lines(result.run_dir)) == 6
+    assert (result.run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("closing", ["the checkpoint", "the metrics"])
+def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypatch, closing):
+    closed = []
+    real = train_module.Metrics.close
+    monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append("envs"))
+
+    def full(*args):
+        raise OSError("the disk is full")
+
+    def close(metrics):
+        real(metrics)
+        closed.append("metrics")
+        if closing == "the metrics":
+            full()
+
+    monkeypatch.setattr(train_module.Metrics, "close", close)
+    calls = []
+    if closing == "the checkpoint":
+        save = checkpoint.save
+        monkeypatch.setattr(
+            checkpoint,
+            "save",
+            lambda *args: calls.append(1) or (full if calls[2:] else save)(*args),
+        )
+    with pytest.raises(OSError, match="the disk is full"):
+        train(short(tmp_path, vectorization="sync", total_iterations=1))
+    assert closed == ["metrics", "envs"]
+
+
+def test_a_signal_while_saving_waits_until_it_is_done(tmp_path, monkeypatch):
+    saves = []
+    real = checkpoint.Saver.save
+
+    def save(saver, state):
+        saves.append(state)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(saver, state)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    with pytest.raises(Interrupted):
+        train(short(tmp_path, total_iterations=6))
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert len(lines(run_dir)) == 6
+
+
+def test_a_second_run_says_again_which_way_it_goes(tmp_path, caplog):
+    for settings in ({}, {}, {"dropout": 0.5}):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="vecpg"):
+            train(short(tmp_path, total_iterations=1, **settings))
+        said = [record.message for record in caplog.records]
+        ways = [line for line in said if line.startswith(("collecting", "gradient", "returns"))]
+        how = ["in machine code"] * 2
+        if settings:
+            drawn = "by stepping, actions drawn in torch: it has dropout"
+            how = [drawn, "by autograd: it has dropout"]
+        assert ways == [
+            f"collecting: {how[0]}",
+            f"gradient: {how[1]}",
+            "returns on cpu: machine code",
+        ]
+
+
 def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
     saves = []
     real = checkpoint.save
@@ -612,9 +691,9 @@ def test_acrobot_is_learnt_with_the_same_settings(tmp_path):
 def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch):
     """Compiling after the run was solved is no part of the time until then."""
 
-    def slow(*arguments):
+    def slow(*args, **kwargs):
         clock.seconds += 1000.0
-        return update(*arguments)
+        return update(*args, **kwargs)
 
     clock = types.SimpleNamespace(seconds=0.0)
     update = train_module.update
@@ -624,18 +703,3 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
     summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
     assert summary["solved"]
     assert 0 < summary["solved_seconds"] < 100
-
-
-def test_what_is_compiled_while_evaluating_is_left_out_once(monkeypatch):
-    class Compiled:
-        seconds = 2.0
-
-    now = 100.0
-    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now)
-    clock = train_module.Clock(torch.device("cpu"), Compiled(), started=now)
-    now, Compiled.seconds = 103.0, 4.0
-    assert clock.since_start() == 1.0
-    with clock.evaluation():
-        now, Compiled.seconds = 110.0, 9.0
-    assert clock.since_start() == 3.0
-    assert clock.without_evaluations() == 1.0

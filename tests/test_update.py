@@ -9,7 +9,7 @@ from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect
-from vecpg.update import update
+from vecpg.update import choose_learner, update
 
 T, N = 37, 5
 
@@ -160,6 +160,37 @@ def test_a_rollout_without_counted_rows_has_no_gradient():
     optimizer = torch.optim.SGD(policy.parameters(), 0.5)
     stats = update(policy, optimizer, rollout, advantages, Config(reduction="step", ent_coef=1.0))
     assert (stats.grad_norm.item(), stats.policy_loss.item(), stats.entropy.item()) == (0, 0, 0)
+
+
+def test_the_way_is_chosen_once_and_can_be_asked_for(backend, monkeypatch):
+    served = backend == "machine code"
+    auto = choose_learner(make_policy())
+    assert (auto.backend, auto.reason) == (("cpu", None) if served else ("reference", "a test"))
+    assert str(auto) == ("in machine code" if served else "by autograd: a test")
+    asked = choose_learner(make_policy(), "reference")
+    assert (asked.backend, str(asked)) == ("reference", "by autograd: as asked")
+    if not served:
+        with pytest.raises(ValueError, match='backend="cpu": a test; use backend="reference"'):
+            choose_learner(make_policy(), "cpu")
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, reference, cpu, got 'gpu'"
+    ):
+        choose_learner(make_policy(), "gpu")
+    # What was chosen is done, and nothing asks again.
+    taken = []
+    auto.prepare(make_policy())
+    for name in ("by_autograd", "by_machine_code"):
+        real = getattr(update_module, name)
+        monkeypatch.setattr(
+            update_module,
+            name,
+            lambda *args, name=name, real=real, **more: taken.append(name) or real(*args, **more),
+        )
+    monkeypatch.setattr(update_module.policy_cpu, "why_not", None)
+    for learner in (auto, asked):
+        policy = make_policy()
+        learner.update(policy, torch.optim.SGD(policy.parameters(), 0.5), *make_case(), Config())
+    assert taken == ["by_machine_code" if served else "by_autograd", "by_autograd"]
 
 
 ENVIRONMENTS = ["CartPole-v1", "vecpg/LineWorld-v0", "environments:Dials-v0", "environments:Pay-v0"]

@@ -222,14 +222,14 @@ def test_it_is_fitted_after_the_step_that_used_it(tmp_path, monkeypatch):
     }
     for name in real:
 
-        def noticed(*args, name=name):
+        def noticed(*args, name=name, **kwargs):
             if name in ("predict", "fit"):
                 values.append([p.detach().clone() for p in args[0].value_function.parameters()])
             if name == "advantages":
                 expected = value_module.predict(critic[0], args[0])[0]
                 assert torch.equal(args[2], expected)
             events.append(name)
-            return real[name](*args)
+            return real[name](*args, **kwargs)
 
         monkeypatch.setattr(train_module, name, noticed)
     critic = []

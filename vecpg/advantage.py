@@ -1,17 +1,19 @@
 """From rewards to the numbers that weigh grad log pi: weights, baselines, normalization.
 
 Masked rows never take part: they are selected away, not multiplied by zero, so they may hold NaN.
-Sums are formed in float64.
+Sums are formed in float64, for each shard by itself, and added in shard order: only these few
+numbers pass from one shard to another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vecpg.kernels.jit import jit
+from vecpg.kernels.sums import in_order
 from vecpg.returns import generalized_advantage, reward_to_go
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ def advantages(
 
     Args:
         rollout: T steps of N environments.
-        config: `weights`, `gamma`, `gae_lambda`, `baseline`, `bootstrap_truncations` and
-            `normalize` are read.
+        config: `weights`, `gamma`, `gae_lambda`, `baseline`, `bootstrap_truncations`, `normalize`
+            and `resolved_shards` are read.
         values: (T, N) float32, V of the observations; needed by the baseline "value".
         final_values: (K,) float32, V of `rollout.final_obs`; needed to bootstrap.
 
@@ -66,7 +68,6 @@ def advantages(
     Source: Williams (1992), section 3; Schulman et al. (2016), section 3, for "gae"; Kool et al.
     (2019), "Buy 4 REINFORCE samples, get a baseline for free!", section 3, for leaving one out.
     """
-    mask, dones = rollout.mask, rollout.dones
     if config.baseline == "value" and values is None:
         raise ValueError(
             'values: expected (T, N), got None; baseline="value" needs V of every observation'
@@ -79,9 +80,54 @@ def advantages(
                 " final observation"
             )
         continued = rollout.values_at_truncations(final_values)
-    weights = torch.empty_like(rollout.rewards)
+    shards = rollout.shards(config.resolved_shards)
+    masks, dones = [shard.mask for shard in shards], [shard.dones for shard in shards]
+    none: list[Tensor | None] = [None] * len(shards)
+    weights = [
+        _weigh(config, *parts)
+        for parts in zip(
+            [shard.rewards for shard in shards],
+            masks,
+            dones,
+            none if values is None else rollout.split(values, shards),
+            none if continued is None else rollout.split(continued, shards),
+            strict=True,
+        )
+    ]
+    if config.baseline == "mean":
+        mean = masked_mean(weights, masks).to(weights[0].dtype)
+        weights = [
+            torch.where(mask, own - mean, 0.0) for own, mask in zip(weights, masks, strict=True)
+        ]
+    if config.baseline in ("timestep_mean", "leave_one_out"):
+        rows = list(zip(weights, masks, dones, strict=True))
+        sums = add_by_age([sums_by_age(*own) for own in rows])
+        for own in rows:
+            subtract_mean_by_age(*own, sums, others=config.baseline == "leave_one_out")
+    if config.normalize:
+        weights = normalized(weights, masks)
+    return rollout.join(weights)
+
+
+def prepare_advantages(device: torch.device) -> None:
+    """Compile, or load, what the advantages of a rollout on a device will need."""
+    ones = torch.ones(1, 2, device=device)
+    rows = reward_to_go(ones, ones > 0, 1.0, mask=ones > 0), ones > 0, ones > 0
+    subtract_mean_by_age(*rows, sums_by_age(*rows), others=True)
+
+
+def _weigh(
+    config: "Config",
+    rewards: Tensor,
+    mask: Tensor,
+    dones: Tensor,
+    values: Tensor | None,
+    continued: Tensor | None,
+) -> Tensor:
+    """w_t of a shard's rows, less V(s_t) where that is the baseline. No sum goes over rows."""
+    weights = torch.empty_like(rewards)
     for block in _blocks(mask):
-        paid, ends, counted = rollout.rewards[:, block], dones[:, block], mask[:, block]
+        paid, ends, counted = rewards[:, block], dones[:, block], mask[:, block]
         after = None if continued is None else continued[:, block]
         if config.weights == "gae" and values is not None:
             weights[:, block] = generalized_advantage(
@@ -104,72 +150,132 @@ def advantages(
             weights[:, block] = torch.where(mask[:, block], whole, 0.0)
     if values is not None and config.baseline == "value" and config.weights != "gae":
         weights = torch.where(mask, weights - values, 0.0)
-    if config.baseline == "mean":
-        weights = torch.where(mask, weights - masked_mean(weights, mask).to(weights.dtype), 0.0)
-    if config.baseline in ("timestep_mean", "leave_one_out"):
-        _subtract_mean_by_age(weights, mask, dones, config.baseline == "leave_one_out")
-    if config.normalize:
-        weights = normalized(weights, mask)
     return weights
 
 
-def prepare_advantages(device: torch.device) -> None:
-    """Compile, or load, what the advantages of a rollout on a device will need."""
-    ones = torch.ones(1, 2, device=device)
-    every = ones > 0
-    _subtract_mean_by_age(reward_to_go(ones, every, 1.0, mask=every), every, every, True)
+# -- Over all rows -------------------------------------------------------------------------------
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of `values` where `mask`, in float64; 0 where nothing counts.
+def sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
+    """(2,) float64: the sum of a shard's `values` where `mask`, and how many they are."""
+    total = torch.where(mask, values, 0.0).sum(dtype=torch.float64)
+    return torch.stack([total, mask.sum().to(torch.float64)])
+
+
+def masked_mean(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """The mean of every shard's `values` where its mask is True, in float64; 0 if nothing counts.
 
     Example:
-        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        >>> values, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
+        >>> masked_mean([values], [mask])
         tensor(2., dtype=torch.float64)
     """
-    total = torch.where(mask, values, 0.0).sum(dtype=torch.float64)
-    return total / mask.sum().clamp(min=1)
+    total, count = in_order([sum_and_count(*pair) for pair in zip(values, masks, strict=True)])
+    mean: Tensor = total / count.clamp(min=1)
+    return mean
 
 
-def normalized(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` shifted and scaled to mean 0 and standard deviation 1 (n - 1) where `mask`, else 0.
+def normalized(values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Shards' `values` with mean 0 and standard deviation 1 (n - 1) where their mask is True.
 
-    If the standard deviation is 0, or only one row counts, everything is 0.
+    Elsewhere they are 0. If the standard deviation is 0, or only one row counts, everything is.
 
     Example:
-        >>> normalized(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
-        tensor([-0.7071,  0.7071,  0.0000])
+        >>> values, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
+        >>> normalized([values], [mask])
+        [tensor([-0.7071,  0.7071,  0.0000])]
     """
-    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
-    squares = centred.square().sum(dtype=torch.float64)
-    deviation = (squares / (mask.sum() - 1).clamp(min=1)).sqrt()
-    return torch.where(deviation > 0, centred / deviation, 0.0)
+    mean = masked_mean(values, masks)
+    centred = [torch.where(mask, own - mean, 0.0) for own, mask in zip(values, masks, strict=True)]
+    squares = in_order([own.square().sum(dtype=torch.float64) for own in centred])
+    count = in_order([mask.sum() for mask in masks])
+    deviation = (squares / (count - 1).clamp(min=1)).sqrt()
+    return [torch.where(deviation > 0, own / deviation, 0.0) for own in centred]
 
 
-def _subtract_mean_by_age(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
-    """Subtract in place the mean over rows of the same age, of all or of other environments."""
-    if weights.device.type == "cpu" and weights.dtype == torch.float32:
-        width = max(1, min(_BLOCK_ENVS, mask.shape[1], _BLOCK_ROWS // max(1, len(mask))))
-        rows = weights.detach().numpy()
-        _subtract_on_host(rows, mask.numpy(), dones.numpy(), others, width)
+# -- Over rows of the same age -------------------------------------------------------------------
+
+
+def sums_by_age(weights: Tensor, mask: Tensor, dones: Tensor) -> Tensor:
+    """The sum, and the number, of a shard's weights of each age: steps since the episode began.
+
+    Args:
+        weights: (T, N).
+        mask: (T, N) bool, True = counted; other rows are not read.
+        dones: (T, N) bool, True = the episode ends here.
+
+    Returns:
+        (2, T) float64, sums and numbers.
+
+    Example:
+        >>> whole = torch.tensor([[True, True], [True, False]])
+        >>> ends = torch.tensor([[False, True], [True, False]])
+        >>> sums_by_age(torch.tensor([[1.0, 2.0], [4.0, torch.nan]]), whole, ends).tolist()
+        [[3.0, 4.0], [2.0, 1.0]]
+    """
+    sums = torch.zeros(2, len(mask), dtype=torch.float64, device=weights.device)
+    if _on_host(weights):
+        rows = weights.detach().numpy(), mask.numpy(), dones.numpy()
+        _add_on_host(*rows, *sums[:, :, None].numpy(), _width(mask))
+        return sums
+    for block in _blocks(mask):
+        total, count, _ = _of_each(weights, mask, dones, block)
+        sums[0] += total.sum(dim=1)
+        sums[1] += count.sum(dim=1)
+    return sums
+
+
+def add_by_age(parts: Sequence[Tensor]) -> Tensor:
+    """The shards' `sums_by_age`, (2, T of each), added in their order: (2, the longest T)."""
+    longest = max(part.shape[1] for part in parts)
+    return in_order([nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+
+def subtract_mean_by_age(
+    weights: Tensor, mask: Tensor, dones: Tensor, sums: Tensor, *, others: bool
+) -> None:
+    """Subtract from a shard's weights, in place, the mean over all counted rows of the same age.
+
+    Args:
+        weights: (T, N); 0 where masked afterwards.
+        mask: as in `sums_by_age`.
+        dones: the same.
+        sums: of all shards, as `add_by_age` gives them.
+        others: leave out the rows of the own environment; where no other has that age, subtract 0.
+    """
+    if _on_host(weights):
+        rows = weights.detach().numpy(), mask.numpy(), dones.numpy()
+        _subtract_on_host(*rows, *sums.numpy(), others, _width(mask))
     else:
-        _subtract_in_torch(weights, mask, dones, others)
+        _subtract_in_torch(weights, mask, dones, sums, others)
+
+
+def _on_host(weights: Tensor) -> bool:
+    return weights.device.type == "cpu" and weights.dtype == torch.float32
+
+
+def _width(mask: Tensor) -> int:
+    """How many environments the machine code takes at once."""
+    return max(1, min(_BLOCK_ENVS, mask.shape[1], _BLOCK_ROWS // max(1, len(mask))))
 
 
 @jit
-def _subtract_on_host(weights, mask, dones, others, width):  # type: ignore[no-untyped-def]
+def _add_on_host(weights, mask, dones, total, count, width):  # type: ignore[no-untyped-def]
+    """Add all environments to the sums of each age, (T, 1), a block after the other."""
+    for start in range(0, mask.shape[1], width):
+        _add_by_age(weights, mask, dones, start, width, total, count, False)
+
+
+@jit
+def _subtract_on_host(weights, mask, dones, total, count, others, width):  # type: ignore[no-untyped-def]
     """As `_subtract_in_torch`, row after row of `width` environments."""
     length, num_envs = mask.shape
-    total, count = np.zeros(length), np.zeros(length)
-    shape = length, width
-    own_total, own_count = np.zeros(shape), np.zeros(shape)
-    for start in range(0, num_envs, width):
-        _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, False)
+    own_total, own_count = np.zeros((length, width)), np.zeros((length, width))
     for start in range(0, num_envs, width):
         if others:
             own_total[:] = 0.0
             own_count[:] = 0.0
-            _add_by_age(weights, mask, dones, start, total, count, own_total, own_count, True)
+            _add_by_age(weights, mask, dones, start, width, own_total, own_count, True)
         age = np.zeros(width, np.int64)
         for t in range(length):
             for n in range(min(width, num_envs - start)):
@@ -185,48 +291,38 @@ def _subtract_on_host(weights, mask, dones, others, width):  # type: ignore[no-u
 
 
 @jit
-def _add_by_age(  # type: ignore[no-untyped-def]
-    weights, mask, dones, start, total, count, own_total, own_count, own
-):
-    """Add a block of environments to the sums over rows of each age, of all or of each."""
+def _add_by_age(weights, mask, dones, start, width, total, count, apart):  # type: ignore[no-untyped-def]
+    """Add a block of environments to the sums over rows of each age, of all or each `apart`."""
     length, num_envs = mask.shape
-    width = own_total.shape[1]
     age = np.zeros(width, np.int64)
     for t in range(length):
         for n in range(min(width, num_envs - start)):
             if not mask[t, start + n]:
                 age[n] = 0
                 continue
-            if own:
-                own_total[age[n], n] += weights[t, start + n]
-                own_count[age[n], n] += 1.0
-            else:
-                total[age[n]] += weights[t, start + n]
-                count[age[n]] += 1.0
+            column = n if apart else 0
+            total[age[n], column] += weights[t, start + n]
+            count[age[n], column] += 1.0
             age[n] = 0 if dones[t, start + n] else age[n] + 1
 
 
-def _subtract_in_torch(weights: Tensor, mask: Tensor, dones: Tensor, others: bool) -> None:
+def _subtract_in_torch(
+    weights: Tensor, mask: Tensor, dones: Tensor, sums: Tensor, others: bool
+) -> None:
     """The reference, on any device."""
-    length = mask.shape[0]
-    total = torch.zeros(length, dtype=torch.float64, device=weights.device)
-    count = torch.zeros_like(total)
+    total, count = sums[:, : len(mask), None]
     for block in _blocks(mask):
-        block_total, block_count = _sums_by_age(weights, mask, dones, block)[:2]
-        total += block_total.sum(dim=1)
-        count += block_count.sum(dim=1)
-    for block in _blocks(mask):
-        own_total, own_count, age = _sums_by_age(weights, mask, dones, block)
+        own_total, own_count, age = _of_each(weights, mask, dones, block)
         if others:
-            means = (total[:, None] - own_total) / (count[:, None] - own_count)
-            means = torch.where(count[:, None] > own_count, means, 0.0)
+            means = (total - own_total) / (count - own_count)
+            means = torch.where(count > own_count, means, 0.0)
         else:
-            means = (total / count)[:, None].expand(own_total.shape)
+            means = (total / count).expand(own_total.shape)
         centred = weights[:, block] - means.gather(0, age)
         weights[:, block] = torch.where(mask[:, block], centred, 0.0).to(weights.dtype)
 
 
-def _sums_by_age(
+def _of_each(
     weights: Tensor, mask: Tensor, dones: Tensor, block: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and number of the weights of each (age, environment), and every row's age."""

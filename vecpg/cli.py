@@ -1,15 +1,18 @@
-"""What the scripts share: flags from a dataclass, one-line errors, exit codes.
+"""The command `vecpg`: flags from a dataclass, one-line errors, exit codes.
 
 Torch is imported only once the flags are right, so that `--help` and mistakes cost no time.
 """
 
 import contextlib
 import difflib
+import gc
 import io
 import json
 import logging
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -22,6 +25,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from vecpg import __version__
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 
@@ -33,30 +37,94 @@ _T = TypeVar("_T")
 _registry = ConstructorRegistry()
 
 
+# What each command does, in words.
+COMMANDS = {
+    "train": "train a policy on many copies of an environment at once",
+    "evaluate": "play whole episodes with a trained policy, or film one",
+    "plot": "draw the learning curves of runs: means over seeds, confidence bands",
+    "benchmark": "measure this machine: a table of speeds, each beside its limit",
+}
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """`scripts/train.py` and the command `vecpg-train`."""
+    """`vecpg COMMAND ...`, which is also `python -m vecpg COMMAND ...`.
+
+    Without a command it lists them.
+    """
+    command, *rest = (sys.argv[1:] if args is None else list(args)) or ["--help"]
+    match command:
+        case "train":
+            train_main(rest)
+        case "evaluate":
+            evaluate_main(rest)
+        case "plot":
+            plot_main(rest)
+        case "benchmark":
+            from vecpg.measure.cli import benchmark_main
+
+            benchmark_main(rest)
+        case "--help" | "-h":
+            _print_all(
+                "usage: vecpg COMMAND [OPTIONS]",
+                "",
+                *(f"  {name:10} {what}" for name, what in COMMANDS.items()),
+                "",
+                "vecpg COMMAND --help explains its options; vecpg --version prints the version.",
+            )
+        case "--version":
+            _print_all(f"vecpg {__version__}")
+        case _:
+            known = [*COMMANDS, "--help", "--version"]
+            near = difflib.get_close_matches(command, known, n=1)
+            if command.startswith("-") and not near:
+                near = [f"train {command}"]
+            hint = f"did you mean vecpg {near[0]}?" if near else "see vecpg --help"
+            fail(f"expected one of {', '.join(COMMANDS)} first, got {command}; {hint}")
+
+
+def train_main(args: Sequence[str]) -> None:
+    """`vecpg train`."""
     with exit_codes():
-        config = parse_config(sys.argv[1:] if args is None else list(args))
+        config = parse_config(args)
         prepare_process()
         with stdout_kept_clean():
             _check_cheaply(config)
-            from vecpg.train import train
+            with imports_kept():
+                from vecpg.train import train
 
             result = train(config)
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
         print(
-            f"curves:   tensorboard --logdir {config.out_dir}\n"
-            f"evaluate: python scripts/evaluate.py {run_dir}",
+            f"curves:   {_how_to_call('tensorboard', 'tensorboard.main')} --logdir"
+            f" {shlex.quote(config.out_dir)}\n"
+            f"evaluate: {_how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
             file=sys.stderr,
         )
+
+
+def _how_to_call(command: str, module: str) -> str:
+    """How to call a command of this environment from this shell, as short as it can be.
+
+    Args:
+        command: the name that installing gives it.
+        module: what `python -m` runs instead, where it was not installed.
+    """
+    beside = Path(sys.executable).with_name(command)
+    if shutil.which(command) == str(beside):
+        return command
+    found = beside if beside.exists() else Path(sys.executable)
+    if Path.cwd() in found.parents[1:]:  # a name without a / would be looked for on the path
+        found = found.relative_to(Path.cwd())
+    name = shlex.quote(str(found))
+    return name if beside.exists() else f"{name} -m {module}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Play whole episodes with a trained policy, greedily. One JSON line goes to stdout."""
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run directory (its best policy) or a checkpoint."""
     episodes: int = 100
     """How many whole episodes, exactly. At least 1."""
@@ -77,14 +145,15 @@ class EvaluateConfig:
             raise ConfigError(f"--seed: expected a number from 0 to 2**64 - 1, got {self.seed}")
 
 
-def evaluate_main(args: Sequence[str] | None = None) -> None:
-    """`scripts/evaluate.py`."""
+def evaluate_main(args: Sequence[str]) -> None:
+    """`vecpg evaluate`."""
     with exit_codes():
-        config = parse(EvaluateConfig, sys.argv[1:] if args is None else list(args))
+        config = parse(EvaluateConfig, args, command="evaluate")
         prepare_process()
-        from vecpg.evaluate import evaluate
-        from vecpg.look import video
-        from vecpg.run import checkpoint
+        with imports_kept():
+            from vecpg.evaluate import evaluate
+            from vecpg.look import video
+            from vecpg.run import checkpoint
 
         try:
             with stdout_kept_clean():
@@ -139,10 +208,10 @@ class PlotConfig:
             raise ConfigError("RUN: expected at least one run directory, got none")
 
 
-def plot_main(args: Sequence[str] | None = None) -> None:
-    """`scripts/plot.py`."""
+def plot_main(args: Sequence[str]) -> None:
+    """`vecpg plot`."""
     with exit_codes():
-        config = parse(PlotConfig, sys.argv[1:] if args is None else list(args))
+        config = parse(PlotConfig, args, command="plot")
         prepare_process()
         from vecpg.look.plot import plot
 
@@ -154,7 +223,7 @@ def plot_main(args: Sequence[str] | None = None) -> None:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The settings that the flags of `scripts/train.py` give, `--recipe` read first."""
+    """The settings that the flags of `vecpg train` give, `--recipe` read first."""
     name = _recipe_name(args)
     if name == "list":
         # All that any of them sets otherwise than another: who runs one wants to know all of these.
@@ -170,7 +239,7 @@ def parse_config(args: Sequence[str]) -> Config:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
-    return parse(Config, args, default=RECIPES[name][0], description=_DESCRIPTION)
+    return parse(Config, args, command="train", default=RECIPES[name][0], description=_DESCRIPTION)
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -195,6 +264,7 @@ def parse(
     kind: Callable[..., _T],
     args: Sequence[str],
     *,
+    command: str,
     default: _T | None = None,
     description: str | None = None,
 ) -> _T:
@@ -204,7 +274,12 @@ def parse(
     try:
         with contextlib.redirect_stderr(box):
             parsed: _T = tyro.cli(
-                kind, args=args, description=description, registry=_registry, **options
+                kind,
+                prog=f"vecpg {command}",
+                args=list(args),
+                description=description,
+                registry=_registry,
+                **options,
             )
     except ConfigError as error:
         fail(str(error))
@@ -238,6 +313,20 @@ def stdout_kept_clean() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def imports_kept() -> Iterator[None]:
+    """What is imported inside is there to stay, and no garbage is ever looked for in it.
+
+    That would take half a second: meanwhile, when kernels are loaded, and at exit.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
     """Exit statuses: 2 for what can be known before the first step, 1 after it, 128 + signal."""
     try:
@@ -262,6 +351,11 @@ def exit_codes() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
         raise
+
+
+def _print_all(*lines: str) -> None:
+    with exit_codes():
+        print("\n".join(lines), flush=True)
 
 
 def fail(message: str) -> NoReturn:

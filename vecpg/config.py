@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a training run. The flags of `scripts/train.py` are these fields.
+    """Every setting of a training run. The flags of `vecpg train` are these fields.
 
     Raises:
         ConfigError: a value outside its range, with the range and what was given.
@@ -117,6 +117,9 @@ class Config:
 
     seed: int = 1
     """Every random number of the run is a function of this. 0 to 2**64 - 1."""
+    shards: int | None = None
+    """Groups of environments whose sums are formed apart and added in order, so that the run can be
+    split into as many parts without changing a bit. Divides --num-envs; none = one."""
     out_dir: str = "runs"
     """Run directories are made in here."""
     exp_name: str = "reinforce"
@@ -148,6 +151,7 @@ class Config:
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in (
             "threads",
+            "shards",
             "max_episode_steps",
             "total_timesteps",
             "total_episodes",
@@ -155,6 +159,11 @@ class Config:
         ):
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "at least 1, or none", value)
+        if self.num_envs % self.resolved_shards:
+            raise ConfigError(
+                f"--shards: expected a number that divides --num-envs {self.num_envs}, got"
+                f" {self.shards}; nearest: {_nearest_divisors(self.num_envs, self.resolved_shards)}"
+            )
         limits = (self.total_timesteps, self.total_episodes, self.total_iterations)
         if limits == (None, None, None):
             raise ConfigError(
@@ -205,6 +214,11 @@ class Config:
             _check(name, getattr(self, name) != "", "a name", getattr(self, name))
         _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)
 
+    @property
+    def resolved_shards(self) -> int:
+        """`shards`, or 1 where none are asked for."""
+        return self.shards or 1
+
 
 def flag(name: str) -> str:
     """The command-line spelling of a field."""
@@ -214,6 +228,13 @@ def flag(name: str) -> str:
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain JSON types; `Config(**to_dict(config)) == config`."""
     return dataclasses.asdict(config) | {"hidden_sizes": list(config.hidden_sizes)}
+
+
+def _nearest_divisors(number: int, to: int) -> str:
+    """Of what divides a number, the nearest below and above one that does not."""
+    below = next(d for d in range(min(to, number), 0, -1) if number % d == 0)
+    above = next((d for d in range(to, number + 1) if number % d == 0), None)
+    return str(below) if above is None else f"{below} and {above}"
 
 
 def _check(name: str, holds: bool, expected: str, got: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# `scripts/benchmark.py --record` writes it from benchmarks/results: speeds of training.
+# `vecpg benchmark --record` writes it from benchmarks/results: speeds of training.
 _SPEEDS = Path(__file__).with_name("speeds.json")
 
 

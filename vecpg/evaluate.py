@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vecpg.envs import find_spec, has_one_generator, make_envs, own_vectorization
-from vecpg.noise import Purpose, StepNoise, reset_seeds
+from vecpg.envs import has_one_generator, judge_of, make_envs
+from vecpg.noise import Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import play
 
@@ -55,7 +55,10 @@ def evaluate(
     purpose: Purpose = Purpose.EVALUATION_RESET,
     draw: int = 0,
 ) -> EvalResult:
-    """Play whole episodes in Gymnasium's own environment, whatever training used.
+    """Play whole episodes in the environment itself, whatever training used.
+
+    An environment on tensors is judged by the one it stands for, or by itself in float64: see
+    `vecpg.envs.judge_of`.
 
     Every copy of the environment plays a number of episodes that is fixed beforehand. (Taking the
     first to finish would favour short ones.)
@@ -87,22 +90,18 @@ def evaluate(
     num_envs = min(episodes, _MOST_ENVS)
     quotas = np.full(num_envs, episodes // num_envs)
     quotas[: episodes % num_envs] += 1
-    envs = make_envs(
-        env_id,
-        num_envs,
-        # Whatever training used, Gymnasium's own environment is the judge.
-        vectorization=own_vectorization(find_spec(env_id)),
-        env_kwargs=env_kwargs,
-        max_episode_steps=max_episode_steps,
-    )
-
-    noise = StepNoise(seed, draw, num_envs, purpose, policy.device, policy.num_uniforms)
+    judge, settings = judge_of(env_id, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
+    envs = make_envs(judge, num_envs, **settings)
+    stream = Stream(seed, draw, 0, num_envs)
+    noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
         return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
-    seeds = reset_seeds(seed, draw, num_envs, purpose)
+    seeds: int | list[int] = stream.reset_seeds(purpose)
+    if has_one_generator(envs):
+        seeds = stream.common_seed(purpose)
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total = np.zeros(num_envs)
@@ -113,7 +112,7 @@ def evaluate(
                 envs,
                 act,
                 quotas=quotas,
-                seeds=seeds[0] if has_one_generator(envs) else seeds,
+                seeds=seeds,
             ):
                 total += row.rewards
                 length += row.mask

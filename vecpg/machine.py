@@ -13,13 +13,20 @@ import torch
 import vecpg
 
 
-def system() -> dict[str, Any]:
-    """Versions and hardware. Never a host name, a user or a path."""
+def versions() -> dict[str, str]:
+    """Of vecpg, Python and the packages whose bits a run depends on."""
     packages = ("torch", "gymnasium", "numpy", "numba", "tensorboard")
     return {
         "vecpg": vecpg.__version__,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
+    }
+
+
+def system() -> dict[str, Any]:
+    """Versions and hardware. Never a host name, a user or a path."""
+    return {
+        **versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -54,7 +61,8 @@ def checkout() -> Path:
     root = Path(__file__).resolve().parents[1]
     if git(root, "rev-parse", "--show-toplevel") != str(root):
         raise ValueError(
-            "vecpg was installed without its repository; clone it, and install it with pip's -e"
+            "expected vecpg in a checkout, got it installed without its repository; clone it, and"
+            " install it with pip's -e"
         )
     return root
 

@@ -4,11 +4,13 @@ Every number is a pure function of (seed, iteration, global environment index, s
 run can be resumed, split over processes or moved to another device and draw the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
@@ -60,110 +62,136 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
     return [torch.as_tensor(word) for word in (c0, c1, c2, c3)]
 
 
-def uniforms(
-    seed: int,
-    iteration: int,
-    steps: range,
-    num_envs: int,
-    purpose: Purpose,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """One uniform number in [0, 1) for every step and environment.
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What fixes every random number of a collection.
+
+        number = f(seed, iteration, first_env + n, step, purpose),   n = 0 ... num_envs - 1
+
+    A part of the environments draws what it would draw as a part of all of them: only their index
+    in the whole run counts.
 
     Args:
-        seed: 0 to 2**64 - 1.
-        iteration: 0 to 2**32 - 1.
-        steps: the rows wanted, counted from the start of the iteration.
-        num_envs: environments 0 to num_envs - 1.
-        purpose: what the numbers are for.
-        device: where they are wanted; the bits are the same everywhere.
-
-    Returns:
-        (len(steps), num_envs) float32, multiples of 2**-24.
+        seed: of the run, 0 to 2**64 - 1.
+        iteration: which collection, 0 to 2**32 - 1; in evaluation, which set of episodes.
+        first_env: the index in the whole run of the first environment.
+        num_envs: how many follow from there on.
 
     Example:
-        >>> many = uniforms(1, 0, range(10), 8, Purpose.ACTION)
-        >>> torch.equal(many[7:9, :3], uniforms(1, 0, range(7, 9), 3, Purpose.ACTION))
+        >>> whole, part = Stream(1, 0, 0, 8), Stream(1, 0, 6, 2)
+        >>> numbers = whole.uniforms(range(10), Purpose.ACTION)
+        >>> torch.equal(numbers[7:9, 6:], part.uniforms(range(7, 9), Purpose.ACTION))
+        True
+        >>> whole.reset_seeds(Purpose.TRAINING_RESET)[6:] == part.reset_seeds(
+        ...     Purpose.TRAINING_RESET
+        ... )
         True
     """
-    rows = torch.arange(steps.start, steps.stop, device=device)[:, None]
-    return uniforms_at(
-        seed, iteration, rows, torch.arange(num_envs, device=device), purpose, count=1
-    )[0]
 
+    seed: int
+    iteration: int
+    first_env: int
+    num_envs: int
 
-def uniforms_at(
-    seed: int, iteration: int, steps: Tensor, envs: Tensor, purpose: Purpose, count: int
-) -> Tensor:
-    """`count` uniform numbers in [0, 1) for every pair of a step and an environment.
+    def part(self, first: int, count: int) -> "Stream":
+        """The stream of environments `first` to `first + count - 1` of these."""
+        return Stream(self.seed, self.iteration, self.first_env + first, count)
 
-    The first of them is that of `uniforms`.
+    def reset_seeds(self, purpose: Purpose) -> list[int]:
+        """One reset seed for each environment."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(int(purpose), self.iteration))
+        words = sequence.generate_state(self.first_env + self.num_envs)
+        return [int(word) for word in words[self.first_env :]]
 
-    Args:
-        seed: 0 to 2**64 - 1.
-        iteration: 0 to 2**32 - 1.
-        steps: int64, in [0, 2**32).
-        envs: int64, broadcasts with `steps`.
-        purpose: what the numbers are for.
-        count: how many for each pair, at most 2**26.
+    def common_seed(self, purpose: Purpose) -> int:
+        """One reset seed for all environments of the run together, whichever of them these are."""
+        return Stream(self.seed, self.iteration, 0, 1).reset_seeds(purpose)[0]
 
-    Returns:
-        (count, *shape) float32 on the device of `steps`, multiples of 2**-24.
+    def uniforms(
+        self, steps: range, purpose: Purpose, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """One uniform number in [0, 1) for every step and environment.
 
-    Example:
-        >>> steps, envs = torch.tensor([3, 9]), torch.tensor([1, 0])
-        >>> many = uniforms_at(1, 0, steps, envs, Purpose.ACTION, count=6)
-        >>> torch.equal(many[0, 1], uniforms(1, 0, range(10), 1, Purpose.ACTION)[9, 0])
-        True
-    """
-    # Philox gives four words for a counter; further ones are counted above the purpose.
-    shape = (steps + envs).shape
-    blocks = torch.arange((count + 3) // 4, device=steps.device).reshape(-1, *[1] * len(shape))
-    counter = (steps.expand(1, *shape), envs, iteration, int(purpose) | blocks << 8)
-    words = torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1)
-    return (words.flatten(0, 1)[:count] >> 8).to(torch.float32) * 2.0**-24
+        Args:
+            steps: the rows wanted, counted from the start of the iteration.
+            purpose: what the numbers are for.
+            device: where they are wanted; the bits are the same everywhere.
+
+        Returns:
+            (len(steps), num_envs) float32, multiples of 2**-24.
+        """
+        rows = torch.arange(steps.start, steps.stop, device=device)[:, None]
+        envs = torch.arange(self.num_envs, device=device)
+        return self.uniforms_at(rows, envs, purpose, count=1)[0]
+
+    def uniforms_at(self, steps: Tensor, envs: Tensor, purpose: Purpose, count: int) -> Tensor:
+        """`count` uniform numbers in [0, 1) for every pair of a step and an environment.
+
+        The first of them is that of `uniforms`.
+
+        Args:
+            steps: int64, in [0, 2**32).
+            envs: int64, in [0, num_envs), broadcasts with `steps`.
+            purpose: what the numbers are for.
+            count: how many for each pair, at most 2**26.
+
+        Returns:
+            (count, *shape) float32 on the device of `steps`, multiples of 2**-24.
+
+        Example:
+            >>> stream, steps, envs = Stream(1, 0, 0, 2), torch.tensor([3, 9]), torch.tensor([1, 0])
+            >>> many = stream.uniforms_at(steps, envs, Purpose.ACTION, count=6)
+            >>> torch.equal(many[0, 1], stream.uniforms(range(10), Purpose.ACTION)[9, 0])
+            True
+        """
+        # Philox gives four words for a counter; further ones are counted above the purpose.
+        shape = (steps + envs).shape
+        blocks = torch.arange((count + 3) // 4, device=steps.device).reshape(-1, *[1] * len(shape))
+        counter = (
+            steps.expand(1, *shape),
+            envs + self.first_env,
+            self.iteration,
+            int(purpose) | blocks << 8,
+        )
+        words = torch.stack(philox(counter, (self.seed & WORD, self.seed >> 32)), dim=1)
+        return (words.flatten(0, 1)[:count] >> 8).to(torch.float32) * 2.0**-24
+
+    def key(self, purpose: Purpose) -> NDArray[np.uint64]:
+        """What machine code takes of it: the words of the seed, the iteration and the purpose.
+
+        Its counters hold the environment's index in the whole run.
+        """
+        return np.array([self.seed & WORD, self.seed >> 32, self.iteration, purpose], np.uint64)
 
 
 class StepNoise:
-    """The numbers of `uniforms_at`, a step at a time, made many steps at once.
+    """The numbers of `Stream.uniforms_at`, a step at a time, made many steps at once.
 
-    A call of `uniforms_at` costs far more than its numbers.
+    A call of `uniforms_at` costs far more than its numbers, and so may what is made of them:
+    `made`, from (count, *shape) numbers to (rows, *shape) others.
     """
 
     def __init__(
         self,
-        seed: int,
-        iteration: int,
-        num_envs: int,
+        stream: Stream,
         purpose: Purpose,
         device: torch.device,
         count: int = 1,
+        made: Callable[[Tensor], Tensor] = lambda numbers: numbers,
     ) -> None:
-        self._seed, self._iteration, self._purpose, self._count = seed, iteration, purpose, count
-        self._envs = torch.arange(num_envs, device=device)
-        self._steps = max(1, min(64, 2**18 // max(1, num_envs * count)))
+        self._stream, self._purpose, self._count, self._made = stream, purpose, count, made
+        self._envs = torch.arange(stream.num_envs, device=device)
+        self._steps = max(1, min(64, 2**18 // max(1, stream.num_envs * count)))
         self._start = -self._steps
         self._block = torch.empty(0)
 
     def __call__(self, t: int) -> Tensor:
-        """(count, num_envs) numbers for step t."""
+        """(count, num_envs) numbers for step t, or what is made of them."""
         if not self._start <= t < self._start + self._steps:
             self._start = t - t % self._steps
             steps = torch.arange(self._steps, device=self._envs.device) + self._start
-            self._block = uniforms_at(
-                self._seed, self._iteration, steps[:, None], self._envs, self._purpose, self._count
+            numbers = self._stream.uniforms_at(
+                steps[:, None], self._envs, self._purpose, self._count
             )
+            self._block = self._made(numbers)
         return self._block[:, t - self._start]
-
-
-def reset_seeds(seed: int, iteration: int, num_envs: int, purpose: Purpose) -> list[int]:
-    """One reset seed for each environment; the first k do not depend on how many are asked for.
-
-    Example:
-        >>> reset_seeds(1, 0, 8, Purpose.TRAINING_RESET)[:3] == reset_seeds(
-        ...     1, 0, 3, Purpose.TRAINING_RESET
-        ... )
-        True
-    """
-    sequence = np.random.SeedSequence(seed, spawn_key=(int(purpose), iteration))
-    return [int(word) for word in sequence.generate_state(num_envs)]

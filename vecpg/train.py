@@ -1,37 +1,41 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import torch
+from gymnasium.vector import VectorEnv
 
+from vecpg.adam import Adam
 from vecpg.advantage import advantages, prepare_advantages
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.device import resolve_device
 from vecpg.envs import EnvironmentFailure, find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import EvalResult, evaluate
 from vecpg.kernels import threads
+from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation
 from vecpg.look import video
+from vecpg.machine import versions
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.policy import cpu as policy_cpu
-from vecpg.rollout import collect, prepare
-from vecpg.rollout.statistics import episode_statistics, prepare_statistics
-from vecpg.run import checkpoint
-from vecpg.run.checkpoint import load_policy
+from vecpg.policy.spaces import fingerprint
+from vecpg.rollout import Collector, Rollout, choose_collector, collect
+from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
+from vecpg.run.checkpoint import Saver, load_policy
+from vecpg.run.clock import Clock
 from vecpg.run.directory import make_run_directory, write_json
 from vecpg.run.interrupts import Interrupted, Interrupts
 from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
+from vecpg.run.state import TrainState
 from vecpg.run.stopping import Stopping
-from vecpg.update import UpdateStats, update
+from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
 _log = logging.getLogger(__name__)
@@ -46,60 +50,11 @@ class TrainResult:
     summary: dict[str, Any]
 
 
-@dataclass(slots=True)
-class Counters:
-    """How far a run is."""
-
-    iteration: int = 0
-    env_steps: int = 0
-    vector_steps: int = 0
-    episodes: int = 0
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds spent in each phase, in the iteration at hand and in total, without compiling."""
-
-    device: torch.device
-    compilation: Compilation
-    started: float = field(default_factory=time.perf_counter)
-    compiled_before: float = field(init=False)
-    evaluating: float = 0.0
-    last: dict[str, float] = field(default_factory=dict)
-    total: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.compiled_before = self.compilation.seconds
-
-    def since_start(self) -> float:
-        """Seconds since the clock was made."""
-        compiled = self.compilation.seconds - self.compiled_before
-        return time.perf_counter() - self.started - compiled
-
-    def without_evaluations(self) -> float:
-        """Seconds of whole iterations, without what evaluating took."""
-        return self.since_start() - self.evaluating
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """What happens inside is no part of an iteration."""
-        started = self.since_start()
-        yield
-        self.evaluating += self.since_start() - started
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add what happens inside to `name`."""
-        started = self.since_start()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.last[name] = self.since_start() - started
-        self.total[name] = self.total.get(name, 0.0) + self.last[name]
-
-
 def train(config: Config) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
+
+    An iteration computes what follows from the state in a draft of it, and commits it at its end:
+    whatever fails or interrupts it before, what is saved is the state of the last commit.
 
     Args:
         config: every setting.
@@ -120,7 +75,80 @@ def train(config: Config) -> TrainResult:
         >>> result.summary["iterations"]
         2
     """
-    with _before_the_first_step():
+    run = _begin(config)
+    envs, state, draft = run.envs, run.state, run.state.draft()
+    with _running(config, run) as (clock, metrics, progress, interrupts):
+        while not _is_over(config, state):
+            iteration = state.counters.iteration
+            with clock.phase("collect"):  # N environments, whole episodes, (T, N)
+                rollout = collect(
+                    envs,
+                    state.policy,
+                    num_steps=config.num_steps,
+                    seed=config.seed,
+                    iteration=iteration,
+                    shards=config.resolved_shards,
+                    backend=run.collector,
+                )
+            episodes = episode_statistics(rollout, config.resolved_shards)
+            with clock.evaluation():
+                confirm = _confirmation(config, iteration) if config.confirm else None
+                evaluation = draft.stopping.consider(state.policy, episodes, confirm)
+            if draft.stopping.solved:
+                clock.note("solved")
+            with interrupts.held():
+                with clock.phase("returns"):  # weights minus baseline, (T, N)
+                    values, final_values = predict(state.critic, rollout, config.resolved_shards)
+                    weights = advantages(rollout, config, values, final_values)
+                with clock.phase("update"):  # one batched gradient step
+                    stats = update(
+                        draft.policy, draft.optimizer, rollout, weights, config, backend=run.learner
+                    )
+                    value_loss = fit(draft.critic, rollout, final_values, config)
+                _count(draft, rollout, episodes, clock)
+                row = _row(draft, clock, episodes, stats, value_loss, evaluation)
+                metrics.log(row)
+                state.commit(draft)
+                ending = _is_over(config, state)
+                progress.show(row, last=ending)
+                del rollout, weights, values  # there is never more than one
+                if not ending:
+                    run.saver.save_if_due(state)
+        wall_seconds = clock.without_evaluations()
+        final = state.stopping.evaluation
+        if final is None:
+            final = _confirmation(config, state.counters.iteration)(state.policy)
+            metrics.draw({"eval/episodic_return": final.return_mean}, state.counters.env_steps)
+
+    summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
+    write_json(run.run_dir / "summary.json", summary)
+    verdict = {None: "", True: "solved: ", False: "not solved: "}[summary["solved"]]
+    _log.info(
+        "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
+    )
+    best = load_policy(run.run_dir, run.device)
+    if config.capture_video:
+        _film(config, best, run.run_dir / "videos" / "best.mp4")
+    return TrainResult(best, run.run_dir, summary)
+
+
+class Run(NamedTuple):
+    """What is settled before the first step, and the state, which is not."""
+
+    spec: gymnasium.envs.registration.EnvSpec
+    vectorization: str
+    device: torch.device
+    envs: VectorEnv[Any, Any, Any]
+    collector: Collector
+    learner: Learner
+    state: TrainState
+    run_dir: Path
+    saver: Saver
+
+
+def _begin(config: Config) -> Run:
+    """Settle, make and check everything; what is wrong by now is a matter of settings."""
+    try:
         spec = find_spec(config.env_id)
         vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         device, reason = resolve_device(config.device, vectorization, config.num_envs)
@@ -133,7 +161,8 @@ def train(config: Config) -> TrainResult:
             max_episode_steps=config.max_episode_steps,
             step_timeout=config.step_timeout,
         )
-        try:
+        with ExitStack() as unless_all_is_well:
+            unless_all_is_well.callback(envs.close)
             if config.capture_video:
                 video.check_filming(
                     config.env_id,
@@ -142,12 +171,81 @@ def train(config: Config) -> TrainResult:
                 )
             with _torch_threads(1):  # an initialization may depend on it in its last bits
                 policy, critic = _make_networks(config, envs, device)
+            collector, learner = choose_collector(envs, policy), choose_learner(policy)
+            target = config.target_return
+            stopping = Stopping(
+                spec.reward_threshold if target == "auto" else target, config.return_window
+            )
+            optimizer = Adam(policy.parameters(), config.learning_rate)
+            state = TrainState(policy, optimizer, critic, stopping)
+            about = {
+                "config": to_dict(config),
+                "resolved": {
+                    "vectorization": vectorization,
+                    "device": str(device),
+                    "shards": config.resolved_shards,
+                },
+                "versions": versions(),
+                "spaces": fingerprint(envs.single_observation_space, envs.single_action_space),
+            }
             run_dir = make_run_directory(config)
-        except BaseException:
-            envs.close()
+            saver = Saver(run_dir, about, config.save_every)
+            saver.save(state)
+            # Last: a directory with a config.json has a checkpoint to go on from.
+            write_json(run_dir / "config.json", to_dict(config))
+            unless_all_is_well.pop_all()
+    except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
+        raise ConfigError(str(error)) from error
+    _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
+    _log.info("run directory: %s", run_dir)
+    return Run(spec, vectorization, device, envs, collector, learner, state, run_dir, saver)
+
+
+@contextmanager
+def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progress, Interrupts]]:
+    """The threads, signals and files of a run; at its end, however it ends, it is saved."""
+    in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
+    with (
+        anew(),
+        _torch_threads(1 if in_machine_code else config.threads or 1),
+        threads.using(config.threads or threads.cores()),
+        Interrupts() as interrupts,
+        Progress(config) as progress,
+        Compilation() as compilation,
+    ):
+        closing = ExitStack()
+        closing.callback(_close, run.envs)
+        try:
+            metrics = Metrics(run.run_dir, to_dict(config))
+            closing.callback(metrics.close)
+            closing.callback(run.saver.save, run.state)
+            _log.info("collecting: %s", run.collector)
+            _log.info("gradient: %s", run.learner)
+            if config.baseline == "leave_one_out" and config.num_envs == 1:
+                _log.info("baseline leave_one_out: with one environment it equals none")
+            _prepare_kernels(run)
+            clock = Clock(run.device, compilation, run.state.seconds)
+            yield clock, metrics, progress, interrupts
+        except Interrupted:
+            iteration = run.state.counters.iteration
+            _log.info("iteration %d was the last; see %s", iteration, run.run_dir)
             raise
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
-    counters = Counters()
+        finally:
+            # The last first: it is saved, then closed; what fails keeps no other from being done.
+            with interrupts.held():
+                closing.close()
+
+
+def _close(envs: VectorEnv[Any, Any, Any]) -> None:
+    """What an environment does when it is closed is no longer the run's."""
+    try:
+        envs.close()
+    except Exception as error:
+        _log.warning("closing the environments failed: %s: %s", type(error).__name__, error)
+
+
+def _confirmation(config: Config, iteration: int) -> Callable[[Policy], EvalResult]:
+    """The greedy evaluation of an iteration's policy; no two iterations play the same episodes."""
 
     def confirm(policy: Policy) -> EvalResult:
         return evaluate(
@@ -158,131 +256,10 @@ def train(config: Config) -> TrainResult:
             max_episode_steps=config.max_episode_steps,
             seed=config.seed,
             purpose=Purpose.CONFIRMATION_RESET,
-            draw=counters.iteration,
+            draw=iteration,
         )
 
-    target = spec.reward_threshold if config.target_return == "auto" else config.target_return
-    stopping = Stopping(target, config.return_window, confirm if config.confirm else None)
-    _log.info("%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason)
-    _log.info("run directory: %s", run_dir)
-    unserved = policy_cpu.why_not(policy)
-    if unserved is not None:
-        _log.info("the gradient is torch's: %s", unserved)
-    if config.baseline == "leave_one_out" and config.num_envs == 1:
-        _log.info("baseline leave_one_out: with one environment it equals none")
-    _save(run_dir, config, policy, optimizer, critic, counters, stopping)
-    # Last: a directory with a config.json has a checkpoint to go on from.
-    write_json(run_dir / "config.json", to_dict(config))
-
-    with (
-        _torch_threads(1 if critic is None and unserved is None else config.threads or 1),
-        threads.using(config.threads or threads.cores()),
-        Interrupts() as interrupts,
-        Progress(config) as progress,
-        Compilation() as compilation,
-    ):
-        metrics = Metrics(run_dir, to_dict(config))
-        solved_seconds = None
-        try:
-            _prepare_kernels(envs, policy)
-            clock = Clock(device, compilation)
-            saved = clock.started
-            while not (stopping.solved or _limit_reached(config, counters)):
-                with clock.phase("collect"):  # N environments, whole episodes, (T, N)
-                    rollout = collect(
-                        envs,
-                        policy,
-                        num_steps=config.num_steps,
-                        seed=config.seed,
-                        iteration=counters.iteration,
-                    )
-                returns, lengths = episode_statistics(rollout)
-                with clock.evaluation():
-                    evaluation = stopping.consider(policy, returns)
-                if stopping.solved:
-                    solved_seconds = clock.since_start()
-                with interrupts.held():
-                    with clock.phase("returns"):  # weights minus baseline, (T, N)
-                        values, final_values = predict(critic, rollout)
-                        weights = advantages(rollout, config, values, final_values)
-                    with clock.phase("update"):  # one batched gradient step
-                        stats = update(policy, optimizer, rollout, weights, config)
-                        value_loss = fit(critic, rollout, final_values, config)
-                    counters.iteration += 1
-                    counters.env_steps += int(rollout.mask.sum())
-                    counters.vector_steps += rollout.mask.numel()
-                    counters.episodes += returns.numel()
-                    row = _row(
-                        counters, clock, stopping, returns, lengths, stats, value_loss, evaluation
-                    )
-                    metrics.log(row)
-                    ending = stopping.solved or _limit_reached(config, counters)
-                    progress.show(row, last=ending)
-                    del rollout, weights, values  # there is never more than one
-                    if time.perf_counter() - saved >= config.save_every and not ending:
-                        _save(run_dir, config, policy, optimizer, critic, counters, stopping)
-                        saved = time.perf_counter()
-            wall_seconds = clock.without_evaluations()
-            if stopping.evaluation is None:
-                final = confirm(policy)
-                metrics.draw({"eval/episodic_return": final.return_mean}, counters.env_steps)
-            else:
-                final = stopping.evaluation
-        except Interrupted:
-            _log.info("iteration %d was the last; see %s", counters.iteration, run_dir)
-            raise
-        finally:
-            metrics.close()
-            envs.close()
-            # What an interrupted or failed iteration did is dropped: it can be done again.
-            _save(run_dir, config, policy, optimizer, critic, counters, stopping)
-
-    summary = {
-        "env_id": config.env_id,
-        "num_envs": config.num_envs,
-        "num_steps": config.num_steps,
-        "seed": config.seed,
-        "device": str(device),
-        "vectorization": vectorization,
-        "recipe": config.recipe,
-        "iterations": counters.iteration,
-        "env_steps": counters.env_steps,
-        "vector_steps": counters.vector_steps,
-        "episodes": counters.episodes,
-        "wall_seconds": wall_seconds,
-        "compile_seconds": compilation.seconds,
-        "steps_per_second": counters.env_steps / wall_seconds,
-        "collect_seconds": clock.total["collect"],
-        "returns_seconds": clock.total["returns"],
-        "update_seconds": clock.total["update"],
-        "best_return": stopping.best_return,
-        "eval_return_mean": final.return_mean,
-        "eval_return_std": final.return_std,
-        "eval_episodes": len(final.returns),
-        "target_return": target,
-        "solved": None if target is None else stopping.solved,
-        "solved_env_steps": counters.env_steps if stopping.solved else None,
-        "solved_seconds": solved_seconds,
-        "run_dir": _relative(run_dir),
-    }
-    write_json(run_dir / "summary.json", summary)
-    verdict = "" if target is None else "solved: " if stopping.solved else "not solved: "
-    _log.info(
-        "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
-    )
-    best = load_policy(run_dir, device)
-    if config.capture_video:
-        _film(config, best, run_dir / "videos" / "best.mp4")
-    return TrainResult(best, run_dir, summary)
-
-
-@contextmanager
-def _before_the_first_step() -> Iterator[None]:
-    """Whatever is wrong by now is a matter of settings."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
-        raise ConfigError(str(error)) from error
+    return confirm
 
 
 @contextmanager
@@ -318,42 +295,54 @@ def _make_networks(
     return policy, critic
 
 
-def _prepare_kernels(envs: gymnasium.vector.VectorEnv[Any, Any, Any], policy: Policy) -> None:
+def _prepare_kernels(run: Run) -> None:
     """Compile, or load, what the first iteration would wait for: it is no part of its time."""
-    prepare(envs, policy)
-    policy_cpu.prepare(policy)
-    prepare_advantages(policy.device)
-    if policy.device.type == "cpu":
+    try:
+        run.collector.prepare(run.envs, run.state.policy)
+    except ValueError as error:  # a definition that does not compile
+        raise ConfigError(str(error)) from error
+    run.learner.prepare(run.state.policy)
+    prepare_advantages(run.device)
+    if run.device.type == "cpu":
         prepare_statistics()
 
 
-def _limit_reached(config: Config, counters: Counters) -> bool:
+def _is_over(config: Config, state: TrainState) -> bool:
+    counters = state.counters
     limits = (
         (config.total_timesteps, counters.env_steps),
         (config.total_episodes, counters.episodes),
         (config.total_iterations, counters.iteration),
     )
-    return any(limit is not None and reached >= limit for limit, reached in limits)
+    reached = any(limit is not None and so_far >= limit for limit, so_far in limits)
+    return state.stopping.solved or reached
+
+
+def _count(draft: TrainState, rollout: Rollout, episodes: Episodes, clock: Clock) -> None:
+    draft.counters.iteration += 1
+    draft.counters.env_steps += int(rollout.mask.sum())
+    draft.counters.vector_steps += rollout.mask.numel()
+    draft.counters.episodes += len(episodes.returns)
+    draft.seconds = clock.totals()
 
 
 def _row(
-    counters: Counters,
+    state: TrainState,
     clock: Clock,
-    stopping: Stopping,
-    returns: torch.Tensor,
-    lengths: torch.Tensor,
+    episodes: Episodes,
     stats: UpdateStats,
     value_loss: torch.Tensor | None,
     evaluation: EvalResult | None,
 ) -> dict[str, float | None]:
     """One line of metrics.jsonl. Reading the statistics is where the host waits for the device."""
+    counters = state.counters
     return {
         "iteration": counters.iteration,
         "env_steps": counters.env_steps,
         "episodes": counters.episodes,
-        "charts/episodic_return": returns.mean().item(),
-        "charts/best_return": stopping.best_return,
-        "charts/episodic_length": lengths.to(torch.float64).mean().item(),
+        "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
+        "charts/best_return": state.stopping.best_return,
+        "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
         "charts/SPS": counters.env_steps / clock.without_evaluations(),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
@@ -364,29 +353,40 @@ def _row(
     }
 
 
-def _save(
-    run_dir: Path,
-    config: Config,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    critic: Critic | None,
-    counters: Counters,
-    stopping: Stopping,
-) -> None:
-    """Write `last` and `best`. Until the return window is full, the newest policy is the best."""
-    last = {
-        "config": to_dict(config),
-        "counters": asdict(counters),
-        "policy": checkpoint.policy_state(policy),
-        "optimizer": optimizer.state_dict(),
-        "critic": None if critic is None else critic.state_dict(),
+def _summary(
+    config: Config, run: Run, final: EvalResult, wall_seconds: float, compile_seconds: float
+) -> dict[str, Any]:
+    """The line that goes to stdout, and summary.json."""
+    counters, stopping, seconds = run.state.counters, run.state.stopping, run.state.seconds
+    return {
+        "env_id": config.env_id,
+        "num_envs": config.num_envs,
+        "num_steps": config.num_steps,
+        "seed": config.seed,
+        "shards": config.resolved_shards,
+        "device": str(run.device),
+        "vectorization": run.vectorization,
+        "recipe": config.recipe,
+        "iterations": counters.iteration,
+        "env_steps": counters.env_steps,
+        "vector_steps": counters.vector_steps,
+        "episodes": counters.episodes,
+        "wall_seconds": wall_seconds,
+        "compile_seconds": compile_seconds,
+        "steps_per_second": counters.env_steps / wall_seconds,
+        "collect_seconds": seconds["collect"],
+        "returns_seconds": seconds["returns"],
+        "update_seconds": seconds["update"],
+        "best_return": stopping.best_return,
+        "eval_return_mean": final.return_mean,
+        "eval_return_std": final.return_std,
+        "eval_episodes": len(final.returns),
+        "target_return": stopping.target,
+        "solved": None if stopping.target is None else stopping.solved,
+        "solved_env_steps": counters.env_steps if stopping.solved else None,
+        "solved_seconds": seconds.get("solved"),
+        "run_dir": _relative(run.run_dir),
     }
-    best = {
-        "config": to_dict(config),
-        "policy": checkpoint.policy_state(policy, stopping.best_parameters),
-    }
-    checkpoint.save(run_dir / "checkpoints" / "last.pt", last)
-    checkpoint.save(run_dir / "checkpoints" / "best.pt", best)
 
 
 def _film(config: Config, policy: Policy, path: Path) -> None:

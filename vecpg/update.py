@@ -1,20 +1,26 @@
 """One gradient step over a whole rollout, a few rows at a time, so that memory stays flat."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vecpg.adam import Adam
 from vecpg.kernels import threads
-from vecpg.noise import Purpose, uniforms_at
+from vecpg.kernels.sums import gradient_in_order, in_order
+from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.rollout.data import Rollout
 
 if TYPE_CHECKING:
     from vecpg.config import Config
+
+BACKENDS = ("auto", "reference", "cpu")
 
 # Rows of one forward and backward pass. Measured on two cores: 2048 to 8192 are equally fast, and
 # at 4096 the activations of a 64-wide network stay in the cache.
@@ -42,12 +48,105 @@ class UpdateStats:
     grad_norm: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """The way that the gradient goes, chosen once for a policy.
+
+    backend: "reference", torch's autograd, or "cpu", machine code.
+    reason:  why it is not "cpu"; None if it is.
+    """
+
+    backend: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return "in machine code" if self.reason is None else f"by autograd: {self.reason}"
+
+    def update(
+        self,
+        policy: Policy,
+        optimizer: Adam | torch.optim.Optimizer,
+        rollout: Rollout,
+        advantages: Tensor,
+        config: "Config",
+    ) -> UpdateStats:
+        """As the function `update`."""
+        count = rollout.mask.sum().clamp(min=1)
+        divisors: dict[str, Tensor | int] = {
+            "episode": rollout.mask.shape[1],
+            "step": count,
+            "sum": 1,
+        }
+        divisor = divisors[config.reduction]
+        differentiate = by_machine_code if self.backend == "cpu" else by_autograd
+        surrogate, entropy = differentiate(
+            policy,
+            rollout,
+            advantages,
+            divisor,
+            config.ent_coef / count,
+            shards=config.resolved_shards,
+        )
+
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if not bool(grad_norm.isfinite()):
+            raise FloatingPointError(
+                f"the gradient's norm is {grad_norm.item()}, and the policy was left as it was: the"
+                " rewards are too large (scale them, or --normalize), or the observations"
+                " (--normalize-obs), or --learning-rate"
+            )
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
+        optimizer.step()
+        for shard in rollout.shards(config.resolved_shards):
+            policy.observe(shard.obs, shard.mask)
+        return UpdateStats(surrogate, entropy / count, grad_norm)
+
+    def prepare(self, policy: Policy) -> None:
+        """Compile, or load, the kernels that learning this way will need."""
+        if self.backend == "cpu":
+            policy_cpu.prepare(policy)
+
+
+def choose_learner(policy: Policy, backend: str = "auto") -> Learner:
+    """The way that `update` goes; it holds as long as the policy keeps its kind.
+
+    Args:
+        policy: on any device.
+        backend: "reference" differentiates by torch's autograd, any policy on any device; "cpu" in
+            machine code, a plain network on the CPU; "auto" takes "cpu" where it serves.
+
+    Raises:
+        ValueError: an unknown backend; "cpu" where it does not serve.
+
+    Example:
+        >>> from gymnasium import spaces
+        >>> box = spaces.Box(-1, 1, (4,))
+        >>> str(choose_learner(Policy(box, spaces.Discrete(2))))
+        'in machine code'
+        >>> str(choose_learner(Policy(box, box)))
+        'by autograd: its actions are not Discrete'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = "as asked" if backend == "reference" else policy_cpu.why_not(policy)
+    if backend == "cpu" and reason is not None:
+        raise ValueError(
+            f'backend="cpu": {reason}; use backend="reference" or "auto", which differentiate any'
+            " policy"
+        )
+    return Learner("cpu" if reason is None else "reference", reason)
+
+
 def update(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam | torch.optim.Optimizer,
     rollout: Rollout,
     advantages: Tensor,
     config: "Config",
+    *,
+    backend: "str | Learner" = "auto",
 ) -> UpdateStats:
     """One step along the policy gradient estimate of a rollout.
 
@@ -57,45 +156,26 @@ def update(
     D is num_envs, the number of counted rows, or 1, by `config.reduction` "episode", "step" or
     "sum". Masked rows are never looked at. Running statistics of observations, where the policy
     normalizes, take the counted rows in after the step: until then they are those that acted.
+    Sums over rows are formed for every shard and added in shard order.
 
     Args:
         policy: its gradients are overwritten and left in place.
         optimizer: over the policy's parameters.
         rollout: T steps of N environments, collected by this policy.
         advantages: (T, N) float32.
-        config: `reduction`, `ent_coef` and `max_grad_norm` are read.
+        config: `reduction`, `ent_coef`, `max_grad_norm` and `resolved_shards` are read.
+        backend: as `choose_learner` takes it; a `Learner` was chosen before, and nothing is asked
+            again.
 
     Returns:
         `UpdateStats`.
 
     Raises:
         FloatingPointError: the gradient is not finite; nothing was changed.
+        ValueError: as `choose_learner`.
     """
-    count = rollout.mask.sum().clamp(min=1)
-    divisors: dict[str, Tensor | int] = {
-        "episode": rollout.mask.shape[1],
-        "step": count,
-        "sum": 1,
-    }
-    divisor = divisors[config.reduction]
-    differentiate = by_autograd if policy_cpu.why_not(policy) else by_machine_code
-    optimizer.zero_grad(set_to_none=True)
-    surrogate, entropy = differentiate(
-        policy, rollout, advantages, divisor, config.ent_coef / count
-    )
-
-    grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-    if not bool(grad_norm.isfinite()):
-        raise FloatingPointError(
-            f"the gradient's norm is {grad_norm.item()}, and the policy was left as it was: the"
-            " rewards are too large (scale them, or --normalize), or the observations"
-            " (--normalize-obs), or --learning-rate"
-        )
-    if config.max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
-    optimizer.step()
-    policy.observe(rollout.obs, rollout.mask)
-    return UpdateStats(surrogate, entropy / count, grad_norm)
+    chosen = backend if isinstance(backend, Learner) else choose_learner(policy, backend)
+    return chosen.update(policy, optimizer, rollout, advantages, config)
 
 
 def by_autograd(
@@ -104,21 +184,42 @@ def by_autograd(
     advantages: Tensor,
     divisor: Tensor | int,
     ent_coef: Tensor | float,
+    *,
+    shards: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the sum over counted rows of -log pi * advantage / divisor - ent_coef * H.
 
     H is the entropy. Any policy, any device.
 
     Args:
-        policy: gets the gradient.
+        policy: gets the gradient; one that it had is overwritten.
         rollout: T steps of N environments.
         advantages: (T, N) float32.
         divisor: of the sum.
         ent_coef: what one row's entropy is worth.
+        shards: groups of environments, each of which has sums of its own.
 
     Returns:
         the first part of the sum, and the summed entropy, float64 without dimensions.
     """
+    parts = rollout.shards(shards)
+    weights = rollout.split(advantages, parts)
+
+    def differentiate(shard: int) -> tuple[Tensor, Tensor]:
+        return _add_gradient(policy, parts[shard], weights[shard], divisor, ent_coef)
+
+    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, len(parts)), strict=True)
+    return in_order(surrogates), in_order(entropies)
+
+
+def _add_gradient(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Tensor,
+    divisor: Tensor | int,
+    ent_coef: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a shard to every `.grad`, and return its two sums."""
     rows = rollout.mask.numel()
     mask = rollout.mask.reshape(rows)
     obs = rollout.obs.reshape(rows, *policy.obs_shape)
@@ -149,14 +250,14 @@ def by_autograd(
 
 def _dropout(policy: Policy, rollout: Rollout, index: Tensor) -> Tensor:
     """The numbers that chose, when these rows were collected, what was dropped."""
+    if rollout.stream is None:
+        raise ValueError(
+            "rollout.stream: expected the Stream that fixed what was dropped, got None; pass a"
+            " rollout as `collect` made it"
+        )
     num_envs = rollout.mask.shape[1]
-    return uniforms_at(
-        rollout.seed,
-        rollout.iteration,
-        index // num_envs,
-        index % num_envs,
-        Purpose.DROPOUT,
-        policy.dropout_units,
+    return rollout.stream.uniforms_at(
+        index // num_envs, index % num_envs, Purpose.DROPOUT, policy.dropout_units
     )
 
 
@@ -166,53 +267,81 @@ def by_machine_code(
     advantages: Tensor,
     divisor: Tensor | int,
     ent_coef: Tensor | float,
+    *,
+    shards: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """As `by_autograd`, in machine code: policies that `mlp` serves, on the CPU.
+    """As `by_autograd`, in machine code: policies that `vecpg.policy.cpu` serves, on the CPU.
 
     Raises:
         ValueError: observations or actions that are not of the policy's spaces.
     """
-    rows = rollout.mask.numel()
     if rollout.obs.shape[2:] != policy.obs_shape:
         raise ValueError(
             f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
             " collect it with this policy"
         )
+    parts = rollout.shards(shards)
+    weights = rollout.split(advantages, parts)
+    total = in_order(sums_by_machine_code(policy, parts, weights, divisor, ent_coef))
+    policy_cpu.set_gradients(policy, total[:-2])
+    surrogate, entropy = torch.from_numpy(total[-2:])
+    return surrogate, entropy
+
+
+def sums_by_machine_code(
+    policy: Policy,
+    shards: list[Rollout],
+    advantages: list[Tensor],
+    divisor: Tensor | int,
+    ent_coef: Tensor | float,
+) -> Iterator[NDArray[np.float64]]:
+    """Of each shard the gradient, as `policy_cpu.sum_gradient` has it, and behind it two sums.
+
+    They are those of `by_autograd`: the first part of the loss, and the entropy.
+    """
     network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
-    obs = rollout.obs.reshape(rows, -1).numpy()
-    actions, mask = rollout.actions.reshape(rows).numpy(), rollout.mask.reshape(rows).numpy()
-    weights = advantages.detach().reshape(rows).numpy()
+    scale, bonus = 1.0 / float(divisor), float(ent_coef)
     # As many slabs for any number of threads: their sums are added in their order.
     numbers = len(network.forwards)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
-    size = max(_SLAB_ROWS, -(-rows // most_slabs))
-    starts = range(0, rows, size)
-    gradients = np.zeros((len(starts), numbers))
-    scale, bonus = 1.0 / float(divisor), float(ent_coef)
+    slabs = [_slabs(*pair, most_slabs) for pair in zip(shards, advantages, strict=True)]
+    # Shards that together have no more slabs than one may have: memory stays flat here too.
+    at_once = max(1, most_slabs // max(map(len, slabs)))
+    for first in range(0, len(slabs), at_once):
+        flat = [slab for own in slabs[first : first + at_once] for slab in own]
+        sums = np.zeros((len(flat), numbers + 2))
 
-    def differentiate(slab: int) -> tuple[float, float, bool]:
-        chunk = slice(starts[slab], starts[slab] + size)
-        sums: tuple[float, float, bool] = policy_cpu.sum_gradient(
-            obs[chunk],
-            actions[chunk],
-            weights[chunk],
-            mask[chunk],
-            first_action,
-            scale,
-            bonus,
-            network,
-            gradients[slab],
-        )
-        return sums
+        def differentiate(number: int) -> bool:
+            *sums[number, -2:], known = policy_cpu.sum_gradient(  # noqa: B023
+                *flat[number],  # noqa: B023
+                first_action,
+                scale,
+                bonus,
+                network,
+                sums[number, :-2],  # noqa: B023
+            )
+            return bool(known)
 
-    surrogates, entropies, known = zip(*threads.run(differentiate, len(starts)), strict=True)
-    if not all(known):
-        taken = rollout.actions[rollout.mask]
-        last_action = first_action + policy.distribution.num_parameters - 1
-        raise ValueError(
-            f"rollout.actions: expected {first_action} to {last_action} where counted, got"
-            f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
-        )
-    policy_cpu.set_gradients(policy, gradients.sum(axis=0))
-    sums = torch.tensor([sum(surrogates), sum(entropies)], dtype=torch.float64)
-    return sums[0], sums[1]
+        if not all(threads.run(differentiate, len(flat))):
+            last_action = first_action + policy.distribution.num_parameters - 1
+            taken = torch.cat([shard.actions[shard.mask] for shard in shards])
+            raise ValueError(
+                f"rollout.actions: expected {first_action} to {last_action} where counted, got"
+                f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
+            )
+        for own in slabs[first : first + at_once]:
+            yield sums[: len(own)].sum(axis=0)
+            sums = sums[len(own) :]
+
+
+def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArray[Any], ...]]:
+    """Observations, actions, weights and mask of a shard's rows, at most so many slabs of them."""
+    rows = rollout.mask.numel()
+    size = max(_SLAB_ROWS, -(-rows // most))
+    every = (
+        rollout.obs.reshape(rows, -1).contiguous().numpy(),
+        rollout.actions.reshape(rows).contiguous().numpy(),
+        advantages.detach().reshape(rows).numpy(),
+        rollout.mask.reshape(rows).numpy(),
+    )
+    return [tuple(each[at : at + size] for each in every) for at in range(0, rows, size)]

@@ -6,6 +6,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from vecpg.adam import Adam
+from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
 from vecpg.rollout.data import Rollout
@@ -59,7 +61,12 @@ class Critic:
 
     def __init__(self, value_function: ValueFunction, learning_rate: float) -> None:
         self.value_function = value_function
-        self.optimizer = torch.optim.Adam(value_function.parameters(), lr=learning_rate)
+        self.optimizer = Adam(value_function.parameters(), learning_rate)
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.value_function.load_state_dict(content["parameters"])
+        self.optimizer.load_state_dict(content["optimizer"])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -70,17 +77,24 @@ class Critic:
 
 
 @torch.no_grad()
-def predict(critic: Critic | None, rollout: Rollout) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def predict(
+    critic: Critic | None, rollout: Rollout, shards: int = 1
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """V of every observation, (T, N) and 0 where masked, and of every final one, (K,).
 
-    None and None without a critic.
+    None and None without a critic. The bits of a matrix product depend on its shape, so the rows of
+    each shard go through the network by themselves.
     """
     if critic is None:
         return None, None
-    mask = rollout.mask
-    values = torch.zeros(mask.shape, device=mask.device)
-    values[mask] = _in_chunks(critic.value_function, rollout.obs[mask])
-    return values, _in_chunks(critic.value_function, rollout.final_obs)
+    values, final_values = [], []
+    parts = rollout.shards(shards)
+    for shard in parts:
+        own = torch.zeros(shard.mask.shape, device=shard.mask.device)
+        own[shard.mask] = _in_chunks(critic.value_function, shard.obs[shard.mask])
+        values.append(own)
+        final_values.append(_in_chunks(critic.value_function, shard.final_obs))
+    return rollout.join(values), rollout.join_final(final_values)
 
 
 def fit(
@@ -92,13 +106,14 @@ def fit(
 
     G_t is `reward_to_go`; with `config.bootstrap_truncations` it goes on with V(final_obs) where a
     limit cut the episode. To be called after the gradient step that used V: a baseline may not have
-    seen the returns that it is subtracted from.
+    seen the returns that it is subtracted from. Loss and gradient are formed for every shard and
+    added in shard order.
 
     Args:
         critic: is changed; without one nothing happens.
         rollout: T steps of N environments.
         final_values: as `predict` gave them.
-        config: `gamma`, `bootstrap_truncations` and `value_steps` are read.
+        config: `gamma`, `bootstrap_truncations`, `value_steps` and `resolved_shards` are read.
 
     Returns:
         the loss before the first step, without dimensions; None without a critic.
@@ -110,25 +125,21 @@ def fit(
     """
     if critic is None:
         return None
-    mask = rollout.mask
-    continued = None
+    shards = rollout.shards(config.resolved_shards)
+    continued: list[Tensor | None] = [None] * len(shards)
     if config.bootstrap_truncations and final_values is not None:
-        continued = rollout.values_at_truncations(final_values)
-    targets = reward_to_go(
-        rollout.rewards, rollout.dones, config.gamma, final_values=continued, mask=mask
-    )[mask]
-    obs = rollout.obs[mask]
+        continued = [*rollout.split(rollout.values_at_truncations(final_values), shards)]
+    examples = [_examples(*pair, config.gamma) for pair in zip(shards, continued, strict=True)]
+    rows = sum(len(targets) for _, targets in examples)
     value_function, optimizer = critic.value_function, critic.optimizer
+
+    def differentiate(shard: int) -> Tensor:
+        obs, targets = examples[shard]
+        return _add_gradient(value_function, obs, targets, rows)
+
     before = None
     for _ in range(config.value_steps):
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=obs.device)
-        for rows, wanted in zip(
-            torch.split(obs, _CHUNK_ROWS), torch.split(targets, _CHUNK_ROWS), strict=True
-        ):
-            loss = (value_function(rows) - wanted).square().sum() / len(targets)
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        total = in_order(gradient_in_order(value_function, differentiate, len(shards)))
         if not bool(total.isfinite()):
             raise FloatingPointError(
                 f"the loss of the value function is {total.item()}: the rewards are too large"
@@ -136,8 +147,30 @@ def fit(
             )
         optimizer.step()
         before = total if before is None else before
-    value_function.encoder.observe(rollout.obs, mask)
+    for shard in shards:
+        value_function.encoder.observe(shard.obs, shard.mask)
     return before
+
+
+def _examples(rollout: Rollout, continued: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
+    """Observation and target of every counted row."""
+    mask = rollout.mask
+    targets = reward_to_go(rollout.rewards, rollout.dones, gamma, final_values=continued, mask=mask)
+    return rollout.obs[mask], targets[mask]
+
+
+def _add_gradient(
+    value_function: ValueFunction, obs: Tensor, targets: Tensor, divisor: int
+) -> Tensor:
+    """Add that of the sum of squared errors / `divisor` to every `.grad`, and return the sum."""
+    total = torch.zeros((), dtype=torch.float64, device=obs.device)
+    for rows, wanted in zip(
+        torch.split(obs, _CHUNK_ROWS), torch.split(targets, _CHUNK_ROWS), strict=True
+    ):
+        loss = (value_function(rows) - wanted).square().sum() / divisor
+        torch.autograd.backward(loss)
+        total += loss.detach()
+    return total
 
 
 def _in_chunks(value_function: ValueFunction, obs: Tensor) -> Tensor:

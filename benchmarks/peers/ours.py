@@ -34,6 +34,7 @@ def entrants():
 def make_training(num_envs, vectorization):
     import torch
 
+    from vecpg.adam import Adam
     from vecpg.advantage import advantages
     from vecpg.config import Config
     from vecpg.envs import make_envs
@@ -47,7 +48,7 @@ def make_training(num_envs, vectorization):
     torch.manual_seed(0)
     envs = make_envs("CartPole-v1", num_envs, vectorization=vectorization)
     policy = Policy(envs.single_observation_space, envs.single_action_space)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE)
+    optimizer = Adam(policy.parameters(), lr=LEARNING_RATE)
     config = Config(num_envs=num_envs, num_steps=LENGTH)
     iterations = iter(range(10**9))
 

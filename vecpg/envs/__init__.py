@@ -6,6 +6,7 @@ after it only resets: its action is ignored and its reward is 0. No torch is imp
 
 import functools
 import importlib
+import logging
 from typing import Any
 
 import gymnasium
@@ -15,6 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from vecpg.envs.errors import EnvironmentFailure, SubEnvironmentError
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.envs.workers import WorkerEnvs
+from vecpg.kernels.announce import once
 
 __all__ = [
     "EnvironmentFailure",
@@ -23,10 +25,68 @@ __all__ = [
     "check_time_limit",
     "find_spec",
     "has_one_generator",
+    "judge_of",
     "make_envs",
     "own_vectorization",
+    "register",
     "resolve_vectorization",
 ]
+
+_log = logging.getLogger(__name__)
+
+# The vector environment around every definition.
+_ON_TENSORS = "vecpg.envs.tensor:TensorVectorEnv"
+# By the id of Gymnasium's own environment the id of what stands for it on tensors.
+_stand_ins: dict[str, str] = {}
+
+
+def register(
+    env_id: str,
+    definition: str,
+    *,
+    max_episode_steps: int,
+    reward_threshold: float | None = None,
+    stands_for: str | None = None,
+) -> None:
+    """Make an environment on tensors known to Gymnasium and to vecpg.
+
+    Then `gymnasium.make_vec(env_id, num_envs=N, device="cuda", dtype="float64")` makes it, and
+    `--env-id` trains it, in machine code on the CPU.
+
+    Args:
+        env_id: its id, such as "mine/Ball-v0".
+        definition: "module:Class", a definition as `docs/environments.md` shows it. It is imported
+            when the environment is made.
+        max_episode_steps: time limit, at least 1.
+        reward_threshold: the mean return that counts as solved.
+        stands_for: the id of an environment of Gymnasium's own that this one equals: it is trained
+            in this one's place, and judges what was trained in this one. Only as long as what is
+            registered under that id is Gymnasium's own. Without it, evaluation plays this one,
+            stepped in float64.
+
+    Raises:
+        ValueError: a definition that is not "module:Class", or a limit below 1.
+
+    Example:
+        >>> register("example/Cart-v0", "vecpg.envs.cartpole:CartPole", max_episode_steps=50)
+        >>> make_envs("example/Cart-v0", 2).max_episode_steps
+        50
+    """
+    if not isinstance(definition, str) or not all(definition.partition(":")):
+        raise ValueError(f'definition: expected "module:Class", got {definition!r}')
+    if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
+        raise ValueError(
+            f"max_episode_steps: expected a whole number of at least 1, got {max_episode_steps!r}"
+        )
+    gymnasium.register(
+        env_id,
+        vector_entry_point=_ON_TENSORS,
+        max_episode_steps=max_episode_steps,
+        reward_threshold=reward_threshold,
+        kwargs={"definition": definition},
+    )
+    if stands_for is not None:
+        _stand_ins[stands_for] = env_id
 
 
 # As text: the environment is imported when it is made.
@@ -36,25 +96,33 @@ gymnasium.register(
     max_episode_steps=100,
     reward_threshold=7.0,
 )
-gymnasium.register(
+register(
     "vecpg/CartPole-v1",
-    vector_entry_point="vecpg.envs.cartpole:CartPole",
+    "vecpg.envs.cartpole:CartPole",
     max_episode_steps=500,
     reward_threshold=475.0,
+    stands_for="CartPole-v1",
 )
-gymnasium.register(
+register(
     "vecpg/Pendulum-v1",
-    vector_entry_point="vecpg.envs.pendulum:Pendulum",
+    "vecpg.envs.pendulum:Pendulum",
     max_episode_steps=200,
+    stands_for="Pendulum-v1",
 )
-
-
-# What vecpg has on tensors, by the id of Gymnasium's own and by its own.
-_ON_TENSORS = {
-    env_id: own
-    for own in ("vecpg/CartPole-v1", "vecpg/Pendulum-v1")
-    for env_id in (own, own.removeprefix("vecpg/"))
-}
+register(
+    "vecpg/Acrobot-v1",
+    "vecpg.envs.acrobot:Acrobot",
+    max_episode_steps=500,
+    reward_threshold=-100.0,
+    stands_for="Acrobot-v1",
+)
+register(
+    "vecpg/MountainCarContinuous-v0",
+    "vecpg.envs.mountain_car_continuous:MountainCarContinuous",
+    max_episode_steps=999,
+    reward_threshold=90.0,
+    stands_for="MountainCarContinuous-v0",
+)
 
 
 def make_envs(
@@ -74,8 +142,8 @@ def make_envs(
         num_envs: the number of copies, at least 1.
         vectorization: "sync" steps N ordinary environments in this process; "async" steps each in
             a process of its own; "vector_entry_point" uses the environment's own vectorized form;
-            "tensor" uses vecpg's form of it on tensors; "auto" takes "tensor" where vecpg has it
-            and no `env_kwargs` are given, else what `own_vectorization` says.
+            "tensor" uses what is registered for it on tensors; "auto" takes "tensor" where there is
+            such a thing and no `env_kwargs` are given, else what `own_vectorization` says.
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
@@ -108,7 +176,10 @@ def make_envs(
         elif vectorization == "async":
             envs = WorkerEnvs(makers, step_timeout)
         elif vectorization == "tensor":
-            envs = gymnasium.make_vec(_ON_TENSORS[spec.id], num_envs, device=device, **kwargs)
+            # The limit is that of what was named.
+            kwargs.setdefault("max_episode_steps", spec.max_episode_steps)
+            on_tensors = _on_tensors(spec) or spec.id
+            envs = gymnasium.make_vec(on_tensors, num_envs, device=device, **kwargs)
         else:
             envs = gymnasium.make_vec(
                 spec, num_envs, vectorization_mode="vector_entry_point", **kwargs
@@ -146,16 +217,26 @@ def own_vectorization(spec: EnvSpec) -> str:
 def resolve_vectorization(
     spec: EnvSpec, vectorization: str, env_kwargs: dict[str, Any] | None = None
 ) -> str:
-    """What "auto" stands for, and a refusal of what this environment does not have."""
+    """What "auto" stands for, and a refusal of what this environment does not have.
+
+    Raises:
+        ValueError: a way of stepping that this environment does not have; "tensor" where what is
+            registered is no longer what the environment on tensors stands for.
+    """
+    changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
-        on_tensors = spec.id in _ON_TENSORS and not env_kwargs
-        return "tensor" if on_tensors else own_vectorization(spec)
+        if _on_tensors(spec) is None or env_kwargs:
+            return own_vectorization(spec)
+        if changed is None:
+            return "tensor"
+        once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
+        return own_vectorization(spec)
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,
         "vector_entry_point": spec.vector_entry_point,
-        "tensor": _ON_TENSORS.get(spec.id),
+        "tensor": _on_tensors(spec),
     }
     if vectorization not in needed:
         raise ValueError(
@@ -166,7 +247,68 @@ def resolve_vectorization(
         raise ValueError(
             f"--vectorization: {spec.id} has no {vectorization} form; use {other} or auto"
         )
+    if vectorization == "tensor" and changed is not None:
+        raise ValueError(
+            f"--vectorization tensor: {needed['tensor']} stands for Gymnasium's own {spec.id}, and"
+            f" the {changed} of what is registered; use auto, or --env-id {needed['tensor']}"
+        )
     return vectorization
+
+
+def judge_of(
+    env_id: str,
+    *,
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """What evaluation plays for an environment: its id, and settings for `make_envs`.
+
+    An environment on tensors is judged by Gymnasium's own that it stands for, else by itself in
+    float64; any other by itself, stepped as `own_vectorization` says.
+
+    Raises:
+        ValueError: an unknown id.
+
+    Example:
+        >>> judge_of("vecpg/Acrobot-v1")
+        ('Acrobot-v1', {'vectorization': 'sync', 'env_kwargs': None, 'max_episode_steps': 500})
+    """
+    spec = find_spec(env_id)
+    judge = spec
+    for original, stand_in in _stand_ins.items():
+        found = gymnasium.registry.get(original)
+        if stand_in == spec.id == _on_tensors(spec) and found is not None:
+            judge = spec if _not_gymnasiums(found) else found
+    if judge is not spec:
+        env_kwargs, max_episode_steps = None, max_episode_steps or spec.max_episode_steps
+    elif _on_tensors(spec) == spec.id:
+        env_kwargs = {"dtype": "float64", **(env_kwargs or {})}
+    return judge.id, {
+        "vectorization": own_vectorization(judge),
+        "env_kwargs": env_kwargs,
+        "max_episode_steps": max_episode_steps,
+    }
+
+
+def _on_tensors(spec: EnvSpec) -> str | None:
+    """The id of an environment on tensors: its own, or that of what stands for it."""
+    if spec.vector_entry_point == _ON_TENSORS:
+        return spec.id
+    found = gymnasium.registry.get(_stand_ins.get(spec.id, ""))
+    return found.id if found is not None and found.vector_entry_point == _ON_TENSORS else None
+
+
+def _not_gymnasiums(spec: EnvSpec) -> str | None:
+    """What is not Gymnasium's own about what is registered under one of its ids, if anything."""
+    for name in ("entry_point", "vector_entry_point"):
+        point = getattr(spec, name)
+        own = isinstance(point, str) and point.startswith("gymnasium.envs.")
+        if point is not None and not own:
+            return f"{name} is {point!r}"
+    if spec.additional_wrappers:
+        names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
+        return f"additional_wrappers are {names}"
+    return f"kwargs are {spec.kwargs}" if spec.kwargs else None
 
 
 def check_time_limit(spec: EnvSpec, max_episode_steps: int | None) -> None:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 import numba
@@ -17,37 +17,51 @@ import numpy as np
 from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
+
+from vecpg.kernels.announce import once
 
 _log = logging.getLogger(__name__)
-_announced: set[str] = set()
+# Whether there is a function for which no directory was found that machine code can be kept in.
+_not_kept = False
 
 
-def jit(function: Callable[..., Any] | None = None, *, as_written: bool = False) -> Any:
+def jit(
+    function: Callable[..., Any] | None = None, *, as_written: bool = False, inlined: bool = False
+) -> Any:
     """Compile `function` when it is first called, and keep the machine code on disk.
 
     The interpreter's lock is released while it runs. Sums may be taken in another order, so that
     they vectorize: the same order at every call of the same machine code. With `as_written` nothing
-    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept.
+    is reordered or fused, and every operation rounds like torch's. NaN and infinity are kept. With
+    `inlined` it becomes a part of compiled functions that call it, whatever its size, so that loops
+    around it vectorize.
 
-    Where no directory can be written to, it is compiled anew in every process. It is also compiled
-    anew when its file changed, or that of a compiled function it calls by its name, or a number it
-    names. (What it reaches through a module's attribute is not looked at.)
+    It is kept beside the source; where that cannot be written to, in the user's cache directory.
+    Where neither can, it is compiled anew in every process, and the log says so. It is compiled
+    anew, too, when its file changed, or that of a compiled function it calls by its name, or a
+    number it names, or that it reaches through a module that it names.
     """
     if function is None:
-        return functools.partial(jit, as_written=as_written)
+        return functools.partial(jit, as_written=as_written, inlined=inlined)
     settings: dict[str, Any] = {
         "nogil": True,
         "no_cfunc_wrapper": True,  # nobody calls these from C, and it takes time to compile
         "error_model": "numpy",  # no check for division by zero, which would not vectorize
+        "forceinline": inlined,
         "fastmath": False if as_written else {"contract", "reassoc", "nsz", "arcp"},
     }
     compiled = numba.njit(**settings)(function)
     try:
         compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError):
-        if "cache" not in _announced:
-            _announced.add("cache")
-            _log.info("no directory for compiled code can be written to; compiling at every start")
+        global _not_kept
+        _not_kept = True
+        once(
+            _log,
+            "no directory for compiled code can be written to; compiling at every start;"
+            " NUMBA_CACHE_DIR names another",
+        )
     return compiled
 
 
@@ -56,7 +70,28 @@ class _Cache(FunctionCache):
 
     A function may also call compiled functions that it was made with: they stand in its closure,
     where Numba's own would take them for new ones in every process.
+
+    Numba's own raises where a file is damaged, or cannot be read or written. This one compiles.
     """
+
+    def _load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super()._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        # Unpickling a file that was cut, or is another, raises a dozen different types.
+        except Exception:
+            once(_log, f"what is kept in {self.cache_path} cannot be read; compiling it anew")
+        try:
+            self.flush()  # type: ignore[no-untyped-call]  # saving reads the index first
+        except OSError:
+            self.disable()  # type: ignore[no-untyped-call]
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep machine code for the next process, if its file can be written."""
+        try:
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            once(_log, f"compiled code cannot be kept in {self.cache_path}: {error.strerror}")
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         made_of = repr((_contents(__file__), _parts(self._py_func, ())))
@@ -64,21 +99,37 @@ class _Cache(FunctionCache):
 
 
 def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a function is made of: its file, its code, the numbers and compiled functions it names.
+    """What a function is made of: its file, its code, and what it names: numbers, compiled
+    functions and those that build instructions.
 
     What its callers are made of is known to them.
     """
     code = function.__code__
     used = [function.__globals__.get(name) for name in code.co_names]
+    # What it reaches through a module, such as `ops.sin`.
+    modules = [each for each in used if isinstance(each, ModuleType)]
+    used += [getattr(module, name, None) for module in modules for name in code.co_names]
     used += [cell.cell_contents for cell in function.__closure__ or ()]
-    parts: list[Any] = [function.__module__, function.__qualname__, code.co_code]
-    parts.append(_contents(code.co_filename))
+    parts: list[Any] = [function.__module__, function.__qualname__, _instructions(code)]
+    # There is no file of what was typed at a prompt.
+    if Path(code.co_filename).is_file():
+        parts.append(_contents(code.co_filename))
     for each in used:
         if isinstance(each, Dispatcher) and each.py_func not in (function, *callers):
             parts.append(_parts(each.py_func, (function, *callers)))
+        elif isinstance(each, _Intrinsic):
+            parts.append(_parts(each._defn, (function, *callers)))
         elif isinstance(each, int | float | tuple | np.generic):
             parts.append(repr(each))
     return tuple(parts)
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """Code with the names and constants that it uses, without addresses."""
+    constants = [
+        _instructions(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts
+    ]
+    return (code.co_code, code.co_names, *constants)
 
 
 @functools.cache
@@ -119,7 +170,8 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
-                _log.info("compiling kernels, once; this takes about twenty seconds")
+                again = "" if _not_kept else ", once"
+                _log.info("compiling kernels%s; this takes about twenty seconds", again)
         self._depth += 1
 
     def on_end(self, event: Any) -> None:

@@ -19,7 +19,7 @@ from gymnasium.wrappers import HumanRendering
 from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, check_time_limit, find_spec
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -79,7 +79,7 @@ def record(
         ValueError: film.avi: expected the name of an mp4 file, such as film.mp4
     """
     check_recording(env_id, path)
-    seeds = reset_seeds(seed, draw, 2, Purpose.VIDEO_RESET)
+    seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
     with _started(env_id, "rgb_array", env_kwargs, max_episode_steps, seeds[0]) as (env, obs):
         frame = _frame(env)
         fps = env.metadata.get("render_fps") or _FRAMES_PER_SECOND
@@ -121,7 +121,7 @@ def show(
         >>> policy = Policy(envs.single_observation_space, envs.single_action_space)
         >>> show(policy, "CartPole-v1")
     """
-    seeds = reset_seeds(seed, draw, 2, Purpose.VIDEO_RESET)
+    seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
     with _started(env_id, "human", env_kwargs, max_episode_steps, seeds[0]) as (env, obs):
         _play(env, obs, policy, greedy, seeds, None)
 

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vecpg.adam import Adam
 from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.kernels import threads
-from vecpg.noise import Purpose, uniforms
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.returns import reward_to_go
 from vecpg.rollout import Rollout, collect
@@ -258,7 +259,7 @@ def _train(case: Case) -> Iterator[Cell]:
         policy = _policy(envs, case.device)
         rollout = _checked_rollout(envs, policy, case)
         config = Config(num_envs=case.num_envs, num_steps=num_steps(case))
-        optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
+        optimizer = Adam(policy.parameters(), lr=0.0)
         weights = advantages(rollout, config)
         _check_advantages(rollout, weights, config.gamma)
         _check_gradient(policy, optimizer, rollout, weights, config)
@@ -333,7 +334,7 @@ def _update(case: Case) -> Iterator[Cell]:
     weights = torch.randn(shape, generator=generator).to(case.device)
     with _envs(Case("update", "cpu", "vector_entry_point", 1)) as envs:
         policy = _policy(envs, case.device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)
+    optimizer = Adam(policy.parameters(), lr=0.0)
     config = Config(num_envs=case.num_envs)
     _check_gradient(policy, optimizer, rollout, weights, config)
     yield Cell(
@@ -494,7 +495,7 @@ def _check_window(rollout: Rollout, start_window: int) -> None:
 def _check_actions(rollout: Rollout, policy: Policy) -> None:
     """Actions are those that the policy draws on the host, but where rounding decides."""
     rows, copies = min(_DRAWN_ROWS, len(rollout.mask)), min(_DRAWN_COPIES, rollout.mask.shape[1])
-    noise = uniforms(1, 0, range(rows), copies, Purpose.ACTION)
+    noise = Stream(1, 0, 0, copies).uniforms(range(rows), Purpose.ACTION)
     on_host = copy.deepcopy(policy).cpu()
     counted = rollout.mask[:rows, :copies].cpu()
     with torch.inference_mode():
@@ -525,7 +526,7 @@ def _check_advantages(rollout: Rollout, weights: Tensor, gamma: float) -> None:
 
 def _check_gradient(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam,
     rollout: Rollout,
     weights: Tensor,
     config: Config,

@@ -1,4 +1,4 @@
-"""The command line of `scripts/benchmark.py`: measure, compare or show again; keep; print."""
+"""The command line of `vecpg benchmark`: measure, compare or show again; keep; print."""
 
 import logging
 import sys
@@ -16,7 +16,6 @@ from vecpg.cli import (
     stdout_kept_clean,
 )
 from vecpg.config import ConfigError, flag
-from vecpg.machine import checkout, commit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,10 @@ class BenchmarkConfig:
         return self.num_envs or default
 
 
-def benchmark_main(args: Sequence[str] | None = None) -> None:
-    """`scripts/benchmark.py`."""
+def benchmark_main(args: Sequence[str]) -> None:
+    """`vecpg benchmark`."""
     with exit_codes():
-        config = parse(BenchmarkConfig, sys.argv[1:] if args is None else list(args))
+        config = parse(BenchmarkConfig, args, command="benchmark")
         prepare_process()
         # Which way was taken is in the table; the progress line has this place.
         logging.getLogger("vecpg").setLevel(logging.WARNING)
@@ -85,6 +84,7 @@ def benchmark_main(args: Sequence[str] | None = None) -> None:
         from vecpg.run.interrupts import Interrupts
 
         try:
+            _check_checkout(config)
             with Interrupts():
                 failed = _comparison(config) if config.compare is not None else _benchmark(config)
         except ValueError as error:
@@ -93,8 +93,20 @@ def benchmark_main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(EXIT_FAILED)
 
 
+def _check_checkout(config: BenchmarkConfig) -> None:
+    """Refuse what needs the repository where vecpg was installed without it."""
+    if config.record or config.compare is not None:
+        from vecpg.machine import checkout
+
+        try:
+            checkout()
+        except ValueError as error:
+            raise ConfigError(f"{'--record' if config.record else '--compare'}: {error}") from error
+
+
 def _benchmark(config: BenchmarkConfig) -> bool:
     """Measure, or read; keep; show. Returns whether a check found something wrong."""
+    from vecpg.machine import checkout, commit
     from vecpg.measure import report, results
 
     root = checkout() if config.record else None
@@ -134,6 +146,7 @@ def _benchmark(config: BenchmarkConfig) -> bool:
 
 def _comparison(config: BenchmarkConfig) -> bool:
     """Run this tree and a commit in turn. Returns whether something is slower here."""
+    from vecpg.machine import commit
     from vecpg.measure import comparison, report, results, timing
 
     assert config.compare is not None

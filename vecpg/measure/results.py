@@ -53,7 +53,7 @@ def read(path: Path) -> Results:
     except ValueError as error:
         raise ValueError(
             f"{path}: expected results in JSON, got something else; give a file that"
-            " scripts/benchmark.py wrote"
+            " vecpg benchmark wrote"
         ) from error
     content = content if isinstance(content, dict) else {}
     schema = content.get("schema")
@@ -65,7 +65,7 @@ def read(path: Path) -> Results:
     missing = [name for name in ("machine", "devices", "cells", "not_run") if name not in content]
     if missing:
         raise ValueError(
-            f"{path}: expected what scripts/benchmark.py measured, got a file without"
+            f"{path}: expected what vecpg benchmark measured, got a file without"
             f" {', '.join(missing)}; give the JSON file of a run without --compare"
         )
     results: Results = content

@@ -143,22 +143,34 @@ class Normalizer(nn.Module):
         scaled = (x - self.mean) / variance.sqrt()
         return scaled.clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS).to(torch.float32)
 
-    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Merge the statistics of (B, features) into the running ones.
+        """Take (B, features) into the running statistics."""
+        if x.shape[0] > 0:
+            self.merge(*moments(x))
+
+    @torch.no_grad()
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Take the `moments` of some rows into the running ones.
 
         Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance".
         """
-        if x.shape[0] == 0:
-            return
-        x = x.to(torch.float64)
-        mean = x.mean(dim=0)
         difference = mean - self.mean
-        total = self.count + x.shape[0]
-        between = difference.square() * self.count * x.shape[0] / total
-        self.squares += (x - mean).square().sum(dim=0) + between
-        self.mean += difference * x.shape[0] / total
-        self.count += x.shape[0]
+        total = self.count + count
+        between = difference.square() * self.count * count / total
+        self.squares += squares + between
+        self.mean += difference * count / total
+        self.count += count
+
+
+@torch.no_grad()
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The number of rows of (B, features), and of every feature mean and sum of squares about it.
+
+    Both are float64.
+    """
+    x = x.to(torch.float64)
+    mean = x.mean(dim=0)
+    return len(x), mean, (x - mean).square().sum(dim=0)
 
 
 def through(network: nn.Sequential, features: Tensor, dropout: float, uniforms: Tensor) -> Tensor:

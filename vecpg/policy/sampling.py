@@ -1,6 +1,5 @@
 """Drawing a row's actions, in machine code where that serves the policy, else in torch."""
 
-import logging
 import math
 from collections.abc import Callable
 
@@ -9,43 +8,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise
+from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, exponentials, forward
 
-_log = logging.getLogger(__name__)
-_announced: set[str] = set()
+# Writes, at step t, actions (N, *action_shape) for observations (N, *obs_shape).
+Draw = Callable[[int, Tensor, Tensor], None]
 
 
-def sampler(
-    policy: Policy, seed: int, iteration: int, num_envs: int
-) -> Callable[[int, Tensor, Tensor], None]:
-    """What draws, at step t, actions (N, *action_shape) for observations (N, *obs_shape).
+def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code: bool) -> Draw:
+    """What draws the actions of a collection. The policy is read when this is called.
 
-    It writes them to the tensor it is given. The policy is read when this is called.
+    Args:
+        policy: on any device.
+        stream: fixes what is drawn and dropped.
+        shards: groups of environments, each of which goes through the network by itself: the bits
+            of a matrix product depend on its shape.
+        in_machine_code: only where `vecpg.policy.cpu.why_not` has nothing against it. There a row's
+            bits depend on the row alone.
     """
-    reason = policy_cpu.why_not(policy)
-    if (how := reason or "") not in _announced:
-        _announced.add(how)
-        _log.debug("actions are drawn %s", f"in torch: {reason}" if reason else "in machine code")
-    if reason is None:
+    if in_machine_code:
         network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
-        key = stream_key(seed, iteration, Purpose.ACTION)
+        key = stream.key(Purpose.ACTION)
 
         def draw_on_host(t: int, obs: Tensor, actions: Tensor) -> None:
             rows = obs.numpy().reshape(len(obs), -1)
-            draw_actions(rows, key, t, first_action, network, actions.numpy())
+            draw_actions(rows, key, t, stream.first_env, first_action, network, actions.numpy())
 
         return draw_on_host
-    stream = seed, iteration, num_envs
-    noise = StepNoise(*stream, Purpose.ACTION, policy.device, policy.num_uniforms)
-    dropout = StepNoise(*stream, Purpose.DROPOUT, policy.device, policy.dropout_units)
+    noise = StepNoise(stream, Purpose.ACTION, policy.device, policy.num_uniforms)
+    dropout = StepNoise(stream, Purpose.DROPOUT, policy.device, policy.dropout_units)
+    size = stream.num_envs // shards
+    parts = [slice(first, first + size) for first in range(0, stream.num_envs, size)]
 
     def draw(t: int, obs: Tensor, actions: Tensor) -> None:
         seen = obs.to(policy.device, non_blocking=True)
-        dropped = dropout(t) if policy.dropout_units else None
-        actions.copy_(policy.sample(seen, noise(t), dropped))
+        numbers, dropped = noise(t), dropout(t) if policy.dropout_units else None
+        for part in parts:
+            units = None if dropped is None else dropped[:, part].contiguous()
+            drawn = policy.sample(seen[part], numbers[:, part].contiguous(), units)
+            actions[part].copy_(drawn)
 
     return draw
 
@@ -58,15 +61,11 @@ def prepare(policy: Policy) -> None:
             np.zeros((1, math.prod(policy.obs_shape)), np.float32),
             np.zeros(4, np.uint64),
             0,
+            0,
             policy_cpu.first_action_of(policy),
             policy_cpu.network_of(policy),
             actions,
         )
-
-
-def stream_key(seed: int, iteration: int, purpose: Purpose) -> NDArray[np.uint64]:
-    """What `philox` takes of a stream: the words of the seed, the iteration and the purpose."""
-    return np.array([seed & WORD, seed >> 32, iteration, purpose], np.uint64)
 
 
 @jit
@@ -74,13 +73,15 @@ def draw_actions(
     obs: NDArray[np.float32],
     key: NDArray[np.uint64],
     step: int,
+    first_env: int,
     first_action: int,
     network: policy_cpu.Network,
     actions: NDArray[np.int64],
 ) -> None:
-    """Write to `actions` (B,) what `Policy.sample` draws on obs (B, features) and `uniforms`.
+    """Write to `actions` (B,) what `Policy.sample` draws on obs (B, features) and its uniforms.
 
-    The key is a `stream_key`. Probabilities differ from torch's in the last bits.
+    The key is that of a `Stream`, which begins at `first_env`. Probabilities differ from torch's
+    in the last bits.
     """
     features = network.widths[0]
     units = activations(network)
@@ -91,7 +92,7 @@ def draw_actions(
             for i in range(features):
                 units[n * features + i] = obs[start + n, i]
         for n in range(rows):
-            numbers[n] = uniform(key, step, start + n)
+            numbers[n] = uniform(key, step, first_env + start + n)
         choose(forward(network, units, rows), numbers, chosen, rows)
         for n in range(rows):
             actions[start + n] = first_action + chosen[n]
@@ -119,16 +120,13 @@ def choose(logits, numbers, chosen, rows):
 
 @jit
 def uniform(key, step, env):
-    """The number that `vecpg.noise.uniforms` has for one step and environment.
-
-    The key is a `stream_key`.
-    """
+    """The first number of `Stream.uniforms_at` for one step and environment of the whole run."""
     return as_uniform(philox(key, step, env)[0])
 
 
 @jit
 def as_uniform(word):
-    """A 32-bit word as a number in [0, 1), as `vecpg.noise.uniforms_at` makes it."""
+    """A 32-bit word as a number in [0, 1), as `Stream.uniforms_at` makes it."""
     return np.float32(word >> np.uint64(8)) * np.float32(2.0**-24)
 
 

@@ -1,5 +1,7 @@
 """Spaces as plain types, as a checkpoint keeps them, and back."""
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,17 @@ def describe(space: spaces.Space[Any]) -> dict[str, Any]:
         values = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
         return {"kind": "MultiDiscrete", **values, "dtype": str(space.dtype)}
     raise ValueError(f"space {space} is not supported; supported: Box, Discrete, MultiDiscrete")
+
+
+def fingerprint(*of: spaces.Space[Any]) -> str:
+    """The same text for the same spaces: whoever goes on with a run finds out if they changed.
+
+    Example:
+        >>> fingerprint(spaces.Discrete(3)) == fingerprint(spaces.Discrete(3, start=1))
+        False
+    """
+    described = json.dumps([describe(space) for space in of], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _bound(bound: NDArray[Any]) -> Any:

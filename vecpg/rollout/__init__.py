@@ -1,25 +1,83 @@
 """Collecting whole episodes from N environments at once."""
 
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 from gymnasium.vector import VectorEnv
 
-from vecpg.envs import check_autoreset
+from vecpg.envs import check_autoreset, has_one_generator
 from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.noise import Stream
 from vecpg.policy import Policy, sampling
+from vecpg.policy import cpu as policy_cpu
+from vecpg.policy.sampling import sampler
 from vecpg.rollout import cpu, stepping
 from vecpg.rollout.cpu import collect_in_blocks
 from vecpg.rollout.data import Rollout
 from vecpg.rollout.stepping import collect_by_stepping, play
 from vecpg.rollout.tensor import collect_on_device
 
-__all__ = ["Rollout", "collect", "play", "prepare"]
-
-_log = logging.getLogger(__name__)
-_announced: set[str] = set()
+__all__ = ["Collector", "Rollout", "choose_collector", "collect", "play"]
 
 BACKENDS = ("auto", "reference", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """The way that collecting goes, chosen once for environments and a policy.
+
+    backend:       "reference" or "cpu".
+    reason:        why it is not "cpu"; None if it is.
+    draws_on_host: actions are drawn in machine code (always so where the backend is "cpu").
+    """
+
+    backend: str
+    reason: str | None
+    draws_on_host: bool
+
+    def __str__(self) -> str:
+        if self.backend == "cpu":
+            return "in machine code"
+        drawing = "" if self.draws_on_host else ", actions drawn in torch"
+        return f"by stepping{drawing}: {self.reason}"
+
+    def collect(
+        self,
+        envs: Any,
+        policy: Policy,
+        *,
+        num_steps: int,
+        seed: int,
+        iteration: int,
+        first_env: int = 0,
+        shards: int = 1,
+    ) -> Rollout:
+        """As the function `collect`."""
+        if shards < 1 or envs.num_envs % shards:
+            raise ValueError(
+                f"shards: expected a number that divides {envs.num_envs} environments, got {shards}"
+            )
+        on_tensors = isinstance(envs, TensorVectorEnv)
+        if first_env and has_one_generator(envs) and not on_tensors:
+            raise ValueError(
+                f"first_env: expected 0 for {type(envs).__name__}, whose copies draw from one"
+                f' generator, got {first_env}; make them with vectorization="sync"'
+            )
+        stream = Stream(seed, iteration, first_env, envs.num_envs)
+        if self.backend == "cpu":
+            return collect_in_blocks(envs, policy, num_steps=num_steps, stream=stream)
+        draw = sampler(policy, stream, shards=shards, in_machine_code=self.draws_on_host)
+        # A wrapper around environments on tensors is stepped like any other.
+        step = collect_on_device if on_tensors else collect_by_stepping
+        return step(envs, policy, draw, num_steps=num_steps, stream=stream)
+
+    def prepare(self, envs: Any, policy: Policy) -> None:
+        """Compile, or load, the kernels that collecting this way, and evaluating, will need."""
+        if self.backend == "cpu":
+            cpu.prepare(envs, policy)
+        elif self.draws_on_host:
+            sampling.prepare(policy)
+        stepping.prepare()  # evaluation steps
 
 
 def collect(
@@ -29,7 +87,9 @@ def collect(
     num_steps: int,
     seed: int,
     iteration: int,
-    backend: str = "auto",
+    first_env: int = 0,
+    shards: int = 1,
+    backend: str | Collector = "auto",
 ) -> Rollout:
     """Whole episodes from a fresh reset, with the start window.
 
@@ -42,17 +102,22 @@ def collect(
         policy: on any device; environments on tensors must be on the same one.
         num_steps: the start window in real steps. 1 = exactly one episode for each environment.
         seed: of the run.
-        iteration: which collection this is; (seed, iteration) fixes every random number in it.
+        iteration: which collection this is.
+        first_env: the index in the whole run of the first environment: these are a part of it.
+            (seed, iteration, index) fixes every random number of an environment.
+        shards: groups of environments that go through the network one by one. The rollout of each,
+            collected alone with its own `first_env`, is the same, bit for bit.
         backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
-            machine code, of vecpg's CartPole and Pendulum on the CPU under a plain network; "auto"
-            takes "cpu" where it serves, and logs what it takes and why.
+            machine code, of environments on tensors on the CPU under a plain network; "auto" takes
+            "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
 
     Returns:
         a `Rollout` on the policy's device.
 
     Raises:
         ValueError: environments in another autoreset mode, or on another device than the policy;
-            an unknown backend; "cpu" where it does not serve.
+            an unknown backend; "cpu" where it does not serve; shards that do not divide N; a
+            `first_env` for environments that have one generator together.
         EnvironmentFailure: an environment raised or returned a number that is not finite; the
             message has its index, the step and the seed.
 
@@ -64,40 +129,32 @@ def collect(
         >>> rollout.dones.sum().item()
         4
     """
+    chosen = backend if isinstance(backend, Collector) else choose_collector(envs, policy, backend)
+    return chosen.collect(
+        envs,
+        policy,
+        num_steps=num_steps,
+        seed=seed,
+        iteration=iteration,
+        first_env=first_env,
+        shards=shards,
+    )
+
+
+def choose_collector(envs: Any, policy: Policy, backend: str = "auto") -> Collector:
+    """The way that `collect` goes; it holds as long as environments and policy keep their kind.
+
+    Raises:
+        ValueError: as `collect`, for what can be known before the first reset.
+    """
     check_autoreset(envs)
-    settings = {"num_steps": num_steps, "seed": seed, "iteration": iteration}
-    if _backend(envs, policy, backend) == "cpu":
-        return collect_in_blocks(envs, policy, **settings)  # type: ignore[arg-type]
-    if isinstance(envs, TensorVectorEnv):  # a wrapper around them is stepped like any other
-        return collect_on_device(envs, policy, **settings)
-    return collect_by_stepping(envs, policy, **settings)
-
-
-def prepare(envs: VectorEnv, policy: Policy) -> None:
-    """Compile, or load, the kernels that collecting and evaluating will need."""
-    if _backend(envs, policy, "auto") == "cpu":
-        cpu.prepare(envs, policy)
-    else:
-        sampling.prepare(policy)
-    stepping.prepare()  # evaluation steps
-
-
-def _backend(envs: Any, policy: Policy, backend: str) -> str:
-    """What "auto" stands for, and a refusal of what does not serve."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = None if backend == "reference" else cpu.why_not(envs, policy)
+    reason = "as asked" if backend == "reference" else cpu.why_not(envs, policy)
     if backend == "cpu" and reason is not None:
         raise ValueError(
             f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
         )
-    if backend == "auto" and isinstance(envs.unwrapped, TensorVectorEnv):
-        how = "in machine code" if reason is None else f"by stepping it in torch: {reason}"
-        _announce(f"{type(envs).__name__} is collected {how}")
-    return "cpu" if backend != "reference" and reason is None else "reference"
-
-
-def _announce(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        _log.info(message)
+    if reason is None:
+        return Collector("cpu", None, draws_on_host=True)
+    return Collector("reference", reason, draws_on_host=policy_cpu.why_not(policy) is None)

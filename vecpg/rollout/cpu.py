@@ -3,219 +3,262 @@
 The number of environments hardly matters here, and nothing is done for those that have finished.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
+from numba.core.errors import NumbaError
 from numpy.typing import NDArray
 
-from vecpg.envs import cartpole, pendulum
+from vecpg.envs.cpu import check_compiled, compiled
+from vecpg.envs.definition import Definition, num_components, num_observations
+from vecpg.envs.ops.cpu import cos, sin
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
+from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, forward
 from vecpg.policy.distributions import Categorical, DiagonalGaussian
-from vecpg.policy.sampling import as_uniform, choose, philox, stream_key, uniform
-from vecpg.rollout.data import Rollout
+from vecpg.policy.sampling import as_uniform, choose, philox, uniform
+from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, Rollout, Rows, check_finite
 
 SERVED = (
-    "vecpg/CartPole-v1 and vecpg/Pendulum-v1 in float32 on the CPU, and policies of linear layers"
-    " of at most 1024 units with tanh or ReLU, without dropout and without normalized observations;"
-    " the standard deviation is a parameter"
+    "environments on tensors with Discrete or Box actions, in float32 on the CPU, and policies of"
+    " linear layers of at most 1024 units with tanh or ReLU, without dropout and without normalized"
+    " observations; the standard deviation is a parameter"
 )
 
 # 0 in a type that is no constant: else what it is passed to would be compiled for each constant.
 _NONE: Any = np.int64(0)
-# A state in the kernel has so many variables, those that an environment does not have are 0.
-_VARIABLES = 4
 # For how many steps memory is set aside at first; it is taken from the system as rows are written.
 _FIRST_STEPS = 2**26
 # Steps of a block after which a call returns, if only for a moment: an interrupt waits no longer.
 _CALL_STEPS = 2**20
 
 
-class Rows(NamedTuple):
-    """The arrays of a `Rollout`, (T, N), all 0 at first. `obs` has one row more."""
-
-    obs: NDArray[np.float32]
-    actions: NDArray[Any]
-    rewards: NDArray[np.float32]
-    terminations: NDArray[np.bool_]
-    truncations: NDArray[np.bool_]
-    mask: NDArray[np.bool_]
-
-
 class Copies(NamedTuple):
     """What every environment has come to.
 
-    state:   (4, N).
+    state:   (V, N).
     lengths: (N,) steps since its episode began.
-    steps:   (N,) real steps in this iteration; -1 = it has finished.
-    resets:  (N,) True = its next row only resets.
+    steps:   (N,) real steps in this iteration.
+    now:     (N,) what it does at the next row, as in `data.NEXT`.
     """
 
     state: NDArray[np.float32]
     lengths: NDArray[np.int64]
     steps: NDArray[np.int64]
-    resets: NDArray[np.bool_]
+    now: NDArray[np.int8]
 
 
 def why_not(envs: Any, policy: Policy) -> str | None:
     """Why the kernels of this file do not serve environments and a policy; None if they do."""
     if not isinstance(envs, TensorVectorEnv):
         return f"{type(envs).__name__} is no environment on tensors"
-    if type(envs) not in _KERNELS:
-        return f"there is no kernel for {type(envs).__name__}"
+    if type(envs) is not TensorVectorEnv:
+        return f"{type(envs).__name__} may do something else than its definition"
     if envs.device.type != "cpu":
         return f"the environments are on {envs.device}"
     if envs.dtype != torch.float32:
         return "the environments are not in float32"
-    if type(envs.dynamics) is not _KERNELS[type(envs)][0]:
-        return "the environments were given other dynamics"
     distribution = policy.distribution
     if policy.obs_shape != envs.single_observation_space.shape:
         return "its observations are not those of the environments"
     if distribution.space != envs.single_action_space:
         return "its actions are not those of the environments"
+    if not isinstance(distribution, Categorical | DiagonalGaussian):
+        return "its actions are neither Discrete nor a Box"
     if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
         return "its standard deviation comes from the network"
     return policy_cpu.why_not_network(policy)
 
 
 def collect_in_blocks(
-    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, seed: int, iteration: int
+    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, stream: Stream
 ) -> Rollout:
     """As `collect`, from environments and a policy that `why_not` finds nothing against.
 
     The same numbers as the reference draws: actions are equal wherever rounding does not decide.
     Blocks are given to as many threads as `vecpg.kernels.threads.count()` says; no bit depends on
     it. The environments themselves are left as they were.
+
+    Raises:
+        ValueError: a function of the definition does not compile, or returns what it should not.
+        EnvironmentFailure: an observation or a reward that is not finite.
     """
     num_envs = envs.num_envs
-    reset_seed = reset_seeds(seed, iteration, 1, Purpose.TRAINING_RESET)[0]
+    starts_of = Stream(stream.common_seed(Purpose.TRAINING_RESET), 0, stream.first_env, num_envs)
     settings = (
         num_steps,
         envs.max_episode_steps,
-        stream_key(seed, iteration, Purpose.ACTION),
-        stream_key(reset_seed, 0, Purpose.START),
+        stream.first_env,
+        stream.key(Purpose.ACTION),
+        starts_of.key(Purpose.START),
         _action_settings(policy),
         policy_cpu.network_of(policy),
     )
-    _, play = _KERNELS[type(envs)]
+    play = _kernel(envs.definition, envs.dynamics.num_variables)
     copies = Copies(
-        np.zeros((_VARIABLES, num_envs), np.float32),
+        np.zeros((envs.dynamics.num_variables, num_envs), np.float32),
         np.zeros(num_envs, np.int64),
         np.zeros(num_envs, np.int64),
-        np.zeros(num_envs, np.bool_),
+        np.full(num_envs, PLAYING, np.int8),
     )
     size = max(1, min(BLOCK, -(-num_envs // threads.count())))
     starts = range(0, num_envs, size)
     longest = 2 * num_steps + envs.max_episode_steps  # were every episode one step
-    rows = _make_rows(max(1, min(longest, _FIRST_STEPS // num_envs)), num_envs, policy)
+    rows = Rows(
+        max(1, min(longest, _FIRST_STEPS // num_envs)),
+        num_envs,
+        (policy.obs_shape, torch.float32),
+        (policy.action_shape, policy.action_dtype),
+    )
+    arrays = _arrays(rows)
     begin = end = length = 0
-    while (copies.steps >= 0).any():
-        if end == len(rows.mask):
-            rows = _longer(rows, policy)
-        begin, end = end, min(len(rows.mask), end + max(1, _CALL_STEPS // size))
+    while (copies.now != FINISHED).any():
+        if rows.make_room(end + 1):
+            arrays = _arrays(rows)
+        begin, end = end, min(rows.capacity, end + max(1, _CALL_STEPS // size))
 
         def advance(block: int) -> int:
             first = starts[block]
             last = min(first + size, num_envs)
-            reached: int = play(rows, copies, first, last, begin, end, *settings)  # noqa: B023
+            reached: int = play(arrays, copies, first, last, begin, end, *settings)  # noqa: B023
             return reached
 
         length = max(length, *threads.run(advance, len(starts)))
-    if isinstance(policy.distribution, DiagonalGaussian):
-        rows = rows._replace(actions=rows.actions[:, :, None])
-    return _rollout(rows, length, seed, iteration)
+    rollout = rows.rollout(length, torch.device("cpu"), stream)
+    check_finite(rollout)
+    return rollout
 
 
-def _action_settings(policy: Policy) -> NDArray[np.float64]:
-    """What drawing an action takes beside the network's output: see `_draw_...` below."""
-    distribution = policy.distribution
-    if not isinstance(distribution, DiagonalGaussian):
-        return np.zeros(0)
+def _action_settings(policy: Policy) -> NDArray[np.float32]:
+    """What `_categorical` or `_gaussian` takes beside the network's output."""
+    distribution: Any = policy.distribution
+    if isinstance(distribution, Categorical):
+        return np.full((1, 1), distribution.first_action, np.float32)
     with torch.no_grad():
-        std = distribution.mean_and_log_std(torch.zeros(1, 1))[1].exp().item()
-    return np.array([std, distribution.low.item(), distribution.high.item()])
+        std = distribution.mean_and_log_std(torch.zeros(distribution.size, 1))[1].exp()
+    rows = std, distribution.low, distribution.high
+    return np.stack([row.numpy().reshape(-1) for row in rows])
 
 
-def _make_rows(capacity: int, num_envs: int, policy: Policy) -> Rows:
-    shape = capacity, num_envs
-    discrete = isinstance(policy.distribution, Categorical)
-    return Rows(
-        np.zeros((capacity + 1, num_envs, *policy.obs_shape), np.float32),
-        np.zeros(shape, np.int64 if discrete else np.float32),
-        np.zeros(shape, np.float32),
-        *(np.zeros(shape, np.bool_) for _ in range(3)),
-    )
-
-
-def _longer(rows: Rows, policy: Policy) -> Rows:
-    """The same rows with room for as many again."""
-    longer = _make_rows(2 * len(rows.mask), rows.mask.shape[1], policy)
-    for name, old in rows._asdict().items():
-        getattr(longer, name)[: len(old)] = old
-    return longer
-
-
-def _rollout(rows: Rows, length: int, seed: int, iteration: int) -> Rollout:
-    t, n = np.nonzero(rows.truncations[:length])
-    return Rollout(
-        **{name: torch.from_numpy(each[:length]) for name, each in rows._asdict().items()},
-        final_obs=torch.from_numpy(rows.obs[t + 1, n]),
-        final_rows=torch.from_numpy(np.stack([t, n], axis=1)),
-        seed=seed,
-        iteration=iteration,
-    )
+def _arrays(rows: Rows) -> tuple[NDArray[Any], ...]:
+    """The same memory as the kernel takes it, with one axis for all numbers of an observation."""
+    host, num_envs = rows.host, rows.host.mask.shape[1]
+    obs = host.obs.reshape(rows.capacity + 1, num_envs, -1)
+    actions = host.actions.reshape(rows.capacity, num_envs, -1)
+    return obs, actions, host.rewards, host.terminations, host.truncations, host.mask
 
 
 def prepare(envs: Any, policy: Policy) -> None:
-    """Compile, or load, the kernel that serves environments and a policy."""
-    one = type(envs)(1, max_episode_steps=1)
-    collect_in_blocks(one, policy, num_steps=1, seed=0, iteration=0)
+    """Compile, or load, the kernel that serves environments and a policy.
 
-
-@jit
-def _draw_categorical(outputs, key, step, who, live, settings, drawn, acted):
-    """Draw a block's actions, and write them as the environment takes them to `acted`.
-
-    There are no settings.
+    Raises:
+        ValueError: a function of the definition does not compile, or returns what it should not.
     """
-    numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
-    for i in range(live):
-        numbers[i] = uniform(key, step, who[i])
-    choose(outputs, numbers, chosen, live)
-    for i in range(live):
-        drawn[i] = acted[i] = chosen[i]
+    one = TensorVectorEnv(envs.definition, 1, max_episode_steps=1)
+    collect_in_blocks(one, policy, num_steps=1, stream=Stream(0, 0, 0, 1))
 
 
-@jit
-def _draw_gaussian(outputs, key, step, who, live, settings, drawn, acted):
-    """As `_draw_categorical`, of one component; the settings are standard deviation and bounds."""
-    std, low, high = np.float32(settings[0]), np.float32(settings[1]), np.float32(settings[2])
-    for i in range(live):
-        w0, w1, _, _ = philox(key, step, who[i])
-        radius = math.sqrt(np.float32(-2.0) * np.float32(math.log1p(-as_uniform(w0))))
-        normal = radius * math.cos(np.float32(2.0 * math.pi) * as_uniform(w1))
-        drawn[i] = outputs[0, i] + std * normal
-        acted[i] = min(max(drawn[i], low), high)
+def _uniforms(count: int) -> Any:
+    """`uniforms(key, step, env)`: the tuple of the first `count` of `Stream.uniforms_at`."""
+    last = (count - 1) // 4
+    before = _uniforms(4 * last) if last else _none
+    kept, above = count - 4 * last, np.uint64(last << 8)
+
+    @jit(inlined=True)
+    def uniforms(key, step, env):
+        w0, w1, w2, w3 = philox((key[0], key[1], key[2], key[3] | above), step, env)
+        numbers = as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
+        return before(key, step, env) + numbers[:kept]
+
+    return uniforms
 
 
-def _kernel(dynamics: ModuleType, draw: Any) -> Any:
-    """The function that plays a block of environments, made from the functions of one copy.
+@jit(inlined=True)
+def _none(key, step, env):
+    return ()
 
-    `start`, `transition`, `observation`, `terminated` and `reward` of the module do what those of
-    its dynamics do, of one copy and of numbers. `draw` is one of those above.
+
+def _categorical() -> Any:
+    """`draw(...)`: draw a block's actions, and write them as the environment takes them to `acted`.
+
+    The setting is the first action.
     """
-    start, transition, observation = dynamics.start, dynamics.transition, dynamics.observation
-    terminated, reward = dynamics.terminated, dynamics.reward
+
+    @jit(inlined=True)
+    def draw(outputs, key, step, first_env, who, live, settings, noise, drawn, acted):
+        for i in range(live):
+            noise[i] = uniform(key, step, first_env + who[i])
+        choose(outputs, noise, drawn, live)
+        for i in range(live):
+            drawn[i] += np.int64(settings[0, 0])
+            acted[i] = np.float32(drawn[i])
+
+    return draw
+
+
+def _gaussian(size: int) -> Any:
+    """As `_categorical`; the settings are standard deviations and bounds of the components.
+
+    By the method of Box and Muller a radius and an angle give two normal numbers: see
+    `DiagonalGaussian.sample`.
+    """
+    pairs = (size + 1) // 2
+    uniforms, write = _uniforms(2 * pairs), writer(2 * pairs, BLOCK)
+
+    @jit(inlined=True)
+    def draw(outputs, key, step, first_env, who, live, settings, noise, drawn, acted):
+        for i in range(live):
+            write(noise, i, uniforms(key, step, first_env + who[i]))
+        for pair in range(pairs):
+            radii, turns = pair * BLOCK, (pairs + pair) * BLOCK
+            for i in range(live):
+                logarithm = np.float32(math.log1p(-noise[radii + i]))
+                noise[radii + i] = math.sqrt(np.float32(-2.0) * logarithm)
+            for i in range(live):
+                noise[turns + i] *= np.float32(2.0 * math.pi)
+                drawn[radii + i] = noise[radii + i] * cos(noise[turns + i])
+            if pairs + pair < size:
+                for i in range(live):
+                    drawn[turns + i] = noise[radii + i] * sin(noise[turns + i])
+        for a in range(size):
+            std, low, high = settings[0, a], settings[1, a], settings[2, a]
+            for i in range(live):
+                at = a * BLOCK + i
+                drawn[at] = outputs[a, i] + std * drawn[at]
+                acted[at] = min(max(drawn[at], low), high)
+
+    return draw
+
+
+@functools.cache
+def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., int]:
+    """The function that plays a block of environments, made from the functions of one copy."""
+    functions = compiled(definition)
+    start, transition, observation = (
+        functions[name] for name in ("start", "transition", "observation")
+    )
+    terminated, reward = functions["terminated"], functions["reward"]
+    discrete = isinstance(definition.action_space, spaces.Discrete)
+    sizes = (
+        num_variables,
+        num_observations(definition),
+        num_components(definition),
+    )
+    draw = _categorical() if discrete else _gaussian(sizes[2])
+    uniforms = _uniforms(definition.num_uniforms)
+    read_state, write_state = reader(sizes[0], BLOCK), writer(sizes[0], BLOCK)
+    write_seen, write_number = writer(sizes[1], BLOCK), writer(1, BLOCK)
+    read_action = _number if discrete else reader(sizes[2], BLOCK)
 
     @jit(as_written=True)
     def play(
@@ -227,6 +270,7 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         end,
         num_steps,
         max_episode_steps,
+        first_env,
         action_key,
         start_key,
         action_settings,
@@ -237,93 +281,109 @@ def _kernel(dynamics: ModuleType, draw: Any) -> Any:
         Returns the number of rows up to the last that counts.
         """
         obs, actions, rewards, terminations, truncations, mask = rows
-        features = obs.shape[2]
+        states, lengths, steps, now = copies
+        variables, features, components = sizes
+        words = action_key[0], action_key[1], action_key[2], action_key[3]
+        start_words = start_key[0], start_key[1], start_key[2], start_key[3]
         units = activations(network)
-        before = np.zeros((_VARIABLES, BLOCK), np.float32)
-        after = np.zeros((_VARIABLES, BLOCK), np.float32)
-        s0, s1, s2, s3 = before[0], before[1], before[2], before[3]
-        f0, f1, f2, f3 = after[0], after[1], after[2], after[3]
-        seen = np.zeros((_VARIABLES, BLOCK), np.float32)
-        o0, o1, o2, o3 = seen[0], seen[1], seen[2], seen[3]
-        drawn, acted = np.empty(BLOCK, actions.dtype), np.empty(BLOCK, actions.dtype)
-        paid, ended = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.bool_)
+        # A column of these matrices, (numbers, BLOCK), is a copy's.
+        before = np.zeros(variables * BLOCK, np.float32)
+        after = np.zeros(variables * BLOCK, np.float32)
+        seen = np.zeros(features * BLOCK, np.float32)
+        noise = np.zeros((components + 1) * BLOCK, np.float32)
+        drawn = np.zeros(components * BLOCK, actions.dtype)
+        acted = np.zeros(components * BLOCK, np.float32)
+        paid, ended = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.bool_)
         # The environments that have not finished, close together.
         who = np.empty(BLOCK, np.int64)
         live = _NONE
         for n in range(first, last):
-            if copies.steps[n] < 0:
+            if now[n] == FINISHED:
                 continue
             if begin == 0:
-                w0, w1, w2, w3 = philox(start_key, _NONE, n)
-                s0[live], s1[live], s2[live], s3[live] = start(
-                    as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
-                )
+                write_state(before, live, start(uniforms(start_words, _NONE, first_env + n)))
             else:
-                for v in range(_VARIABLES):
-                    before[v, live] = copies.state[v, n]
+                for v in range(variables):
+                    before[v * BLOCK + live] = states[v, n]
             who[live] = n
             live += 1
         t = begin
         length = 0
         while live > 0 and t < end:
             for i in range(live):
-                o0[i], o1[i], o2[i], o3[i] = observation(s0[i], s1[i], s2[i], s3[i])
+                write_seen(seen, i, observation(read_state(before, i)))
             for i in range(live):
                 for f in range(features):
-                    units[i * features + f] = seen[f, i]
-                    obs[t, who[i], f] = seen[f, i]
+                    units[i * features + f] = seen[f * BLOCK + i]
+                    obs[t, who[i], f] = seen[f * BLOCK + i]
             outputs = forward(network, units, live)
-            draw(outputs, action_key, t, who, live, action_settings, drawn, acted)
+            draw(
+                outputs,
+                words,
+                t,
+                first_env,
+                who,
+                live,
+                action_settings,
+                noise,
+                drawn,
+                acted,
+            )
             for i in range(live):
-                f0[i], f1[i], f2[i], f3[i] = transition(s0[i], s1[i], s2[i], s3[i], acted[i])
+                write_state(after, i, transition(read_state(before, i), read_action(acted, i)))
             for i in range(live):
-                ended[i] = terminated(f0[i], f1[i], f2[i], f3[i])
-                paid[i] = reward(s0[i], s1[i], s2[i], s3[i], acted[i], f0[i], f1[i], f2[i], f3[i])
-            kept = 0
+                state, following = read_state(before, i), read_state(after, i)
+                ended[i] = terminated(following)
+                write_number(paid, i, (reward(state, read_action(acted, i), following),))
+            kept = _NONE
             for i in range(live):
                 n = who[i]
                 who[kept] = n
-                if copies.resets[n]:
-                    copies.resets[n] = False
-                    w0, w1, w2, w3 = philox(start_key, t + 1, n)
-                    s0[kept], s1[kept], s2[kept], s3[kept] = start(
-                        as_uniform(w0), as_uniform(w1), as_uniform(w2), as_uniform(w3)
-                    )
+                if now[n] == RESETTING:
+                    now[n] = NEXT[RESETTING, 0, 0]
+                    write_state(before, kept, start(uniforms(start_words, t + 1, first_env + n)))
                     kept += 1
                     continue
-                copies.lengths[n] += 1
-                copies.steps[n] += 1
-                truncated = copies.lengths[n] >= max_episode_steps
-                actions[t, n] = drawn[i]
+                lengths[n] += 1
+                steps[n] += 1
+                truncated = lengths[n] >= max_episode_steps
+                for a in range(components):
+                    actions[t, n, a] = drawn[a * BLOCK + i]
                 rewards[t, n] = paid[i]
                 terminations[t, n] = ended[i]
                 truncations[t, n] = truncated
                 mask[t, n] = True
                 length = t + 1
-                s0[kept], s1[kept], s2[kept], s3[kept] = f0[i], f1[i], f2[i], f3[i]
+                write_state(before, kept, read_state(after, i))
                 if not (ended[i] or truncated):
                     kept += 1
-                elif copies.steps[n] < num_steps:
-                    copies.resets[n] = True
-                    copies.lengths[n] = 0
-                    kept += 1
-                else:
-                    copies.steps[n] = -1
-                    o0[i], o1[i], o2[i], o3[i] = observation(f0[i], f1[i], f2[i], f3[i])
+                    continue
+                lengths[n] = 0
+                now[n] = NEXT[PLAYING, 1, int(steps[n] < num_steps)]
+                if now[n] == FINISHED:
+                    write_seen(seen, i, observation(read_state(after, i)))
                     for f in range(features):
-                        obs[t + 1, n, f] = seen[f, i]
+                        obs[t + 1, n, f] = seen[f * BLOCK + i]
+                else:
+                    kept += 1
             live = kept
             t += 1
         for i in range(live):
-            for v in range(_VARIABLES):
-                copies.state[v, who[i]] = before[v, i]
+            for v in range(variables):
+                states[v, who[i]] = before[v * BLOCK + i]
         return length
 
-    return play
+    def played(*given: Any) -> int:
+        try:
+            reached: int = play(*given)
+        except NumbaError:
+            check_compiled(definition, functions, num_variables)
+            raise
+        return reached
+
+    return played
 
 
-# Of every environment that has a kernel its dynamics, and the kernel.
-_KERNELS: dict[type, tuple[type, Callable[..., Any]]] = {
-    cartpole.CartPole: (cartpole.CartPoleDynamics, _kernel(cartpole, _draw_categorical)),
-    pendulum.Pendulum: (pendulum.PendulumDynamics, _kernel(pendulum, _draw_gaussian)),
-}
+@jit(as_written=True)
+def _number(numbers, i):
+    return numbers[i]

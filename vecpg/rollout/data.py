@@ -1,9 +1,41 @@
-"""What one collection gives: whole episodes of N environments, time first."""
+"""What one collection gives, how it grows, and which rows count."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vecpg.envs import EnvironmentFailure
+from vecpg.noise import Stream
+
+# What an environment does at a row.
+FINISHED, PLAYING, RESETTING = 0, 1, 2
+
+# The start window's rule, for every collector: NEXT[now, ends, more] is what an environment does
+# at the next row. `ends`: its action ended the episode. `more`: it has made fewer than `num_steps`
+# real steps, this one among them (and, in evaluation, finished fewer episodes than its quota).
+#
+#     now          ends  more  next          the row counts
+#     PLAYING      no    any   PLAYING       yes
+#     PLAYING      yes   yes   RESETTING     yes
+#     PLAYING      yes   no    FINISHED      yes
+#     RESETTING    any   any   PLAYING       no: Gymnasium's NEXT_STEP mode resets at this row
+#     FINISHED     any   any   FINISHED      no
+NEXT: NDArray[np.int8] = np.array(
+    [
+        [[FINISHED, FINISHED], [FINISHED, FINISHED]],
+        [[PLAYING, PLAYING], [FINISHED, RESETTING]],
+        [[PLAYING, PLAYING], [PLAYING, PLAYING]],
+    ],
+    np.int8,
+)
+
+_FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
+_ON_HOST = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +56,8 @@ class Rollout:
     mask:         (T, N) bool                  True = a real transition that counts
     final_obs:    (K, *obs_shape) float32      the observation after each truncated action
     final_rows:   (K, 2) int64                 the (t, n) of each, t rising
-    seed, iteration:                           they fix every random number that was used
+    stream:       Stream                       what fixed every random number; None where nothing
+                                               was drawn by one, and then nothing can be drawn again
     """
 
     obs: Tensor
@@ -35,8 +68,7 @@ class Rollout:
     mask: Tensor
     final_obs: Tensor
     final_rows: Tensor
-    seed: int = 0
-    iteration: int = 0
+    stream: Stream | None = None
 
     @property
     def dones(self) -> Tensor:
@@ -54,3 +86,176 @@ class Rollout:
         cut = self.truncations[t, n] & ~self.terminations[t, n]
         values[t, n] = torch.where(cut, final_values, 0.0)
         return values
+
+    def shards(self, count: int) -> list["Rollout"]:
+        """`count` equal groups of environments, each as if it had been collected alone.
+
+        Sums are formed for each of them and added in this order; see `docs/semantics.md`. Each has
+        rows up to its own last one that counts. One shard is the rollout itself, and costs nothing;
+        of several, `obs` and `actions` lie in the rollout's memory.
+
+        Raises:
+            ValueError: a count that does not divide the number of environments.
+        """
+        if count == 1:
+            return [self]
+        num_envs = self.mask.shape[1]
+        if count < 1 or num_envs % count:
+            raise ValueError(
+                f"shards: expected a number that divides {num_envs} environments, got {count}"
+            )
+        size = num_envs // count
+        return [self._part(first, size) for first in range(0, num_envs, size)]
+
+    def _part(self, first: int, size: int) -> "Rollout":
+        envs = slice(first, first + size)
+        counted = self.mask[:, envs].any(dim=1).nonzero()
+        length = int(counted.max()) + 1 if len(counted) else 0
+        n = self.final_rows[:, 1]
+        own = (n >= first) & (n < first + size)
+        own_rows = {
+            name: getattr(self, name)[:length, envs].contiguous()
+            for name in ("rewards", "terminations", "truncations", "mask")
+        }
+        shift = torch.tensor([0, first], device=n.device)
+        return Rollout(
+            # Only what counts of them is looked at, and it is gathered first.
+            obs=self.obs[:length, envs],
+            actions=self.actions[:length, envs],
+            **own_rows,
+            final_obs=self.final_obs[own],
+            final_rows=self.final_rows[own] - shift,
+            stream=None if self.stream is None else self.stream.part(first, size),
+        )
+
+    def split(self, values: Tensor, shards: list["Rollout"]) -> list[Tensor]:
+        """What belongs to these rows, (T, N), as the parts that belong to its `shards`."""
+        if len(shards) == 1:
+            return [values]
+        widths = [shard.mask.shape[1] for shard in shards]
+        columns = torch.split(values, widths, dim=1)
+        return [
+            own[: len(shard.mask)].contiguous() for own, shard in zip(columns, shards, strict=True)
+        ]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `split`, (T, N), 0 after a shard's last row that counts."""
+        if len(parts) == 1:
+            return parts[0]
+        length = len(self.mask)
+        padded = [nn.functional.pad(part, (0, 0, 0, length - len(part))) for part in parts]
+        return torch.cat(padded, dim=1)
+
+    def join_final(self, parts: list[Tensor]) -> Tensor:
+        """What belongs to the shards' `final_rows` as what belongs to these, (K,)."""
+        if len(parts) == 1:
+            return parts[0]
+        shard = self.final_rows[:, 1] // (self.mask.shape[1] // len(parts))
+        values = torch.cat(parts)
+        joined = torch.empty_like(values)
+        joined[shard.argsort(stable=True)] = values
+        return joined
+
+
+class Rows:
+    """The arrays of a `Rollout` while it is collected, on one device; they double when full.
+
+    obs has one row more than the others: the observations after the last action. Rows that were
+    not written are masked. On the CPU `host` has the same memory as NumPy's arrays under the same
+    names, which are quicker to write rows to; elsewhere it is None.
+    """
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminations: Tensor
+    truncations: Tensor
+    mask: Tensor
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs: tuple[tuple[int, ...], torch.dtype],
+        actions: tuple[tuple[int, ...], torch.dtype],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one."""
+        flag = ((), torch.bool)
+        each = (obs, actions, ((), torch.float32), flag, flag, flag)
+        self._rows = {
+            name: ((num_envs, *shape), dtype)
+            for name, (shape, dtype) in zip(_FIELDS, each, strict=True)
+        }
+        self._device = torch.device(device)
+        self._make(capacity)
+
+    def _make(self, capacity: int) -> None:
+        self.capacity = capacity
+        on_host = self._device.type == "cpu"
+        host: dict[str, NDArray[Any]] = {}
+        # Rows made while somebody only infers are differentiated later.
+        with torch.inference_mode(False):
+            for name, (row, dtype) in self._rows.items():
+                shape = (capacity + (name == "obs"), *row)
+                if on_host:
+                    # The system hands this memory out as it is written to; torch would write all.
+                    host[name] = np.zeros(shape, _ON_HOST[dtype])
+                    setattr(self, name, torch.from_numpy(host[name]))
+                else:
+                    setattr(self, name, torch.zeros(shape, dtype=dtype, device=self._device))
+        self.host: Any = SimpleNamespace(**host) if on_host else None
+
+    def make_room(self, length: int) -> bool:
+        """Hold at least `length` rows. Returns whether the arrays are others than before."""
+        if length <= self.capacity:
+            return False
+        before = {name: getattr(self, name) for name in _FIELDS}
+        self._make(max(length, 2 * self.capacity))
+        for name, old in before.items():
+            getattr(self, name)[: len(old)] = old
+        return True
+
+    def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
+        """The first `length` rows, on a device."""
+        if self.host is not None:
+            arrays = {name: getattr(self.host, name)[:length] for name in _FIELDS}
+            t, n = np.nonzero(arrays["truncations"])
+            arrays |= {"final_obs": self.host.obs[t + 1, n], "final_rows": np.stack([t, n], axis=1)}
+            with torch.inference_mode(False):
+                rows = {name: torch.from_numpy(each) for name, each in arrays.items()}
+        else:
+            rows = {name: getattr(self, name)[:length] for name in _FIELDS}
+            final_rows = self.truncations[:length].nonzero()
+            final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
+            rows |= {"final_obs": final_obs, "final_rows": final_rows}
+        if device != self._device:
+            rows = {name: each.to(device, non_blocking=True) for name, each in rows.items()}
+        return Rollout(**rows, stream=stream)
+
+
+def check_finite(rollout: Rollout) -> None:
+    """Refuse what is not finite in a row that counts; other rows may hold anything.
+
+    Raises:
+        EnvironmentFailure: with the environment, the row and the seed.
+    """
+    for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
+        if not rows.is_floating_point():
+            continue
+        flat = rows.reshape(-1)
+        # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
+        if bool(torch.dot(flat, flat).isfinite()):
+            continue
+        finite = rows.isfinite().reshape(*rollout.mask.shape, -1).all(dim=2)
+        bad = (rollout.mask & ~finite).nonzero()
+        if len(bad):
+            t, n = bad[0].tolist()
+            stream = rollout.stream
+            where = (
+                "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
+            )
+            raise EnvironmentFailure(
+                f"environment {n} returned the {what} {rows[t, n].tolist()} at step {t}{where};"
+                " expected finite float32 numbers"
+            )

@@ -1,23 +1,38 @@
 """Return and length of every episode of a rollout."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
+from vecpg.kernels.sums import in_order
 from vecpg.rollout.data import Rollout
 
 _BLOCK_ROWS = 2**18
 
 
-def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Undiscounted return and length of every episode, in order of (environment, start).
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """The episodes of a rollout, in order of (environment, start).
+
+    returns:    (episodes,) float64, undiscounted.
+    lengths:    (episodes,) int64.
+    return_sum: float64 without dimensions: each shard's sum, added in shard order.
+    """
+
+    returns: Tensor
+    lengths: Tensor
+    return_sum: Tensor
+
+
+def episode_statistics(rollout: Rollout, shards: int = 1) -> Episodes:
+    """Undiscounted return and length of every episode.
 
     Args:
         rollout: whole episodes.
-
-    Returns:
-        (episodes,) float64 returns and (episodes,) int64 lengths.
+        shards: groups of environments; the sum of returns is formed for each of them.
 
     Example:
         >>> rewards = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
@@ -26,9 +41,18 @@ def episode_statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
         ...     torch.zeros(2, 2, 1), torch.zeros(2, 2, dtype=torch.int64), rewards, ends,
         ...     torch.zeros_like(ends), torch.tensor([[True, True], [True, False]]),
         ...     torch.zeros(0, 1), torch.zeros(0, 2, dtype=torch.int64))
-        >>> episode_statistics(rows)
-        (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]))
+        >>> episodes = episode_statistics(rows)
+        >>> episodes.returns, episodes.lengths, episodes.return_sum
+        (tensor([4., 2.], dtype=torch.float64), tensor([2, 1]), tensor(6., dtype=torch.float64))
     """
+    parts = [_statistics(shard) for shard in rollout.shards(shards)]
+    returns, lengths = zip(*parts, strict=True)
+    return Episodes(
+        torch.cat(returns), torch.cat(lengths), in_order([own.sum() for own in returns])
+    )
+
+
+def _statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
     if rollout.mask.device.type == "cpu" and rollout.rewards.dtype == torch.float32:
         return _statistics_on_host(rollout)
     return _statistics_in_torch(rollout)

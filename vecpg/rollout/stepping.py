@@ -1,7 +1,7 @@
 """Collecting by stepping any Gymnasium vector environment in NEXT_STEP mode.
 
-`play` is the one place that knows which rows count. Training stores what it yields
-(`collect_by_stepping`); evaluation adds it up.
+`play` applies the start window's rule (`data.NEXT`) to what environments answer. Training stores
+what it yields (`collect_by_stepping`); evaluation adds it up.
 """
 
 import traceback
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
 from vecpg.kernels.jit import jit
-from vecpg.noise import Purpose, reset_seeds
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
-from vecpg.policy.sampling import sampler
-from vecpg.rollout.data import Rollout
+from vecpg.policy.sampling import Draw
+from vecpg.rollout.data import FINISHED, NEXT, PLAYING, Rollout, Rows
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
@@ -35,35 +35,49 @@ class Row(NamedTuple):
 
 
 def collect_by_stepping(
-    envs: VectorEnv, policy: Policy, *, num_steps: int, seed: int, iteration: int
+    envs: VectorEnv, policy: Policy, draw: Draw, *, num_steps: int, stream: Stream
 ) -> Rollout:
     """As `collect`, from any vector environment on the host.
 
     One copy of the actions to the host at each step is the only wait for the policy's device.
+
+    Args:
+        envs: N environments in NEXT_STEP mode.
+        policy: whose actions are drawn.
+        draw: as `sampler` gives it.
+        num_steps: the start window.
+        stream: fixes the reset seeds.
     """
-    rows = _Rows(min(num_steps, 1024) + 1, envs.num_envs, policy)
-    device = policy.device
-    draw = sampler(policy, seed, iteration, envs.num_envs)
+    rows = Rows(
+        min(num_steps, 1024) + 1,
+        stream.num_envs,
+        (policy.obs_shape, policy.obs_dtype),
+        (policy.action_shape, policy.action_dtype),
+    )
+    host = rows.host
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        rows.make_room(t + 2)
-        rows.obs[t] = obs
-        actions: NDArray[Any] = rows.actions[t]
-        draw(t, torch.from_numpy(rows.obs[t]), torch.from_numpy(actions))
-        return policy.for_env(actions)
+        nonlocal host
+        if rows.make_room(t + 1):
+            host = rows.host
+        host.obs[t] = obs
+        draw(t, rows.obs[t], rows.actions[t])
+        return policy.for_env(host.actions[t])
 
-    seeds = _seeds(envs, seed, iteration, Purpose.TRAINING_RESET)
+    seeds: int | list[int] = stream.reset_seeds(Purpose.TRAINING_RESET)
+    if has_one_generator(envs):
+        seeds = stream.common_seed(Purpose.TRAINING_RESET)
     length = 0
     with torch.inference_mode():
         for row, following in play(envs, act, num_steps=num_steps, seeds=seeds):
-            rows.rewards[length] = row.rewards
-            rows.terminations[length] = row.terminations
-            rows.truncations[length] = row.truncations
-            rows.mask[length] = row.mask
+            host.rewards[length] = row.rewards
+            host.terminations[length] = row.terminations
+            host.truncations[length] = row.truncations
+            host.mask[length] = row.mask
             length += 1
             last_obs = following
-    rows.obs[length] = last_obs
-    return rows.rollout(length, device, seed, iteration)
+    host.obs[length] = last_obs
+    return rows.rollout(length, policy.device, stream)
 
 
 def play(
@@ -100,7 +114,7 @@ def play(
     window = most if num_steps is None else num_steps
     quotas = np.full(num_envs, most) if quotas is None else quotas
     done = np.zeros((2, num_envs), np.int64)
-    state = np.ones(num_envs, np.int8)
+    state = np.full(num_envs, PLAYING, np.int8)
     row = Row(np.empty(num_envs), *np.empty((3, num_envs), np.bool_))
     obs = np.asarray(obs)
     space = envs.single_observation_space
@@ -125,10 +139,6 @@ def play(
         t += 1
 
 
-# What an environment does at a row.
-_FINISHED, _PLAYING, _RESETTING = 0, 1, 2
-
-
 @jit
 def _next_row(  # type: ignore[no-untyped-def]
     rewards,
@@ -151,7 +161,8 @@ def _next_row(  # type: ignore[no-untyped-def]
     playing = 0
     bad = -1
     for n in range(len(state)):
-        real = state[n] == _PLAYING
+        now = state[n]
+        real = now == PLAYING
         terminated = real and terminations[n]
         truncated = real and truncations[n]
         row_mask[n] = real
@@ -160,15 +171,12 @@ def _next_row(  # type: ignore[no-untyped-def]
         row_rewards[n] = rewards[n] if real else 0.0
         if bad < 0 and not np.isfinite(np.float32(row_rewards[n])):
             bad = n
-        if state[n] == _RESETTING:
-            state[n] = _PLAYING
-        elif real:
-            done[0, n] += 1
-            if terminated or truncated:
-                done[1, n] += 1
-                another = done[0, n] < num_steps and done[1, n] < quotas[n]
-                state[n] = _RESETTING if another else _FINISHED
-        playing += state[n] != _FINISHED
+        ends = terminated or truncated
+        done[0, n] += real
+        done[1, n] += ends
+        more = done[0, n] < num_steps and done[1, n] < quotas[n]
+        state[n] = NEXT[now, int(ends), int(more)]
+        playing += state[n] != FINISHED
     return playing, bad
 
 
@@ -179,55 +187,6 @@ def prepare() -> None:
     _next_row(
         np.zeros(1), none, none, 1, one, np.zeros((2, 1), np.int64), np.ones(1, np.int8), *row
     )
-
-
-class _Rows:
-    """Buffers on the host that double when they are full."""
-
-    def __init__(self, capacity: int, num_envs: int, policy: Policy) -> None:
-        size = capacity, num_envs
-        self.obs = torch.empty(*size, *policy.obs_shape, dtype=policy.obs_dtype).numpy()
-        self.actions = torch.empty(*size, *policy.action_shape, dtype=policy.action_dtype).numpy()
-        self.rewards = np.empty((capacity, num_envs), np.float32)
-        self.terminations = np.empty((capacity, num_envs), np.bool_)
-        self.truncations = np.empty((capacity, num_envs), np.bool_)
-        self.mask = np.empty((capacity, num_envs), np.bool_)
-
-    def make_room(self, length: int) -> None:
-        """Hold at least `length` rows."""
-        if length <= self.mask.shape[0]:
-            return
-        for name, buffer in vars(self).items():
-            setattr(self, name, np.concatenate([buffer, np.empty_like(buffer)]))
-
-    def rollout(self, length: int, device: torch.device, seed: int, iteration: int) -> Rollout:
-        """The first `length` rows as tensors."""
-        mask, truncations = self.mask[:length], self.truncations[:length]
-        t, n = np.nonzero(truncations)
-        host = {
-            "obs": self.obs[:length],
-            "actions": self.actions[:length],
-            "rewards": self.rewards[:length],
-            "terminations": self.terminations[:length],
-            "truncations": truncations,
-            "mask": mask,
-            "final_obs": self.obs[t + 1, n],
-            "final_rows": np.stack([t, n], axis=1),
-        }
-        return Rollout(
-            **{
-                name: torch.from_numpy(rows).to(device, non_blocking=True)
-                for name, rows in host.items()
-            },
-            seed=seed,
-            iteration=iteration,
-        )
-
-
-def _seeds(envs: VectorEnv, seed: int, iteration: int, purpose: Purpose) -> int | list[int]:
-    if has_one_generator(envs):
-        return reset_seeds(seed, iteration, 1, purpose)[0]
-    return reset_seeds(seed, iteration, envs.num_envs, purpose)
 
 
 def _check_observations(
@@ -242,7 +201,7 @@ def _check_observations(
         sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
         # What is beyond them would be looked up in another component's rows, or in none.
         outside = ((obs < space.start) | (obs >= space.start + sizes)).reshape(len(state), -1)
-        bad = outside.any(axis=1) & (state != _FINISHED)
+        bad = outside.any(axis=1) & (state != FINISHED)
         if bad.any():
             index = int(bad.argmax())
             raise EnvironmentFailure(
@@ -257,7 +216,7 @@ def _check_observations(
     with np.errstate(over="ignore"):
         values = np.asarray(obs, np.float32)
     finite = np.isfinite(values).reshape(len(state), -1).all(axis=1)
-    bad = ~finite & (state != _FINISHED)
+    bad = ~finite & (state != FINISHED)
     if bad.any():
         index = int(bad.argmax())
         raise _not_finite("observation", values[index], index, when, seeds)

@@ -4,15 +4,19 @@ import hashlib
 import io
 import json
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vecpg.policy import Policy
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from vecpg.run.state import TrainState
+
+FORMAT = 3
 _KIND = "vecpg checkpoint"
 
 
@@ -116,12 +120,9 @@ def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu
     return policy_of(load(find(run_or_checkpoint)), device)
 
 
-def policy_state(policy: Policy, parameters: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """What a checkpoint keeps of a policy: how to build it, and its parameters (or others)."""
-    return {
-        "description": policy.description(),
-        "parameters": policy.state_dict() if parameters is None else parameters,
-    }
+def policy_state(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint keeps of a policy: how to build it, and its parameters."""
+    return {"description": policy.description(), "parameters": policy.state_dict()}
 
 
 def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
@@ -130,6 +131,41 @@ def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Poli
         policy = Policy.from_description(state["policy"]["description"])
     policy.load_state_dict(state["policy"]["parameters"])
     return policy.to(device).eval()
+
+
+class Saver:
+    """Writes a run's `last`, which holds the whole state, and its `best`, which follows from it.
+
+    Until the return window is full, the newest policy is the best.
+
+    Args:
+        run_dir: with its folder `checkpoints`.
+        about: what does not change during the run, and is kept in both; plain types.
+        every: seconds between two times that `save_if_due` saves.
+    """
+
+    def __init__(self, run_dir: Path, about: dict[str, Any], every: float) -> None:
+        self._directory = run_dir / "checkpoints"
+        self._about, self._every = about, every
+        self._saved = time.perf_counter()
+
+    def save(self, state: "TrainState") -> None:
+        """Write both.
+
+        Raises:
+            OSError: as the function `save`.
+        """
+        content = state.state_dict()
+        policy, best = content["policy"], content["stopping"]["best_parameters"]
+        best_policy = policy if best is None else policy | {"parameters": best}
+        save(self._directory / "last.pt", self._about | content)
+        save(self._directory / "best.pt", self._about | {"policy": best_policy})
+        self._saved = time.perf_counter()
+
+    def save_if_due(self, state: "TrainState") -> None:
+        """Write both, if it was long ago."""
+        if time.perf_counter() - self._saved >= self._every:
+            self.save(state)
 
 
 def _digest(state: Any) -> str:

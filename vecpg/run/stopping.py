@@ -1,13 +1,15 @@
 """When a run counts as solved, and which policy was its best."""
 
 import logging
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
+from vecpg.rollout.statistics import Episodes
 
 # After so many iterations of equal returns somebody should hear about it.
 _STUCK_ITERATIONS = 5
@@ -15,38 +17,42 @@ _STUCK_ITERATIONS = 5
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class ReturnWindow:
-    """The last whole iterations that together make at least `episodes` episodes.
+    """The last whole iterations that together make at least `needed` episodes.
 
     Whole iterations, because inside one the short episodes end first.
 
+    needed:     episodes.
+    iterations: sum of returns and number of episodes of each.
+
     Example:
-        >>> import torch
         >>> window = ReturnWindow(3)
-        >>> for returns in ([1.0, 1.0], [4.0, 4.0], [7.0]):
-        ...     window.add(torch.tensor(returns))
+        >>> for total, episodes in ((2.0, 2), (8.0, 2), (7.0, 1)):
+        ...     window = window.with_iteration(total, episodes)
         >>> window.mean
         5.0
     """
 
-    def __init__(self, episodes: int) -> None:
-        self._needed = episodes
-        self._iterations: deque[tuple[float, int]] = deque()
-        self._count = 0
+    needed: int
+    iterations: tuple[tuple[float, int], ...] = ()
 
-    def add(self, returns: Tensor) -> None:
-        """Add one iteration's episodes, and let go of iterations that are no longer needed."""
-        self._iterations.append((returns.sum().item(), returns.numel()))
-        self._count += returns.numel()
-        while self._count - self._iterations[0][1] >= self._needed:
-            self._count -= self._iterations.popleft()[1]
+    def with_iteration(self, total: float, episodes: int) -> "ReturnWindow":
+        """The window after one more iteration, without those that are no longer needed."""
+        iterations = (*self.iterations, (total, episodes))
+        count = sum(held for _, held in iterations)
+        while count - iterations[0][1] >= self.needed:
+            count -= iterations[0][1]
+            iterations = iterations[1:]
+        return ReturnWindow(self.needed, iterations)
 
     @property
     def mean(self) -> float | None:
         """Mean return of the episodes held; None while there are too few."""
-        if self._count < self._needed:
+        count = sum(held for _, held in self.iterations)
+        if count < self.needed:
             return None
-        return sum(total for total, _ in self._iterations) / self._count
+        return sum(total for total, _ in self.iterations) / count
 
 
 class Stopping:
@@ -54,34 +60,39 @@ class Stopping:
 
     Args:
         target: mean return that counts as solved; None never does.
-        window: episodes in the return window.
-        confirm: plays the greedy evaluation of a policy, or None where none is wanted.
+        episodes: in the return window.
     """
 
-    def __init__(
-        self,
-        target: float | None,
-        window: int,
-        confirm: Callable[[Policy], EvalResult] | None,
-    ) -> None:
+    def __init__(self, target: float | None, episodes: int) -> None:
         self.target = target
+        self.window = ReturnWindow(episodes)
         self.solved = False
+        # Of the policy that was confirmed.
         self.evaluation: EvalResult | None = None
         self.best_return: float | None = None
         self.best_parameters: dict[str, Tensor] | None = None
-        self._confirm = confirm
-        self._window = ReturnWindow(window)
-        self._equal: tuple[float, int] = (0.0, 0)
+        # The return that every episode had, and for how many iterations.
+        self.equal: tuple[float, int] = (0.0, 0)
 
-    def consider(self, policy: Policy, returns: Tensor) -> EvalResult | None:
+    def consider(
+        self,
+        policy: Policy,
+        episodes: Episodes,
+        confirm: Callable[[Policy], EvalResult] | None,
+    ) -> EvalResult | None:
         """Take in the episodes that `policy` has just collected, before it is updated.
+
+        Args:
+            policy: is not changed; its parameters are copied where it is the best so far.
+            episodes: of the iteration.
+            confirm: plays the greedy evaluation of a policy, or None where none is wanted.
 
         Returns:
             the greedy evaluation, if the target was reached and one was asked for.
         """
-        self._notice_equal(returns)
-        self._window.add(returns)
-        mean = self._window.mean
+        self._notice_equal(episodes.returns)
+        self.window = self.window.with_iteration(episodes.return_sum.item(), len(episodes.returns))
+        mean = self.window.mean
         if mean is None:
             return None
         if self.best_return is None or mean > self.best_return:
@@ -90,8 +101,8 @@ class Stopping:
         if self.target is None or mean < self.target:
             return None
         evaluation = None
-        if self._confirm is not None:
-            evaluation = self._confirm(policy)
+        if confirm is not None:
+            evaluation = confirm(policy)
             if evaluation.return_mean < self.target:
                 _log.info(
                     "not confirmed: the window's mean is %.1f, a greedy evaluation gives %.1f"
@@ -106,15 +117,49 @@ class Stopping:
         self.best_parameters = parameters(policy)
         return evaluation
 
+    def copy(self) -> "Stopping":
+        """One of its own; what both hold is never written to."""
+        other = Stopping(self.target, self.window.needed)
+        vars(other).update(vars(self))
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found so far, as tensors and plain types; not the settings."""
+        evaluation = self.evaluation
+        return {
+            "window": [list(iteration) for iteration in self.window.iterations],
+            "solved": self.solved,
+            "evaluation": None
+            if evaluation is None
+            else {"returns": list(evaluation.returns), "lengths": list(evaluation.lengths)},
+            "best_return": self.best_return,
+            "best_parameters": self.best_parameters,
+            "equal": list(self.equal),
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, with these settings."""
+        iterations = tuple((total, episodes) for total, episodes in content["window"])
+        self.window = ReturnWindow(self.window.needed, iterations)
+        self.solved = content["solved"]
+        found = content["evaluation"]
+        self.evaluation = (
+            None if found is None else EvalResult(tuple(found["returns"]), tuple(found["lengths"]))
+        )
+        self.best_return = content["best_return"]
+        self.best_parameters = content["best_parameters"]
+        low, iterations_of_it = content["equal"]
+        self.equal = (low, iterations_of_it)
+
     def _notice_equal(self, returns: Tensor) -> None:
         """Say once in a row that every episode has the same return: no gradient comes of that."""
         low, high = returns.min().item(), returns.max().item()
-        value, iterations = self._equal
+        value, iterations = self.equal
         if low != high:
-            self._equal = (0.0, 0)
+            self.equal = (0.0, 0)
             return
-        self._equal = (low, iterations + 1 if iterations and low == value else 1)
-        if self._equal[1] == _STUCK_ITERATIONS:
+        self.equal = (low, iterations + 1 if iterations and low == value else 1)
+        if self.equal[1] == _STUCK_ITERATIONS:
             _log.warning(
                 "every episode has returned %g for %d iterations, which teaches nothing; if more is"
                 " possible, try another --seed, more --num-envs or --ent-coef 0.01",

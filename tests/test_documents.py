@@ -1,0 +1,97 @@
+"""What the documents say can be typed, run and found."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+
+from vecpg.cli import COMMANDS, EvaluateConfig, PlotConfig, parse, parse_config
+from vecpg.measure.cli import BenchmarkConfig
+
+DOCUMENTS = sorted(
+    path
+    for folder in (".", "docs", "benchmarks", "benchmarks/peers")
+    for path in (ROOT / folder).glob("*.md")
+)
+PARSERS = {
+    "train": parse_config,
+    "evaluate": lambda args: parse(EvaluateConfig, args, command="evaluate"),
+    "plot": lambda args: parse(PlotConfig, args, command="plot"),
+    "benchmark": lambda args: parse(BenchmarkConfig, args, command="benchmark"),
+}
+
+every_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def blocks(path, language):
+    text = path.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(path):
+    """Every `vecpg COMMAND ...` and `scripts/COMMAND.py ...`, in blocks and in the text."""
+    text = re.sub(r"^```python\n.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = re.findall(
+        r"^.*?\b((?:vecpg|\S*scripts/\w+\.py) .*)$", "\n".join(blocks(path, "")), re.M
+    )
+    inline = re.findall(r"`(vecpg [^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    for line in [*lines, *(" ".join(one.split()) for one in inline)]:
+        program, *args = shlex.split(line, comments=True)
+        if program != "vecpg":
+            args = [re.search(r"(\w+)\.py$", program)[1], *args]
+        if args and args[0] in COMMANDS and "ARGS" not in args:
+            yield args
+
+
+def test_there_are_commands_in_the_readme():
+    found = [args[0] for args in commands(ROOT / "README.md")]
+    assert set(found) == set(COMMANDS)
+    assert ["train", "--num-envs", "64"] in commands(ROOT / "README.md")
+
+
+@every_document
+def test_every_command_can_be_typed(path, capsys):
+    for args in commands(path):
+        args = ["1" if arg == "S" else arg for arg in args]  # a seed, in the text
+        try:
+            PARSERS[args[0]](args[1:])
+        except SystemExit as exit_:
+            if exit_.code != 0:
+                pytest.fail(f"{' '.join(args)}: {capsys.readouterr().err}")
+
+
+@every_document
+def test_every_link_leads_to_a_file(path):
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
+
+
+def test_the_readmes_examples_run_and_its_summary_has_every_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training, playing, returns = blocks(ROOT / "README.md", "python")
+    exec(training, names := {})
+    result = names["result"]
+    assert result.summary["solved"]
+    (line,) = (one for one in blocks(ROOT / "README.md", "") if one.startswith("{"))
+    assert list(json.loads(line)) == list(result.summary)
+
+    assert '"runs/RUN"' in playing
+    # On the screen an episode lasts as long as people need to follow it.
+    playing = playing.replace("runs/RUN", str(result.run_dir)).replace("human", "rgb_array")
+    exec(playing, names := {})
+    assert names["truncated"], "a solved pole stands to the end"
+
+    exec(returns, names := {})
+    mask, dones, returns = names["mask"], names["dones"], names["returns"]
+    following = torch.zeros(64, dtype=torch.float64)
+    for t in reversed(range(128)):
+        following = torch.where(dones[t], 0.0, following)
+        following = torch.where(mask[t], names["rewards"][t] + 0.99 * following, 0.0)
+        torch.testing.assert_close(returns[t].double(), following, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,70 @@
+"""Seconds of a run, phase by phase, without compiling and evaluating."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from vecpg.kernels.jit import Compilation
+
+
+class Clock:
+    """Seconds spent in each phase, in the iteration at hand and in total, without compiling.
+
+    Args:
+        device: is waited for at the end of a phase.
+        compilation: what is not counted.
+        before: the totals that an earlier part of the run came to, as `totals` gave them.
+    """
+
+    def __init__(
+        self, device: torch.device, compilation: Compilation, before: Mapping[str, float]
+    ) -> None:
+        self._device, self._compilation = device, compilation
+        self._compiled_before = compilation.seconds
+        self._total = dict(before)
+        self._earlier = self._total.pop("run", 0.0)
+        self._evaluating = self._total.pop("evaluate", 0.0)
+        self._started = time.perf_counter()
+        # Of the last iteration.
+        self.last: dict[str, float] = {}
+
+    def since_start(self) -> float:
+        """Seconds since the first reset of the run."""
+        compiled = self._compilation.seconds - self._compiled_before
+        return self._earlier + time.perf_counter() - self._started - compiled
+
+    def without_evaluations(self) -> float:
+        """Seconds of whole iterations, without what evaluating took."""
+        return self.since_start() - self._evaluating
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of each phase so far, of evaluating, and since the first reset ("run")."""
+        return self._total | {"evaluate": self._evaluating, "run": self.since_start()}
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling, before the first reset too."""
+        return self._compilation.seconds
+
+    def note(self, name: str) -> None:
+        """Keep among the totals how many seconds after the first reset this is."""
+        self._total[name] = self.since_start()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """What happens inside is no part of an iteration."""
+        started = self.since_start()
+        yield
+        self._evaluating += self.since_start() - started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what happens inside to `name`."""
+        started = self.since_start()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.last[name] = self.since_start() - started
+        self._total[name] = self._total.get(name, 0.0) + self.last[name]
