@@ -78,9 +78,18 @@ def why_not_network(policy: Policy) -> str | None:
     changed = kinds != [nn.Linear, *([activation, nn.Linear] * len(policy.hidden_sizes))]
     if changed or len(set(layers)) < len(layers) or any(layer.bias is None for layer in layers):
         return "the network was changed"
-    if "forward" in vars(policy) or any(map(_has_hooks, policy.modules())):
+    modules = list(policy.modules())
+    # Not by `parameters()`, which walks through all modules again.
+    parameters = [
+        each for module in modules for each in module._parameters.values() if each is not None
+    ]
+    if (
+        "forward" in vars(policy)
+        or any(map(_has_hooks, modules))
+        or any(parameter._backward_hooks for parameter in parameters)
+    ):
         return "a module has hooks"
-    for parameter in policy.parameters():
+    for parameter in parameters:
         if parameter.dtype != torch.float32:
             return "the parameters are not float32"
         if not parameter.requires_grad:
@@ -91,9 +100,12 @@ def why_not_network(policy: Policy) -> str | None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    of_parameters = [parameter._backward_hooks for parameter in module.parameters(recurse=False)]
-    return any(hooks) or bool(module._backward_pre_hooks) or any(of_parameters)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def first_action_of(policy: Policy) -> int:

@@ -1,5 +1,6 @@
 """What one collection gives, how it grows, and which rows count."""
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -245,7 +246,7 @@ def check_finite(rollout: Rollout) -> None:
             continue
         flat = rows.reshape(-1)
         # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
-        if bool(torch.dot(flat, flat).isfinite()):
+        if math.isfinite(torch.dot(flat, flat).item()):
             continue
         finite = rows.isfinite().reshape(*rollout.mask.shape, -1).all(dim=2)
         bad = (rollout.mask & ~finite).nonzero()

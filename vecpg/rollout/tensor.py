@@ -47,27 +47,29 @@ def collect_on_device(
         (policy.action_shape, policy.action_dtype),
         device,
     )
-    following = torch.from_numpy(NEXT).to(device)
-    now = torch.full((num_envs,), PLAYING, dtype=torch.int8, device=device)
+    # The table flat, and what an environment does as the place where its four entries begin.
+    following = torch.from_numpy(NEXT).reshape(-1).to(device, torch.int64) * 4
+    now = torch.full((num_envs,), 4 * PLAYING, device=device)
     steps = torch.zeros(num_envs, dtype=torch.int64, device=device)
     with torch.inference_mode():
         seed = stream.common_seed(Purpose.TRAINING_RESET)
         obs, _ = envs.reset(seed=seed, options={"first_env": stream.first_env})
         t = 0
-        while t % between or bool((now != FINISHED).any()):
+        while t % between or bool((now != 4 * FINISHED).any()):
             rows.make_room(t + 1)
             rows.obs[t] = obs
             draw(t, rows.obs[t], rows.actions[t])
             action = policy.distribution.clipped(rows.actions[t])
             obs, rewards, terminations, truncations, _ = envs.step(action)
-            real = now == PLAYING
+            real = now == 4 * PLAYING
             rows.mask[t] = real
             rows.rewards[t] = torch.where(real, rewards, 0.0)
             rows.terminations[t] = real & terminations
             rows.truncations[t] = real & truncations
             steps += real
             ends = real & (terminations | truncations)
-            now = following[now.long(), ends.long(), (steps < num_steps).long()]
+            more = steps < num_steps
+            now = following.take(torch.add(now, ends, alpha=2).add_(more))
             t += 1
         rows.obs[t] = obs
     length = int(rows.mask.any(dim=1).nonzero().max()) + 1
