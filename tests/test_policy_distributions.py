@@ -10,7 +10,6 @@ from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
 from vecpg.policy.distributions import (
-    LOG_STD_RANGE,
     Categorical,
     DiagonalGaussian,
     MultiCategorical,
@@ -21,7 +20,7 @@ from vecpg.train import train
 
 # The largest number that the generator gives.
 LAST = 1 - 2**-24
-LOW, HIGH = LOG_STD_RANGE
+LOW, HIGH = -5.0, 2.0
 DIALS = spaces.MultiDiscrete([2, 3, 1, 5], start=[0, -1, 9, 4])
 
 

@@ -285,7 +285,7 @@ def test_expanded_rewards_are_read_in_place():
         [1] * 50,
         [300],
         [7] * 40 + [0, 1000],
-        [5, 19, 2, 31, 1] * 9,  # eight runs of it are of different lengths, none of them short
+        [1 + i * i % 31 for i in range(50)],  # eight runs of it differ in length, none is short
     ],
     dtype=TOLERANCE,
     backend=BACKENDS,
