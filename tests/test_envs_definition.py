@@ -61,6 +61,10 @@ def scaled(x, by=0.5):
     return ops.sin(x) * by * PI
 
 
+def given(by=0.25):
+    return by
+
+
 def even(n):
     return odd(n - 1) if n else 1.0
 
@@ -75,7 +79,8 @@ def test_functions_get_other_operations_and_numbers_and_stay_as_they_were():
     class Made(CartPole):
         def reward(state, action, following):
             pair = (2.0, (4.0, "words", 5))
-            return scaled(state[0]), much, pair, WHOLE, [scaled(x) for x in state], even(4)
+            others = [scaled(x) for x in state], even(4), given()
+            return scaled(state[0]), much, pair, WHOLE, *others
 
     class Number(float):
         pass
@@ -88,15 +93,16 @@ def test_functions_get_other_operations_and_numbers_and_stay_as_they_were():
         return function
 
     reward = bound(Made, namespace, Number, finish)["reward"]
-    first, seven, pair, whole, each, one = reward((2.0,), 0, None)
+    first, seven, pair, whole, each, one, default = reward((2.0,), 0, None)
     assert first == 2.0 * 0.5 * PI
-    assert (seven, pair, whole, one) == (7.0, (2.0, (4.0, "words", 5)), 3, 1.0)
+    assert (seven, pair, whole) == (7.0, (2.0, (4.0, "words", 5)), 3)
+    assert (one, default) == (1.0, 0.25)
     assert each == [first]
-    for number in (seven, pair[0], pair[1][0], one):
+    for number in (seven, pair[0], pair[1][0], one, default):
         assert type(number) is Number
     assert type(whole) is type(pair[1][2]) is int
     # Every one once, helpers before those that call them are there for them.
-    assert sorted(finished[-4:]) == ["even", "odd", "reward", "scaled"]
+    assert sorted(finished[-5:]) == ["even", "given", "odd", "reward", "scaled"]
     # Those that were written are as they were.
     assert Made.reward((2.0,), 0, None)[0] == math.sin(2.0) * 0.5 * PI
     assert type(Made.reward((2.0,), 0, None)[1]) is float

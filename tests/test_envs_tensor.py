@@ -10,7 +10,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from vecpg.envs.acrobot import inside_turn
 from vecpg.envs.cartpole import CartPole
+from vecpg.envs.mountain_car_continuous import MountainCarContinuous
 from vecpg.envs.tensor import TensorVectorEnv
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -264,8 +266,6 @@ def test_one_step_of_acrobot_is_gymnasiums(share, tolerance):
 
 def test_an_angle_stays_that_is_at_an_end_of_its_turn():
     """Gymnasium takes away whole turns while an angle is beyond pi or -pi, and only then."""
-    from vecpg.envs.acrobot import inside_turn
-
     turn = 2 * math.pi
     for angle, inside in (
         (math.pi, math.pi),
@@ -336,6 +336,14 @@ def test_one_step_of_mountain_car_is_its_formulas_and_gymnasiums():
     assert np.abs(single - written[:2])[:, ~hit].max() <= 2e-7
     assert hit.sum() < 10
     assert (over != terminations).sum() < 3
+
+
+def test_a_car_that_stands_on_the_goal_has_reached_it():
+    goal, below = 0.45, math.nextafter(0.45, 0)
+    for position, velocity in ((goal, 0.0), (goal, -0.0), (0.6, 0.07)):
+        assert MountainCarContinuous.terminated((position, velocity))
+    for position, velocity in ((goal, -5e-324), (below, 0.0), (-1.2, 0.07)):
+        assert not MountainCarContinuous.terminated((position, velocity))
 
 
 @pytest.mark.parametrize(

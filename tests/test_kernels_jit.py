@@ -82,8 +82,7 @@ def test_without_a_writable_directory_it_still_compiles_and_says_so(tmp_path):
 def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path, name):
     """Numba's own cache would go on with the old one."""
     outer = (
-        "import inner\n"
-        "from inner import add\n"
+        f"{'import inner' if '.' in name else 'from inner import add'}\n"
         "from vecpg.kernels.jit import Compilation, jit\n"
         "@jit\n"
         "def twice(x):\n"
