@@ -119,7 +119,7 @@ def show(
         >>> from vecpg import Policy, make_envs
         >>> envs = make_envs("CartPole-v1", 1)
         >>> policy = Policy(envs.single_observation_space, envs.single_action_space)
-        >>> show(policy, "CartPole-v1")
+        >>> show(policy, "CartPole-v1", max_episode_steps=9)
     """
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
     with _started(env_id, "human", env_kwargs, max_episode_steps, seeds[0]) as (env, obs):
