@@ -12,6 +12,7 @@ from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import collect
+from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING
 
 
 def policy_for(envs):
@@ -283,3 +284,14 @@ def test_unsigned_observations_are_looked_up_and_others_than_the_spaces_are_name
     message = r"environment 0 returned the observation 7 at step 2 .*expected one of Discrete\(5"
     with pytest.raises(EnvironmentFailure, match=message):
         collect(wrong, policy_for(wrong), num_steps=1, seed=1, iteration=0)
+
+
+def test_the_table_of_the_start_window_is_its_rule():
+    for now, ends, more in itertools.product((FINISHED, PLAYING, RESETTING), (0, 1), (0, 1)):
+        if now == FINISHED or (now == PLAYING and ends and not more):
+            expected = FINISHED
+        elif now == PLAYING and ends:
+            expected = RESETTING
+        else:
+            expected = PLAYING
+        assert NEXT[now, ends, more] == expected, (now, ends, more)
