@@ -23,6 +23,7 @@ from vecpg.envs.pendulum import Pendulum
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.policy import Policy
 from vecpg.rollout import choose_collector, collect
+from vecpg.rollout.cpu import _kernel
 from vecpg.train import train
 
 OURS = [CartPole, Pendulum, Acrobot, MountainCarContinuous]
@@ -169,6 +170,16 @@ class Thing:
     number = 2.0
 
 
+def far(x):
+    return x * 3 > 1e3
+
+
+def importing(state, action):
+    import math
+
+    return state[0] * math.cos(0.0), state[1]
+
+
 def choosing(state, action):
     return state if state[0] > 0.0 else (0.0, 0.0)
 
@@ -254,6 +265,19 @@ def test_what_a_function_does_wrong_is_said_in_one_line_when_it_is_made(changes,
             {"reward": lambda state, action, following: state[0] * Thing.number},
             ".reward`: expected a function that Numba compiles, got Untyped global name 'Thing'",
         ),
+        (
+            # Inside, where nothing that is returned shows it: float32(pi) is more than pi.
+            {"terminated": lambda state: state[0] > math.pi},
+            ".<lambda>`: expected float32 numbers throughout, got one of float64; write whole",
+        ),
+        (
+            {"reward": lambda state, action, following: ops.where(far(state[0]), 1.0, 0.0)},
+            ".far`: expected float32 numbers throughout, got one of float64",
+        ),
+        (
+            {"transition": importing},
+            ".transition`: expected a function that Numba compiles, got Use of unsupported opcode",
+        ),
     ],
 )
 def test_what_machine_code_cannot_be_made_of_is_said_in_one_line(changes, message):
@@ -262,9 +286,40 @@ def test_what_machine_code_cannot_be_made_of_is_said_in_one_line(changes, messag
     policy = Policy(envs.single_observation_space, envs.single_action_space)
     arguments = {"num_steps": 1, "seed": 1, "iteration": 0}
     collect(envs, policy, **arguments, backend="reference")
-    with pytest.raises(ValueError, match=f"^`test_envs_definition:Bad{message}") as caught:
-        choose_collector(envs, policy).prepare(envs, policy)
-    assert "\n" not in str(caught.value)
+    for _ in range(2):  # what was refused is not kept
+        with pytest.raises(ValueError, match=f"^`test_envs_definition:Bad{message}") as caught:
+            choose_collector(envs, policy).prepare(envs, policy)
+        assert "\n" not in str(caught.value)
+        _kernel.cache_clear()
+
+
+def paying(amount):
+    """Definitions that differ in a default value, or in one of a function they call."""
+
+    def paid(x, *more, by=amount):
+        return x * by
+
+    def reward(state, action, following, pay=amount):
+        return pay + 0.0 * state[0]
+
+    return changed(reward=reward), paid
+
+
+def test_machine_code_of_one_definition_is_not_used_for_another():
+    found = []
+    for amount in (1.0, 2.0):
+        definition, _ = paying(amount)
+        envs = TensorVectorEnv(definition, 2, max_episode_steps=2)
+        policy = Policy(envs.single_observation_space, envs.single_action_space)
+        rollout = collect(envs, policy, num_steps=1, seed=1, iteration=0, backend="cpu")
+        found.append(rollout.rewards[0, 0].item())
+    assert found == [1.0, 2.0]
+
+
+def test_defaults_of_keywords_are_bound_too():
+    _, paid = paying(3.0)
+    definition = changed(reward=lambda state, action, following: paid(state[0]))
+    assert bound(definition, ops)["reward"]((2.0, 0.0), 0.0, (0.0, 0.0)) == 6.0
 
 
 def short(tmp_path, **settings):

@@ -30,6 +30,18 @@ def test_an_error_inside_held_is_not_hidden_by_the_signal():
         raise ZeroDivisionError
 
 
+def test_an_error_on_its_way_is_not_hidden_by_what_is_held_for_it():
+    done = []
+    with pytest.raises(ZeroDivisionError), Interrupts() as interrupts:
+        try:
+            raise ZeroDivisionError
+        finally:
+            with interrupts.held():
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.append("block")
+    assert done == ["block"]
+
+
 def test_after_the_first_signal_the_second_would_end_the_process():
     with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.held():
         os.kill(os.getpid(), signal.SIGTERM)

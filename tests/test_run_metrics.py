@@ -43,6 +43,20 @@ def test_lines_and_curves_hold_what_was_logged(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_a_full_disk_keeps_no_file_open(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, to_dict(Config()))
+    closed = []
+    events = metrics._events.close
+    monkeypatch.setattr(metrics._events, "close", lambda: (closed.append(True), events()))
+    lines = metrics._lines
+    metrics._lines = open("/dev/full", "a")  # noqa: SIM115
+    metrics._lines.write("x")
+    with pytest.raises(OSError, match="No space left"):
+        metrics.close()
+    assert closed == [True]
+    lines.close()
+
+
 def test_a_number_that_is_not_json_is_refused(tmp_path):
     metrics = Metrics(tmp_path, {})
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -642,6 +642,60 @@ def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypa
     assert closed == [f"metrics after {saved}", "envs"]
 
 
+@pytest.mark.parametrize("when", ["entering", "leaving", "making the draft"])
+def test_what_comes_between_still_saves_and_closes(tmp_path, monkeypatch, when):
+    """A signal before the first line that is guarded, or just before the last save is held."""
+    closed = []
+    monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append(True))
+    raised = Interrupted
+    if when == "entering":
+
+        def enter(progress):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(train_module.Progress, "__enter__", enter)
+    elif when == "leaving":
+        held = train_module.Interrupts.held
+        calls = []
+
+        def late(interrupts):
+            calls.append(True)
+            if len(calls) == 4:  # after three iterations
+                os.kill(os.getpid(), signal.SIGTERM)
+            return held(interrupts)
+
+        monkeypatch.setattr(train_module.Interrupts, "held", late)
+    else:
+        raised = MemoryError
+
+        def draft(state):
+            raise MemoryError
+
+        monkeypatch.setattr(train_module.TrainState, "draft", draft)
+    with pytest.raises(raised):
+        train(short(tmp_path, vectorization="sync"))
+    assert closed == [True]
+    (run_dir,) = tmp_path.iterdir()
+    state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+    assert state["counters"]["iteration"] == (3 if when == "leaving" else 0)
+
+
+def test_a_checkpoint_knows_the_spaces_and_what_was_resolved(tmp_path):
+    def about(**settings):
+        result = train(short(tmp_path, total_iterations=1, **settings))
+        state = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
+        return state["spaces"], state["resolved"], state["versions"]
+
+    spaces_, resolved, versions = about(shards=4)
+    assert resolved == {"vectorization": "tensor", "device": "cpu", "shards": 4}
+    assert versions["torch"] == torch.__version__
+    # Another observation space, and another action space alone.
+    line = {"env_id": "vecpg/LineWorld-v0", "max_episode_steps": 5}
+    others = [about(**line), about(**line, env_kwargs={"goal": 5}), about(env_id="Pendulum-v1")]
+    assert len({spaces_, *(other[0] for other in others)}) == 4
+    assert about(seed=2)[0] == spaces_
+
+
 def test_a_signal_while_saving_waits_until_it_is_done(tmp_path, monkeypatch):
     saves = []
     real = checkpoint.Saver.save

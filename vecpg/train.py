@@ -77,8 +77,8 @@ def train(config: Config) -> TrainResult:
         2
     """
     run = _begin(config)
-    envs, state, draft = run.envs, run.state, run.state.draft()
     with _running(config, run) as (clock, metrics, progress, interrupts):
+        envs, state, draft = run.envs, run.state, run.state.draft()
         while not _is_over(config, state):
             iteration = state.counters.iteration
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -219,29 +219,32 @@ def _begin(config: Config) -> Run:
 def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progress, Interrupts]]:
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
     in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
-    with (
-        _torch_threads(1 if in_machine_code else config.threads or 1),
-        threads.using(config.threads or threads.cores()),
-        Interrupts() as interrupts,
-        Progress(config) as progress,
-        run.compilation as compilation,
-    ):
-        closing = ExitStack()
-        closing.callback(_close, run.envs)
-        try:
-            metrics = Metrics(run.run_dir, to_dict(config))
-            closing.callback(metrics.close)
-            closing.callback(run.saver.save, run.state)
-            clock = Clock(run.device, compilation, run.state.seconds)
-            yield clock, metrics, progress, interrupts
-        except Interrupted:
-            iteration = run.state.counters.iteration
-            _log.info("iteration %d was the last; see %s", iteration, run.run_dir)
-            raise
-        finally:
-            # The last first: it is saved, then closed; what fails keeps no other from being done.
-            with interrupts.held():
-                closing.close()
+    closing = ExitStack()
+    closing.callback(_close, run.envs)
+    try:
+        with (
+            _torch_threads(1 if in_machine_code else config.threads or 1),
+            threads.using(config.threads or threads.cores()),
+            Interrupts() as interrupts,
+            Progress(config) as progress,
+            run.compilation as compilation,
+        ):
+            try:
+                metrics = Metrics(run.run_dir, to_dict(config))
+                closing.callback(metrics.close)
+                closing.callback(run.saver.save, run.state)
+                clock = Clock(run.device, compilation, run.state.seconds)
+                yield clock, metrics, progress, interrupts
+            except Interrupted:
+                iteration = run.state.counters.iteration
+                _log.info("iteration %d was the last; see %s", iteration, run.run_dir)
+                raise
+            finally:
+                # The last first: saved, then closed; what fails keeps no other from being done.
+                with interrupts.held():
+                    closing.close()
+    finally:
+        closing.close()  # what a signal just before has kept from being done
 
 
 def _close(envs: VectorEnv[Any, Any, Any]) -> None:

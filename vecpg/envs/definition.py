@@ -178,6 +178,8 @@ def bound(
             cells,
         )
         other.__qualname__ = function.__qualname__
+        kept = function.__kwdefaults__ or {}
+        other.__kwdefaults__ = {name: replaced(value) for name, value in kept.items()} or None
         made[function] = finished(other)
         # Only now, so that functions may call each other.
         for name in _names(function.__code__):

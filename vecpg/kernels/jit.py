@@ -110,6 +110,7 @@ def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any,
     modules = [each for each in used if isinstance(each, ModuleType)]
     used += [getattr(module, name, None) for module in modules for name in code.co_names]
     used += [cell.cell_contents for cell in function.__closure__ or ()]
+    used += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     parts: list[Any] = [function.__module__, function.__qualname__, _instructions(code)]
     # There is no file of what was typed at a prompt.
     if Path(code.co_filename).is_file():

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
-from numba.core.errors import NumbaError
 from numpy.typing import NDArray
 
-from vecpg.envs.cpu import check_compiled, compiled
+from vecpg.envs.cpu import NOT_COMPILED, check_compiled, compiled
 from vecpg.envs.definition import Definition, num_components, num_observations
 from vecpg.envs.ops.cpu import cos, sin
 from vecpg.envs.tensor import TensorVectorEnv
@@ -373,15 +372,31 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
                 states[v, who[i]] = before[v * BLOCK + i]
         return length
 
+    looked_at = False
+
     def played(*given: Any) -> int:
+        nonlocal looked_at
         try:
             reached: int = play(*given)
-        except NumbaError:
-            check_compiled(definition, functions, num_variables)
+        except NOT_COMPILED:
+            check_compiled(definition, num_variables)
             raise
+        if not looked_at:
+            looked_at = True
+            if play.stats.cache_misses:  # what was kept has been looked at
+                _look_at(definition, num_variables, play)
         return reached
 
     return played
+
+
+def _look_at(definition: type[Definition], num_variables: int, play: Any) -> None:
+    """Refuse what was just compiled, and do not keep it, if there is float64 in it."""
+    try:
+        check_compiled(definition, num_variables)
+    except BaseException:
+        play._cache.flush()  # else it would pass the next time
+        raise
 
 
 @jit(as_written=True)

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: what is being collected is dropped at once, an update is finished first."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ class Interrupts:
             yield
         finally:
             self._held = False
-        if self._pending is not None:
+        # Not where an error is on its way: that is what ended the run.
+        if self._pending is not None and sys.exception() is None:
             raise Interrupted(self._pending)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

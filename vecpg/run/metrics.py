@@ -1,5 +1,6 @@
 """Where the numbers of an iteration go: metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class Metrics:
 
     def close(self) -> None:
         """Finish both files."""
-        self._lines.close()
-        self._events.close()
+        with contextlib.closing(self._events):  # whatever becomes of the lines
+            self._lines.close()
 
     def log(self, row: dict[str, float | None]) -> None:
         """Write one iteration: `iteration`, `env_steps`, `episodes`, and the tags.
