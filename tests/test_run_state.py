@@ -184,12 +184,11 @@ class Fault(BaseException):
 class Injection:
     """Raises at the given line, of those run in vecpg from `collect`'s return to the commit's.
 
-    Lines that are run again are counted again, or not.
+    Lines that are run again are counted again.
     """
 
-    def __init__(self, monkeypatch, at, again):
+    def __init__(self, monkeypatch, at):
         self.at, self.lines, self.where = at, 0, None
-        self.again, self.seen = again, set()
         self.collections = 0
         real = train_module.collect
 
@@ -213,12 +212,10 @@ class Injection:
     def trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        place = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and (self.again or place not in self.seen):
-            self.seen.add(place)
+        if event == "line":
             if self.lines == self.at:
                 sys.settrace(None)
-                self.where = place
+                self.where = frame.f_code.co_filename, frame.f_lineno
                 raise Fault
             self.lines += 1
         return self.trace
@@ -244,7 +241,7 @@ def config(tmp_path, which, **settings):
     return Config(**given | FAULTY[which] | settings)
 
 
-def check_faults(tmp_path, monkeypatch, which, step, again):
+def check_faults(tmp_path, monkeypatch, which, step):
     # Half of a run's time, and nothing that a fault meets.
     monkeypatch.setattr(os, "fsync", lambda file: None)
     version = functools.cache(importlib.metadata.version)
@@ -259,7 +256,7 @@ def check_faults(tmp_path, monkeypatch, which, step, again):
     while True:
         out_dir = tmp_path / f"line {line}"
         with monkeypatch.context() as patch:
-            injection = Injection(patch, line, again)
+            injection = Injection(patch, line)
             # A thread of its own: a fault in the line that leaves a `with torch.no_grad()` leaves
             # torch's mode behind, which belongs to the thread.
             with ThreadPoolExecutor(1) as thread:
@@ -281,10 +278,10 @@ def check_faults(tmp_path, monkeypatch, which, step, again):
 
 @pytest.mark.parametrize("which", FAULTY)
 def test_a_fault_at_some_lines_leaves_the_state_before_or_after(tmp_path, monkeypatch, which):
-    assert check_faults(tmp_path, monkeypatch, which, step=41, again=True) > 600
+    assert check_faults(tmp_path, monkeypatch, which, step=41) > 600
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", FAULTY)
 def test_a_fault_at_every_line_leaves_the_state_before_or_after(tmp_path, monkeypatch, which):
-    assert check_faults(tmp_path, monkeypatch, which, step=1, again=False) > 300
+    assert check_faults(tmp_path, monkeypatch, which, step=1) > 600
