@@ -1,4 +1,7 @@
-"""Whole rollouts in machine code, against the same environments stepped in torch."""
+"""Whole rollouts in machine code, against the same environments stepped in torch.
+
+Compiling a dozen kernels takes half a minute where there is no machine code from before.
+"""
 
 import math
 from dataclasses import replace
@@ -301,7 +304,6 @@ def std(policy):
         ("MountainCarContinuous-v0", 60),
         ("on_tensors:Track-v0", 60),
         ("on_tensors:Dock-v0", 20),
-        ("on_tensors:Fading-v0", 60),
     ],
 )
 @pytest.mark.parametrize("num_envs", [1, 65])
@@ -330,7 +332,7 @@ def test_any_environment_is_that_of_the_reference(env_id, rows, num_envs):
         assert counted.sum() > 10 * num_envs
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_normal_numbers_are_those_of_the_distribution(size):
     """However many components: radii are the first half of the uniform numbers, turns the other."""
 
