@@ -123,8 +123,8 @@ def wrong_returns(rewards, dones, gamma, out=None, **settings):
     return rewards.clone() if out is None else out.copy_(rewards)
 
 
-def wrong_gradient(policy, *rest):
-    result = update_module.by_autograd(policy, *rest)
+def wrong_gradient(policy, *rest, **settings):
+    result = update_module.by_autograd(policy, *rest, **settings)
     policy.network[0].bias.grad[0] += 1
     return result
 
