@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vecpg.envs import has_one_generator, judge_of, make_envs
+from vecpg.envs import judge_of, make_envs
 from vecpg.noise import Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import play
+from vecpg.rollout.stepping import seeds_of
 
 # One episode each for the usual hundred; more copies only cost time to make.
 _MOST_ENVS = 128
@@ -99,21 +100,14 @@ def evaluate(
         rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
         return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
-    seeds: int | list[int] = stream.reset_seeds(purpose)
-    if has_one_generator(envs):
-        seeds = stream.common_seed(purpose)
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total = np.zeros(num_envs)
     length = np.zeros(num_envs, np.int64)
     try:
         with torch.inference_mode():
-            for row, _ in play(
-                envs,
-                act,
-                quotas=quotas,
-                seeds=seeds,
-            ):
+            seeds = seeds_of(envs, stream, purpose)
+            for row, _ in play(envs, act, quotas=quotas, seeds=seeds):
                 total += row.rewards
                 length += row.mask
                 for n in np.flatnonzero(row.terminations | row.truncations):

@@ -187,12 +187,7 @@ def bound(
                 names[name] = replaced(function.__globals__[name])
         return made[function]
 
-    return {name: rebuilt(_function(definition, name)) for name in FUNCTIONS}
-
-
-def _function(definition: type[Definition], name: str) -> FunctionType:
-    function: FunctionType = getattr(definition, name)
-    return function
+    return {name: rebuilt(getattr(definition, name)) for name in FUNCTIONS}
 
 
 def _names(code: CodeType) -> set[str]:

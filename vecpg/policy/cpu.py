@@ -131,9 +131,7 @@ def network_of(policy: Policy) -> Network:
 
 
 def prepare(policy: Policy) -> None:
-    """Compile, or load, what the gradient of a policy will need."""
-    if why_not(policy) is not None:
-        return
+    """Compile, or load, what the gradient of a policy that these kernels serve will need."""
     network, one = network_of(policy), np.ones(1, np.float32)
     sum_gradient(
         np.zeros((1, *policy.obs_shape), np.float32).reshape(1, -1),

@@ -54,18 +54,11 @@ def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code:
 
 
 def prepare(policy: Policy) -> None:
-    """Compile, or load, what drawing a policy's actions will need."""
-    if policy_cpu.why_not(policy) is None:
-        actions = np.full(1, policy_cpu.first_action_of(policy))
-        draw_actions(
-            np.zeros((1, math.prod(policy.obs_shape)), np.float32),
-            np.zeros(4, np.uint64),
-            0,
-            0,
-            policy_cpu.first_action_of(policy),
-            policy_cpu.network_of(policy),
-            actions,
-        )
+    """Compile, or load, what drawing the actions of a policy in machine code will need."""
+    first_action = policy_cpu.first_action_of(policy)
+    obs = np.zeros((1, math.prod(policy.obs_shape)), np.float32)
+    network, actions = policy_cpu.network_of(policy), np.full(1, first_action)
+    draw_actions(obs, np.zeros(4, np.uint64), 0, 0, first_action, network, actions)
 
 
 @jit

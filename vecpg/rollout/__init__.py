@@ -13,7 +13,7 @@ from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.sampling import sampler
 from vecpg.rollout import cpu, stepping
 from vecpg.rollout.cpu import collect_in_blocks
-from vecpg.rollout.data import Rollout
+from vecpg.rollout.data import Rollout, check_shards
 from vecpg.rollout.stepping import collect_by_stepping, play
 from vecpg.rollout.tensor import collect_on_device
 
@@ -53,10 +53,7 @@ class Collector:
         shards: int = 1,
     ) -> Rollout:
         """As the function `collect`."""
-        if shards < 1 or envs.num_envs % shards:
-            raise ValueError(
-                f"shards: expected a number that divides {envs.num_envs} environments, got {shards}"
-            )
+        check_shards(shards, envs.num_envs)
         on_tensors = isinstance(envs, TensorVectorEnv)
         if first_env and has_one_generator(envs) and not on_tensors:
             raise ValueError(

@@ -20,6 +20,7 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
 from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
+from vecpg.kernels.matrix import NONE
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -34,8 +35,6 @@ SERVED = (
     " observations; the standard deviation is a parameter"
 )
 
-# 0 in a type that is no constant: else what it is passed to would be compiled for each constant.
-_NONE: Any = np.int64(0)
 # For how many steps memory is set aside at first; it is taken from the system as rows are written.
 _FIRST_STEPS = 2**26
 # Steps of a block after which a call returns, if only for a moment: an interrupt waits no longer.
@@ -295,12 +294,12 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
         paid, ended = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.bool_)
         # The environments that have not finished, close together.
         who = np.empty(BLOCK, np.int64)
-        live = _NONE
+        live = NONE
         for n in range(first, last):
             if now[n] == FINISHED:
                 continue
             if begin == 0:
-                write_state(before, live, start(uniforms(start_words, _NONE, first_env + n)))
+                write_state(before, live, start(uniforms(start_words, NONE, first_env + n)))
             else:
                 for v in range(variables):
                     before[v * BLOCK + live] = states[v, n]
@@ -334,7 +333,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
                 state, following = read_state(before, i), read_state(after, i)
                 ended[i] = terminated(following)
                 write_number(paid, i, (reward(state, read_action(acted, i), following),))
-            kept = _NONE
+            kept = NONE
             for i in range(live):
                 n = who[i]
                 who[kept] = n

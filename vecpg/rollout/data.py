@@ -101,10 +101,7 @@ class Rollout:
         if count == 1:
             return [self]
         num_envs = self.mask.shape[1]
-        if count < 1 or num_envs % count:
-            raise ValueError(
-                f"shards: expected a number that divides {num_envs} environments, got {count}"
-            )
+        check_shards(count, num_envs)
         size = num_envs // count
         return [self._part(first, size) for first in range(0, num_envs, size)]
 
@@ -156,6 +153,14 @@ class Rollout:
         joined = torch.empty_like(values)
         joined[shard.argsort(stable=True)] = values
         return joined
+
+
+def check_shards(count: int, num_envs: int) -> None:
+    """Refuse a number of groups that environments cannot be divided into."""
+    if count < 1 or num_envs % count:
+        raise ValueError(
+            f"shards: expected a number that divides {num_envs} environments, got {count}"
+        )
 
 
 class Rows:

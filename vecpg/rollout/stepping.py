@@ -64,9 +64,7 @@ def collect_by_stepping(
         draw(t, torch.from_numpy(host.obs[t]), torch.from_numpy(actions))
         return policy.for_env(actions)
 
-    seeds: int | list[int] = stream.reset_seeds(Purpose.TRAINING_RESET)
-    if has_one_generator(envs):
-        seeds = stream.common_seed(Purpose.TRAINING_RESET)
+    seeds = seeds_of(envs, stream, Purpose.TRAINING_RESET)
     length = 0
     with torch.inference_mode():
         for row, following in play(envs, act, num_steps=num_steps, seeds=seeds):
@@ -78,6 +76,13 @@ def collect_by_stepping(
             last_obs = following
     host.obs[length] = last_obs
     return rows.rollout(length, policy.device, stream)
+
+
+def seeds_of(envs: VectorEnv, stream: Stream, purpose: Purpose) -> int | list[int]:
+    """What `reset` takes of a stream: a seed for each copy, or one where they share a generator."""
+    if has_one_generator(envs):
+        return stream.common_seed(purpose)
+    return stream.reset_seeds(purpose)
 
 
 def play(
