@@ -127,7 +127,7 @@ class Config:
     """Part of the run directory's name."""
     save_every: float = 60.0
     """Seconds between checkpoints."""
-    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
+    progress: bool = field(default_factory=lambda: sys.stderr is not None and sys.stderr.isatty())
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0
     """Seconds between plain progress lines."""

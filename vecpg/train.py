@@ -225,7 +225,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progres
         with (
             _torch_threads(1 if in_machine_code else config.threads or 1),
             threads.using(config.threads or threads.cores()),
-            Interrupts() as interrupts,
+            Interrupts(lambda: run.saver.save(run.state)) as interrupts,
             Progress(config) as progress,
             run.compilation as compilation,
         ):
