@@ -27,6 +27,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except SystemExit as exit_:
         if exit_.code:
             raise
+    finally:
+        # Python takes its handlers away before it ends; a terminal may be closing all the while.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     lost = streams.loss(sys.stdout)
     if isinstance(lost, BrokenPipeError):  # whoever read it has gone (| head)
         sys.exit(128 + signal.SIGPIPE)
