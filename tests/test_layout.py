@@ -57,6 +57,7 @@ ALLOWED = {
         "vecpg.policy",
         "vecpg.rollout",
         "vecpg.run",
+        "vecpg.signals",
         "vecpg.value",
     },
     "vecpg.look": {"vecpg.config", "vecpg.envs", "vecpg.look", "vecpg.noise", "vecpg.recipes"},
@@ -76,7 +77,9 @@ ALLOWED = {
         "vecpg.run",
         "vecpg.update",
     },
-    "vecpg.__main__": {"vecpg.cli"},
+    "vecpg.signals": set(),
+    "vecpg.streams": set(),
+    "vecpg.__main__": {"vecpg.cli", "vecpg.signals", "vecpg.streams"},
 }
 
 
