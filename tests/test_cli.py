@@ -13,16 +13,15 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_policy
 from gymnasium import spaces
 
 import vecpg
 from vecpg import cli
 from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
-from vecpg.config import Config, to_dict
+from vecpg.config import Config
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
-from vecpg.run import checkpoint
 
 # This checkout, wherever vecpg may be installed; a command finds modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -394,12 +393,11 @@ def test_evaluation_flags_are_used(here, tmp_path):
     with torch.no_grad():
         policy.network[0].weight.zero_()
         policy.network[0].bias.copy_(torch.tensor([0.0, math.log(3)]))
-    config = to_dict(Config(env_id="environments:Bandit-v0", env_kwargs={"start": 99}))
-    state = {"policy": checkpoint.policy_state(policy), "config": config}
-    checkpoint.save(tmp_path / "x.pt", state)
+    settings = {"env_id": "environments:Bandit-v0", "env_kwargs": {"start": 99}}
+    save_policy(tmp_path / "checkpoints" / "x", policy, **settings)
 
     def means(*args):
-        code, out, err = here("evaluate", "x.pt", *args)
+        code, out, err = here("evaluate", "checkpoints/x", *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 

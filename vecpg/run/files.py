@@ -15,7 +15,7 @@ from vecpg.run import checkpoint
 from vecpg.run.checkpoint import STATE, Checkpoint, Saver
 from vecpg.run.directory import discard, hold, make_run_directory, sweep, write_json
 from vecpg.run.metrics import Metrics, end_of
-from vecpg.run.resume import check_settings, differences, find_run, read_config
+from vecpg.run.resume import check_settings, config_of, differences, find_run, read_config
 from vecpg.run.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ def find_source(config: Config) -> Source | None:
             found = checkpoint.newest_valid(run_dir)
         else:
             found = checkpoint.chosen(config.resume, run_dir)
+        # Whoever changed config.json by hand changed what the run is.
+        check_settings(config, config_of(found.manifest["config"], found.folder))
     except BaseException:
         lock.close()
         raise

@@ -75,6 +75,7 @@ class Metrics:
     def flush(self) -> None:
         """When this returns, the lines are on the disk."""
         with writing(self._path):
+            self._lines.flush()
             os.fsync(self._lines.fileno())
 
     def log(self, row: dict[str, float | None]) -> None:
