@@ -115,9 +115,7 @@ def whole(tmp_path_factory):
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}, read(folder)
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_damage_anywhere_is_noticed_and_named(whole, data):
     """Bytes flipped, cut, doubled: what is loaded is what was saved, or one error with the file."""

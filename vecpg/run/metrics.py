@@ -109,6 +109,9 @@ class Metrics:
         try:
             yield
         except (ImportError, OSError) as error:
+            if self._curves is not None:
+                with contextlib.suppress(OSError):  # what it could not write it writes once more
+                    self._curves.close()
             self._curves = None
             _log.warning(
                 "no more curves for TensorBoard: %s: %s; metrics.jsonl has them, and `vecpg plot`"
