@@ -2,7 +2,6 @@ import json
 import math
 import os
 import sys
-import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -10,7 +9,6 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 from vecpg.config import Config, to_dict
-from vecpg.run.curves import Curves
 from vecpg.run.directory import WriteFailure
 from vecpg.run.metrics import Metrics
 from vecpg.run.state import Counters
@@ -170,16 +168,6 @@ def test_lines_that_are_missing_are_an_error_and_nothing_is_cut(tmp_path, conten
     with pytest.raises(ValueError, match=r"expected iterations 1 to 3, .* got 1 to [01]; restore"):
         Metrics(tmp_path, {}, after(3))
     assert (tmp_path / "metrics.jsonl").read_text() == content
-
-
-def test_a_curve_goes_on_in_a_file_that_sorts_behind(tmp_path, monkeypatch):
-    """Even on the same second, or when the clock was put back."""
-    for number, second in enumerate((1000.0, 1000.0, 500.0, 2000.0)):
-        monkeypatch.setattr(time, "time", lambda second=second: second)
-        Curves(tmp_path).close()
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert len(names) == number + 1
-        assert names[-1].endswith(f".{number:06d}")
 
 
 def test_a_number_that_is_not_json_is_refused(tmp_path):

@@ -129,8 +129,9 @@ def opened(folder: Path) -> Checkpoint:
     path = folder / MANIFEST
     if folder.is_dir() and not path.exists():
         raise CheckpointError(f"{folder}: expected a checkpoint, got a folder without {MANIFEST}")
+    data = _bytes(path)
     try:
-        manifest = json.loads(_bytes(path))
+        manifest = json.loads(data)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: expected JSON, got something else") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:

@@ -36,7 +36,15 @@ def find_run(config: Config) -> Path | None:
         return None
     if config.resume == "auto":
         return _newest_unfinished(config)
-    path = Path(config.resume)
+    return find_named_run(Path(config.resume))
+
+
+def find_named_run(path: Path) -> Path:
+    """The run directory that a path stands for: itself, or that of a checkpoint.
+
+    Raises:
+        ConfigError: as `find_run`.
+    """
     for run_dir in (path, _run_of(path)):
         if run_dir is not None and (run_dir / "config.json").is_file():
             return run_dir
@@ -46,31 +54,29 @@ def find_run(config: Config) -> Path | None:
     if (path / "checkpoints").is_dir():
         got = "one that was stopped before it began; start it anew"
     raise ConfigError(
-        f"--resume {config.resume}: expected auto, a run directory or a checkpoint in one, got"
-        f" {got}{there}"
+        f"--resume {path}: expected auto, a run directory or a checkpoint in one, got {got}{there}"
     )
 
 
-def stored_config(run_dir: str | Path, **anew: Any) -> Config:
+def stored_config(run_or_checkpoint: str | Path, **anew: Any) -> Config:
     """The settings of a run that is to go on: `train(stored_config(RUN_DIR))`.
 
     Args:
-        run_dir: its directory.
-        anew: settings that change: limits, target_return, save_every, device, progress; and
-            `env_id` and `env_kwargs` where they name a module or a path, which are not taken from a
-            file.
+        run_or_checkpoint: its directory, or a checkpoint in it.
+        anew: settings that change: limits, target_return, save_every, device, progress.
 
     Raises:
         ConfigError: there is no run, its config.json is damaged, or another setting is given anew.
 
     Example:
-        >>> stored_config("runs/nothing")
+        >>> stored_config("nothing")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        vecpg.config.ConfigError: runs/nothing/config.json cannot be read: No such file or directory
+        vecpg.config.ConfigError: --resume nothing: expected auto, a run directory or a ...
     """
-    stored = read_config(Path(run_dir))
-    config = dataclasses.replace(stored, resume=str(run_dir), **anew)
+    path = Path(run_or_checkpoint)
+    stored = read_config(find_named_run(path))
+    config = dataclasses.replace(stored, resume=str(path), **anew)
     check_settings(config, stored)
     return config
 
