@@ -555,7 +555,7 @@ def test_what_cannot_go_on_is_status_2(here, tmp_path, args, message):
 
 def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     args = ["--resume", "auto", *SHORT, "--total-iterations", 2]
-    code, _, err = here("train", *args)
+    code, _, _ = here("train", *args)
     assert code == 0
     assert (
         "--resume auto: no unfinished run of CartPole-v1, reinforce, seed 3 in runs; a"
@@ -563,7 +563,7 @@ def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     )
     run_dir = the_run(tmp_path)
     (tmp_path / run_dir / "summary.json").unlink()
-    code, out, err = here("train", *args)
+    code, out, _ = here("train", *args)
     assert code == 0
     assert "going on after iteration 2" in caplog.text
     assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))
