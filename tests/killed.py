@@ -69,9 +69,9 @@ def main(folder, kills):
         status = None
         while status is None:
             child = fork(config(parts, seed))
-            deadline = time.monotonic() + (
-                numbers.uniform(0.0, 0.6) if done["kills"] < kills else 600
-            )
+            saving = f"*/checkpoints/{TEMPORARY}{child}-*"
+            live_on = done["kills"] >= kills
+            deadline = time.monotonic() + (600 if live_on else numbers.uniform(0.0, 0.6))
             # Every other one shortly after it has begun to save.
             at_saving = not live_on and done["kills"] % 2 == 1
             if at_saving:
