@@ -20,6 +20,7 @@ from test_run_files import left_behind
 
 # Imported before the forks, and nothing is trained here: a child starts in a tenth of a second.
 from vecpg.config import Config
+from vecpg.run.directory import TEMPORARY
 from vecpg.train import train
 
 
