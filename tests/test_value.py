@@ -182,10 +182,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line():
     critic, rollout = make_critic(), make_rollout()
     before = copy.deepcopy(critic.value_function.state_dict())
     rollout.rewards[rollout.mask] *= 1e30
-    with pytest.raises(FloatingPointError, match="value function is inf: the rewards are too"):
+    with pytest.raises(
+        FloatingPointError, match="value function: the loss is inf; scale the rewards"
+    ):
         fit(critic, rollout, None, Config(baseline="value"))
     for name, value in critic.value_function.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_that_leaves_the_numbers_ends_the_run_in_one_line(steps):
+    """After the last step no further loss would tell."""
+    critic = make_critic(learning_rate=3e37)
+    critic.optimizer.betas = (0.99, 0.999)
+    settings = {"value_steps": steps, "value_learning_rate": 3e37}
+    with pytest.raises(FloatingPointError, match=r"; scale .* --value-learning-rate .now 3e.37."):
+        fit(critic, make_rollout(), None, Config(baseline="value", **settings))
 
 
 def test_statistics_of_observations_are_those_of_the_policy():
