@@ -203,8 +203,8 @@ def test_a_last_step_that_leaves_the_numbers_ends_the_run_in_one_line(monkeypatc
     monkeypatch.setattr(critic.optimizer, "step", step)
     config = Config(baseline="value", value_steps=3, value_learning_rate=0.25)
     message = (
-        r"^fitting the value function: network\.2\.bias is nan after the step; scale the rewards, or"
-        r" lower --value-learning-rate \(now 0\.25\)$"
+        r"^fitting the value function: network\.2\.bias is nan after the step; scale the"
+        r" rewards, or lower --value-learning-rate \(now 0\.25\)$"
     )
     with pytest.raises(FloatingPointError, match=message):
         fit(critic, make_rollout(), None, config)
