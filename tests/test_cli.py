@@ -13,16 +13,14 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_policy
 from gymnasium import spaces
 
 import vecpg
-from vecpg import cli
 from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
-from vecpg.config import Config, to_dict
+from vecpg.config import Config
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
-from vecpg.run import checkpoint
 
 # This checkout, wherever vecpg may be installed; a command finds modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -333,28 +331,6 @@ def test_a_script_is_its_command(tmp_path, name):
     assert script.startswith(f"usage: vecpg {name} ")
 
 
-def test_a_hint_can_be_called_from_where_the_user_is(tmp_path, monkeypatch):
-    folder = tmp_path / "some where" / "bin"
-    folder.mkdir(parents=True)
-    (tmp_path / "vecpg").touch(mode=0o755)  # another environment's, first on the path
-    monkeypatch.setattr(sys, "executable", str(folder / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    def hint(at):
-        monkeypatch.chdir(at)
-        return cli._how_to_call("vecpg", "vecpg")
-
-    # Without the command, the module.
-    assert hint(tmp_path) == "'some where/bin/python' -m vecpg"
-    assert hint(folder) == f"'{folder}/python' -m vecpg"
-    (folder / "vecpg").touch(mode=0o755)
-    assert hint(tmp_path) == "'some where/bin/vecpg'"
-    (tmp_path / "elsewhere").mkdir()
-    assert hint(tmp_path / "elsewhere") == hint(folder) == f"'{folder}/vecpg'"
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{tmp_path}")
-    assert hint(tmp_path) == "vecpg"
-
-
 def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     code, out, err = finish(
         start("train", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
@@ -394,12 +370,11 @@ def test_evaluation_flags_are_used(here, tmp_path):
     with torch.no_grad():
         policy.network[0].weight.zero_()
         policy.network[0].bias.copy_(torch.tensor([0.0, math.log(3)]))
-    config = to_dict(Config(env_id="environments:Bandit-v0", env_kwargs={"start": 99}))
-    state = {"policy": checkpoint.policy_state(policy), "config": config}
-    checkpoint.save(tmp_path / "x.pt", state)
+    settings = {"env_id": "environments:Bandit-v0", "env_kwargs": {"start": 99}}
+    save_policy(tmp_path / "checkpoints" / "x", policy, **settings)
 
     def means(*args):
-        code, out, err = here("evaluate", "x.pt", *args)
+        code, out, err = here("evaluate", "checkpoints/x", *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -520,3 +495,75 @@ def test_a_killed_async_worker_is_status_1_without_a_traceback(here):
         r" SIGKILL",
         last,
     )
+
+
+# -- Going on with a run -------------------------------------------------------------------------
+
+SHORT = ["--num-envs", 4, "--hidden-sizes", 8, "--eval-episodes", 2, "--seed", 3]
+
+
+def the_run(tmp_path):
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    return run_dir.relative_to(tmp_path)
+
+
+def test_resume_takes_every_setting_from_the_run(here, tmp_path, caplog):
+    code, whole, _ = here("train", *SHORT, "--total-iterations", 5, "--out-dir", "whole")
+    assert code == 0
+    code, _, err = here("train", *SHORT, "--total-iterations", 2)
+    assert code == 0
+    run_dir = the_run(tmp_path)
+    code, out, err = here("train", "--resume", run_dir)
+    assert code == 0
+    assert "already at its end, after 2 iterations" in caplog.text
+    assert json.loads(out) == json.loads((tmp_path / run_dir / "summary.json").read_text())
+    code, out, err = here("train", "--resume", f"{run_dir}/", "--total-iterations", 5)
+    assert code == 0, err
+    summary, expected = json.loads(out), json.loads(whole)
+    for name in ("env_steps", "episodes", "eval_return_mean", "iterations", "seed"):
+        assert summary[name] == expected[name]
+    assert summary["run_dir"] == str(run_dir)
+    assert "--logdir runs\n" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--resume", "runs"], "--resume runs: expected auto, a run directory or a checkpoint in"),
+        (["--resume", "{run}x"], "got nothing of that name; there are CartPole-v1__"),
+        (["--resume", "{run}", "--seed", 4], "--seed: expected 3, with which the run was begun, "),
+        (["--resume", "{run}", "--recipe", "vpg"], "--recipe: expected default, "),
+        (["--resume", "{run}", "--no-confirm"], "--confirm: expected True, "),
+        (["--resume", "{run}/checkpoints/7"], "checkpoints/7/manifest.json cannot be read: No su"),
+        (["--resume", "auto", *SHORT, "--num-envs", 9], "--num-envs: expected 4, "),
+        (["--resume"], "Missing value for argument"),
+    ],
+)
+def test_what_cannot_go_on_is_status_2(here, tmp_path, args, message):
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    code, out, err = here("train", *[str(arg).format(run=run_dir) for arg in args])
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+    code, _, err = here("train", "--resume", run_dir, "--seed", 3, "--out-dir", "elsewhere")
+    assert code == 0, err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
+    args = ["--resume", "auto", *SHORT, "--total-iterations", 2]
+    code, _, err = here("train", *args)
+    assert code == 0
+    assert (
+        "--resume auto: no unfinished run of CartPole-v1, reinforce, seed 3 in runs; a"
+        in caplog.text
+    )
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    code, out, err = here("train", *args)
+    assert code == 0
+    assert "going on after iteration 2" in caplog.text
+    assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))

@@ -4,6 +4,7 @@ Torch is imported only once the flags are right, so that `--help` and mistakes c
 """
 
 import contextlib
+import dataclasses
 import difflib
 import gc
 import io
@@ -12,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -28,6 +28,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from vecpg import __version__
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
+from vecpg.run.resume import check_settings, find_run, read_config
+from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -96,28 +98,11 @@ def train_main(args: Sequence[str]) -> None:
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
         print(
-            f"curves:   {_how_to_call('tensorboard', 'tensorboard.main')} --logdir"
-            f" {shlex.quote(config.out_dir)}\n"
-            f"evaluate: {_how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
+            f"curves:   {how_to_call('tensorboard', 'tensorboard.main')} --logdir"
+            f" {shlex.quote(str(Path(run_dir).parent))}\n"
+            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
             file=sys.stderr,
         )
-
-
-def _how_to_call(command: str, module: str) -> str:
-    """How to call a command of this environment from this shell, as short as it can be.
-
-    Args:
-        command: the name that installing gives it.
-        module: what `python -m` runs instead, where it was not installed.
-    """
-    beside = Path(sys.executable).with_name(command)
-    if shutil.which(command) == str(beside):
-        return command
-    found = beside if beside.exists() else Path(sys.executable)
-    if Path.cwd() in found.parents[1:]:  # a name without a / would be looked for on the path
-        found = found.relative_to(Path.cwd())
-    name = shlex.quote(str(found))
-    return name if beside.exists() else f"{name} -m {module}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +142,12 @@ def evaluate_main(args: Sequence[str]) -> None:
 
         try:
             with stdout_kept_clean():
-                state = checkpoint.load(checkpoint.find(config.path))
-                policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
+                found, content = checkpoint.load(config.path)
+                stored = found.manifest["config"]
+                policy, env_id = checkpoint.policy_of(content), stored["env_id"]
                 settings = {
-                    "env_kwargs": state["config"]["env_kwargs"],
-                    "max_episode_steps": state["config"]["max_episode_steps"],
+                    "env_kwargs": stored["env_kwargs"],
+                    "max_episode_steps": stored["max_episode_steps"],
                     "greedy": not config.stochastic,
                     "seed": config.seed,
                 }
@@ -223,8 +209,8 @@ def plot_main(args: Sequence[str]) -> None:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The settings that the flags of `vecpg train` give, `--recipe` read first."""
-    name = _recipe_name(args)
+    """The settings that the flags of `vecpg train` give, `--recipe` and `--resume` read first."""
+    name = _given(args, "recipe") or Config().recipe
     if name == "list":
         # All that any of them sets otherwise than another: who runs one wants to know all of these.
         settings = {recipe: to_dict(config) for recipe, (config, _) in RECIPES.items()}
@@ -239,7 +225,18 @@ def parse_config(args: Sequence[str]) -> Config:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
-    return parse(Config, args, command="train", default=RECIPES[name][0], description=_DESCRIPTION)
+    named = RECIPES[name][0]
+    resume = _given(args, "resume")
+    if resume is None:
+        return parse(Config, args, command="train", default=named, description=_DESCRIPTION)
+    wanted = Config(resume=resume)
+    if resume == "auto":  # which run that is depends on other flags
+        wanted = parse(Config, args, command="train", default=named, description=_DESCRIPTION)
+    run_dir = find_run(wanted)
+    if run_dir is None:
+        return wanted
+    stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
+    return parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -368,13 +365,16 @@ def _check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
     from vecpg.envs import check_time_limit, find_spec, resolve_vectorization
 
+    if (run_dir := find_run(config)) is not None:
+        check_settings(config, read_config(run_dir))
     try:
         spec = find_spec(config.env_id)
         resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         check_time_limit(spec, config.max_episode_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    check_writable(config.out_dir)
+    if run_dir is None:
+        check_writable(config.out_dir)
 
 
 def check_writable(name: str) -> None:
@@ -391,14 +391,14 @@ def check_writable(name: str) -> None:
         ) from error
 
 
-def _recipe_name(args: Sequence[str]) -> str:
-    name = Config().recipe
+def _given(args: Sequence[str], name: str) -> str | None:
+    """The value that a flag has on the command line, None where it is not there."""
+    value = None
     for index, arg in enumerate(args):
-        if arg.startswith("--recipe="):
-            name = arg.partition("=")[2]
-        elif arg == "--recipe" and index + 1 < len(args):
-            name = args[index + 1]
-    return name
+        flag_, equals, rest = arg.partition("=")
+        if flag_.replace("_", "-") == flag(name):
+            value = rest if equals else next(iter(args[index + 1 :]), None)
+    return value
 
 
 def _one_line(box: str) -> str:
