@@ -10,10 +10,10 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from vecpg import train as train_module
 from vecpg.config import Config
 from vecpg.envs import EnvironmentFailure
 from vecpg.kernels.finite import all_finite, check_parameters
+from vecpg.run.checkpoint import Saver
 from vecpg.run.state import TrainState
 from vecpg.train import train
 
@@ -105,7 +105,7 @@ def rows_of(run_dir):
 def saved(monkeypatch):
     """Every state that was saved, as it was then."""
     states = []
-    real = train_module.Saver.save
+    real = Saver.save
 
     def save(self, state):
         content = state.state_dict()
@@ -114,7 +114,7 @@ def saved(monkeypatch):
         )
         real(self, state)
 
-    monkeypatch.setattr(train_module.Saver, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     return states
 
 
