@@ -12,7 +12,7 @@ from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import collect
-from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING
+from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, check_finite
 
 
 def policy_for(envs):
@@ -196,6 +196,29 @@ def test_a_faulty_environment_is_named_with_step_and_seed(fault, message):
     seed = Stream(1, 0, 0, 4).reset_seeds(Purpose.TRAINING_RESET)[2]
     with pytest.raises(EnvironmentFailure, match=message.format(seed=seed)):
         collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+
+
+@pytest.mark.parametrize("what", ["actions", "obs", "rewards", "final_obs"])
+def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
+    """Of rows that count, and of final observations, which lie in rows that do not."""
+    envs = make_envs("environments:Pay-v0", 3, max_episode_steps=4)
+    rollout = collect(envs, policy_for(envs), num_steps=6, seed=1, iteration=4)
+    assert len(rollout.final_rows) == 6
+    check_finite(rollout)
+    rows = rollout.final_obs if what == "final_obs" else getattr(rollout, what)
+    rows[5 if what == "final_obs" else (2, 1)] = math.nan
+    if what != "final_obs":
+        rows[3, 0] = math.inf
+    t, n = rollout.final_rows[5].tolist() if what == "final_obs" else (2, 1)
+    named = {"obs": "observation", "rewards": "reward", "final_obs": "final observation"}
+    if what == "actions":
+        message = rf"^the policy's action in environment {n} at step {t} is \[nan, .* iteration 5;"
+        with pytest.raises(FloatingPointError, match=message):
+            check_finite(rollout)
+        return
+    message = rf"^environment {n} returned the {named[what]} .*nan.* at step {t} of iteration 4"
+    with pytest.raises(EnvironmentFailure, match=message):
+        check_finite(rollout)
 
 
 def test_another_autoreset_mode_is_refused():

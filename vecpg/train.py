@@ -35,7 +35,7 @@ from vecpg.rollout import Collector, Rollout, choose_collector, collect
 from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
 from vecpg.run import files
 from vecpg.run.checkpoint import chosen, load_policy
-from vecpg.run.clock import Clock
+from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
 from vecpg.run.files import Files, Source
 from vecpg.run.interrupts import Interrupts
@@ -392,7 +392,7 @@ def _row(
         "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
         "charts/best_return": state.stopping.best_return,
         "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
-        "charts/SPS": counters.env_steps / clock.without_evaluations(),
+        "charts/SPS": per_second(counters.env_steps, clock.without_evaluations()),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
         "losses/value_loss": None if value_loss is None else value_loss.item(),
@@ -422,7 +422,7 @@ def _summary(
         "episodes": counters.episodes,
         "wall_seconds": wall_seconds,
         "compile_seconds": compile_seconds,
-        "steps_per_second": counters.env_steps / wall_seconds,
+        "steps_per_second": per_second(counters.env_steps, wall_seconds),
         "collect_seconds": seconds["collect"],
         "returns_seconds": seconds["returns"],
         "update_seconds": seconds["update"],

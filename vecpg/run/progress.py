@@ -55,10 +55,10 @@ class Progress:
             row: as `Metrics.log` takes it.
             last: whether this is the run's last iteration, which is always shown.
         """
-        best = row["charts/best_return"]
+        best, speed = row["charts/best_return"], row["charts/SPS"]
         words = f"return {row['charts/episodic_return']:.1f}"
         words += "" if best is None else f", best {best:.1f}"
-        words += f", {row['charts/SPS']:,.0f} steps/s"
+        words += "" if speed is None else f", {speed:,.0f} steps/s"
         if self._live:
             done = {names: (row[names[1]] or 0) / limit for names, limit in self._limits.items()}
             nearest = max(done, key=lambda names: done[names])
