@@ -399,7 +399,7 @@ def test_evaluation_flags_are_used(here, tmp_path):
     checkpoint.save(tmp_path / "x.pt", state)
 
     def means(*args):
-        code, out, err = here("evaluate", "x.pt", *args)
+        code, out, err = here("evaluate", "x.pt", "--env-id", config["env_id"], *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 

@@ -132,6 +132,10 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    env_id: str | None = None
+    """As stored in the run. Wanted where that is `module:Id`: no file has a module imported."""
+    env_kwargs: dict[str, Any] | None = None
+    """As stored in the run. Wanted where a text in them may name a module or a path."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
     render: Literal["human"] | None = None
@@ -154,14 +158,20 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.evaluate import evaluate
             from vecpg.look import video
             from vecpg.run import checkpoint
+            from vecpg.run.content import policy_of
+            from vecpg.run.stored import stored_config, trusted_names
 
         try:
             with stdout_kept_clean():
-                state = checkpoint.load(checkpoint.find(config.path))
-                policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
-                settings = {
-                    "env_kwargs": state["config"]["env_kwargs"],
-                    "max_episode_steps": state["config"]["max_episode_steps"],
+                path = checkpoint.find(config.path)
+                state = checkpoint.load(path)
+                stored = stored_config(state.get("config"), path)
+                command = f"{_how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
+                trusted_names(to_dict(stored), config.env_id, config.env_kwargs, command)
+                policy, env_id = policy_of(state, path), stored.env_id
+                settings: dict[str, Any] = {
+                    "env_kwargs": stored.env_kwargs,
+                    "max_episode_steps": stored.max_episode_steps,
                     "greedy": not config.stochastic,
                     "seed": config.seed,
                 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vecpg.policy import Policy
+from vecpg.run.content import policy_of, unpickle
 
 if TYPE_CHECKING:
     from vecpg.run.state import TrainState
@@ -66,14 +67,8 @@ def load(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # torch raises a dozen different types for files that are cut, empty or something else.
-    except Exception as error:
-        raise ValueError(
-            f"{path} ({len(data)} bytes) is not a vecpg checkpoint, or it is damaged"
-        ) from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND:
+    content = unpickle(data, path)
+    if content.get("kind") != _KIND:
         raise ValueError(f"{path} is not a vecpg checkpoint")
     number = content.get("format")
     if isinstance(number, int) and number > FORMAT:
@@ -118,20 +113,13 @@ def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu
     Raises:
         ValueError: no checkpoint there, or a damaged one.
     """
-    return policy_of(load(find(run_or_checkpoint)), device)
+    path = find(run_or_checkpoint)
+    return policy_of(load(path), path, device)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
     """What a checkpoint keeps of a policy: how to build it, and its parameters."""
-    return {"description": policy.description(), "parameters": policy.state_dict()}
-
-
-def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
-    """The policy a checkpoint's state describes."""
-    with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
-        policy = Policy.from_description(state["policy"]["description"])
-    policy.load_state_dict(state["policy"]["parameters"])
-    return policy.to(device).eval()
+    return {"description": policy.description(), "parameters": dict(policy.state_dict())}
 
 
 class Saver:
