@@ -1,11 +1,13 @@
 """The policy: a network from observations to a distribution over actions."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -245,8 +247,7 @@ class Policy(nn.Module):
 
         Args:
             description: may come from anywhere: all of it is checked before anything is built.
-            largest: how many numbers an observation, an action or all hidden layers together may
-                have; None: any number.
+            largest: how many parameters it may have; None: any number.
 
         Raises:
             ValueError: it describes no policy, with the first part that is wrong.
@@ -259,10 +260,6 @@ class Policy(nn.Module):
             _check(
                 holds(description[name]), f"policy.description.{name}", expected, description[name]
             )
-        widths = [*description["hidden_sizes"], description["embedding_size"]]
-        if largest is not None:
-            wanted = f"at most {largest} in all, which is how many parameters there are"
-            _check(sum(widths) <= largest, "policy.description.hidden_sizes", wanted, widths)
         settings = dict(description)
         observations, actions = (
             from_description(
@@ -270,7 +267,33 @@ class Policy(nn.Module):
             )
             for name in ("observation_space", "action_space")
         )
+        if largest is not None:
+            count = _num_parameters(observations, actions, settings)
+            wanted = f"sizes that make at most {largest} parameters"
+            _check(count <= largest, "policy.description", wanted, count)
         return cls(observations, actions, **settings)
+
+
+def _num_parameters(observations: Space[Any], actions: Space[Any], settings: dict[str, Any]) -> int:
+    """How many numbers are in the tables and layers of a network, without building it."""
+    tables, features = 0, _num_values(observations)
+    if not isinstance(observations, Box):
+        tables = features * settings["embedding_size"]
+        features = math.prod(observations.shape or ()) * settings["embedding_size"]
+    outputs = _num_values(actions)
+    if isinstance(actions, Box) and settings["log_std"] == "network":
+        outputs *= 2
+    widths = [features, *settings["hidden_sizes"], outputs]
+    layers: int = sum(following * (width + 1) for width, following in pairwise(widths))
+    return tables + layers
+
+
+def _num_values(space: Any) -> int:
+    """Components of a `Box`; for the others all values that there are to choose from."""
+    if isinstance(space, Box):
+        return math.prod(space.shape)
+    sizes = space.nvec if isinstance(space, MultiDiscrete) else [space.n]
+    return sum(int(size) for size in np.ravel(sizes))
 
 
 def _is_whole(value: Any) -> bool:

@@ -101,11 +101,12 @@ def from_description(
     _check(right, f'{where}["dtype"]', f"one of {', '.join(_DTYPES[kind])}", name)
     most = 2**63 - 1 if largest is None else largest
     dtype: Any = np.dtype(name)
+    values = most if kind == "Box" else min(most, int(np.iinfo(dtype).max))
     if kind == "Box":
         return _box(description, dtype, most, where)
     if kind == "Discrete":
         n, start = description["n"], description["start"]
-        _check_whole(n, f'{where}["n"]', 1, most)
+        _check_whole(n, f'{where}["n"]', 1, values)
         # Older Gymnasium knows int64 only, and no argument for it.
         other = {} if dtype == np.int64 else {"dtype": dtype.type}
         _check_first(start, n, dtype, f'{where}["start"]')
@@ -116,7 +117,7 @@ def from_description(
     sizes = _numbers(nvec, shape, f'{where}["nvec"]')
     firsts = _numbers(starts, shape, f'{where}["start"]')
     for size, first in zip(sizes, firsts, strict=True):
-        _check_whole(size, f'{where}["nvec"]', 1, min(most, int(np.iinfo(dtype).max)))
+        _check_whole(size, f'{where}["nvec"]', 1, values)
         _check_first(first, size, dtype, f'{where}["start"]')
     _check(sum(sizes) <= most, f'{where}["nvec"]', f"at most {most} in all", sum(sizes))
     return spaces.MultiDiscrete(np.array(nvec, dtype), dtype.type, start=np.array(starts, dtype))
@@ -145,8 +146,8 @@ def _is_bound(value: Any, dtype: Any) -> bool:
     if dtype.kind == "b":
         return isinstance(value, bool)
     if dtype.kind == "f":
-        limits = np.finfo(dtype)
-        inside = type(value) in (int, float) and limits.min <= value <= limits.max
+        largest = float(np.finfo(dtype).max)
+        inside = type(value) in (int, float) and -largest <= value <= largest
         return inside or value in (-math.inf, math.inf)
     return type(value) is int and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 

@@ -164,7 +164,7 @@ class _Reader:
                 value = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
                 self._stack.append(_Value("atom", value))
             case "BINPUT" | "LONG_BINPUT":
-                self._memo[argument] = self._stack[-1]
+                self._memo[argument] = self._top()
             case "BINGET" | "LONG_BINGET":
                 self._stack.append(self._again(self._memo[argument]))
             case "MARK":
@@ -201,6 +201,11 @@ class _Reader:
             case _:
                 raise _Unexpected(f"expected plain data, got the instruction {name}")
 
+    def _top(self) -> _Value:
+        (value,) = self._take(1)
+        self._stack.append(value)
+        return value
+
     def _take(self, count: int) -> list[_Value]:
         """The last values, which must have come after the last mark."""
         first = len(self._stack) - count
@@ -229,7 +234,7 @@ class _Reader:
         self._stack.append(_Value("tuple", items, self._depth_of(items)))
 
     def _extend(self, kind: str, items: list[_Value]) -> None:
-        container = self._stack[-1]
+        container = self._top()
         if container.kind != kind:
             raise _Unexpected(f"expected a {kind}, got a {container.kind}")
         if any(item.kind in ("global", "storage", "hooks") for item in items):
@@ -336,12 +341,12 @@ def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu"
         saved = _entry(content, "policy")
         _check_keys(saved, ("description", "parameters"), "policy")
         parameters = _tensors(saved["parameters"], "policy.parameters")
-        with torch.device("meta"):  # which allocates nothing
+        with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
             policy = Policy.from_description(saved["description"], largest=_numbers(parameters))
         check_tensors(parameters, policy.state_dict(), "policy.parameters")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    policy.load_state_dict({n: value.clone() for n, value in parameters.items()}, assign=True)
+    policy.load_state_dict(parameters)
     return policy.to(device).eval()
 
 
