@@ -134,7 +134,17 @@ class EvaluateConfig:
     """Draw actions; without it the most probable one is taken."""
     env_id: str | None = None
     """As stored in the run. Wanted where that is `module:Id`: no file has a module imported."""
-    env_kwargs: dict[str, Any] | None = None
+    # Said here: of two types that it may be, tyro takes the dictionary for flags of its own.
+    env_kwargs: Annotated[
+        dict[str, Any] | None,
+        PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda given: _json_object(given[0]),
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: ["none" if value is None else json.dumps(value)],
+        ),
+    ] = None
     """As stored in the run. Wanted where a text in them may name a module or a path."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
