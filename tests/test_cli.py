@@ -374,7 +374,7 @@ def test_evaluation_flags_are_used(here, tmp_path):
     save_policy(tmp_path / "checkpoints" / "x", policy, **settings)
 
     def means(*args):
-        code, out, err = here("evaluate", "checkpoints/x", *args)
+        code, out, err = here("evaluate", "checkpoints/x", "--env-id", settings["env_id"], *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -384,6 +384,75 @@ def test_evaluation_flags_are_used(here, tmp_path):
     assert 99.4 < one < 100
     assert 99.4 < other < 100
     assert one != other
+
+
+def save_some(folder, env_id="CartPole-v1", observations=4, **settings):
+    policy = Policy(spaces.Box(-1, 1, (observations,)), spaces.Discrete(2), hidden_sizes=(3,))
+    save_policy(folder, policy, env_id=env_id, **settings)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "env_kwargs"),
+    [
+        ("evil:CartPole-v1", {}),
+        ("evil:Cart:Pole-v1", {}),
+        ("vecpg/CartPole-v1", {"definition": "evil:CartPole"}),
+        ("CartPole-v1", {"a": [{"b": "evil:CartPole"}]}),
+    ],
+)
+def test_no_file_has_a_module_imported(here, tmp_path, env_id, env_kwargs):
+    (tmp_path / "evil.py").write_text("open('executed', 'w').close()")
+    save_some(tmp_path / "checkpoints" / "x", env_id, env_kwargs=env_kwargs)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2, "--seed", 3)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: what a file names is imported or opened only if you name it too")
+    assert "evaluate checkpoints/x --episodes 2 --seed 3 --env-" in err
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+    # Another name is not taken for it, and not imported either.
+    code, out, err = here("evaluate", "checkpoints/x", "--env-id", "evil:Other-v1")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --env-id: expected {env_id}, with which it was trained, got evil:Other-v1\n"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
+    (tmp_path / "mine_here.py").write_text(
+        "import gymnasium\n"
+        "from vecpg.envs.cartpole import CartPole\n"
+        "open('executed', 'w').close()\n"
+        "gymnasium.register('Mine-v0', 'environments:Constant', max_episode_steps=5)\n"
+    )
+    save_some(tmp_path / "checkpoints" / "x", "mine_here:Mine-v0", observations=1)
+    code, _, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    command = shlex.split(err.partition(", type: ")[2])
+    assert not (tmp_path / "executed").exists()
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+    assert (tmp_path / "executed").exists()
+    definition = {"definition": "mine_here:CartPole"}
+    save_some(tmp_path / "checkpoints" / "y", "vecpg/CartPole-v1", env_kwargs=definition)
+    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2)
+    assert code == 2
+    command = shlex.split(err.partition(", type: ")[2])
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+
+
+def test_a_policy_of_other_spaces_is_refused_with_both(here, tmp_path):
+    save_some(tmp_path / "checkpoints" / "x", observations=5)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        "error: CartPole-v1: expected observations of Box(-1.0, 1.0, (5,), float32), with which the"
+        " policy was trained, got Box("
+    )
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from vecpg import __version__
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
+from vecpg.run.stored import trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
@@ -117,6 +118,20 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    env_id: str | None = None
+    """As stored in the run. Wanted where that is `module:Id`: no file has a module imported."""
+    # Said here: of two types that it may be, tyro takes the dictionary for flags of its own.
+    env_kwargs: Annotated[
+        dict[str, Any] | None,
+        PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda given: _json_object(given[0]),
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: ["none" if value is None else json.dumps(value)],
+        ),
+    ] = None
+    """As stored in the run. Wanted where a text in them may name a module or a path."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
     render: Literal["human"] | None = None
@@ -139,13 +154,16 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.evaluate import evaluate
             from vecpg.look import video
             from vecpg.run import checkpoint
+            from vecpg.run.content import policy_of
 
         try:
             with stdout_kept_clean():
                 found, content = checkpoint.load(config.path)
                 stored = found.manifest["config"]
-                policy, env_id = checkpoint.policy_of(content), stored["env_id"]
-                settings = {
+                command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
+                trusted_names(stored, config.env_id, config.env_kwargs, command)
+                policy, env_id = policy_of(content, found.folder), stored["env_id"]
+                settings: dict[str, Any] = {
                     "env_kwargs": stored["env_kwargs"],
                     "max_episode_steps": stored["max_episode_steps"],
                     "greedy": not config.stochastic,
@@ -236,7 +254,14 @@ def parse_config(args: Sequence[str]) -> Config:
     if run_dir is None:
         return wanted
     stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
-    return parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    trusted_names(
+        to_dict(stored),
+        None if _given(args, "env_id") is None else config.env_id,
+        None if _given(args, "env_kwargs") is None else config.env_kwargs,
+        f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
+    )
+    return config
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:

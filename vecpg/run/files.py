@@ -15,8 +15,9 @@ from vecpg.run import checkpoint
 from vecpg.run.checkpoint import STATE, Checkpoint, Saver
 from vecpg.run.directory import discard, hold, make_run_directory, sweep, write_json
 from vecpg.run.metrics import Metrics, end_of
-from vecpg.run.resume import check_settings, config_of, differences, find_run, read_config
+from vecpg.run.resume import check_settings, differences, find_run, read_config
 from vecpg.run.state import TrainState
+from vecpg.run.stored import config_of
 
 _log = logging.getLogger(__name__)
 
