@@ -94,11 +94,14 @@ def train_main(args: Sequence[str]) -> None:
 
             result = train(config)
         print(json.dumps(result.summary), flush=True)
-        run_dir = result.summary["run_dir"]
+        from vecpg.run.stored import flags_to_type
+
+        command = ["evaluate", shlex.quote(result.summary["run_dir"])]
+        command.append(flags_to_type(to_dict(config)))
         print(
             f"curves:   {_how_to_call('tensorboard', 'tensorboard.main')} --logdir"
             f" {shlex.quote(config.out_dir)}\n"
-            f"evaluate: {_how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
+            f"evaluate: {_how_to_call('vecpg', 'vecpg')} {' '.join(filter(None, command))}",
             file=sys.stderr,
         )
 

@@ -109,12 +109,11 @@ def trusted_names(
                 f"{flag(name)}: expected {_text(stored[name])}, with which it was trained, got"
                 f" {_text(given)}"
             )
-    missing = [name for name in names_to_type(stored) if typed[name] is None]
+    missing = {name: stored[name] for name in names_to_type(stored) if typed[name] is None}
     if missing:
-        flags = [word for name in missing for word in (flag(name), _text(stored[name]))]
         raise ConfigError(
             "what a file names is imported or opened only if you name it too; if you trust"
-            f" {' and '.join(flags[1::2])}, type: {command} {shlex.join(flags)}"
+            f" {' and '.join(map(_text, missing.values()))}, type: {command} {_flags(missing)}"
         )
 
 
@@ -134,6 +133,22 @@ def names_to_type(stored: dict[str, Any]) -> list[str]:
     """
     names = ["env_id"] if ":" in stored["env_id"] else []
     return [*names, "env_kwargs"] if _names(stored["env_kwargs"]) else names
+
+
+def flags_to_type(stored: dict[str, Any]) -> str:
+    """What `names_to_type` says, as a shell reads it.
+
+    Example:
+        >>> flags_to_type({"env_id": "mine:Ball-v0", "env_kwargs": {}})
+        '--env-id mine:Ball-v0'
+    """
+    return _flags({name: stored[name] for name in names_to_type(stored)})
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    return shlex.join(
+        word for name, value in settings.items() for word in (flag(name), _text(value))
+    )
 
 
 def _names(value: Any) -> bool:
