@@ -478,9 +478,14 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
         "gymnasium.register('Beside-v0', 'environments:Counting', max_episode_steps=9)\n"
     )
     args = ["--env-id", "beside:Beside-v0", "--num-envs", 4, "--total-iterations", 1]
-    code, out, _ = here("train", *args, "--eval-episodes", 3)
+    code, out, err = here("train", *args, "--eval-episodes", 3)
     assert code == 0
     assert json.loads(out)["episodes"] == 4
+    # No file has the module imported: who types what is printed last does.
+    _, evaluate = shlex.split(err.splitlines()[-1]), err.splitlines()[-1]
+    code, out, err = here(*shlex.split(evaluate.partition(" -m vecpg ")[2]), "--episodes", 2)
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
 
 
 def test_a_faulty_environment_is_status_1_with_one_traceback(here):

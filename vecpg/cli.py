@@ -29,7 +29,7 @@ from vecpg import __version__
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
-from vecpg.run.stored import trusted_names
+from vecpg.run.stored import flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
@@ -98,10 +98,12 @@ def train_main(args: Sequence[str]) -> None:
             result = train(config)
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
+        typed = flags_to_type(to_dict(config))
         print(
             f"curves:   {how_to_call('tensorboard', 'tensorboard.main')} --logdir"
             f" {shlex.quote(str(Path(run_dir).parent))}\n"
-            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
+            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate"
+            f" {' '.join(filter(None, (shlex.quote(run_dir), typed)))}",
             file=sys.stderr,
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
-from vecpg.run.stored import as_typed, config_of, names_to_type, read_object
+from vecpg.run.stored import config_of, flags_to_type, read_object
 from vecpg.shell import how_to_call
 
 # What a run may be given anew when it goes on.
@@ -135,12 +135,8 @@ def resume_command(run_dir: str, config: Config) -> str:
         run_dir: as the user sees it.
         config: of the run.
     """
-    settings = to_dict(config)
-    typed = [
-        word for name in names_to_type(settings) for word in (flag(name), as_typed(settings[name]))
-    ]
-    words = ["train", "--resume", run_dir, *typed]
-    return f"{how_to_call('vecpg', 'vecpg')} {shlex.join(words)}"
+    words = ["train", "--resume", shlex.quote(run_dir), flags_to_type(to_dict(config))]
+    return " ".join(filter(None, (how_to_call("vecpg", "vecpg"), *words)))
 
 
 def _run_of(path: Path) -> Path | None:

@@ -104,17 +104,16 @@ def trusted_names(
     """
     typed = {"env_id": env_id, "env_kwargs": env_kwargs}
     for name, given in typed.items():
-        if given is not None and as_typed(given) != as_typed(stored[name]):
+        if given is not None and _text(given) != _text(stored[name]):
             raise ConfigError(
-                f"{flag(name)}: expected {as_typed(stored[name])}, with which it was trained, got"
-                f" {as_typed(given)}"
+                f"{flag(name)}: expected {_text(stored[name])}, with which it was trained, got"
+                f" {_text(given)}"
             )
-    missing = [name for name in names_to_type(stored) if typed[name] is None]
+    missing = {name: stored[name] for name in names_to_type(stored) if typed[name] is None}
     if missing:
-        flags = [word for name in missing for word in (flag(name), as_typed(stored[name]))]
         raise ConfigError(
             "what a file names is imported or opened only if you name it too; if you trust"
-            f" {' and '.join(flags[1::2])}, type: {command} {shlex.join(flags)}"
+            f" {' and '.join(map(_text, missing.values()))}, type: {command} {_flags(missing)}"
         )
 
 
@@ -136,6 +135,22 @@ def names_to_type(stored: dict[str, Any]) -> list[str]:
     return [*names, "env_kwargs"] if _names(stored["env_kwargs"]) else names
 
 
+def flags_to_type(stored: dict[str, Any]) -> str:
+    """What `names_to_type` says, as a shell reads it.
+
+    Example:
+        >>> flags_to_type({"env_id": "mine:Ball-v0", "env_kwargs": {}})
+        '--env-id mine:Ball-v0'
+    """
+    return _flags({name: stored[name] for name in names_to_type(stored)})
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    return shlex.join(
+        word for name, value in settings.items() for word in (flag(name), _text(value))
+    )
+
+
 def _names(value: Any) -> bool:
     """Whether there is a text in it that is no plain word."""
     waiting = [value]
@@ -150,7 +165,7 @@ def _names(value: Any) -> bool:
     return False
 
 
-def as_typed(value: Any) -> str:
+def _text(value: Any) -> str:
     """As a user would type it, in plain characters; the same for equal values of equal types."""
     if not isinstance(value, str):
         return json.dumps(value, sort_keys=True)
