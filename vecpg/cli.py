@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vecpg import __version__
+from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
@@ -34,7 +34,6 @@ from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_SIGNAL = 128
 
 _T = TypeVar("_T")
 _registry = ConstructorRegistry()
@@ -93,9 +92,12 @@ def train_main(args: Sequence[str]) -> None:
         with stdout_kept_clean():
             _check_cheaply(config)
             with imports_kept():
+                from vecpg.run.interrupts import Interrupts
                 from vecpg.train import train
 
-            result = train(config)
+            with Interrupts():
+                result = train(config)
+        signals.remark = ""
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
         typed = flags_to_type(to_dict(config))
@@ -157,9 +159,10 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.look import video
             from vecpg.run import checkpoint
             from vecpg.run.content import policy_of
+            from vecpg.run.interrupts import Interrupts
 
         try:
-            with stdout_kept_clean():
+            with stdout_kept_clean(), Interrupts():
                 found, content = checkpoint.load(config.path)
                 stored = found.manifest["config"]
                 command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
@@ -329,7 +332,9 @@ def stdout_kept_clean() -> Iterator[None]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        # Python's own by name: if stderr has no reader, that is no fault of the environment.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
@@ -359,20 +364,18 @@ def exit_codes() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
-        print(f"stopped by {signal.Signals(signum).name}", file=sys.stderr)
-        raise SystemExit(EXIT_SIGNAL + signum) from None
-    except BrokenPipeError:
-        # Whoever read stdout has gone (| head); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_SIGNAL + signal.SIGPIPE) from None
+        remark = "" if getattr(error, "resumable", False) else signals.remark
+        print(f"stopped by {signal.Signals(signum).name}{remark}", file=sys.stderr)
+        raise SystemExit(signals.exit_status(signum)) from None
+    except (FloatingPointError, MemoryError, OSError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {words}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         from vecpg.envs import EnvironmentFailure
 
         if isinstance(error, EnvironmentFailure):
             print(f"{error.trace}error: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_FAILED) from None
-        if isinstance(error, FloatingPointError):
-            print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
         raise
 

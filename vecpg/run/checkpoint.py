@@ -304,7 +304,8 @@ class Saver:
         about: what does not change during the run; plain JSON types.
         every: seconds between two times that `save_if_due` saves.
         metrics: whose rows are on the disk before the state that they lead to.
-        iteration: of the checkpoint that the run goes on from, if it does.
+        iteration: of the checkpoint that the run goes on from, if it does. Then, and later, that of
+            the newest checkpoint.
     """
 
     def __init__(
@@ -317,7 +318,7 @@ class Saver:
     ) -> None:
         self._directory = run_dir / "checkpoints"
         self._about, self._every, self._metrics = about, every, metrics
-        self._iteration = iteration
+        self.iteration = iteration
         self._saved = time.perf_counter()
 
     def save(self, state: "TrainState") -> Path:
@@ -331,11 +332,11 @@ class Saver:
         best_policy = policy if best is None else policy | {"parameters": best}
         counters = content["counters"]
         folder = self._directory / str(counters["iteration"])
-        if counters["iteration"] != self._iteration:
+        if counters["iteration"] != self.iteration:
             self._metrics.flush()
             about = self._about | {"counters": counters, "solved": state.stopping.solved}
             save(folder, about, {STATE: content, BEST: {"policy": best_policy}})
-            self._iteration = counters["iteration"]
+            self.iteration = counters["iteration"]
             self._prune()
         self._saved = time.perf_counter()
         return folder
