@@ -21,7 +21,7 @@ from vecpg.envs.errors import (
     trace_of_making,
 )
 from vecpg.envs.in_process import InProcessEnvs
-from vecpg.envs.workers import WorkerEnvs
+from vecpg.envs.workers import WorkerEnvs, check_process
 from vecpg.kernels.announce import once
 
 __all__ = [
@@ -154,11 +154,14 @@ def make_envs(
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
-        step_timeout: seconds after which an async environment that has not answered counts as hung.
+        step_timeout: seconds after which an async environment that has not answered counts as hung,
+            its constructor included. The others run in this process, which they may block.
 
     Raises:
-        ValueError: an unknown id, an environment that cannot be made, has no time limit, or runs
-            in another autoreset mode.
+        ValueError: an unknown id, an environment that has no time limit, or runs in another
+            autoreset mode.
+        EnvironmentNotMade: (a ValueError) its constructor raised, died or hung, or this process
+            can have no workers.
 
     Example:
         >>> envs = make_envs("CartPole-v1", 3, vectorization="sync")
@@ -169,6 +172,8 @@ def make_envs(
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(spec, vectorization, env_kwargs)
     check_time_limit(spec, max_episode_steps)
+    if vectorization == "async":
+        check_process()
     kwargs = dict(env_kwargs or {})
     if max_episode_steps is not None:
         kwargs["max_episode_steps"] = max_episode_steps

@@ -66,15 +66,17 @@ class InProcessEnvs(SyncVectorEnv):
                 frame.f_locals["i"], error
             ).args[0]
             return SubEnvironmentError((index, verb, f"{detail}; {_EXPECTED}", trace))
-        space = self.single_observation_space
-        for index, obs in enumerate(self._env_obs):
-            fits = np.shape(obs) == space.shape and np.can_cast(
-                np.asarray(obs).dtype, space.dtype, "same_kind"
-            )
-            # All are None before the first reset.
-            if not fits and any(one is not None for one in self._env_obs):
-                return SubEnvironmentError.raised(index, error)
+        if any(obs is not None for obs in self._env_obs):  # as before the first reset
+            for index, obs in enumerate(self._env_obs):
+                if not self._fits(obs):
+                    return SubEnvironmentError.raised(index, error)
         return error
+
+    def _fits(self, obs: Any) -> bool:
+        space = self.single_observation_space
+        if np.shape(obs) != space.shape or space.dtype is None:
+            return False
+        return np.can_cast(np.asarray(obs).dtype, space.dtype, "same_kind")
 
 
 # Where Gymnasium takes apart what environment `i` has returned.

@@ -67,7 +67,6 @@ class WorkerEnvs(AsyncVectorEnv):
         self.step_timeout = step_timeout
         self.processes, self.parent_pipes = [], []
         self._owner = os.getpid()
-        _check_process()
         makers = [_pickled(make) for make in env_fns]
         spaces = _learn_spaces(makers[0], step_timeout)
         _open.add(self)
@@ -216,8 +215,14 @@ def _close_all() -> None:
         envs.close()
 
 
-def _check_process() -> None:
-    """Refuse to start workers from a process that cannot have any."""
+def check_process() -> None:
+    """Refuse to start workers from a process that cannot have any.
+
+    Raises:
+        EnvironmentNotMade: it is daemonic.
+        SystemExit: it is itself about to become a worker, and imports a script that starts some.
+            The process that waits for it raises `EnvironmentNotMade`.
+    """
     process = multiprocessing.current_process()
     if process.daemon:
         raise EnvironmentNotMade(
@@ -226,7 +231,6 @@ def _check_process() -> None:
             " concurrent.futures.ProcessPoolExecutor in place of multiprocessing.Pool"
         )
     if getattr(process, "_inheriting", False):
-        # A worker imports the script that started it. The process that waits for it will say so.
         raise SystemExit(1)
 
 
@@ -337,6 +341,7 @@ def _start_fork_server() -> None:
 
     What ends it would make all its children look dead.
     """
+    multiprocessing.set_forkserver_preload(["__main__", __name__])
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return
