@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -363,11 +364,13 @@ ENDS = {
 def test_however_a_process_ends_nothing_is_left(tmp_path, end):
     """No worker, no program of an environment, no shared memory, and no word from any of them."""
     what, signum, status, traceback = ENDS[end]
-    shared = set(os.listdir("/dev/shm"))
     process = run(LIFE.format(what=what), cwd=tmp_path)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     below = psutil.Process(process.pid).children(recursive=True)
     if signum is not None:
+        # What has no name any more cannot be left behind.
+        assert "/dev/shm/" in (maps := shared_memory([process.pid, *(one.pid for one in below)]))
+        assert all(line.endswith("(deleted)") for line in maps.splitlines())
         # Fork server, resource tracker, three workers, three programs.
         assert len(below) == 8
         time.sleep(0.3)
@@ -379,7 +382,11 @@ def test_however_a_process_ends_nothing_is_left(tmp_path, end):
     assert (process.returncode, out) == (status, "")
     assert err.count("Traceback") == traceback, err
     assert traceback or err == ""
-    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def shared_memory(pids):
+    maps = [(Path("/proc") / str(pid) / "maps").read_text().splitlines() for pid in pids]
+    return "\n".join(line for each in maps for line in each if "/dev/shm/" in line)
 
 
 def test_a_worker_that_is_killed_takes_its_environments_programs_along():
