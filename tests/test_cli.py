@@ -447,6 +447,23 @@ def test_a_faulty_environment_is_status_1_with_one_traceback(here):
     assert "failed at step 3 (reset with seed " in err
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_is_status_2_with_its_own_traceback(here, vectorization):
+    args = ["--env-id", "environments:Stillborn-v0", "--vectorization", vectorization]
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.count("Traceback") == 1
+    assert "in __init__" in err
+    assert "processes" not in err
+    last = "error: environments:Stillborn-v0 could not be made: ValueError: 100% wrong"
+    assert err.splitlines()[-1] == last
+    kwargs = ["--env-kwargs", '{"no_such": 1}']
+    code, out, err = here("train", *args, *kwargs)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Stillborn.__init__() got an unexpected keyword argument 'no_such'" in err
+
+
 def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):
     args = ["--target-return", "none", "--total-timesteps", "1e9", "--log-every", 0.01]
     process = start("train", "--num-envs", 8, *args, cwd=tmp_path)
