@@ -181,6 +181,8 @@ class Stillborn(Constant):
                 pass
 
             raise Local("cannot be pickled", lambda: None)
+        if how == "not installed":
+            raise gymnasium.error.DependencyNotInstalled('run `pip install "gymnasium[x]"`')
         if how == "sys.exit":
             sys.exit("no licence")
         if how == "os._exit":

@@ -213,6 +213,15 @@ def test_what_a_user_gets_wrong_about_a_constructor_has_no_traceback():
                 env_kwargs={"no_such": 1},
             )
         assert caught.value.trace == ""
+        message = r'could not be made: run `pip install "gymnasium\[x\]"`$'
+        with pytest.raises(EnvironmentNotMade, match=message) as caught:
+            make_envs(
+                "environments:Stillborn-v0",
+                2,
+                vectorization=vectorization,
+                env_kwargs={"how": "not installed"},
+            )
+        assert caught.value.trace == ""
 
 
 def test_copies_that_differ_in_their_spaces_are_named(tmp_path):
@@ -307,6 +316,13 @@ def test_a_script_without_a_main_guard_hears_of_it_once(tmp_path):
     assert process.returncode == 1
     assert err.count("Traceback") == 1, err
     assert 'stand under `if __name__ == "__main__":`' in err.splitlines()[-1]
+
+
+def test_a_script_that_is_no_file_is_named(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/tmp/<stdin>", raising=False)
+    with pytest.raises(EnvironmentNotMade, match="/tmp/<stdin> is no file; put it in one, or use"):
+        make_envs("environments:Constant-v0", 2, vectorization="async")
 
 
 def test_an_environment_that_cannot_be_closed_is_named_and_its_worker_ends(tmp_path):

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -36,6 +37,11 @@ _LOOK_SECONDS = 0.5
 _END_SECONDS = 2.0
 # Of a worker's `info`: its environment failed, in plain words.
 _FAILURE = "vecpg.failure"
+# The exit status of a process that cannot become a worker, since the script that it imports starts
+# some. It is what the fork server makes of any.
+_UNGUARDED = 1
+# What multiprocessing gives as exit status when there is no fork server to tell it.
+_UNKNOWN = 255
 # To the whole terminal or job; the main process answers them.
 _ANSWERED_ABOVE = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -68,10 +74,10 @@ class WorkerEnvs(AsyncVectorEnv):
         self.processes, self.parent_pipes = [], []
         self._owner = os.getpid()
         makers = [_pickled(make) for make in env_fns]
-        spaces = _learn_spaces(makers[0], step_timeout)
         _open.add(self)
         with self._watched():
             try:
+                spaces = _learn_spaces(makers[0], step_timeout)
                 super().__init__(
                     [
                         functools.partial(_begin, make, index, spaces, self._owner)
@@ -81,9 +87,9 @@ class WorkerEnvs(AsyncVectorEnv):
                     context="forkserver",
                     autoreset_mode=AutoresetMode.NEXT_STEP,
                 )
-            except (BlockingIOError, MemoryError, OSError) as error:
-                if isinstance(error, ConnectionError):
-                    raise
+            except ConnectionError:  # of a worker that died
+                raise
+            except (OSError, MemoryError) as error:
                 raise EnvironmentNotMade(
                     f"--vectorization async: {len(env_fns)} processes could not be started:"
                     f" {in_words(error)}; try fewer --num-envs"
@@ -231,7 +237,14 @@ def check_process() -> None:
             " concurrent.futures.ProcessPoolExecutor in place of multiprocessing.Pool"
         )
     if getattr(process, "_inheriting", False):
-        raise SystemExit(1)
+        raise SystemExit(_UNGUARDED)
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if main.__spec__ is None and script is not None and not os.path.exists(script):
+        raise EnvironmentNotMade(
+            f"--vectorization async: each worker imports the script that was run, and {script} is"
+            " no file; put it in one, or use --vectorization sync"
+        )
 
 
 def _pickled(make: _Maker) -> bytes:
@@ -257,26 +270,27 @@ def _learn_spaces(make: bytes, timeout: float) -> "_Spaces":
     process = multiprocessing.get_context("forkserver").Process(
         target=_tell_spaces, args=(theirs, make), daemon=True
     )
+    answer = None
     with contextlib.closing(ours):
         try:
             with contextlib.closing(theirs):
                 _start_fork_server()
                 process.start()
-            if _heard(ours, process, timeout) is None:
-                raise ConnectionError
+            if begun := _heard(ours, process, timeout):
+                answer = _heard(ours, process, timeout)
         except (EOFError, ConnectionError):
-            # The fork server, or else the worker, died of importing the script that was run.
-            raise EnvironmentNotMade(
-                "--vectorization async: no worker could start: each imports the script that was"
-                ' run, so what trains in it has to stand under `if __name__ == "__main__":`'
-            ) from None
-        else:
-            answer = _heard(ours, process, timeout)
+            begun = None  # the fork server died of it
         finally:
             if process.pid is not None:
                 _end([process])
+    exitcode = None if process.pid is None else process.exitcode
+    if begun is None and exitcode in (None, _UNGUARDED):
+        raise EnvironmentNotMade(
+            "--vectorization async: no worker could start: each imports the script that was run, so"
+            ' what trains in it has to stand under `if __name__ == "__main__":`'
+        )
     if answer is None:
-        raise SubEnvironmentError((0, "died", _cause(process.exitcode or 0), ""))
+        raise SubEnvironmentError((0, "died", _cause(exitcode or 0), ""))
     if isinstance(answer, SubEnvironmentError):
         raise answer
     spaces: _Spaces = pickle.loads(answer)
@@ -325,6 +339,11 @@ def _slow_constructor(index: int, timeout: float) -> tuple[int, str, str, str]:
 
 def _cause(exitcode: int) -> str:
     """An exit status in words, with the likely reason."""
+    if exitcode == _UNKNOWN:
+        return (
+            "its process ended with exit status 255, or the fork server of all did, perhaps since"
+            " there are too many processes (then try fewer --num-envs)"
+        )
     if exitcode >= 0:
         return f"its process ended by itself with exit status {exitcode}"
     name = signal.Signals(-exitcode).name
