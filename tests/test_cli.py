@@ -482,8 +482,8 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
     assert code == 0
     assert json.loads(out)["episodes"] == 4
     # No file has the module imported: who types what is printed last does.
-    _, evaluate = shlex.split(err.splitlines()[-1]), err.splitlines()[-1]
-    code, out, err = here(*shlex.split(evaluate.partition(" -m vecpg ")[2]), "--episodes", 2)
+    words = shlex.split(err.splitlines()[-1])
+    code, out, err = here(*words[words.index("evaluate") :], "--episodes", 2)
     assert code == 0, err
     assert json.loads(out)["episodes"] == 2
 
@@ -494,6 +494,23 @@ def test_a_faulty_environment_is_status_1_with_one_traceback(here):
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].startswith("error: environment ")
     assert "failed at step 3 (reset with seed " in err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_is_status_2_with_its_own_traceback(here, vectorization):
+    args = ["--env-id", "environments:Stillborn-v0", "--vectorization", vectorization]
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.count("Traceback") == 1
+    assert "in __init__" in err
+    assert "processes" not in err
+    last = "error: environments:Stillborn-v0 could not be made: ValueError: 100% wrong"
+    assert err.splitlines()[-1] == last
+    kwargs = ["--env-kwargs", '{"no_such": 1}']
+    code, out, err = here("train", *args, *kwargs)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Stillborn.__init__() got an unexpected keyword argument 'no_such'" in err
 
 
 def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):

@@ -361,6 +361,8 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        # Of an environment that could not be made.
+        print(getattr(error.__cause__, "trace", ""), end="", file=sys.stderr)
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
