@@ -332,6 +332,17 @@ def test_a_crash_while_it_begins_again_loses_nothing(tmp_path, stopped, monkeypa
     assert left_behind(train(stored_config(run_dir)).run_dir) == expected
 
 
+@pytest.mark.parametrize("step", ["Metrics", "write_json", "Saver"])
+def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, step):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, step, full)
+    with pytest.raises(ConfigError, match="No space left"):
+        train(short(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_best_belongs_to_the_state_it_was_written_with(tmp_path, monkeypatch):
     """A crash between the files of a checkpoint leaves the one before, with its own best."""
     real, names = checkpoint.write_file, []

@@ -77,6 +77,7 @@ def begin(config: Config, about: dict[str, Any], state: TrainState) -> Files:
     """A new run directory, with a checkpoint of the state before the first iteration."""
     run_dir = make_run_directory(config)
     with ExitStack() as unless_all_is_well:
+        unless_all_is_well.callback(discard, run_dir)
         lock = unless_all_is_well.enter_context(hold(run_dir))
         metrics = Metrics(run_dir, about["config"])
         unless_all_is_well.callback(metrics.close)
