@@ -1,5 +1,8 @@
 """What every test shares."""
 
+import dataclasses
+import hashlib
+import json
 import logging
 import signal
 import sys
@@ -8,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from vecpg.config import Config, to_dict
 from vecpg.noise import Stream
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.sampling import sampler
 from vecpg.rollout.stepping import collect_by_stepping
+from vecpg.run import checkpoint
+from vecpg.run.state import Counters
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -45,3 +51,51 @@ def apart(ours, theirs):
     steps = torch.arange(501)
     shares = [(each[:, None] <= steps).double().mean(dim=0) for each in (ours, theirs)]
     return (shares[0] - shares[1]).abs().max()
+
+
+def last(run_dir):
+    """What the newest checkpoint of a run holds."""
+    return checkpoint.load(checkpoint.folders(run_dir)[0])[1]
+
+
+def about(**settings):
+    """A manifest without what is of the moment."""
+    return {
+        "config": to_dict(Config(**settings)),
+        "resolved": {"vectorization": "sync", "device": "cpu", "shards": 1, "target": None},
+        "versions": {"vecpg": "0.1.0"},
+        "machine": {},
+        "environment": {},
+        "counters": dataclasses.asdict(Counters()),
+        "solved": False,
+    }
+
+
+def save_policy(folder, policy, **settings):
+    """A checkpoint that holds a policy and nothing else."""
+    content = {"policy": checkpoint.policy_state(policy)}
+    folder.parent.mkdir(exist_ok=True)
+    checkpoint.save(folder, about(**settings), {"state.pt": content, "best.pt": content})
+
+
+def digest(value):
+    """SHA-256 of tensors and plain types, nested."""
+    found = hashlib.sha256()
+    _feed(found, value)
+    return found.hexdigest()
+
+
+def _feed(found, value):
+    if isinstance(value, torch.Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            found.update(f"{key}:".encode())
+            _feed(found, value[key])
+    elif isinstance(value, list | tuple):
+        found.update(f"{len(value)} items".encode())
+        for item in value:
+            _feed(found, item)
+    else:
+        found.update(json.dumps(value).encode())

@@ -192,3 +192,31 @@ def test_on_cuda_too():
     for one in adam.state_dict()["state"].values():
         assert one["exp_avg"].is_cuda
         assert not one["step"].is_cuda
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_size_beyond_the_parameters_changes_nothing(dtype):
+    """Torch's own refuses it too, but only after its averages have changed."""
+    largest = torch.finfo(dtype).max
+    parameters = make_parameters(dtype)
+    before = [each.detach().clone() for each in parameters]
+    for lr in (largest / 5, 1e308):
+        adam = Adam(parameters, lr)
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+        with pytest.raises(FloatingPointError, match=r"^Adam's step size .* is beyond the"):
+            adam.step()
+        assert adam.state_dict()["state"] == {}
+        check_equal([each.detach() for each in parameters], before)
+    Adam(parameters, largest / 11).step()
+
+
+def test_the_averages_are_those_of_the_state():
+    parameters = make_parameters()
+    adam = Adam(parameters)
+    assert adam.averages() == []
+    give_gradients(parameters, make_parameters(), seed=1)
+    adam.step()
+    state = adam.state_dict()["state"].values()
+    kept = [one["exp_avg"] for one in state] + [one["exp_avg_sq"] for one in state]
+    assert [id(each) for each in adam.averages()] == [id(each) for each in kept]

@@ -157,6 +157,21 @@ def test_normalized_has_mean_zero_and_deviation_one():
     assert counted.std().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e30, 1e38])
+def test_numbers_whose_squares_float32_cannot_hold_are_normalized_all_the_same(scale):
+    values = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    (result,) = normalized([values * scale], [torch.ones(2, 2, dtype=bool)])
+    own = (values * scale).double()
+    expected = (own - own.mean()) / own.std()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_what_is_not_finite_is_not_normalized_away(wrong):
+    (result,) = normalized([torch.tensor([1.0, 2.0, wrong])], [torch.ones(3, dtype=bool)])
+    assert result.isnan().all()
+
+
 def test_a_mean_over_nothing_is_zero():
     assert masked_mean([torch.tensor([math.nan])], [torch.tensor([False])]).item() == 0
 

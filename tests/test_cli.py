@@ -13,16 +13,14 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_policy
 from gymnasium import spaces
 
 import vecpg
-from vecpg import cli
 from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
-from vecpg.config import Config, to_dict
+from vecpg.config import Config
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
-from vecpg.run import checkpoint
 
 # This checkout, wherever vecpg may be installed; a command finds modules beside the user.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -333,28 +331,6 @@ def test_a_script_is_its_command(tmp_path, name):
     assert script.startswith(f"usage: vecpg {name} ")
 
 
-def test_a_hint_can_be_called_from_where_the_user_is(tmp_path, monkeypatch):
-    folder = tmp_path / "some where" / "bin"
-    folder.mkdir(parents=True)
-    (tmp_path / "vecpg").touch(mode=0o755)  # another environment's, first on the path
-    monkeypatch.setattr(sys, "executable", str(folder / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    def hint(at):
-        monkeypatch.chdir(at)
-        return cli._how_to_call("vecpg", "vecpg")
-
-    # Without the command, the module.
-    assert hint(tmp_path) == "'some where/bin/python' -m vecpg"
-    assert hint(folder) == f"'{folder}/python' -m vecpg"
-    (folder / "vecpg").touch(mode=0o755)
-    assert hint(tmp_path) == "'some where/bin/vecpg'"
-    (tmp_path / "elsewhere").mkdir()
-    assert hint(tmp_path / "elsewhere") == hint(folder) == f"'{folder}/vecpg'"
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{tmp_path}")
-    assert hint(tmp_path) == "vecpg"
-
-
 def test_a_run_through_a_pipe_and_its_evaluation(tmp_path):
     code, out, err = finish(
         start("train", "--num-envs", 8, "--total-iterations", 2, "--seed", 3, cwd=tmp_path)
@@ -394,12 +370,11 @@ def test_evaluation_flags_are_used(here, tmp_path):
     with torch.no_grad():
         policy.network[0].weight.zero_()
         policy.network[0].bias.copy_(torch.tensor([0.0, math.log(3)]))
-    config = to_dict(Config(env_id="environments:Bandit-v0", env_kwargs={"start": 99}))
-    state = {"policy": checkpoint.policy_state(policy), "config": config}
-    checkpoint.save(tmp_path / "x.pt", state)
+    settings = {"env_id": "environments:Bandit-v0", "env_kwargs": {"start": 99}}
+    save_policy(tmp_path / "checkpoints" / "x", policy, **settings)
 
     def means(*args):
-        code, out, err = here("evaluate", "x.pt", *args)
+        code, out, err = here("evaluate", "checkpoints/x", "--env-id", settings["env_id"], *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -409,6 +384,75 @@ def test_evaluation_flags_are_used(here, tmp_path):
     assert 99.4 < one < 100
     assert 99.4 < other < 100
     assert one != other
+
+
+def save_some(folder, env_id="CartPole-v1", observations=4, **settings):
+    policy = Policy(spaces.Box(-1, 1, (observations,)), spaces.Discrete(2), hidden_sizes=(3,))
+    save_policy(folder, policy, env_id=env_id, **settings)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "env_kwargs"),
+    [
+        ("evil:CartPole-v1", {}),
+        ("evil:Cart:Pole-v1", {}),
+        ("vecpg/CartPole-v1", {"definition": "evil:CartPole"}),
+        ("CartPole-v1", {"a": [{"b": "evil:CartPole"}]}),
+    ],
+)
+def test_no_file_has_a_module_imported(here, tmp_path, env_id, env_kwargs):
+    (tmp_path / "evil.py").write_text("open('executed', 'w').close()")
+    save_some(tmp_path / "checkpoints" / "x", env_id, env_kwargs=env_kwargs)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2, "--seed", 3)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: what a file names is imported or opened only if you name it too")
+    assert "evaluate checkpoints/x --episodes 2 --seed 3 --env-" in err
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+    # Another name is not taken for it, and not imported either.
+    code, out, err = here("evaluate", "checkpoints/x", "--env-id", "evil:Other-v1")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --env-id: expected {env_id}, with which it was trained, got evil:Other-v1\n"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
+    (tmp_path / "mine_here.py").write_text(
+        "import gymnasium\n"
+        "from vecpg.envs.cartpole import CartPole\n"
+        "open('executed', 'w').close()\n"
+        "gymnasium.register('Mine-v0', 'environments:Constant', max_episode_steps=5)\n"
+    )
+    save_some(tmp_path / "checkpoints" / "x", "mine_here:Mine-v0", observations=1)
+    code, _, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    command = shlex.split(err.partition(", type: ")[2])
+    assert not (tmp_path / "executed").exists()
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+    assert (tmp_path / "executed").exists()
+    definition = {"definition": "mine_here:CartPole"}
+    save_some(tmp_path / "checkpoints" / "y", "vecpg/CartPole-v1", env_kwargs=definition)
+    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2)
+    assert code == 2
+    command = shlex.split(err.partition(", type: ")[2])
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+
+
+def test_a_policy_of_other_spaces_is_refused_with_both(here, tmp_path):
+    save_some(tmp_path / "checkpoints" / "x", observations=5)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        "error: CartPole-v1: expected observations of Box(-1.0, 1.0, (5,), float32), with which the"
+        " policy was trained, got Box("
+    )
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -434,9 +478,14 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
         "gymnasium.register('Beside-v0', 'environments:Counting', max_episode_steps=9)\n"
     )
     args = ["--env-id", "beside:Beside-v0", "--num-envs", 4, "--total-iterations", 1]
-    code, out, _ = here("train", *args, "--eval-episodes", 3)
+    code, out, err = here("train", *args, "--eval-episodes", 3)
     assert code == 0
     assert json.loads(out)["episodes"] == 4
+    # No file has the module imported: who types what is printed last does.
+    words = shlex.split(err.splitlines()[-1])
+    code, out, err = here(*words[words.index("evaluate") :], "--episodes", 2)
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
 
 
 def test_a_faulty_environment_is_status_1_with_one_traceback(here):
@@ -445,6 +494,23 @@ def test_a_faulty_environment_is_status_1_with_one_traceback(here):
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].startswith("error: environment ")
     assert "failed at step 3 (reset with seed " in err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_is_status_2_with_its_own_traceback(here, vectorization):
+    args = ["--env-id", "environments:Stillborn-v0", "--vectorization", vectorization]
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.count("Traceback") == 1
+    assert "in __init__" in err
+    assert "processes" not in err
+    last = "error: environments:Stillborn-v0 could not be made: ValueError: 100% wrong"
+    assert err.splitlines()[-1] == last
+    kwargs = ["--env-kwargs", '{"no_such": 1}']
+    code, out, err = here("train", *args, *kwargs)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Stillborn.__init__() got an unexpected keyword argument 'no_such'" in err
 
 
 def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):
@@ -520,3 +586,75 @@ def test_a_killed_async_worker_is_status_1_without_a_traceback(here):
         r" SIGKILL",
         last,
     )
+
+
+# -- Going on with a run -------------------------------------------------------------------------
+
+SHORT = ["--num-envs", 4, "--hidden-sizes", 8, "--eval-episodes", 2, "--seed", 3]
+
+
+def the_run(tmp_path):
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    return run_dir.relative_to(tmp_path)
+
+
+def test_resume_takes_every_setting_from_the_run(here, tmp_path, caplog):
+    code, whole, _ = here("train", *SHORT, "--total-iterations", 5, "--out-dir", "whole")
+    assert code == 0
+    code, _, err = here("train", *SHORT, "--total-iterations", 2)
+    assert code == 0
+    run_dir = the_run(tmp_path)
+    code, out, err = here("train", "--resume", run_dir)
+    assert code == 0
+    assert "already at its end, after 2 iterations" in caplog.text
+    assert json.loads(out) == json.loads((tmp_path / run_dir / "summary.json").read_text())
+    code, out, err = here("train", "--resume", f"{run_dir}/", "--total-iterations", 5)
+    assert code == 0, err
+    summary, expected = json.loads(out), json.loads(whole)
+    for name in ("env_steps", "episodes", "eval_return_mean", "iterations", "seed"):
+        assert summary[name] == expected[name]
+    assert summary["run_dir"] == str(run_dir)
+    assert "--logdir runs\n" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--resume", "runs"], "--resume runs: expected auto, a run directory or a checkpoint in"),
+        (["--resume", "{run}x"], "got nothing of that name; there are CartPole-v1__"),
+        (["--resume", "{run}", "--seed", 4], "--seed: expected 3, with which the run was begun, "),
+        (["--resume", "{run}", "--recipe", "vpg"], "--recipe: expected default, "),
+        (["--resume", "{run}", "--no-confirm"], "--confirm: expected True, "),
+        (["--resume", "{run}/checkpoints/7"], "checkpoints/7/manifest.json cannot be read: No su"),
+        (["--resume", "auto", *SHORT, "--num-envs", 9], "--num-envs: expected 4, "),
+        (["--resume"], "Missing value for argument"),
+    ],
+)
+def test_what_cannot_go_on_is_status_2(here, tmp_path, args, message):
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    code, out, err = here("train", *[str(arg).format(run=run_dir) for arg in args])
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+    code, _, err = here("train", "--resume", run_dir, "--seed", 3, "--out-dir", "elsewhere")
+    assert code == 0, err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
+    args = ["--resume", "auto", *SHORT, "--total-iterations", 2]
+    code, _, _ = here("train", *args)
+    assert code == 0
+    assert (
+        "--resume auto: no unfinished run of CartPole-v1, reinforce, seed 3 in runs; a"
+        in caplog.text
+    )
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    code, out, _ = here("train", *args)
+    assert code == 0
+    assert "going on after iteration 2" in caplog.text
+    assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))

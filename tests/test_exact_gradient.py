@@ -24,7 +24,7 @@ from vecpg.envs import make_envs, ops
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect
-from vecpg.run.checkpoint import load_policy
+from vecpg.run.checkpoint import folders, load_policy
 from vecpg.train import train
 from vecpg.update import update
 
@@ -315,7 +315,7 @@ def test_sync_and_async_learn_the_same_over_fifty_iterations(tmp_path):
             {k: v for k, v in row.items() if k != "charts/SPS" and not k.startswith("perf/")}
             for row in rows
         ]
-        policy = load_policy(run_dir / "checkpoints" / "last.pt")
+        policy = load_policy(folders(run_dir)[0])
         runs[vectorization] = clockless, [p.tolist() for p in policy.parameters()]
     assert runs["sync"] == runs["async"]
 

@@ -1,11 +1,14 @@
 import errno
+import hashlib
 import logging
 import os
+import pickle
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 from conftest import ROOT
 from numba.core.caching import NullCache
@@ -138,36 +141,123 @@ def load_twice(directory):
     return runpy.run_path(str(path))["twice"]
 
 
-@pytest.mark.parametrize("ending", ["nbi", "nbc"])
-@pytest.mark.parametrize("content", [b"", bytes(64), b"not a pickle"])
-def test_a_damaged_file_is_compiled_anew_and_replaced(tmp_path, caplog, ending, content):
+def call(directory):
+    """The result as a new process would have it, and whether it was compiled."""
+    twice = load_twice(directory)
+    with anew():
+        result = twice(2)
+    return result, sum(twice.stats.cache_misses.values())
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "directory":
+        path.unlink()
+        (path / "inside").mkdir(parents=True)
+    elif how == "one bit":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "one byte more":
+        path.write_bytes(content + b"0")
+    elif how == "another's":
+        # Whole, with its digest, but not for what the index says.
+        kept = pickle.dumps(("another key", "its code"))
+        path.write_bytes(hashlib.sha256(kept).digest() + kept)
+    elif how == "another index":
+        version = pickle.dumps(numba.__version__)
+        path.write_bytes(version + pickle.dumps((load_twice.stamp, ["no", "dictionary"])))
+    elif how == "another version":
+        path.write_bytes(pickle.dumps("0.1") + b"whatever that wrote")
+    else:
+        path.write_bytes(how)
+
+
+DAMAGES = [b"", bytes(64), b"not a pickle", pickle.dumps(5), pickle.dumps({}), "directory", "half"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [(ending, how) for ending in ("nbi", "nbc") for how in DAMAGES]
+    + [("nbc", "one bit"), ("nbc", "one byte more"), ("nbc", "another's")]
+    + [("nbi", "another index"), ("nbi", "another version")],
+)
+def test_a_damaged_file_is_compiled_anew_and_replaced(tmp_path, caplog, ending, how):
     """As a machine that lost its power leaves them: Numba's own would raise at every start."""
     caplog.set_level(logging.INFO, "vecpg")
-
-    def call():
-        """The result, and whether it was compiled."""
-        twice = load_twice(tmp_path)
-        with anew():
-            result = twice(2)
-        return result, sum(twice.stats.cache_misses.values())
-
-    assert call() == (4, 1)
-    assert call() == (4, 0)
+    assert call(tmp_path) == (4, 1)
+    assert call(tmp_path) == (4, 0)
     (kept,) = (tmp_path / "__pycache__").glob(f"*.{ending}")
-    kept.write_bytes(content)
-    assert call() == (4, 1)
-    lines = [one.message for one in caplog.records if "cannot be read" in one.message]
-    assert lines == [f"what is kept in {kept.parent} cannot be read; compiling it anew"]
-    assert call() == (4, 0)
+    load_twice.stamp = load_twice(tmp_path)._cache._cache_file._source_stamp
+    damage(kept, how)
+    caplog.clear()
+    assert call(tmp_path) == (4, 1)
+    said = [one.message for one in caplog.records]
+    # Of another version, or for another call, it is no damage.
+    silent = how in ("another version", "another's")
+    silent = silent or (ending == "nbi" and how in (pickle.dumps(5), pickle.dumps({})))
+    expected = f"what is kept in {kept.parent} cannot be read; compiling it anew"
+    assert said == ([] if silent else [expected])
+    assert kept.is_file()
+    assert call(tmp_path) == (4, 0)
 
 
-def test_what_can_neither_be_read_nor_replaced_is_compiled_every_time(tmp_path, caplog):
+def test_what_cannot_be_linked_is_compiled_anew_and_replaced(tmp_path, caplog, monkeypatch):
+    """Read and unpickled, but refused by the compiler's library."""
+    caplog.set_level(logging.INFO, "vecpg")
+    assert call(tmp_path) == (4, 1)
+    real = module.FunctionCache._impl_class.rebuild
+
+    def rebuild(self, *args):
+        monkeypatch.setattr(module.FunctionCache._impl_class, "rebuild", real)
+        real(self, *args)
+        raise RuntimeError("LLVM ERROR: symbols not found")
+
+    monkeypatch.setattr(module.FunctionCache._impl_class, "rebuild", rebuild)
+    assert call(tmp_path) == (4, 1)
+    assert "cannot be read; compiling it anew" in caplog.text
+    assert call(tmp_path) == (4, 0)
+
+
+def test_what_two_processes_kept_under_one_name_is_not_mixed_up(tmp_path):
+    """Each begins an index, unaware of the other's, and the files come in the other order."""
+    one, other = load_twice(tmp_path), load_twice(tmp_path)
+    files = one._cache._cache_file, other._cache._cache_file
+    saved = []
+    for each in files:
+        each._save_data = lambda *args, each=each: saved.append((each, args))
+    assert one(2) == 4
+    Path(files[0]._index_path).unlink()
+    assert other(2.5) == 5.0
+    names = [args[0] for _, args in saved]
+    assert names[0] == names[1]
+    for each, args in reversed(saved):  # for whole numbers lies where the index has real ones
+        type(each)._save_data(each, *args)
+    for _ in range(2):
+        again = load_twice(tmp_path)
+        assert (again(2.5), again(2)) == (5.0, 4)
+    assert sum(again.stats.cache_misses.values()) == 0
+
+
+def test_what_can_neither_be_read_nor_replaced_is_compiled_every_time(
+    tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO, "vecpg")
     twice = load_twice(tmp_path)
     Path(twice._cache._cache_file._index_path).mkdir()
+
+    def rename(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "rename", rename)
     assert twice(2) == 4
     assert twice(2.5) == 5.0
-    assert len(caplog.records) == 1
+    directory = tmp_path / "__pycache__"
+    assert [one.message for one in caplog.records] == [
+        f"what is kept in {directory} cannot be read; compiling it anew",
+        f"compiled code cannot be kept in {directory}: Permission denied",
+    ]
 
 
 def test_a_full_disk_is_no_failure(tmp_path, caplog, monkeypatch):

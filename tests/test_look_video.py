@@ -9,14 +9,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from conftest import save_policy
 from gymnasium import spaces
 
 from vecpg import EnvironmentFailure, Policy
 from vecpg.cli import evaluate_main
-from vecpg.config import Config, to_dict
 from vecpg.look import video
 from vecpg.noise import Purpose, Stream
-from vecpg.run import checkpoint
 
 # Every level of grey is 16 apart: compression does not confuse them.
 STEP_OF_GREY = 16
@@ -316,16 +315,12 @@ def test_frames_need_no_display(tmp_path, monkeypatch):
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of a policy for the painted environment."""
-    state = {
-        "config": to_dict(Config(env_id="Painted-v0")),
-        "policy": checkpoint.policy_state(policy()),
-    }
-    checkpoint.save(tmp_path / "last.pt", state)
-    return tmp_path / "last.pt"
+    save_policy(tmp_path / "checkpoints" / "7", policy(), env_id="Painted-v0")
+    return tmp_path
 
 
 def test_the_script_records_and_says_where(saved, capfd):
-    path = saved.with_name("out.mp4")
+    path = saved / "out.mp4"
     args = [str(saved), "--episodes", "3", "--video", str(path), "--render", "human"]
     evaluate_main(args)
     out = capfd.readouterr().out
@@ -346,7 +341,7 @@ def test_the_script_records_and_says_where(saved, capfd):
 def test_the_script_refuses_before_any_episode(saved, capfd, monkeypatch, args):
     if args[1] == "x.mp4":
         monkeypatch.setitem(sys.modules, "moviepy.video.io.ffmpeg_writer", None)
-    monkeypatch.chdir(saved.parent)
+    monkeypatch.chdir(saved)
     with pytest.raises(SystemExit) as caught:
         evaluate_main([str(saved), *args, "--render", "human"])
     assert caught.value.code == 2

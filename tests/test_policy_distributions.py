@@ -325,6 +325,16 @@ def test_stored_actions_are_those_that_were_drawn_not_the_clipped():
     torch.testing.assert_close(rollout.rewards.double(), clipped, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_gaussian_action_that_is_not_finite_is_named_and_passed_to_no_environment(wrong):
+    gaussian = distribution_for(spaces.Box(-1, 1, (2, 3)), "parameter")
+    actions = np.full((4, 6), 1e38, np.float32)  # the sum of their squares proves nothing
+    assert gaussian.for_env(actions).tolist() == np.ones((4, 2, 3)).tolist()
+    actions[2, 4] = wrong
+    with pytest.raises(FloatingPointError, match=rf"environment 2 is .*{wrong}.*--learning-rate"):
+        gaussian.for_env(actions)
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [

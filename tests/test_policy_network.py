@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import save_policy
 from gymnasium import spaces
 
 from vecpg.config import Config
@@ -12,7 +13,7 @@ from vecpg.policy import Policy
 from vecpg.policy import network as network_module
 from vecpg.policy.network import Encoder, Normalizer, fully_connected, through
 from vecpg.rollout import collect
-from vecpg.run.checkpoint import load_policy, policy_state, save
+from vecpg.run.checkpoint import load_policy
 from vecpg.update import update
 
 
@@ -206,8 +207,8 @@ def test_statistics_are_saved_with_the_policy(tmp_path):
     box = spaces.Box(-np.inf, np.inf, (2,))
     policy = Policy(box, spaces.Box(-1, 1, (3,)), normalize_obs=True)
     policy.observe(*poisoned((20, 3), 1e6, 0.5, 0))
-    save(tmp_path / "best.pt", {"policy": policy_state(policy)})
-    again = load_policy(tmp_path / "best.pt")
+    save_policy(tmp_path / "checkpoints" / "1", policy)
+    again = load_policy(tmp_path)
     obs = np.random.default_rng(0).normal([1e6, 0.0], 1.0, (50, 2))
     assert np.array_equal(again.act(obs), policy.act(obs))
     fresh = Policy.from_description(policy.description())

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import last
 
 from vecpg import train as train_module
 from vecpg.cli import parse_config
 from vecpg.noise import Purpose
 from vecpg.recipes import RECIPES
-from vecpg.run import checkpoint
 from vecpg.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -269,15 +269,21 @@ def run(config, out_dir, monkeypatch):
     states, rollouts = [], []
 
     def recording(*args, **kwargs):
-        states.append(checkpoint.load(next(out_dir.glob("*/checkpoints/last.pt"))))
+        states.append(last(next(out_dir.iterdir())))
         rollouts.append(collect(*args, **kwargs))
         return rollouts[-1]
 
     monkeypatch.setattr(train_module, "collect", recording)
-    small = {"seed": SEED, "eval_episodes": 1, "device": "cpu", "progress": False}
+    small = {
+        "save_every": 1e-9,
+        "seed": SEED,
+        "eval_episodes": 1,
+        "device": "cpu",
+        "progress": False,
+    }
     result = train(replace(config, **small, out_dir=str(out_dir)))
     assert len(rollouts) == config.total_iterations
-    return states, rollouts, checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
+    return states, rollouts, last(result.run_dir)
 
 
 class Step(NamedTuple):

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import gymnasium
 import numpy as np
@@ -12,7 +13,7 @@ from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import collect
-from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING
+from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, check_finite
 
 
 def policy_for(envs):
@@ -196,6 +197,56 @@ def test_a_faulty_environment_is_named_with_step_and_seed(fault, message):
     seed = Stream(1, 0, 0, 4).reset_seeds(Purpose.TRAINING_RESET)[2]
     with pytest.raises(EnvironmentFailure, match=message.format(seed=seed)):
         collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+
+
+@pytest.mark.parametrize("what", ["actions", "obs", "rewards", "final_obs"])
+def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
+    """Of rows that count, and of final observations, which lie in rows that do not."""
+    envs = make_envs("environments:Pay-v0", 3, max_episode_steps=4)
+    rollout = collect(envs, policy_for(envs), num_steps=6, seed=1, iteration=4)
+    assert len(rollout.final_rows) == 6
+    check_finite(rollout)
+    rows = rollout.final_obs if what == "final_obs" else getattr(rollout, what)
+    rows[5 if what == "final_obs" else (2, 1)] = math.nan
+    if what != "final_obs":
+        rows[3, 0] = math.inf
+    t, n = rollout.final_rows[5].tolist() if what == "final_obs" else (2, 1)
+    named = {"obs": "observation", "rewards": "reward", "final_obs": "final observation"}
+    if what == "actions":
+        message = rf"^the policy's action in environment {n} at step {t} is \[nan, .* iteration 5;"
+        with pytest.raises(FloatingPointError, match=message):
+            check_finite(rollout)
+        return
+    message = rf"^environment {n} returned the {named[what]} .*nan.* at step {t} of iteration 4"
+    with pytest.raises(EnvironmentFailure, match=message):
+        check_finite(rollout)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("reward None", "returned the reward nan at|reward that is a number, got None"),
+        ("reward array", r"reward \(a number\)|a reward that is a number, got array"),
+        ("reward", "could not convert string|a reward that is a number, got 'much'"),
+        ("shape", r"wrong shape|expected an observation of shape \(1,\), got \(7,\)"),
+        ("dtype", "complex64.* to dtype.'float32'|observation of dtype float32, got complex64"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of the same
+def test_what_cannot_be_used_is_named_with_environment_step_and_seed(vectorization, what, message):
+    settings = {"vectorization": vectorization, "env_kwargs": {"what": what}}
+    envs = make_envs("environments:Odd-v0", 2, **settings)
+    seeds = Stream(1, 0, 0, 2).reset_seeds(Purpose.TRAINING_RESET)
+    try:
+        with pytest.raises(EnvironmentFailure, match=message) as caught:
+            collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    finally:
+        envs.close()
+    index, seed = re.match(
+        r"environment (\d) .* at step \d+ \(reset with seed (\d+)\)", str(caught.value)
+    ).groups()
+    assert int(seed) == seeds[int(index)]
 
 
 def test_another_autoreset_mode_is_refused():

@@ -1,78 +1,237 @@
+"""Checkpoints: whole or not there, verified, and nothing in them executed."""
+
+import errno
+import json
 import os
-import zipfile
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import about, digest
 from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
+from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError
+from vecpg.run.directory import TEMPORARY, WriteFailure
 
-STATE = {"numbers": [1, 2.5, None, "x"], "tensor": torch.arange(6.0).reshape(2, 3), "a": {"b": 1}}
+CONTENT = {"numbers": [1, 2.5, None, "x"], "tensor": torch.arange(6.0).reshape(2, 3), "a": {"b": 1}}
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def save(folder, content=CONTENT):
+    folder.parent.mkdir(exist_ok=True)
+    checkpoint.save(folder, about(), {STATE: content, BEST: {"best": 1}})
+
+
+def read(folder):
+    """Everything in a checkpoint, as one hash."""
+    found = checkpoint.opened(folder)
+    contents = [found.read(name) for name in (STATE, BEST)]
+    return digest([json.dumps(found.manifest, sort_keys=True), contents])
 
 
 def test_what_was_saved_is_loaded(tmp_path):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
-    assert same(checkpoint.load(path), STATE)
-    assert os.listdir(tmp_path) == ["last.pt"]
-    assert isinstance(torch.load(path, weights_only=True), dict)
+    save(tmp_path / "checkpoints" / "12")
+    found, content = checkpoint.load(tmp_path / "checkpoints" / "12")
+    assert digest(content) == digest(CONTENT)
+    assert digest(checkpoint.load(tmp_path)[1]) == digest({"best": 1})
+    assert digest(checkpoint.load(tmp_path / "checkpoints" / "12" / STATE)[1]) == digest(CONTENT)
+    assert found.manifest["config"]["env_id"] == "CartPole-v1"
+    assert os.listdir(tmp_path / "checkpoints") == ["12"]
+    assert {path.name for path in found.folder.iterdir()} == {STATE, BEST, MANIFEST}
 
 
-def test_every_damaged_file_is_noticed_and_named(tmp_path):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        tensor = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
-    for cut in [0, 1, *range(2, len(whole), 64), len(whole) - 1]:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="last.pt"):
-            checkpoint.load(path)
-    flipped = 0
-    for place in range(0, len(whole), 41):
-        damaged = bytearray(whole)
-        damaged[place] ^= 4
-        path.write_bytes(damaged)
+def test_everything_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch):
+    """Every file, then the manifest, then the folder's name, then the folder above."""
+    calls, names = [], {}
+    opened, fsync, replace = os.open, os.fsync, os.replace
+
+    def recorded_open(path, *args, **kwargs):
+        names[found := opened(path, *args, **kwargs)] = str(path)
+        return found
+
+    def recorded_fsync(number):
+        name = names.get(number) or os.readlink(f"/proc/self/fd/{number}")
+        calls.append(f"fsync {Path(name).name}")
+        fsync(number)
+
+    def recorded_replace(one, other):
+        calls.append(f"replace {Path(other).name}")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "open", recorded_open)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    (tmp_path / "checkpoints").mkdir()
+    save(tmp_path / "checkpoints" / "12")
+    temporary = f"{TEMPORARY}{os.getpid()}-12"
+    assert calls == [
+        f"fsync {STATE}",
+        f"fsync {BEST}",
+        f"fsync {MANIFEST}",
+        f"fsync {temporary}",
+        "replace 12",
+        "fsync checkpoints",
+    ]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "fsync", "replace"])
+def test_an_interrupted_save_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch, step):
+    save(tmp_path / "checkpoints" / "1")
+    before = read(tmp_path / "checkpoints" / "1")
+
+    def fails(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fails)
+        with pytest.raises(WriteFailure, match=r"points/2 cannot be written: No space left"):
+            save(tmp_path / "checkpoints" / "2", {"other": 1})
+    assert read(tmp_path / "checkpoints" / "1") == before
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise RuntimeError("cannot be saved")
+
+
+def test_what_cannot_be_pickled_leaves_no_rest(tmp_path):
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        save(tmp_path / "checkpoints" / "2", {"x": Unpicklable()})
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint, and its files' bytes."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "12"
+    policy = Policy(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), hidden_sizes=(4,))
+    save(folder, {"policy": checkpoint.policy_state(policy), "numbers": CONTENT})
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}, read(folder)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_damage_anywhere_is_noticed_and_named(whole, data):
+    """Bytes flipped, cut, doubled: what is loaded is what was saved, or one error with the file."""
+    folder, files, right = whole
+    name = data.draw(st.sampled_from(sorted(files)))
+    damaged = bytearray(files[name])
+    if data.draw(st.booleans()):
+        for _ in range(data.draw(st.integers(1, 3))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    else:
+        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
+    try:
+        (folder / name).write_bytes(damaged)
         try:
-            assert same(checkpoint.load(path), STATE)
-        except ValueError as error:
-            assert "last.pt" in str(error)  # noqa: PT017
-            flipped += 1
-    assert flipped > 0
+            assert read(folder) == right
+        except CheckpointError as error:
+            assert name in str(error)  # noqa: PT017
+    finally:
+        (folder / name).write_bytes(files[name])
+
+
+def test_each_damage_has_its_words(tmp_path):
+    folder = tmp_path / "checkpoints" / "3"
+    save(folder)
+    state = (folder / STATE).read_bytes()
+
+    def said(change):
+        kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+        change()
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(folder)
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
+        return str(caught.value)
+
+    size = len(state)
+    assert said(lambda: (folder / STATE).write_bytes(state[:-1])).startswith(
+        f"{folder / STATE}: truncated (expected {size} bytes, found {size - 1})"
+    )
     # One bit of a tensor's data, which torch itself does not notice.
-    offset = whole.index(STATE["tensor"].numpy().tobytes(), tensor.header_offset)
-    damaged = bytearray(whole)
-    damaged[offset + 5] ^= 1
-    path.write_bytes(damaged)
-    torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match="does not match its digest"):
-        checkpoint.load(path)
+    place = state.index(CONTENT["tensor"].numpy().tobytes()) + 5
+    flipped = state[:place] + bytes([state[place] ^ 1]) + state[place + 1 :]
+    assert "does not match its digest" in said(lambda: (folder / STATE).write_bytes(flipped))
+    assert "No such file" in said(lambda: (folder / STATE).unlink())
+    assert "without manifest.json" in said(lambda: (folder / MANIFEST).unlink())
+    assert "expected JSON" in said(lambda: (folder / MANIFEST).write_bytes(b"hello"))
+    assert "expected JSON" in said(lambda: (folder / MANIFEST).write_text("[" * 100_000))
+    other = json.dumps({"kind": "of something else"})
+    assert "is not of a vecpg checkpoint" in said(lambda: (folder / MANIFEST).write_text(other))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", os.urandom(500)])
-def test_another_file_is_not_a_checkpoint(tmp_path, content):
-    path = tmp_path / "x.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="x.pt .* is not a vecpg checkpoint"):
-        checkpoint.load(path)
+def rewritten(folder, **changes):
+    """A manifest with a right digest, and other content."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest |= changes
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_another_torch_file_is_not_a_checkpoint(tmp_path):
-    torch.save({"model": 1}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="x.pt is not a vecpg checkpoint"):
-        checkpoint.load(tmp_path / "x.pt")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 4, got 99; use a newer vecpg, 7.8"),
+        ({"format": 3}, "format 4, got 3; use the vecpg that wrote it"),
+        ({"format": "4"}, "format 4, got 4; use the vecpg that wrote it"),
+        ({"counters": []}, "counters: expected an object, got list"),
+        ({"counters": {"iteration": 1.5}}, "counters: iteration: expected int, got float"),
+        ({"files": {}}, "files: state.pt is missing"),
+        ({"config": None}, "config: expected an object, got NoneType"),
+        ({"config": {"env_id": ["os:x"]}}, "config: env_id: expected str, got list"),
+        ({"solved": 1}, "solved: expected bool, got int"),
+        ({"machine": 3}, "machine: expected dict, got int"),
+    ],
+)
+def test_a_right_digest_is_not_yet_a_manifest(tmp_path, changes, message):
+    save(tmp_path / "checkpoints" / "3")
+    rewritten(tmp_path / "checkpoints" / "3", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_an_explicit_path_that_is_bad_says_what_else_there_is(tmp_path):
+    for number in (2, 5, 11):
+        save(tmp_path / "checkpoints" / str(number))
+    (tmp_path / "checkpoints" / "11" / STATE).write_bytes(b"")
+    (tmp_path / "checkpoints" / "2" / MANIFEST).unlink()
+    # Its best policy is whole, and nobody asked for more.
+    checkpoint.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"11/state.pt: truncated .*; \S+/5 can be loaded$"):
+        checkpoint.load(tmp_path / "checkpoints" / "11")
+    with pytest.raises(CheckpointError, match=r"11/state.pt: truncated .*; \S+/5 can be loaded$"):
+        checkpoint.chosen(tmp_path, tmp_path)
+    assert checkpoint.chosen(tmp_path / "checkpoints" / "5", tmp_path).iteration == 0
+    near = str(tmp_path)[:-1]
+    with pytest.raises(CheckpointError, match=f"got nothing of that name; did you mean {tmp_path}"):
+        checkpoint.load(near)
+    for path in (tmp_path.parent, tmp_path / "checkpoints" / "2" / BEST, Path(__file__)):
+        with pytest.raises(CheckpointError, match=r"expected a|cannot be read"):
+            checkpoint.load(path)
+
+
+def test_the_newest_that_is_right_is_taken_and_the_others_are_named(tmp_path, caplog):
+    for number in (2, 9, 10, 11):
+        save(tmp_path / "checkpoints" / str(number))
+    (tmp_path / "checkpoints" / "11" / BEST).unlink()
+    (tmp_path / "checkpoints" / "10" / MANIFEST).write_text("{}")
+    (tmp_path / "checkpoints" / f"{TEMPORARY}1-12").mkdir()
+    assert checkpoint.newest_valid(tmp_path).folder.name == "9"
+    assert [record.message[:9] for record in caplog.records] == ["skipped: "] * 2
+    assert "11/best.pt cannot be read" in caplog.text
+    assert "10/manifest.json is not of a vecpg checkpoint" in caplog.text
+    for number in (2, 9):
+        shutil.rmtree(tmp_path / "checkpoints" / str(number))
+    with pytest.raises(CheckpointError, match=r"to go on from, found .*11.*10"):
+        checkpoint.newest_valid(tmp_path)
 
 
 class Evil:
@@ -82,69 +241,67 @@ class Evil:
 
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"kind": "vecpg checkpoint", "state": Evil()}, "x.pt")
-    with pytest.raises(ValueError, match="is not a vecpg checkpoint") as caught:
-        checkpoint.load(tmp_path / "x.pt")
+    save(tmp_path / "checkpoints" / "1", {"state": Evil()})
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(tmp_path / "checkpoints" / "1")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
     assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    checkpoint.save(tmp_path / "x.pt", STATE)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format 99, .* use a newer vecpg"):
-        checkpoint.load(tmp_path / "x.pt")
+def test_what_cannot_be_pruned_is_a_warning(tmp_path, monkeypatch, caplog):
+    class Nothing:
+        def flush(self):
+            pass
 
+    class State:
+        def __init__(self, iteration):
+            self.content = {
+                "counters": about()["counters"] | {"iteration": iteration},
+                "policy": {"parameters": 1},
+                "stopping": {"best_parameters": iteration},
+            }
+            self.stopping = type("Stopping", (), {"solved": False})
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_an_interrupted_save_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch, step):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+        def state_dict(self):
+            return self.content
 
-    def fails(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, step, fails)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(path, {"other": 1})
-    monkeypatch.undo()
-    assert same(checkpoint.load(path), STATE)
-    assert os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_the_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1]
-        )
-    checkpoint.save(tmp_path / "last.pt", STATE)
-    assert calls == ["fsync", "replace", "fsync"]
-
-
-def test_load_policy_takes_a_run_directory_or_a_file(tmp_path):
-    torch.manual_seed(0)
-    policies = {
-        name: Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(3), hidden_sizes=(5,))
-        for name in ("best", "last")
-    }
     (tmp_path / "checkpoints").mkdir()
-    for name, policy in policies.items():
-        state = {"policy": checkpoint.policy_state(policy)}
-        checkpoint.save(tmp_path / "checkpoints" / f"{name}.pt", state)
+    saver = checkpoint.Saver(tmp_path, about(), 60.0, Nothing())
+    for iteration in (7, 8, 9, 10):
+        saver.save(State(iteration))
+    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["10", "9", "8"]
+
+    def fails(path):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "remove", fails)
+    saver.save(State(11))
+    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["11", "10", "9", "8"]
+    assert "8 cannot be removed: Permission denied" in caplog.text
+    # One manifest: the best that belongs to it, whatever was written before or after.
+    assert checkpoint.load(tmp_path)[1]["policy"]["parameters"] == 11
+
+
+def test_load_policy_takes_a_run_directory_or_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    best, newest = (
+        Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(3), hidden_sizes=(5,)) for _ in range(2)
+    )
+    folder = tmp_path / "checkpoints" / "4"
+    folder.parent.mkdir()
+    contents = {STATE: newest, BEST: best}
+    checkpoint.save(
+        folder,
+        about(),
+        {name: {"policy": checkpoint.policy_state(policy)} for name, policy in contents.items()},
+    )
     obs = np.random.default_rng(0).normal(size=(100, 4))
-    expected = {name: policy.act(obs).tolist() for name, policy in policies.items()}
-    assert expected["best"] != expected["last"]
-    assert checkpoint.load_policy(tmp_path).act(obs).tolist() == expected["best"]
-    last = checkpoint.load_policy(str(tmp_path / "checkpoints" / "last.pt"))
-    assert last.act(obs).tolist() == expected["last"]
-    assert not last.training
-
-
-def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing: expected a run directory or a checkpoint"):
-        checkpoint.load_policy(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: expected a run directory"):
-        checkpoint.load_policy(tmp_path)
+    played = [policy.act(obs).tolist() for policy in (best, newest)]
+    assert played[0] != played[1]
+    assert checkpoint.load_policy(tmp_path).act(obs).tolist() == played[0]
+    assert checkpoint.load_policy(str(folder / BEST)).act(obs).tolist() == played[0]
+    for path in (folder, str(folder / STATE)):
+        assert checkpoint.load_policy(path).act(obs).tolist() == played[1]
+    assert not checkpoint.load_policy(folder).training

@@ -1,8 +1,13 @@
+import itertools
+import json
+
 import pytest
 import torch
 
+from vecpg.config import Config
 from vecpg.run import clock as clock_module
 from vecpg.run.clock import Clock
+from vecpg.train import train
 
 
 class Compiled:
@@ -48,3 +53,44 @@ def test_it_goes_on_from_the_totals_of_an_earlier_part(now):
     assert clock.last == {"collect": 1.0}
     assert clock.totals() == {"collect": 3.0, "solved": 7.0, "evaluate": 5.0, "run": 8.0}
     assert clock.without_evaluations() == 3.0
+
+
+def test_a_phase_that_failed_is_still_known(now):
+    clock = Clock(torch.device("cpu"), Compiled(0.0), {})
+    with clock.phase("collect"), clock.evaluation():
+        assert clock.phase_now == "evaluate"
+    assert clock.phase_now == "collect"
+    with pytest.raises(MemoryError), clock.phase("update"):
+        raise MemoryError
+    assert clock.phase_now == "update"
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0])
+def test_a_clock_that_does_not_go_forwards_gives_no_speed(tmp_path, monkeypatch, capsys, step):
+    """As coarse clocks do, and those of machines that are moved."""
+    ticks = itertools.count()
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: 1e3 + step * next(ticks))
+    config = Config(
+        num_envs=4,
+        total_iterations=2,
+        eval_episodes=2,
+        return_window=4,
+        target_return=1.0,
+        confirm=True,
+        env_id="CartPole-v1",
+        out_dir=str(tmp_path),
+        progress=False,
+        save_every=1e-9,
+    )
+    result = train(config)
+    rows = [json.loads(one) for one in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["charts/SPS"] for row in rows] == [None] * len(rows)
+    for row in rows:
+        assert all(row[f"perf/{phase}_s"] == 0 for phase in ("collect", "returns", "update"))
+    summary = result.summary
+    assert summary["steps_per_second"] is None
+    assert (summary["wall_seconds"], summary["solved_seconds"]) == (0, 0)
+    assert json.loads((result.run_dir / "summary.json").read_text()) == summary
+    line = capsys.readouterr().err
+    assert "return" in line
+    assert "steps/s" not in line

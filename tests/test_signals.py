@@ -48,9 +48,10 @@ else:
     from vecpg.run.checkpoint import Saver
     save = Saver.save
     def noted(saver, state):
-        save(saver, state)
+        folder = save(saver, state)
         with open("saved", "a") as file:
             file.write(f"{state.counters.iteration}\\n")
+        return folder
     Saver.save = noted
     owner = importlib.import_module(module)
     *path, name = name.split(".")
@@ -93,7 +94,7 @@ PHASES = {
     "evaluating": ("during", "vecpg.train", "evaluate", 1, 3),
     "saving": ("at", "vecpg.run.checkpoint", "Saver.save", 2, 3),
     "closing": ("at", "vecpg.run.metrics", "Metrics.close", 1, 3),
-    "finished": ("during", "vecpg.cli", "_how_to_call", 1, 3),
+    "finished": ("during", "vecpg.cli", "how_to_call", 1, 3),
 }
 TRAIN = ["train", "--num-envs", "2", "--total-iterations", "3", "--eval-episodes", "2"]
 
@@ -226,7 +227,7 @@ def test_a_signal_in_any_phase_in_a_terminal_and_without_one(start, tmp_path, ph
 
 @pytest.mark.slow
 def test_ctrl_c_while_workers_are_made_leaves_none(start, tmp_path):
-    how = ("at", "vecpg.cli", "_how_to_call", 1)
+    how = ("at", "vecpg.cli", "how_to_call", 1)
     args = ["--env-id", "slow:Slow-v0", "--vectorization", "async"]
     for terminal, signum in ((True, signal.SIGINT), (False, signal.SIGTERM)):
         cwd = tmp_path / signum.name

@@ -1,16 +1,21 @@
+import collections
 import contextlib
+import gc
 import json
 import logging
 import math
 import os
 import signal
+import threading
 import time
 import types
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 import torch
+from conftest import last
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vecpg import train as train_module
@@ -22,6 +27,7 @@ from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
+from vecpg.run.metrics import Metrics
 from vecpg.train import train
 
 SUMMARY_KEYS = [
@@ -218,7 +224,7 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
     assert [one.value for one in points] == pytest.approx([r["losses/value_loss"] for r in rows])
 
     policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir)
-    saved = checkpoint.load(runs[0].run_dir / "checkpoints" / "best.pt")["policy"]["parameters"]
+    saved = checkpoint.load(runs[0].run_dir)[1]["policy"]["parameters"]
     for name, value in saved.items():
         assert torch.equal(value, policy.state_dict()[name])
         assert torch.equal(value, again.state_dict()[name])
@@ -234,11 +240,11 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
         assert np.array_equal(*drawn)
         assert all(env.action_space.contains(action) for action in drawn[0])
         assert env.action_space.contains(again.act(batch[0], greedy))
-    last = checkpoint.load(runs[0].run_dir / "checkpoints" / "last.pt")
+    state = last(runs[0].run_dir)
     if settings["normalize_obs"]:
         counted = rows[-1]["env_steps"]
-        assert last["policy"]["parameters"]["encoder.normalizer.count"] == counted
-        assert last["critic"]["parameters"]["encoder.normalizer.count"] == counted
+        assert state["policy"]["parameters"]["encoder.normalizer.count"] == counted
+        assert state["critic"]["parameters"]["encoder.normalizer.count"] == counted
 
     played = evaluate(
         again,
@@ -311,10 +317,10 @@ def test_settings_reach_the_policy_the_optimizer_and_the_collector(tmp_path):
     result = train(short(tmp_path, **settings, num_steps=50, total_iterations=1))
     assert [p.shape[0] for p in result.policy.parameters()][::2] == [3, 5, 2]
     assert any(isinstance(layer, torch.nn.ReLU) for layer in result.policy.network)
-    last = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
-    assert last["optimizer"]["param_groups"][0]["lr"] == 0.125
+    state = last(result.run_dir)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.125
     # Adam's first moment is (1 - 0.9) x the gradient, whose norm was logged.
-    moments = [state["exp_avg"] for state in last["optimizer"]["state"].values()]
+    moments = [each["exp_avg"] for each in state["optimizer"]["state"].values()]
     norm = torch.cat([m.flatten() for m in moments]).norm().item() / (1 - 0.9)
     assert norm == pytest.approx(lines(result.run_dir)[0]["losses/grad_norm"], rel=1e-4)
     assert result.summary["episodes"] > 8, "a window of 50 steps holds several episodes"
@@ -453,7 +459,7 @@ def test_checkpoints_are_there_before_the_first_iteration(tmp_path, monkeypatch)
     with pytest.raises(EnvironmentFailure):
         train(short(tmp_path))
     (run_dir,) = tmp_path.iterdir()
-    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 0
+    assert last(run_dir)["counters"]["iteration"] == 0
     assert checkpoint.load_policy(run_dir).distribution.num_actions == 2
 
 
@@ -477,13 +483,13 @@ def test_last_is_the_state_after_the_last_update_and_best_the_best_collector(tmp
     rows = lines(result.run_dir)
     means = [row["charts/episodic_return"] for row in rows]
     best = means.index(max(means))
-    state = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
-    last = checkpoint.policy_of(state)
+    state = last(result.run_dir)
+    after = checkpoint.policy_of(state, "state.pt")
 
     def equal(policy, parameters):
         return all(torch.equal(a, b) for a, b in zip(policy.parameters(), parameters, strict=True))
 
-    assert equal(last, updated[-1])
+    assert equal(after, updated[-1])
     assert equal(result.policy, collected[best])
     assert equal(checkpoint.load_policy(result.run_dir), collected[best])
     assert state["counters"]["env_steps"] == result.summary["env_steps"]
@@ -534,8 +540,8 @@ def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
 def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
     result = train(short(tmp_path, return_window=10**6))
     assert result.summary["best_return"] is None
-    last = checkpoint.load_policy(result.run_dir / "checkpoints" / "last.pt")
-    for a, b in zip(result.policy.parameters(), last.parameters(), strict=True):
+    newest = checkpoint.load_policy(checkpoint.folders(result.run_dir)[0])
+    for a, b in zip(result.policy.parameters(), newest.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -560,7 +566,7 @@ def test_a_faulty_environment_ends_the_run_with_a_checkpoint(tmp_path):
     with pytest.raises(EnvironmentFailure, match="environment . failed at step 3"):
         train(short(tmp_path, env_id="environments:Faulty-v0"))
     (run_dir,) = tmp_path.iterdir()
-    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 0
+    assert last(run_dir)["counters"]["iteration"] == 0
     assert not (run_dir / "summary.json").exists()
 
 
@@ -580,11 +586,11 @@ def test_a_signal_drops_a_collection_but_finishes_an_update(tmp_path, monkeypatc
         train(short(tmp_path))
     (run_dir,) = tmp_path.iterdir()
     finished = 1 if moment == "collect" else 2
-    state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+    state = last(run_dir)
     assert state["counters"]["iteration"] == finished
     assert len(lines(run_dir)) == finished
     reference = train(short(tmp_path / "other", total_iterations=finished))
-    other = checkpoint.load(reference.run_dir / "checkpoints" / "last.pt")
+    other = last(reference.run_dir)
     for name, value in other["policy"]["parameters"].items():
         assert torch.equal(state["policy"]["parameters"][name], value)
 
@@ -594,7 +600,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatc
 
     def broken(self, **kwargs):
         (run_dir,) = tmp_path.iterdir()
-        state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+        state = last(run_dir)
         at.append(state["counters"]["iteration"])
         raise RuntimeError("close broke")
 
@@ -604,7 +610,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatc
     result = train(config)
     assert at == [6]  # saved first
     assert "closing the environments failed: RuntimeError: close broke" in caplog.text
-    assert checkpoint.load(result.run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert last(result.run_dir)["counters"]["iteration"] == 6
     assert len(lines(result.run_dir)) == 6
     assert (result.run_dir / "summary.json").exists()
 
@@ -612,7 +618,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatc
 @pytest.mark.parametrize("closing", ["the checkpoint", "the metrics"])
 def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypatch, closing):
     closed = []
-    real = train_module.Metrics.close
+    real = Metrics.close
     monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append("envs"))
 
     def full(*args):
@@ -621,19 +627,19 @@ def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypa
     def close(metrics):
         real(metrics)
         (run_dir,) = tmp_path.iterdir()
-        state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+        state = last(run_dir)
         closed.append(f"metrics after {state['counters']['iteration']}")
         if closing == "the metrics":
             full()
 
-    monkeypatch.setattr(train_module.Metrics, "close", close)
+    monkeypatch.setattr(Metrics, "close", close)
     calls = []
     if closing == "the checkpoint":
         save = checkpoint.save
         monkeypatch.setattr(
             checkpoint,
             "save",
-            lambda *args: calls.append(1) or (full if calls[2:] else save)(*args),
+            lambda *args: calls.append(1) or (full if calls[1:] else save)(*args),
         )
     with pytest.raises(OSError, match="the disk is full"):
         train(short(tmp_path, vectorization="sync", total_iterations=1))
@@ -676,19 +682,25 @@ def test_what_comes_between_still_saves_and_closes(tmp_path, monkeypatch, when):
         train(short(tmp_path, vectorization="sync"))
     assert closed == [True]
     (run_dir,) = tmp_path.iterdir()
-    state = checkpoint.load(run_dir / "checkpoints" / "last.pt")
+    state = last(run_dir)
     assert state["counters"]["iteration"] == (3 if when == "leaving" else 0)
 
 
-def test_a_checkpoint_knows_the_spaces_and_what_was_resolved(tmp_path):
+def test_a_manifest_knows_the_environment_and_what_was_resolved(tmp_path):
     def about(**settings):
         result = train(short(tmp_path, total_iterations=1, **settings))
-        state = checkpoint.load(result.run_dir / "checkpoints" / "last.pt")
-        return state["spaces"], state["resolved"], state["versions"]
+        manifest = checkpoint.load(result.run_dir)[0].manifest
+        return manifest["environment"]["spaces"], manifest
 
-    spaces_, resolved, versions = about(shards=4)
-    assert resolved == {"vectorization": "tensor", "device": "cpu", "shards": 4}
-    assert versions["torch"] == torch.__version__
+    spaces_, manifest = about(shards=4)
+    assert manifest["resolved"] == {
+        "vectorization": "tensor",
+        "device": "cpu",
+        "shards": 4,
+        "target": 475.0,
+    }
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["counters"]["iteration"] == 1
     # Another observation space, and another action space alone.
     line = {"env_id": "vecpg/LineWorld-v0", "max_episode_steps": 5}
     others = [about(**line), about(**line, env_kwargs={"goal": 5}), about(env_id="Pendulum-v1")]
@@ -710,7 +722,7 @@ def test_a_signal_while_saving_waits_until_it_is_done(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         train(short(tmp_path, total_iterations=6))
     (run_dir,) = tmp_path.iterdir()
-    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["counters"]["iteration"] == 6
+    assert last(run_dir)["counters"]["iteration"] == 6
     assert len(lines(run_dir)) == 6
 
 
@@ -732,15 +744,17 @@ def test_a_second_run_says_again_which_way_it_goes(tmp_path, caplog):
         ]
 
 
-def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
+def test_checkpoints_come_as_often_as_asked_and_the_newest_stay(tmp_path, monkeypatch):
     saves = []
     real = checkpoint.save
     monkeypatch.setattr(
-        checkpoint, "save", lambda path, state: (saves.append(path), real(path, state))
+        checkpoint, "save", lambda folder, *args: (saves.append(folder.name), real(folder, *args))
     )
-    train(short(tmp_path, total_iterations=5, save_every=1e-9))
-    # last and best: before the first iteration, after four of five, at the end.
-    assert len(saves) == 2 * 6
+    result = train(short(tmp_path, total_iterations=5, save_every=1e-9))
+    # Before the first iteration, after four of five, at the end.
+    assert saves == ["0", "1", "2", "3", "4", "5"]
+    names = {path.name for path in (result.run_dir / "checkpoints").iterdir()}
+    assert names == {"3", "4", "5"}
 
 
 def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
@@ -769,3 +783,99 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
     summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
     assert summary["solved"]
     assert 0 < summary["solved_seconds"] < 100
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "failed at step 1 .*ValueError: 100% wrong"),
+        ("kill", "died at step 1 .*its process was killed by SIGKILL, perhaps by the system for"),
+        ("hang", "hung at step 1 .*it did not answer within 1 s"),
+    ],
+)
+def test_a_worker_that_fails_loses_nothing_that_was_committed(tmp_path, monkeypatch, how, message):
+    """Episodes of five steps, and one reset each: the twelfth step is in the third iteration."""
+    saved = []
+    real = checkpoint.Saver.save
+    monkeypatch.setattr(
+        checkpoint.Saver,
+        "save",
+        lambda saver, state: (saved.append(state.counters.iteration), real(saver, state)),
+    )
+    below = {child.pid for child in psutil.Process().children(recursive=True)}
+    settings = {"env_id": "environments:Mortal-v0", "env_kwargs": {"how": how}, "num_steps": 1}
+    begun = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match=rf"environment \d {message}"):
+        train(
+            short(
+                tmp_path,
+                num_envs=3,
+                vectorization="async",
+                step_timeout=1.0,
+                total_iterations=9,
+                **settings,
+            )
+        )
+    assert time.monotonic() - begun < 10
+    (run_dir,) = tmp_path.iterdir()
+    assert saved[-1] == 2
+    assert [row["iteration"] for row in lines(run_dir)] == [1, 2]
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in below]
+    assert len(left) <= 2  # the fork server and the resource tracker serve the next run too
+    assert all("multiprocessing" in " ".join(child.cmdline()) for child in left)
+    assert not any(child.children() for child in left)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_leaves_nothing_behind(tmp_path, vectorization):
+    with pytest.raises(ConfigError, match="Stillborn-v0 could not be made: ValueError: 100% wrong"):
+        train(short(tmp_path, env_id="environments:Stillborn-v0", vectorization=vectorization))
+    assert list(tmp_path.iterdir()) == []
+
+
+def held():
+    """What this process holds: descriptors, threads, processes, handlers, memory, objects."""
+    gc.collect()
+    process = psutil.Process()
+    kinds = collections.Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects()
+    )
+    counted = {
+        "descriptors": process.num_fds(),
+        "threads": threading.active_count(),
+        "native threads": process.num_threads(),
+        "processes": len(process.children(recursive=True)),
+        "shared memory": sum("/dev/shm/" in each.path for each in process.memory_maps()),
+        "handlers": [signal.getsignal(each) for each in signal.valid_signals()],
+        "log handlers": len(logging.getLogger("vecpg").handlers),
+    }
+    libraries = ("vecpg", "gymnasium", "torch", "tensorboard", "multiprocessing", "threading")
+    return process.memory_info().rss, counted | {
+        kind: number for kind, number in kinds.items() if kind.startswith(libraries)
+    }
+
+
+@pytest.mark.slow
+def test_a_hundred_trainings_in_one_process_leave_nothing_behind(tmp_path):
+    ways = ("tensor", "sync", "async", "sync", "async")
+
+    def one(number):
+        settings = {"num_envs": 4, "max_episode_steps": 9, "vectorization": ways[number % 5]}
+        fails = number % 5 > 2
+        if fails:
+            settings |= {
+                "env_id": "environments:Mortal-v0",
+                "env_kwargs": {"how": "raise", "at": 7},
+            }
+        raises = pytest.raises(EnvironmentFailure) if fails else contextlib.nullcontext()
+        with raises:
+            train(short(tmp_path, exp_name=str(number), **settings))
+
+    for number in range(10):
+        one(number)
+    memory, before = held()
+    for number in range(10, 110):
+        one(number)
+    memory_now, now = held()
+    assert {k: (before.get(k), n) for k, n in now.items() if n != before.get(k)} == {}
+    assert memory_now - memory < 20 * 2**20

@@ -148,9 +148,57 @@ def test_a_gradient_that_is_not_finite_changes_nothing(advantage):
     before = [p.detach().clone() for p in policy.parameters()]
     rollout, advantages = make_case()
     advantages[tuple(rollout.mask.nonzero()[0])] = advantage
-    with pytest.raises(FloatingPointError, match="left as it was: the rewards are too large"):
+    with pytest.raises(FloatingPointError, match=r"left as it was: the .*; scale the rewards"):
         update(policy, torch.optim.SGD(policy.parameters(), 0.5), rollout, advantages, Config())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("advantage", "norm is inf, .*: the largest advantage is 1e.30; scale .* give --normalize"),
+        ("advantage of infinity", "the advantage at step 5 of environment 2 is inf, .* beyond"),
+        ("entropy", "norm is inf, .*: the largest entropy coefficient is 1e.30; lower --ent-coef"),
+        ("parameter", "the largest parameter is 3e.38; lower --learning-rate .now 0.012"),
+        ("observation", "the largest observation is 2e.38; scale .* or give --normalize-obs"),
+    ],
+)
+def test_the_setting_to_change_is_that_of_the_largest_number(what, message):
+    policy = make_policy()
+    rollout, advantages = make_case()
+    rollout.mask[5, 2] = True
+    rollout.obs[5, 2], advantages[5, 2] = 1.0, 1.0
+    settings = {}
+    if what == "advantage":
+        advantages[5, 2] = -1e30
+    elif what == "advantage of infinity":
+        advantages[5, 2] = math.inf
+    elif what == "entropy":
+        settings = {"ent_coef": 1e30}
+    elif what == "parameter":
+        policy.network[2].weight.data.fill_(-3e38)
+    else:
+        rollout.obs[5, 2, 1] = -2e38
+        policy.network[0].weight.data[0, 1] = policy.network[0].weight.data[1, 1] = 0.0
+        policy.activation = "relu"
+        policy.network[1] = torch.nn.ReLU()
+    with pytest.raises(FloatingPointError, match=message):
+        update(
+            policy,
+            torch.optim.SGD(policy.parameters(), 0.5),
+            rollout,
+            advantages,
+            Config(**settings),
+        )
+
+
+def test_a_step_that_leaves_the_numbers_is_named():
+    policy = make_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), 3e38)
+    with pytest.raises(
+        FloatingPointError, match=r"^network\.\d\.\w+ is -?inf after the step; lower"
+    ):
+        update(policy, optimizer, *make_case(), Config(reduction="sum"))
 
 
 def test_a_rollout_without_counted_rows_has_no_gradient():

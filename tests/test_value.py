@@ -182,10 +182,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line():
     critic, rollout = make_critic(), make_rollout()
     before = copy.deepcopy(critic.value_function.state_dict())
     rollout.rewards[rollout.mask] *= 1e30
-    with pytest.raises(FloatingPointError, match="value function is inf: the rewards are too"):
+    with pytest.raises(
+        FloatingPointError, match="value function: the loss is inf; scale the rewards"
+    ):
         fit(critic, rollout, None, Config(baseline="value"))
     for name, value in critic.value_function.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_last_step_that_leaves_the_numbers_ends_the_run_in_one_line(monkeypatch):
+    """No further loss would tell."""
+    critic, steps = make_critic(), []
+    bias = critic.value_function.network[2].bias
+
+    def step():
+        steps.append(1)
+        if len(steps) == 3:
+            bias.data.fill_(math.nan)
+
+    monkeypatch.setattr(critic.optimizer, "step", step)
+    config = Config(baseline="value", value_steps=3, value_learning_rate=0.25)
+    message = (
+        r"^fitting the value function: network\.2\.bias is nan after the step; scale the"
+        r" rewards, or lower --value-learning-rate \(now 0\.25\)$"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        fit(critic, make_rollout(), None, config)
 
 
 def test_statistics_of_observations_are_those_of_the_policy():

@@ -1,5 +1,6 @@
 """Adam, in plain operations. Torch's own loads torch's compiler first, which takes a second."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,6 +61,9 @@ class Adam:
         self._steps: dict[int, int] = {}
         self._means: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
+        # What a step size must stay below: torch refuses it, or goes on with infinity.
+        limits = [torch.finfo(each.dtype).max for each in self.parameters]
+        self._largest = min(limits, default=math.inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or fill them with 0."""
@@ -71,7 +75,12 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients."""
+        """One step along the gradients.
+
+        Raises:
+            FloatingPointError: lr / (1 - beta1^t) is beyond what a parameter can hold. Nothing was
+                changed.
+        """
         gradients = {
             place: parameter.grad
             for place, parameter in enumerate(self.parameters)
@@ -79,14 +88,19 @@ class Adam:
         }
         if not gradients:
             return
-        for place in gradients:
+        (beta1, beta2), grads = self.betas, list(gradients.values())
+        steps = [self._steps.get(place, 0) + 1 for place in gradients]
+        sizes = [self.lr / (1 - beta1**t) for t in steps]
+        if max(sizes) > self._largest:
+            raise FloatingPointError(
+                f"Adam's step size {max(sizes):.3g} is beyond the {self._largest:.3g} that"
+                " parameters hold"
+            )
+        for place, t in zip(gradients, steps, strict=True):
             if place not in self._steps:
-                self._steps[place] = 0
                 self._means[place] = torch.zeros_like(self.parameters[place])
                 self._squares[place] = torch.zeros_like(self.parameters[place])
-            self._steps[place] += 1
-        (beta1, beta2), grads = self.betas, list(gradients.values())
-        steps = [self._steps[place] for place in gradients]
+            self._steps[place] = t
         means = [self._means[place] for place in gradients]
         squares = [self._squares[place] for place in gradients]
         torch._foreach_lerp_(means, grads, 1 - beta1)
@@ -99,8 +113,12 @@ class Adam:
             [self.parameters[place] for place in gradients],
             means,
             divisors,
-            [-self.lr / (1 - beta1**t) for t in steps],
+            [-size for size in sizes],
         )
+
+    def averages(self) -> list[Tensor]:
+        """Of every parameter that has made a step m and v, no copies."""
+        return [*self._means.values(), *self._squares.values()]
 
     def copy_from(self, other: "Adam") -> None:
         """Come to where another one is, of parameters of the same shapes; they are not copied.

@@ -187,10 +187,15 @@ def normalized(values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor
     """
     mean = masked_mean(values, masks)
     centred = [torch.where(mask, own - mean, 0.0) for own, mask in zip(values, masks, strict=True)]
-    squares = in_order([own.square().sum(dtype=torch.float64) for own in centred])
+    # The square of what float32 holds need not be in it.
+    squares = in_order([own.to(torch.float64).square().sum() for own in centred])
     count = in_order([mask.sum() for mask in masks])
     deviation = (squares / (count - 1).clamp(min=1)).sqrt()
-    return [torch.where(deviation > 0, own / deviation, 0.0) for own in centred]
+    # NaN, of what was not finite, stays NaN.
+    return [
+        torch.where(deviation == 0, 0.0, own.to(torch.float64) / deviation).to(own.dtype)
+        for own in centred
+    ]
 
 
 # -- Over rows of the same age -------------------------------------------------------------------

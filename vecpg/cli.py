@@ -4,6 +4,7 @@ Torch is imported only once the flags are right, so that `--help` and mistakes c
 """
 
 import contextlib
+import dataclasses
 import difflib
 import gc
 import io
@@ -12,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -28,6 +28,9 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
+from vecpg.run.resume import check_settings, find_run, read_config
+from vecpg.run.stored import flags_to_type, trusted_names
+from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -97,29 +100,14 @@ def train_main(args: Sequence[str]) -> None:
         signals.remark = ""
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
+        typed = flags_to_type(to_dict(config))
         print(
-            f"curves:   {_how_to_call('tensorboard', 'tensorboard.main')} --logdir"
-            f" {shlex.quote(config.out_dir)}\n"
-            f"evaluate: {_how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
+            f"curves:   {how_to_call('tensorboard', 'tensorboard.main')} --logdir"
+            f" {shlex.quote(str(Path(run_dir).parent))}\n"
+            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate"
+            f" {' '.join(filter(None, (shlex.quote(run_dir), typed)))}",
             file=sys.stderr,
         )
-
-
-def _how_to_call(command: str, module: str) -> str:
-    """How to call a command of this environment from this shell, as short as it can be.
-
-    Args:
-        command: the name that installing gives it.
-        module: what `python -m` runs instead, where it was not installed.
-    """
-    beside = Path(sys.executable).with_name(command)
-    if shutil.which(command) == str(beside):
-        return command
-    found = beside if beside.exists() else Path(sys.executable)
-    if Path.cwd() in found.parents[1:]:  # a name without a / would be looked for on the path
-        found = found.relative_to(Path.cwd())
-    name = shlex.quote(str(found))
-    return name if beside.exists() else f"{name} -m {module}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +122,20 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    env_id: str | None = None
+    """As stored in the run. Wanted where that is `module:Id`: no file has a module imported."""
+    # Said here: of two types that it may be, tyro takes the dictionary for flags of its own.
+    env_kwargs: Annotated[
+        dict[str, Any] | None,
+        PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda given: _json_object(given[0]),
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: ["none" if value is None else json.dumps(value)],
+        ),
+    ] = None
+    """As stored in the run. Wanted where a text in them may name a module or a path."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
     render: Literal["human"] | None = None
@@ -156,15 +158,19 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.evaluate import evaluate
             from vecpg.look import video
             from vecpg.run import checkpoint
+            from vecpg.run.content import policy_of
             from vecpg.run.interrupts import Interrupts
 
         try:
             with stdout_kept_clean(), Interrupts():
-                state = checkpoint.load(checkpoint.find(config.path))
-                policy, env_id = checkpoint.policy_of(state), state["config"]["env_id"]
-                settings = {
-                    "env_kwargs": state["config"]["env_kwargs"],
-                    "max_episode_steps": state["config"]["max_episode_steps"],
+                found, content = checkpoint.load(config.path)
+                stored = found.manifest["config"]
+                command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
+                trusted_names(stored, config.env_id, config.env_kwargs, command)
+                policy, env_id = policy_of(content, found.folder), stored["env_id"]
+                settings: dict[str, Any] = {
+                    "env_kwargs": stored["env_kwargs"],
+                    "max_episode_steps": stored["max_episode_steps"],
                     "greedy": not config.stochastic,
                     "seed": config.seed,
                 }
@@ -226,8 +232,8 @@ def plot_main(args: Sequence[str]) -> None:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The settings that the flags of `vecpg train` give, `--recipe` read first."""
-    name = _recipe_name(args)
+    """The settings that the flags of `vecpg train` give, `--recipe` and `--resume` read first."""
+    name = _given(args, "recipe") or Config().recipe
     if name == "list":
         # All that any of them sets otherwise than another: who runs one wants to know all of these.
         settings = {recipe: to_dict(config) for recipe, (config, _) in RECIPES.items()}
@@ -242,7 +248,25 @@ def parse_config(args: Sequence[str]) -> Config:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
-    return parse(Config, args, command="train", default=RECIPES[name][0], description=_DESCRIPTION)
+    named = RECIPES[name][0]
+    resume = _given(args, "resume")
+    if resume is None:
+        return parse(Config, args, command="train", default=named, description=_DESCRIPTION)
+    wanted = Config(resume=resume)
+    if resume == "auto":  # which run that is depends on other flags
+        wanted = parse(Config, args, command="train", default=named, description=_DESCRIPTION)
+    run_dir = find_run(wanted)
+    if run_dir is None:
+        return wanted
+    stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
+    config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    trusted_names(
+        to_dict(stored),
+        None if _given(args, "env_id") is None else config.env_id,
+        None if _given(args, "env_kwargs") is None else config.env_kwargs,
+        f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
+    )
+    return config
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -337,6 +361,8 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        # Of an environment that could not be made.
+        print(getattr(error.__cause__, "trace", ""), end="", file=sys.stderr)
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
@@ -371,13 +397,16 @@ def _check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
     from vecpg.envs import check_time_limit, find_spec, resolve_vectorization
 
+    if (run_dir := find_run(config)) is not None:
+        check_settings(config, read_config(run_dir))
     try:
         spec = find_spec(config.env_id)
         resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         check_time_limit(spec, config.max_episode_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    check_writable(config.out_dir)
+    if run_dir is None:
+        check_writable(config.out_dir)
 
 
 def check_writable(name: str) -> None:
@@ -394,14 +423,14 @@ def check_writable(name: str) -> None:
         ) from error
 
 
-def _recipe_name(args: Sequence[str]) -> str:
-    name = Config().recipe
+def _given(args: Sequence[str], name: str) -> str | None:
+    """The value that a flag has on the command line, None where it is not there."""
+    value = None
     for index, arg in enumerate(args):
-        if arg.startswith("--recipe="):
-            name = arg.partition("=")[2]
-        elif arg == "--recipe" and index + 1 < len(args):
-            name = args[index + 1]
-    return name
+        flag_, equals, rest = arg.partition("=")
+        if flag_.replace("_", "-") == flag(name):
+            value = rest if equals else next(iter(args[index + 1 :]), None)
+    return value
 
 
 def _one_line(box: str) -> str:

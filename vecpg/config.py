@@ -127,6 +127,10 @@ class Config:
     """Part of the run directory's name."""
     save_every: float = 60.0
     """Seconds between checkpoints."""
+    resume: str | None = None
+    """Go on with a run: its directory or a checkpoint in it, with every setting from there. auto:
+    the newest unfinished run in --out-dir with this --env-id, --exp-name and --seed; a new one
+    where there is none."""
     progress: bool = field(default_factory=lambda: sys.stderr is not None and sys.stderr.isatty())
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0
@@ -211,7 +215,7 @@ class Config:
             raise ConfigError(
                 f"--env-kwargs: expected JSON types, got {self.env_kwargs} ({error})"
             ) from None
-        for name in ("exp_name", "out_dir"):
+        for name in ("exp_name", "out_dir", "resume"):
             _check(name, getattr(self, name) != "", "a name", getattr(self, name))
         _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)
 

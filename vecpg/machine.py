@@ -25,8 +25,12 @@ def versions() -> dict[str, str]:
 
 def system() -> dict[str, Any]:
     """Versions and hardware. Never a host name, a user or a path."""
+    return {**versions(), **hardware()}
+
+
+def hardware() -> dict[str, Any]:
+    """What the machine is, in words, and its number of cores."""
     return {
-        **versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

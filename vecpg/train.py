@@ -1,5 +1,6 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,31 +10,38 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from vecpg.adam import Adam
 from vecpg.advantage import advantages, prepare_advantages
-from vecpg.config import Config, ConfigError, to_dict
+from vecpg.config import Config, ConfigError
 from vecpg.device import resolve_device
-from vecpg.envs import EnvironmentFailure, find_spec, make_envs, resolve_vectorization
+from vecpg.envs import (
+    EnvironmentFailure,
+    find_spec,
+    make_envs,
+    resolve_vectorization,
+)
 from vecpg.evaluate import EvalResult, evaluate
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation
 from vecpg.look import video
-from vecpg.machine import versions
+from vecpg.machine import hardware, versions
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.policy.spaces import fingerprint
 from vecpg.rollout import Collector, Rollout, choose_collector, collect
 from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
-from vecpg.run.checkpoint import Saver, load_policy
-from vecpg.run.clock import Clock
-from vecpg.run.directory import make_run_directory, write_json
-from vecpg.run.interrupts import Interrupted, Interrupts
-from vecpg.run.metrics import Metrics
+from vecpg.run import files
+from vecpg.run.checkpoint import chosen, load_policy
+from vecpg.run.clock import Clock, per_second
+from vecpg.run.directory import write_json
+from vecpg.run.files import Files, Source
+from vecpg.run.interrupts import Interrupts
 from vecpg.run.progress import Progress
-from vecpg.run.state import TrainState
+from vecpg.run.resume import check_settings, find_run, read_config, resume_command
+from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import Stopping
 from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
@@ -76,10 +84,12 @@ def train(config: Config) -> TrainResult:
         >>> result.summary["iterations"]
         2
     """
+    if (finished := _finished(config)) is not None:
+        return finished
     run = _begin(config)
-    with _running(config, run) as (clock, metrics, progress, interrupts):
+    with _running(config, run) as (clock, progress, interrupts):
         envs, state, draft = run.envs, run.state, run.state.draft()
-        while not _is_over(config, state):
+        while not _is_over(config, state.counters, state.stopping.solved):
             iteration = state.counters.iteration
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)
                 rollout = collect(
@@ -108,29 +118,31 @@ def train(config: Config) -> TrainResult:
                     value_loss = fit(draft.critic, rollout, final_values, config)
                 _count(draft, rollout, episodes, clock)
                 row = _row(draft, clock, episodes, stats, value_loss, evaluation)
-                metrics.log(row)
+                run.files.metrics.log(row)
                 state.commit(draft)
-                ending = _is_over(config, state)
+                ending = _is_over(config, state.counters, state.stopping.solved)
                 progress.show(row, last=ending)
                 del rollout, weights, values  # there is never more than one
                 if not ending:
-                    run.saver.save_if_due(state)
+                    run.files.saver.save_if_due(state)
         wall_seconds = clock.without_evaluations()
         final = state.stopping.evaluation
         if final is None:
             final = _confirmation(config, state.counters.iteration)(state.policy)
-            metrics.draw({"eval/episodic_return": final.return_mean}, state.counters.env_steps)
+            points = {"eval/episodic_return": final.return_mean}
+            run.files.metrics.draw(points, state.counters.env_steps)
 
+    run_dir = run.files.run_dir
     summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
-    write_json(run.run_dir / "summary.json", summary)
+    write_json(run_dir / "summary.json", summary)
     verdict = {None: "", True: "solved: ", False: "not solved: "}[summary["solved"]]
     _log.info(
         "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
     )
-    best = load_policy(run.run_dir, run.device)
+    best = load_policy(run_dir, run.device)
     if config.capture_video:
-        _film(config, best, run.run_dir / "videos" / "best.mp4")
-    return TrainResult(best, run.run_dir, summary)
+        _film(config, best, run_dir / "videos" / "best.mp4")
+    return TrainResult(best, run_dir, summary)
 
 
 class Run(NamedTuple):
@@ -143,26 +155,53 @@ class Run(NamedTuple):
     learner: Learner
     compilation: Compilation
     state: TrainState
-    run_dir: Path
-    saver: Saver
+    files: Files
+
+
+def _finished(config: Config) -> TrainResult | None:
+    """What a run left that is asked to go on, and has come to its end; else None."""
+    run_dir = None if config.resume == "auto" else find_run(config)
+    if run_dir is None or not (run_dir / "summary.json").exists():
+        return None
+    try:
+        stored = read_config(run_dir)
+        check_settings(config, stored)
+        manifest = chosen(config.resume, run_dir).manifest
+        counters = Counters(**manifest["counters"])
+        solved = manifest["solved"] and config.target_return == stored.target_return
+        if not _is_over(config, counters, solved):
+            return None
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        best = load_policy(run_dir)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    _log.info(
+        "already at its end, after %d iterations, %s steps and %s episodes%s; raise"
+        " --total-timesteps, or what else ended it, to go on",
+        *(counters.iteration, f"{counters.env_steps:,}", f"{counters.episodes:,}"),
+        ", solved" if solved else "",
+    )
+    return TrainResult(best, run_dir, summary)
 
 
 def _begin(config: Config) -> Run:
     """Settle, make and check everything; what is wrong by now is a matter of settings."""
     try:
-        spec = find_spec(config.env_id)
-        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
-        device, reason = resolve_device(config.device, vectorization, config.num_envs)
-        envs = make_envs(
-            config.env_id,
-            config.num_envs,
-            vectorization=vectorization,
-            device=str(device),
-            env_kwargs=config.env_kwargs,
-            max_episode_steps=config.max_episode_steps,
-            step_timeout=config.step_timeout,
-        )
         with ExitStack() as unless_all_is_well:
+            source = files.find_source(config)
+            if source is not None:
+                unless_all_is_well.callback(source.lock.close)
+            spec = find_spec(config.env_id)
+            vectorization, device, reason = _resolve(config, spec, source)
+            envs = make_envs(
+                config.env_id,
+                config.num_envs,
+                vectorization=vectorization,
+                device=str(device),
+                env_kwargs=config.env_kwargs,
+                max_episode_steps=config.max_episode_steps,
+                step_timeout=config.step_timeout,
+            )
             unless_all_is_well.callback(envs.close)
             if config.capture_video:
                 video.check_filming(
@@ -192,59 +231,76 @@ def _begin(config: Config) -> Run:
             optimizer = Adam(policy.parameters(), config.learning_rate)
             state = TrainState(policy, optimizer, critic, stopping)
             about = {
-                "config": to_dict(config),
+                "config": files.settings(config),
                 "resolved": {
                     "vectorization": vectorization,
                     "device": str(device),
                     "shards": config.resolved_shards,
+                    "target": stopping.target,
                 },
                 "versions": versions(),
-                "spaces": fingerprint(envs.single_observation_space, envs.single_action_space),
+                "machine": hardware(),
+                "environment": files.environment(spec, envs),
             }
-            run_dir = make_run_directory(config)
-            saver = Saver(run_dir, about, config.save_every)
-            saver.save(state)
-            # Last: a directory with a config.json has a checkpoint to go on from.
-            write_json(run_dir / "config.json", to_dict(config))
+            if source is None:
+                run_files = files.begin(config, about, state)
+            else:
+                run_files = files.go_on(config, about, state, source)
             unless_all_is_well.pop_all()
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         raise ConfigError(str(error)) from error
-    _log.info("run directory: %s", run_dir)
+    _log.info("run directory: %s", run_files.run_dir)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
-    return Run(vectorization, device, envs, collector, learner, compilation, state, run_dir, saver)
+    return Run(vectorization, device, envs, collector, learner, compilation, state, run_files)
+
+
+def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str, torch.device, str]:
+    """How the copies are stepped, on which device, and why there."""
+    if source is None:
+        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
+        return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
+    # "auto" goes on to mean what it meant.
+    before = source.checkpoint.manifest["resolved"]
+    vectorization = resolve_vectorization(spec, before["vectorization"], config.env_kwargs)
+    there = before["device"] == "cpu" or torch.cuda.is_available()
+    if config.device == "auto" and there:
+        return vectorization, resolve_device(before["device"])[0], "as before"
+    return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
 
 
 @contextmanager
-def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Metrics, Progress, Interrupts]]:
+def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interrupts]]:
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
     in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     closing = ExitStack()
+    closing.callback(run.files.lock.close)
     closing.callback(_close, run.envs)
+    closing.callback(run.files.metrics.close)
+    closing.callback(run.files.saver.save, run.state)
+
+    def save() -> None:
+        _log.info("saved: %s", run.files.saver.save(run.state))
+
     try:
         with (
             _torch_threads(1 if in_machine_code else config.threads or 1),
             threads.using(config.threads or threads.cores()),
-            Interrupts(lambda: run.saver.save(run.state)) as interrupts,
+            Interrupts(save) as interrupts,
             Progress(config) as progress,
             run.compilation as compilation,
         ):
             try:
-                metrics = Metrics(run.run_dir, to_dict(config))
-                closing.callback(metrics.close)
-                closing.callback(run.saver.save, run.state)
-                clock = Clock(run.device, compilation, run.state.seconds)
-                yield clock, metrics, progress, interrupts
-            except Interrupted:
-                iteration = run.state.counters.iteration
-                _log.info("iteration %d was the last; see %s", iteration, run.run_dir)
-                raise
+                yield Clock(run.device, compilation, run.state.seconds), progress, interrupts
             finally:
                 # The last first: saved, then closed; what fails keeps no other from being done.
                 with interrupts.held():
                     closing.close()
-    finally:
+    except BaseException:
         closing.close()  # what a signal just before has kept from being done
+        command = resume_command(_relative(run.files.run_dir), config)
+        _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
+        raise
 
 
 def _close(envs: VectorEnv[Any, Any, Any]) -> None:
@@ -306,15 +362,14 @@ def _make_networks(
     return policy, critic
 
 
-def _is_over(config: Config, state: TrainState) -> bool:
-    counters = state.counters
+def _is_over(config: Config, counters: Counters, solved: bool) -> bool:
     limits = (
         (config.total_timesteps, counters.env_steps),
         (config.total_episodes, counters.episodes),
         (config.total_iterations, counters.iteration),
     )
     reached = any(limit is not None and so_far >= limit for limit, so_far in limits)
-    return state.stopping.solved or reached
+    return solved or reached
 
 
 def _count(draft: TrainState, rollout: Rollout, episodes: Episodes, clock: Clock) -> None:
@@ -342,7 +397,7 @@ def _row(
         "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
         "charts/best_return": state.stopping.best_return,
         "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
-        "charts/SPS": counters.env_steps / clock.without_evaluations(),
+        "charts/SPS": per_second(counters.env_steps, clock.without_evaluations()),
         "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
         "losses/policy_loss": stats.policy_loss.item(),
         "losses/value_loss": None if value_loss is None else value_loss.item(),
@@ -372,7 +427,7 @@ def _summary(
         "episodes": counters.episodes,
         "wall_seconds": wall_seconds,
         "compile_seconds": compile_seconds,
-        "steps_per_second": counters.env_steps / wall_seconds,
+        "steps_per_second": per_second(counters.env_steps, wall_seconds),
         "collect_seconds": seconds["collect"],
         "returns_seconds": seconds["returns"],
         "update_seconds": seconds["update"],
@@ -384,13 +439,13 @@ def _summary(
         "solved": None if stopping.target is None else stopping.solved,
         "solved_env_steps": counters.env_steps if stopping.solved else None,
         "solved_seconds": seconds.get("solved"),
-        "run_dir": _relative(run.run_dir),
+        "run_dir": _relative(run.files.run_dir),
     }
 
 
 def _film(config: Config, policy: Policy, path: Path) -> None:
     """Record an episode. A run that came to its end is not lost for want of a film."""
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     try:
         video.record(
             policy,

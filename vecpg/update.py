@@ -1,5 +1,6 @@
 """One gradient step over a whole rollout, a few rows at a time, so that memory stays flat."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from vecpg.adam import Adam
 from vecpg.kernels import threads
+from vecpg.kernels.finite import check_parameters
 from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
-from vecpg.rollout.data import Rollout
+from vecpg.rollout.data import Rollout, when
 
 if TYPE_CHECKING:
     from vecpg.config import Config
@@ -46,6 +48,24 @@ class UpdateStats:
     policy_loss: Tensor
     entropy: Tensor
     grad_norm: Tensor
+
+    def not_finite(self) -> str | None:
+        """Which of these is NaN or infinite, in words; None where none is.
+
+        The host waits for the device once.
+        """
+        named = {
+            "loss": self.policy_loss,
+            "entropy": self.entropy,
+            "gradient's norm": self.grad_norm,
+        }
+        numbers = torch.stack([each.to(torch.float64) for each in named.values()]).tolist()
+        wrong = [
+            f"the {name} is {number}"
+            for name, number in zip(named, numbers, strict=True)
+            if not math.isfinite(number)
+        ]
+        return ", ".join(wrong) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +109,27 @@ class Learner:
         )
 
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients)
-        if not bool(grad_norm.isfinite()):
+        stats = UpdateStats(surrogate, entropy / count, nn.utils.get_total_norm(gradients))
+        wrong = stats.not_finite()
+        if wrong is not None:
+            suspect = _suspect(policy, rollout, advantages, config)
             raise FloatingPointError(
-                f"the gradient's norm is {grad_norm.item()}, and the policy was left as it was: the"
-                " rewards are too large (scale them, or --normalize), or the observations"
-                " (--normalize-obs), or --learning-rate"
+                f"{wrong}{when(rollout)}, and the policy was left as it was: {suspect}"
             )
         if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(policy.parameters(), config.max_grad_norm, grad_norm)
-        optimizer.step()
+            nn.utils.clip_grads_with_norm_(
+                policy.parameters(), config.max_grad_norm, stats.grad_norm
+            )
+        try:
+            optimizer.step()
+            check_parameters(policy, optimizer.averages() if isinstance(optimizer, Adam) else ())
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}{when(rollout)}; lower --learning-rate (now {config.learning_rate:g})"
+            ) from None
         for shard in rollout.shards(config.resolved_shards):
             policy.observe(shard.obs, shard.mask)
-        return UpdateStats(surrogate, entropy / count, grad_norm)
+        return stats
 
     def prepare(self, policy: Policy) -> None:
         """Compile, or load, the kernels that learning this way will need."""
@@ -171,11 +199,43 @@ def update(
         `UpdateStats`.
 
     Raises:
-        FloatingPointError: the gradient is not finite; nothing was changed.
+        FloatingPointError: loss, entropy or gradient are not finite, and nothing was changed; or a
+            parameter is not finite after the step.
         ValueError: as `choose_learner`.
     """
     chosen = backend if isinstance(backend, Learner) else choose_learner(policy, backend)
     return chosen.update(policy, optimizer, rollout, advantages, config)
+
+
+def _suspect(policy: Policy, rollout: Rollout, advantages: Tensor, config: "Config") -> str:
+    """What made an update's numbers not finite, as far as can be seen, and the setting to change.
+
+    Looked for only where they are not: this reads every row.
+    """
+    wrong = (rollout.mask & ~advantages.isfinite()).nonzero()
+    if len(wrong):
+        t, n = wrong[0].tolist()
+        values = ", or lower --value-learning-rate" if config.baseline == "value" else ""
+        return (
+            f"the advantage at step {t} of environment {n} is {advantages[t, n].item()}, since sums"
+            f" of rewards are beyond float32; scale the rewards{values}"
+        )
+    largest = {
+        "advantage": advantages[rollout.mask].abs().max().item(),
+        "parameter": max(each.detach().abs().max().item() for each in policy.parameters()),
+        "entropy coefficient": config.ent_coef,
+    }
+    if rollout.obs.is_floating_point():
+        largest["observation"] = rollout.obs[rollout.mask].abs().max().item()
+    remedies = {
+        "advantage": "scale the rewards" + ("" if config.normalize else ", or give --normalize"),
+        "parameter": f"lower --learning-rate (now {config.learning_rate:g})",
+        "entropy coefficient": "lower --ent-coef",
+        "observation": "scale the observations"
+        + ("" if config.normalize_obs else ", or give --normalize-obs"),
+    }
+    name = max(largest, key=lambda each: largest[each])
+    return f"the largest {name} is {largest[name]:.3g}; {remedies[name]}"
 
 
 def by_autograd(

@@ -7,10 +7,11 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from vecpg.adam import Adam
+from vecpg.kernels.finite import check_parameters
 from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
-from vecpg.rollout.data import Rollout
+from vecpg.rollout.data import Rollout, when
 
 if TYPE_CHECKING:
     from vecpg.config import Config
@@ -71,7 +72,7 @@ class Critic:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
-            "parameters": self.value_function.state_dict(),
+            "parameters": dict(self.value_function.state_dict()),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -119,7 +120,7 @@ def fit(
         the loss before the first step, without dimensions; None without a critic.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite, or a parameter after a step.
 
     Source: Sutton & Barto (2018), section 13.4; the number of steps is Spinning Up's.
     """
@@ -138,15 +139,19 @@ def fit(
         return _add_gradient(value_function, obs, targets, rows)
 
     before = None
-    for _ in range(config.value_steps):
-        total = in_order(gradient_in_order(value_function, differentiate, len(shards)))
-        if not bool(total.isfinite()):
-            raise FloatingPointError(
-                f"the loss of the value function is {total.item()}: the rewards are too large"
-                " (scale them), or so is --value-learning-rate"
-            )
-        optimizer.step()
-        before = total if before is None else before
+    try:
+        for _ in range(config.value_steps):
+            total = in_order(gradient_in_order(value_function, differentiate, len(shards)))
+            if not bool(total.isfinite()):
+                raise FloatingPointError(f"the loss is {total.item()}")
+            optimizer.step()
+            before = total if before is None else before
+        check_parameters(value_function, optimizer.averages())
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"fitting the value function{when(rollout)}: {error}; scale the rewards, or lower"
+            f" --value-learning-rate (now {config.value_learning_rate:g})"
+        ) from None
     for shard in shards:
         value_function.encoder.observe(shard.obs, shard.mask)
     return before

@@ -6,22 +6,26 @@ It lies in this package because this package imports nothing else of vecpg.
 import functools
 import hashlib
 import logging
+import pickle
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numba
 import numpy as np
 from numba.core import event
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 
 from vecpg.kernels.announce import once
 
 _log = logging.getLogger(__name__)
+_DIGEST_BYTES = hashlib.sha256().digest_size
 # Whether there is a function for which no directory was found that machine code can be kept in.
 _not_kept = False
 
@@ -53,7 +57,7 @@ def jit(
     }
     compiled = numba.njit(**settings)(function)
     try:
-        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
+        compiled._cache = _Cache(function)
     except (RuntimeError, OSError):
         global _not_kept
         _not_kept = True
@@ -74,16 +78,19 @@ class _Cache(FunctionCache):
     Numba's own raises where a file is damaged, or cannot be read or written. This one compiles.
     """
 
+    _cache_file: "_Files"
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        numbas = self._cache_file
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, numbas._source_stamp)  # type: ignore[no-untyped-call]
+
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super()._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
-        # Unpickling a file that was cut, or is another, raises a dozen different types.
+        # What was kept whole may still not go with this machine's libraries.
         except Exception:
-            once(_log, f"what is kept in {self.cache_path} cannot be read; compiling it anew")
-        try:
-            self.flush()  # type: ignore[no-untyped-call]  # saving reads the index first
-        except OSError:
-            self.disable()  # type: ignore[no-untyped-call]
+            self._cache_file.announce()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -96,6 +103,66 @@ class _Cache(FunctionCache):
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         made_of = repr((_contents(__file__), _parts(self._py_func, ())))
         return (sig, codegen.magic_tuple(), hashlib.sha256(made_of.encode()).hexdigest())
+
+
+class _Files(IndexDataCacheFile):
+    """Where machine code is kept: an index of keys, and beside it a file for each.
+
+    A file holds, behind its digest, what it was kept for. So what is cut, damaged or another's is
+    not run, and anything that cannot be read is as good as nothing: it is written anew.
+    """
+
+    def announce(self) -> None:
+        """Say that something is compiled although there is a file of it."""
+        once(_log, f"what is kept in {self._cache_path} cannot be read; compiling it anew")
+
+    def load(self, key: Any) -> Any:
+        """What was kept under a key; None where there is nothing that can be used."""
+        name = self._load_index().get(key)
+        if name is None:
+            return None
+        try:
+            content = Path(self._data_path(name)).read_bytes()  # type: ignore[no-untyped-call]
+            digest, kept = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+            if hashlib.sha256(kept).digest() != digest:
+                raise ValueError("the file is damaged")
+            owner, data = pickle.loads(kept)
+        except FileNotFoundError:
+            return None
+        # Unpickling what another version kept raises a dozen different types.
+        except Exception:
+            self.announce()
+            return None
+        # Two processes that begin an index at the same time give the same name to two files.
+        return data if owner == key else None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep it."""
+        super().save(key, (key, data))  # type: ignore[no-untyped-call]
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            index = super()._load_index()  # type: ignore[no-untyped-call]
+            if isinstance(index, dict) and all(isinstance(name, str) for name in index.values()):
+                return index
+        # As in `load`.
+        except Exception:
+            pass
+        self.announce()
+        return {}
+
+    def _save_data(self, name: str, data: Any) -> None:
+        kept = self._dump(data)  # type: ignore[no-untyped-call]
+        path = self._data_path(name)  # type: ignore[no-untyped-call]
+        with self._open_for_write(path) as file:
+            file.write(hashlib.sha256(kept).digest() + kept)
+
+    @contextmanager
+    def _open_for_write(self, filepath: str) -> Iterator[BinaryIO]:
+        if Path(filepath).is_dir():  # which no file can take the place of
+            Path(filepath).rename(f"{filepath}.{uuid.uuid4().hex[:16]}")
+        with super()._open_for_write(filepath) as file:
+            yield file
 
 
 def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any, ...]:

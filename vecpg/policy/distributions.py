@@ -174,7 +174,18 @@ class DiagonalGaussian(nn.Module):
         return each.sum(dim=0), entropy.sum(dim=0)
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """(B, A) as the environment takes them: (B, *shape), inside the bounds."""
+        """(B, A) as the environment takes them: (B, *shape), inside the bounds.
+
+        Raises:
+            FloatingPointError: one is NaN or infinite.
+        """
+        # What passes this, in a single fast sum, is finite.
+        if not math.isfinite(np.vdot(actions, actions)) and not np.isfinite(actions).all():
+            index = int((~np.isfinite(actions)).any(axis=1).argmax())
+            raise FloatingPointError(
+                f"the policy's action in environment {index} is {actions[index].tolist()}: its"
+                " parameters have grown too large; lower --learning-rate"
+            )
         shaped = actions.reshape(len(actions), *self.space.shape).astype(self.space.dtype)
         return np.clip(shaped, self.space.low, self.space.high)
 

@@ -155,6 +155,14 @@ class Rollout:
         return joined
 
 
+def when(rollout: Rollout) -> str:
+    """In words, when a rollout was collected, to be put behind what went wrong with it.
+
+    Iterations are counted as in metrics.jsonl, from 1.
+    """
+    return "" if rollout.stream is None else f" in iteration {rollout.stream.iteration + 1}"
+
+
 def check_shards(count: int, num_envs: int) -> None:
     """Refuse a number of groups that environments cannot be divided into."""
     if count < 1 or num_envs % count:
@@ -246,24 +254,43 @@ def check_finite(rollout: Rollout) -> None:
     """Refuse what is not finite in a row that counts; other rows may hold anything.
 
     Raises:
-        EnvironmentFailure: with the environment, the row and the seed.
+        FloatingPointError: an action, with the environment and the row.
+        EnvironmentFailure: an observation or a reward, with the environment, the row and the seed.
     """
+    # First: what an environment makes of such an action is not its fault.
+    if (at := _first_not_finite(rollout.actions, rollout.mask)) is not None:
+        t, n = at
+        raise FloatingPointError(
+            f"the policy's action in environment {n} at step {t} is"
+            f" {rollout.actions[t, n].tolist()}{when(rollout)}; lower --learning-rate"
+        )
+    stream = rollout.stream
+    where = "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
     for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
-        if not rows.is_floating_point():
-            continue
-        flat = rows.reshape(-1)
-        # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
-        if math.isfinite(torch.dot(flat, flat).item()):
-            continue
-        finite = rows.isfinite().reshape(*rollout.mask.shape, -1).all(dim=2)
-        bad = (rollout.mask & ~finite).nonzero()
-        if len(bad):
-            t, n = bad[0].tolist()
-            stream = rollout.stream
-            where = (
-                "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
-            )
-            raise EnvironmentFailure(
-                f"environment {n} returned the {what} {rows[t, n].tolist()} at step {t}{where};"
-                " expected finite float32 numbers"
-            )
+        if (at := _first_not_finite(rows, rollout.mask)) is not None:
+            t, n = at
+            raise _not_finite(what, rows[t, n], n, t, where)
+    ends = torch.ones(len(rollout.final_obs), 1, dtype=torch.bool, device=rollout.mask.device)
+    if (at := _first_not_finite(rollout.final_obs[:, None], ends)) is not None:
+        t, n = rollout.final_rows[at[0]].tolist()
+        raise _not_finite("final observation", rollout.final_obs[at[0]], n, t, where)
+
+
+def _first_not_finite(rows: Tensor, mask: Tensor) -> tuple[int, int] | None:
+    """The first place of (T, N, ...) where `mask` is True and a number is NaN or infinite."""
+    if not rows.is_floating_point():
+        return None
+    flat = rows.reshape(-1)
+    # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
+    if math.isfinite(torch.dot(flat, flat).item()):
+        return None
+    finite = rows.isfinite().reshape(*mask.shape, -1).all(dim=2)
+    bad = (mask & ~finite).nonzero()
+    return None if len(bad) == 0 else (int(bad[0, 0]), int(bad[0, 1]))
+
+
+def _not_finite(what: str, value: Tensor, n: int, t: int, where: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"environment {n} returned the {what} {value.tolist()} at step {t}{where};"
+        " expected finite float32 numbers"
+    )

@@ -1,111 +1,277 @@
-"""Checkpoints: written so that a crash leaves the old one whole, verified when loaded."""
+"""Checkpoints: a folder that is there as a whole or not at all, verified when it is loaded.
 
+`checkpoints/<iteration>/` of a run holds
+
+    state.pt        all that a run needs to go on (`TrainState.state_dict`)
+    best.pt         the best policy so far
+    manifest.json   what the run is, how far it is, and the SHA-256 of every file, itself included
+"""
+
+import contextlib
+import difflib
 import hashlib
 import io
 import json
+import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from vecpg.kernels.announce import once
 from vecpg.policy import Policy
+from vecpg.run.content import policy_of, unpickle
+from vecpg.run.directory import TEMPORARY, discard, sync_directory, write_file, writing
 
 if TYPE_CHECKING:
+    from vecpg.run.metrics import Metrics
     from vecpg.run.state import TrainState
 
-FORMAT = 3
+FORMAT = 4
+# So many of a run are kept, the newest.
+KEPT = 3
+MANIFEST, STATE, BEST = "manifest.json", "state.pt", "best.pt"
 _KIND = "vecpg checkpoint"
 
+_log = logging.getLogger(__name__)
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain types, nested) to `path`, whole or not at all.
 
-    The file is on the disk before it takes the place of the old one.
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded. The message has the file and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose manifest was found right. Its other files are verified when read.
+
+    folder:   its path.
+    manifest: what stands in manifest.json; plain JSON types.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """After which iteration of the run it was written."""
+        iteration: int = self.manifest["counters"]["iteration"]
+        return iteration
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The content of one file. Nothing in it is executed.
+
+        Raises:
+            CheckpointError: it is missing, cut, damaged or something else.
+        """
+        path = self.folder / name
+        data = _bytes(path)
+        expected = self.manifest["files"][name]
+        if len(data) != expected["bytes"]:
+            how = "truncated" if len(data) < expected["bytes"] else "damaged"
+            raise CheckpointError(
+                f"{path}: {how} (expected {expected['bytes']} bytes, found {len(data)})"
+            )
+        if _sha256(data) != expected["sha256"]:
+            raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+        try:
+            return unpickle(data, path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+
+def save(folder: Path, about: dict[str, Any], contents: dict[str, Any]) -> None:
+    """Write a checkpoint: on the disk as a whole when this returns, else not there at all.
+
+    Every file is on the disk before the folder gets its name, and that before this returns.
+
+    Args:
+        folder: where it will be; there must be nothing yet.
+        about: for the manifest; plain JSON types.
+        contents: of each file; tensors and plain types, nested.
 
     Raises:
-        OSError: the disk is full, or the directory cannot be written; the old file is untouched.
+        WriteFailure: the disk is full, or the directory cannot be written.
     """
-    digest = _digest([FORMAT, state])
-    content = {"kind": _KIND, "format": FORMAT, "state": state, "sha256": digest}
-    data = io.BytesIO()
-    torch.save(content, data)
-    write_atomically(path, data.getvalue())
+    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    with writing(folder):
+        try:
+            temporary.mkdir()
+            files = {}
+            for name, content in contents.items():
+                data = io.BytesIO()
+                torch.save(content, data)
+                write_file(temporary / name, data.getvalue())
+                files[name] = {"bytes": len(data.getvalue()), "sha256": _sha256(data.getvalue())}
+            manifest = {"kind": _KIND, "format": FORMAT, **about, "files": files}
+            manifest["sha256"] = _digest(manifest)
+            text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+            write_file(temporary / MANIFEST, text.encode())
+            sync_directory(temporary)
+            os.replace(temporary, folder)
+            sync_directory(folder.parent)
+        except BaseException:
+            discard(temporary)
+            raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by one with this content, or leave it as it is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, verified.
-
-    Nothing in the file is executed (`weights_only=True`).
+def opened(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, its manifest verified.
 
     Raises:
-        ValueError: there is no such file, it is not a checkpoint, it is damaged, or a newer vecpg
-            wrote it.
+        CheckpointError: there is none, it is damaged, or another version of vecpg wrote it.
     """
+    path = folder / MANIFEST
+    if folder.is_dir() and not path.exists():
+        raise CheckpointError(f"{folder}: expected a checkpoint, got a folder without {MANIFEST}")
+    data = _bytes(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # torch raises a dozen different types for files that are cut, empty or something else.
-    except Exception as error:
-        raise ValueError(
-            f"{path} ({len(data)} bytes) is not a vecpg checkpoint, or it is damaged"
-        ) from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise ValueError(f"{path} is not a vecpg checkpoint")
-    number = content.get("format")
-    if isinstance(number, int) and number > FORMAT:
-        raise ValueError(
-            f"{path} has format {number}, and this vecpg reads up to {FORMAT}; use a newer vecpg"
-        )
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: expected JSON, got something else") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
+        raise CheckpointError(f"{path} is not of a vecpg checkpoint")
+    number = manifest.get("format")
     if number != FORMAT:
-        raise ValueError(
-            f"{path} has format {number}, and this vecpg reads {FORMAT}; use the older vecpg that"
-            " wrote it"
+        newer = isinstance(number, int) and number > FORMAT
+        written_by = manifest.get("versions")
+        version = written_by.get("vecpg") if isinstance(written_by, dict) else None
+        remedy = (
+            f"use a newer vecpg, {version} wrote it" if newer else "use the vecpg that wrote it"
         )
-    state: dict[str, Any] = content.get("state", {})
-    if _digest([number, state]) != content.get("sha256"):
-        raise ValueError(f"{path} is damaged: its content does not match its digest")
-    return state
+        raise CheckpointError(f"{path}: expected format {FORMAT}, got {str(number)[:20]}; {remedy}")
+    claimed = manifest.pop("sha256", None)
+    if _digest(manifest) != claimed:
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    _check(manifest, path)
+    return Checkpoint(folder, manifest)
 
 
-def find(run_or_checkpoint: str | Path) -> Path:
-    """The checkpoint a path stands for: a run directory means its `best`.
+def _check(manifest: dict[str, Any], path: Path) -> None:
+    """A right digest says that nothing was damaged, not that a run of vecpg wrote this."""
+    each_file = {"bytes": int, "sha256": str}
+    counter = {"iteration": int, "env_steps": int, "vector_steps": int, "episodes": int}
+    resolved = {"vectorization": str, "device": str, "shards": int, "target": float | int | None}
+    config = {"env_id": str, "env_kwargs": dict, "max_episode_steps": int | None}
+    expected = {
+        "config": config,
+        "files": {STATE: each_file, BEST: each_file},
+        "counters": counter,
+        "solved": bool,
+        "resolved": resolved,
+        "machine": dict,
+        "environment": dict,
+        "versions": dict,
+    }
+    if (wrong := _mismatch(manifest, expected)) is not None:
+        raise CheckpointError(f"{path}: {wrong}, and this vecpg did not write it")
+
+
+def _mismatch(value: Any, expected: Any) -> str | None:
+    """The first thing of some JSON that is missing or of another type."""
+    if isinstance(expected, dict):
+        if not isinstance(value, dict):
+            return f"expected an object, got {type(value).__name__}"
+        for name, kind in expected.items():
+            if name not in value:
+                return f"{name} is missing"
+            if (wrong := _mismatch(value[name], kind)) is not None:
+                return wrong if wrong.startswith(name) else f"{name}: {wrong}"
+        return None
+    if isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
+        return None
+    return f"expected {getattr(expected, '__name__', expected)}, got {type(value).__name__}"
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whether they are good or not."""
+    directory = run_dir / "checkpoints"
+    numbers = sorted((int(name) for name in _names(directory) if name.isdecimal()), reverse=True)
+    return [directory / str(number) for number in numbers]
+
+
+def newest_valid(run_dir: Path) -> Checkpoint:
+    """The newest checkpoint of a run all of whose files are right; the log names what is skipped.
 
     Raises:
-        ValueError: the path is neither.
+        CheckpointError: there is none.
     """
-    given = Path(run_or_checkpoint)
-    path = given / "checkpoints" / "best.pt" if given.is_dir() else given
-    if not path.is_file():
-        got = "neither" if given.exists() else "nothing of that name"
-        raise ValueError(
-            f"{given}: expected a run directory or a checkpoint, such as"
-            f" runs/CartPole-v1__reinforce__1__1795600430, got {got}"
+    reasons = []
+    for folder in folders(run_dir):
+        try:
+            checkpoint = opened(folder)
+            for name in checkpoint.manifest["files"]:
+                checkpoint.read(name)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            _log.warning("skipped: %s", reason)
+        return checkpoint
+    found = "; ".join(reasons) or "none at all"
+    raise CheckpointError(f"{run_dir}: expected a checkpoint to go on from, found {found}")
+
+
+def chosen(path: str | Path | None, run_dir: Path) -> Checkpoint:
+    """The checkpoint that a run goes on from: that of the path, or the newest of the run.
+
+    Raises:
+        CheckpointError: it is damaged; the message says what else there is.
+    """
+    given = Path(path or run_dir)
+    named = [
+        folder for folder in (given, given.parent) if folder.absolute().parent.name == "checkpoints"
+    ]
+    folder = next(iter(named or folders(run_dir)), run_dir / "checkpoints" / "0")
+    try:
+        checkpoint = opened(folder)
+        checkpoint.read(STATE)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{others(folder)}") from None
+    return checkpoint
+
+
+def load(run_or_checkpoint: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint that a path stands for, and the content of one of its files.
+
+    A run directory means the best policy of its newest checkpoint; `checkpoints/12` of a run all
+    that was saved after iteration 12; `checkpoints/12/best.pt` that file.
+
+    Raises:
+        CheckpointError: the path is neither, or the checkpoint is damaged; the message says what
+            else there is.
+    """
+    path = Path(run_or_checkpoint)
+    folder, name = path, STATE
+    if path.name in (STATE, BEST) and path.is_file():
+        folder, name = path.parent, path.name
+    elif (path / "checkpoints").is_dir():
+        folder, name = next(iter(folders(path)), path / "checkpoints"), BEST
+    elif not path.is_dir():
+        got = "another file" if path.exists() else "nothing of that name"
+        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise CheckpointError(
+            f"{path}: expected a run directory or a checkpoint in one, such as"
+            f" runs/CartPole-v1__reinforce__1__1795600430, got {got}{hint}"
         )
-    return path
+    try:
+        checkpoint = opened(folder)
+        return checkpoint, checkpoint.read(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{others(folder)}") from None
+
+
+def others(folder: Path) -> str:
+    """The right checkpoints beside one that is not, in words to go on with."""
+    good = []
+    for other in folders(folder.parent.parent):
+        with contextlib.suppress(CheckpointError):
+            if other != folder:
+                good.append(opened(other).folder)
+    return f"; {', '.join(map(str, good))} can be loaded" if good else ""
 
 
 def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu") -> Policy:
@@ -116,76 +282,100 @@ def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu
         device: where the policy should be.
 
     Raises:
-        ValueError: no checkpoint there, or a damaged one.
+        CheckpointError: a `ValueError`: no checkpoint there, or a damaged one.
     """
-    return policy_of(load(find(run_or_checkpoint)), device)
+    checkpoint, content = load(run_or_checkpoint)
+    return policy_of(content, checkpoint.folder, device)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
     """What a checkpoint keeps of a policy: how to build it, and its parameters."""
-    return {"description": policy.description(), "parameters": policy.state_dict()}
-
-
-def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
-    """The policy a checkpoint's state describes."""
-    with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
-        policy = Policy.from_description(state["policy"]["description"])
-    policy.load_state_dict(state["policy"]["parameters"])
-    return policy.to(device).eval()
+    return {"description": policy.description(), "parameters": dict(policy.state_dict())}
 
 
 class Saver:
-    """Writes a run's `last`, which holds the whole state, and its `best`, which follows from it.
+    """Writes the checkpoints of a run, and keeps the newest.
 
-    Until the return window is full, the newest policy is the best.
+    `best.pt` follows from the state that it is written with: until the return window is full, the
+    newest policy is the best.
 
     Args:
         run_dir: with its folder `checkpoints`.
-        about: what does not change during the run, and is kept in both; plain types.
+        about: what does not change during the run; plain JSON types.
         every: seconds between two times that `save_if_due` saves.
+        metrics: whose rows are on the disk before the state that they lead to.
+        iteration: of the checkpoint that the run goes on from, if it does. Then, and later, that of
+            the newest checkpoint.
     """
 
-    def __init__(self, run_dir: Path, about: dict[str, Any], every: float) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        about: dict[str, Any],
+        every: float,
+        metrics: "Metrics",
+        iteration: int | None = None,
+    ) -> None:
         self._directory = run_dir / "checkpoints"
-        self._about, self._every = about, every
+        self._about, self._every, self._metrics = about, every, metrics
+        self.iteration = iteration
         self._saved = time.perf_counter()
 
-    def save(self, state: "TrainState") -> None:
-        """Write both.
+    def save(self, state: "TrainState") -> Path:
+        """Write a checkpoint, unless the newest is of this iteration. Returns its folder.
 
         Raises:
-            OSError: as the function `save`.
+            WriteFailure: it could not be written. Older ones are as they were.
         """
         content = state.state_dict()
         policy, best = content["policy"], content["stopping"]["best_parameters"]
         best_policy = policy if best is None else policy | {"parameters": best}
-        save(self._directory / "last.pt", self._about | content)
-        save(self._directory / "best.pt", self._about | {"policy": best_policy})
+        counters = content["counters"]
+        folder = self._directory / str(counters["iteration"])
+        if counters["iteration"] != self.iteration:
+            self._metrics.flush()
+            about = self._about | {"counters": counters, "solved": state.stopping.solved}
+            save(folder, about, {STATE: content, BEST: {"policy": best_policy}})
+            self.iteration = counters["iteration"]
+            self._prune()
         self._saved = time.perf_counter()
+        return folder
 
     def save_if_due(self, state: "TrainState") -> None:
-        """Write both, if it was long ago."""
+        """Write a checkpoint, if the last time was long ago."""
         if time.perf_counter() - self._saved >= self._every:
             self.save(state)
 
+    def _prune(self) -> None:
+        for folder in folders(self._directory.parent)[KEPT:]:
+            try:
+                remove(folder)
+            except OSError as error:
+                once(_log, f"{folder} cannot be removed: {error.strerror}", logging.WARNING)
 
-def _digest(state: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, state)
-    return digest.hexdigest()
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: gone as a whole, or as it was."""
+    doomed = folder.with_name(f"{TEMPORARY}{os.getpid()}-old-{folder.name}")
+    os.replace(folder, doomed)
+    discard(doomed)
 
 
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(f"{key}:".encode())
-            _feed(digest, value[key])
-    elif isinstance(value, list | tuple):
-        digest.update(f"{len(value)} items".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(json.dumps(value).encode())
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory) if directory.is_dir() else []
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says; not of how it is laid out."""
+    return _sha256(json.dumps(manifest, sort_keys=True).encode())

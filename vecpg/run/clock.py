@@ -9,8 +9,20 @@ import torch
 from vecpg.kernels.jit import Compilation
 
 
+def per_second(count: int, seconds: float) -> float | None:
+    """`count / seconds`; None where no time passed: a coarse clock may stand still.
+
+    Example:
+        >>> per_second(30, 1.5), per_second(30, 0.0)
+        (20.0, None)
+    """
+    return count / seconds if seconds > 0 else None
+
+
 class Clock:
     """Seconds spent in each phase, in the iteration at hand and in total, without compiling.
+
+    No time is negative, whatever a machine's clock does.
 
     Args:
         device: is waited for at the end of a phase.
@@ -29,15 +41,18 @@ class Clock:
         self._started = time.perf_counter()
         # Of the last iteration.
         self.last: dict[str, float] = {}
+        # The phase at hand, or the last one; "evaluate" while evaluating.
+        self.phase_now = "collect"
 
     def since_start(self) -> float:
         """Seconds since the first reset of the run."""
         compiled = self._compilation.seconds - self._compiled_before
-        return self._earlier + time.perf_counter() - self._started - compiled
+        passed = time.perf_counter() - self._started - compiled
+        return self._earlier + max(0.0, passed)
 
     def without_evaluations(self) -> float:
         """Seconds of whole iterations, without what evaluating took."""
-        return self.since_start() - self._evaluating
+        return max(0.0, self.since_start() - self._evaluating)
 
     def totals(self) -> dict[str, float]:
         """Seconds of each phase so far, of evaluating, and since the first reset ("run")."""
@@ -55,16 +70,19 @@ class Clock:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """What happens inside is no part of an iteration."""
+        before, self.phase_now = self.phase_now, "evaluate"
         started = self.since_start()
         yield
-        self._evaluating += self.since_start() - started
+        self._evaluating += max(0.0, self.since_start() - started)
+        self.phase_now = before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add what happens inside to `name`."""
+        self.phase_now = name
         started = self.since_start()
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.last[name] = self.since_start() - started
+        self.last[name] = max(0.0, self.since_start() - started)
         self._total[name] = self._total.get(name, 0.0) + self.last[name]

@@ -71,10 +71,10 @@ class Progress:
             self._seen = False
 
     def _show(self, row: dict[str, float | None], last: bool) -> None:
-        best = row["charts/best_return"]
+        best, speed = row["charts/best_return"], row["charts/SPS"]
         words = f"return {row['charts/episodic_return']:.1f}"
         words += "" if best is None else f", best {best:.1f}"
-        words += f", {row['charts/SPS']:,.0f} steps/s"
+        words += "" if speed is None else f", {speed:,.0f} steps/s"
         if self._live:
             done = {names: (row[names[1]] or 0) / limit for names, limit in self._limits.items()}
             nearest = max(done, key=lambda names: done[names])

@@ -118,6 +118,10 @@ class Stopping:
         self.best_parameters = parameters(policy)
         return evaluation
 
+    def forget_solved(self) -> None:
+        """Another target is to be reached: what reached the last one says nothing of it."""
+        self.solved, self.evaluation = False, None
+
     def copy(self) -> "Stopping":
         """One of its own; what both hold is never written to."""
         other = Stopping(self.target, self.window.needed)

@@ -1,0 +1,177 @@
+"""The files of a run that is trained: new ones, or those of a run that goes on."""
+
+import dataclasses
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
+
+from vecpg.config import Config, to_dict
+from vecpg.policy.spaces import fingerprint
+from vecpg.run import checkpoint
+from vecpg.run.checkpoint import STATE, Checkpoint, Saver
+from vecpg.run.directory import discard, hold, make_run_directory, sweep, write_json
+from vecpg.run.metrics import Metrics, end_of
+from vecpg.run.resume import check_settings, differences, find_run, read_config
+from vecpg.run.state import TrainState
+from vecpg.run.stored import config_of
+
+_log = logging.getLogger(__name__)
+
+
+class Files(NamedTuple):
+    """What a run writes to. Closing `lock` lets others train in the directory."""
+
+    run_dir: Path
+    metrics: Metrics
+    saver: Saver
+    lock: IO[str]
+
+
+class Source(NamedTuple):
+    """What a run goes on from, held: nobody else trains in the directory until `lock` is closed."""
+
+    run_dir: Path
+    checkpoint: Checkpoint
+    lock: IO[str]
+
+
+def find_source(config: Config) -> Source | None:
+    """What `config.resume` says to go on from; None where a new run starts.
+
+    Raises:
+        ValueError: no run there, no right checkpoint, somebody else trains in it, or settings that
+            differ.
+    """
+    run_dir = find_run(config)
+    if run_dir is None:
+        if config.resume == "auto":
+            _log.info(
+                "--resume auto: no unfinished run of %s, %s, seed %d in %s; a new one starts",
+                config.env_id,
+                config.exp_name,
+                config.seed,
+                config.out_dir,
+            )
+        return None
+    lock = hold(run_dir)
+    try:
+        sweep(run_dir)
+        check_settings(config, read_config(run_dir))
+        if config.resume == "auto":
+            found = checkpoint.newest_valid(run_dir)
+        else:
+            found = checkpoint.chosen(config.resume, run_dir)
+        # Whoever changed config.json by hand changed what the run is.
+        check_settings(config, config_of(found.manifest["config"], found.folder))
+    except BaseException:
+        lock.close()
+        raise
+    return Source(run_dir, found, lock)
+
+
+def begin(config: Config, about: dict[str, Any], state: TrainState) -> Files:
+    """A new run directory, with a checkpoint of the state before the first iteration."""
+    run_dir = make_run_directory(config)
+    with ExitStack() as unless_all_is_well:
+        unless_all_is_well.callback(discard, run_dir)
+        lock = unless_all_is_well.enter_context(hold(run_dir))
+        metrics = Metrics(run_dir, about["config"])
+        unless_all_is_well.callback(metrics.close)
+        saver = Saver(run_dir, about, config.save_every, metrics)
+        saver.save(state)
+        # Last: a directory with a config.json has a checkpoint to go on from.
+        write_json(run_dir / "config.json", about["config"])
+        unless_all_is_well.pop_all()
+    return Files(run_dir, metrics, saver, lock)
+
+
+def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Source) -> Files:
+    """The files of a run as they were at a checkpoint, and its state.
+
+    Everything is checked before anything is changed. What came after the checkpoint is removed.
+
+    Raises:
+        ValueError: other spaces, another environment, or a state that does not fit; or lines of
+            metrics.jsonl are missing.
+    """
+    run_dir, manifest = source.run_dir, source.checkpoint.manifest
+    _check_environment(manifest["environment"], about["environment"])
+    state.load_state_dict(source.checkpoint.read(STATE))
+    end_of(run_dir, state.counters.iteration)
+    if manifest["resolved"]["target"] != about["resolved"]["target"]:
+        state.stopping.forget_solved()
+    had, has = _bits_depend_on(manifest), _bits_depend_on(about)
+    if changed := differences(had, has):
+        _log.warning(
+            "%s: from here on not bit for bit what it would have been without a stop",
+            ", ".join(changed),
+        )
+    # From here a crash leaves a run that goes on from the same checkpoint.
+    for folder in checkpoint.folders(run_dir):
+        if int(folder.name) > state.counters.iteration:
+            checkpoint.remove(folder)
+    discard(run_dir / "summary.json")
+    write_json(run_dir / "config.json", about["config"])
+    metrics = Metrics(run_dir, about["config"], goes_on=state.counters)
+    saver = Saver(run_dir, about, config.save_every, metrics, state.counters.iteration)
+    _log.info("going on after iteration %d", state.counters.iteration)
+    return Files(run_dir, metrics, saver, source.lock)
+
+
+def _bits_depend_on(about: dict[str, Any]) -> dict[str, Any]:
+    """The build and the device; not the number of cores, nor a GPU that is not used."""
+    device, machine = about["resolved"]["device"], about["machine"]
+    names = ("platform", "cpu") if device == "cpu" else ("platform", "cpu", "gpu")
+    hardware = {name: machine.get(name) for name in names}
+    return {**about["versions"], **hardware, "device": device.partition(":")[0]}
+
+
+def environment(spec: EnvSpec, envs: VectorEnv[Any, Any, Any]) -> dict[str, Any]:
+    """What an environment is, in words: how it is registered, and its spaces.
+
+    Example:
+        >>> import gymnasium
+        >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=1)
+        >>> about = environment(gymnasium.spec("CartPole-v1"), envs)
+        >>> about["id"], about["action_space"], about["kwargs"]
+        ('CartPole-v1', 'Discrete(2)', {})
+    """
+    observations, actions = envs.single_observation_space, envs.single_action_space
+    return {
+        "id": spec.id,
+        "entry_point": _words(spec.entry_point),
+        "vector_entry_point": _words(spec.vector_entry_point),
+        "kwargs": {name: _words(value) for name, value in spec.kwargs.items()},
+        "wrappers": [wrapper.name for wrapper in spec.additional_wrappers],
+        "max_episode_steps": spec.max_episode_steps,
+        "observation_space": str(observations),
+        "action_space": str(actions),
+        "spaces": fingerprint(observations, actions),
+    }
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What is kept of a configuration: all that is not about this one start of the run."""
+    return to_dict(dataclasses.replace(config, resume=None))
+
+
+def _check_environment(had: dict[str, Any], has: dict[str, Any]) -> None:
+    for name, value in has.items():
+        if had.get(name) != value:
+            raise ValueError(
+                f"{has['id']}: expected the {name} that the run was begun with,"
+                f" {had.get(name)}, got {value}; register the environment as it was, or start a new"
+                " run"
+            )
+
+
+def _words(value: Any) -> str:
+    """The same in every process: without addresses."""
+    if callable(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
