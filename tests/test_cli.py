@@ -19,6 +19,7 @@ from gymnasium import spaces
 import vecpg
 import vecpg.evaluate
 import vecpg.rollout.stepping
+import vecpg.train
 from vecpg import cli, signals
 from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config
@@ -589,6 +590,15 @@ def test_a_signal_while_episodes_are_played_is_one_line(here, tmp_path, monkeypa
     assert (code, out) == (143, "")
     assert err.splitlines()[-1] == "stopped by SIGTERM"
     assert "Traceback" not in err
+
+
+def test_a_signal_while_a_run_is_made_ready_is_one_line(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "remark", "; nothing to resume")
+    monkeypatch.setattr(
+        vecpg.train, "make_envs", lambda *args, **kw: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert here("train", "--num-envs", 2) == (143, "", "stopped by SIGTERM; nothing to resume\n")
+    assert list(tmp_path.glob("runs/*")) == []
 
 
 def test_what_an_environment_prints_in_python_goes_the_way_of_the_log(capfd):

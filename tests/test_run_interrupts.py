@@ -46,7 +46,9 @@ def ended(monkeypatch):
 
 
 def wait_for(condition):
+    deadline = time.monotonic() + 10
     while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -106,6 +108,8 @@ def test_a_second_signal_ends_the_process_even_while_the_main_thread_is_busy(
 )
 def test_a_signal_that_is_sent_twice_is_one(ended, monkeypatch, signum, name):
     """`timeout` and terminals that close do so."""
+    monkeypatch.setattr(module, "_SAME", 0.0)
+    monkeypatch.setattr(module, "_SAME_HANGUP", 0.0)
     monkeypatch.setattr(module, name, 1e6)
     with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.held():
         send(signum)
@@ -290,18 +294,28 @@ def test_without_something_to_save_sigusr1_is_left_as_it_was():
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it has threads, and forks
-def test_a_forked_child_is_on_its_own():
-    """What it gets is none of its parent's, who would take it for a second signal."""
-    with Interrupts():
+def test_a_forked_child_is_on_its_own(ended, monkeypatch):
+    """What it gets is none of its parent's, who would take it for a first signal."""
+    monkeypatch.setattr(module, "_SAME", 0.0)
+    with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.held():
         child = os.fork()
         if child == 0:
+            before = signal.signal(signal.SIGTERM, lambda *args: None)
+            send(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before)
             try:
-                with Interrupts():
-                    send(signal.SIGTERM)
+                with Interrupts() as own, own.held():
+                    for _ in range(2):
+                        send(signal.SIGTERM)
+                        time.sleep(0.01)
+                    wait_for(lambda: ended)
             except Interrupted:
                 os._exit(7)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        send(signal.SIGTERM)
+        time.sleep(0.05)
+    assert ended == []
 
 
 def test_in_another_thread_nothing_is_changed():
