@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
 
-# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C;
+# nohup has them ignore SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ ALLOWED = {
         "vecpg.rollout",
         "vecpg.run",
         "vecpg.shell",
+        "vecpg.signals",
         "vecpg.value",
     },
     "vecpg.look": {"vecpg.config", "vecpg.envs", "vecpg.look", "vecpg.noise", "vecpg.recipes"},
@@ -78,7 +79,9 @@ ALLOWED = {
         "vecpg.run",
         "vecpg.update",
     },
-    "vecpg.__main__": {"vecpg.cli"},
+    "vecpg.signals": set(),
+    "vecpg.streams": set(),
+    "vecpg.__main__": {"vecpg.cli", "vecpg.signals", "vecpg.streams"},
 }
 
 

@@ -3,7 +3,6 @@
 What is being collected is dropped at once; an update is finished first.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -38,9 +37,8 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Turns the first of SIGINT, SIGTERM and SIGHUP into `Interrupted`.
 
-    A second one ends the process at once, and what it started with `multiprocessing`, with the exit
-    status of `signals.exit_status`: also while the main thread is in machine code, unless that
-    keeps the interpreter's lock.
+    A second one ends the process at once, with the exit status of `signals.exit_status`: also while
+    the main thread is in machine code, unless that keeps the interpreter's lock.
 
     A signal that was ignored before stays ignored. Handlers are put back at the end. One within
     another leaves all of this to it. Outside the main thread, where Python delivers no signals,
@@ -188,11 +186,7 @@ class _Watch:
             if first is None:
                 first = now
             elif now - first > (_SAME_HANGUP if signum == signal.SIGHUP else _SAME):
-                try:
-                    for process in multiprocessing.active_children():
-                        process.kill()
-                finally:
-                    signals.end_process(signum)
+                signals.end_process(signum)
 
 
 def _forget() -> None:
