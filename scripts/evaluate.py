@@ -2,7 +2,7 @@
 
 import sys
 
-from vecpg.cli import main
+from vecpg.__main__ import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

@@ -1,8 +1,8 @@
 """Small environments with known answers; `environments:Name-v0` makes one by id."""
 
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -129,12 +129,10 @@ class Bandit(gymnasium.Env):
 class Misbehaving(gymnasium.Env):
     """Does what its action says: 0 step, 1 sleep, 2 and 3 raise, 4 and 5 leave the process."""
 
-    def __init__(self, at_reset=None, dies_in_worker=False):
+    def __init__(self, at_reset=None):
         self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
         self.action_space = spaces.Discrete(6)
         self.resets, self.at_reset = 0, at_reset
-        if dies_in_worker and multiprocessing.parent_process() is not None:
-            os._exit(5)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -161,6 +159,84 @@ class Misbehaving(gymnasium.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
+class Stillborn(Constant):
+    """Its constructor does what `how` says, in the copy that is made after `at` others.
+
+    `counter` is a file that all processes count copies in.
+    """
+
+    def __init__(self, how="raise", counter=None, at=0):
+        super().__init__()
+        if counter is not None:
+            with open(counter, "ab") as file:
+                file.write(b".")
+                file.flush()
+                if file.tell() <= at:
+                    return
+        if how == "raise":
+            raise ValueError("100% wrong")
+        if how == "raise what cannot be pickled":
+
+            class Local(Exception):
+                pass
+
+            raise Local("cannot be pickled", lambda: None)
+        if how == "not installed":
+            raise gymnasium.error.DependencyNotInstalled('run `pip install "gymnasium[x]"`')
+        if how == "sys.exit":
+            sys.exit("no licence")
+        if how == "os._exit":
+            os._exit(5)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "other spaces":
+            self.action_space = spaces.Discrete(3)
+        if how == "hang":
+            time.sleep(1000)
+
+
+class Simulated(Constant):
+    """Runs a program of its own, until it is closed. Where action is 1, a step takes very long."""
+
+    def __init__(self):
+        super().__init__()
+        self.program = subprocess.Popen(["sleep", "1000"])
+
+    def step(self, action):
+        if action == 1:
+            time.sleep(1000)
+        return super().step(action)
+
+    def close(self):
+        self.program.terminate()
+        self.program.wait()
+
+
+class Unclosable(Constant):
+    """Raises when it is closed."""
+
+    def close(self):
+        raise RuntimeError("close broke")
+
+
+class Mortal(Constant):
+    """At its `at`-th step since it was made, does what `how` says."""
+
+    def __init__(self, how="kill", at=12):
+        super().__init__()
+        self.how, self.at = how, at
+
+    def step(self, action):
+        self.at -= 1
+        if self.at == 0 and self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.at == 0 and self.how == "hang":
+            time.sleep(1000)
+        if self.at == 0:
+            raise ValueError("100% wrong")
+        return super().step(action)
+
+
 class Odd(Constant):
     """Where action is 1, returns what Gymnasium cannot use, of the kind that `what` names."""
 
@@ -176,7 +252,10 @@ class Odd(Constant):
             return obs, reward, terminated, info
         if self.what == "shape":
             return np.zeros(7, np.float32), reward, terminated, truncated, info
-        return obs, "much", terminated, truncated, info
+        if self.what == "dtype":
+            return obs + 1j, reward, terminated, truncated, info
+        rewards = {"reward": "much", "reward array": np.ones(2), "reward None": None}
+        return obs, rewards[self.what], terminated, truncated, info
 
 
 class Dials(gymnasium.Env):
@@ -295,6 +374,10 @@ for _env, _limit in (
     (Constant, 10),
     (Bandit, 10),
     (Misbehaving, 100),
+    (Stillborn, 10),
+    (Simulated, 10),
+    (Mortal, 10),
+    (Unclosable, 10),
     (Suicidal, 10),
     (Talkative, 10),
     (Leaving, 10),

@@ -374,7 +374,7 @@ def test_evaluation_flags_are_used(here, tmp_path):
     save_policy(tmp_path / "checkpoints" / "x", policy, **settings)
 
     def means(*args):
-        code, out, err = here("evaluate", "checkpoints/x", *args)
+        code, out, err = here("evaluate", "checkpoints/x", "--env-id", settings["env_id"], *args)
         assert code == 0, err
         return json.loads(out)["return_mean"]
 
@@ -384,6 +384,75 @@ def test_evaluation_flags_are_used(here, tmp_path):
     assert 99.4 < one < 100
     assert 99.4 < other < 100
     assert one != other
+
+
+def save_some(folder, env_id="CartPole-v1", observations=4, **settings):
+    policy = Policy(spaces.Box(-1, 1, (observations,)), spaces.Discrete(2), hidden_sizes=(3,))
+    save_policy(folder, policy, env_id=env_id, **settings)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "env_kwargs"),
+    [
+        ("evil:CartPole-v1", {}),
+        ("evil:Cart:Pole-v1", {}),
+        ("vecpg/CartPole-v1", {"definition": "evil:CartPole"}),
+        ("CartPole-v1", {"a": [{"b": "evil:CartPole"}]}),
+    ],
+)
+def test_no_file_has_a_module_imported(here, tmp_path, env_id, env_kwargs):
+    (tmp_path / "evil.py").write_text("open('executed', 'w').close()")
+    save_some(tmp_path / "checkpoints" / "x", env_id, env_kwargs=env_kwargs)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2, "--seed", 3)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: what a file names is imported or opened only if you name it too")
+    assert "evaluate checkpoints/x --episodes 2 --seed 3 --env-" in err
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+    # Another name is not taken for it, and not imported either.
+    code, out, err = here("evaluate", "checkpoints/x", "--env-id", "evil:Other-v1")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --env-id: expected {env_id}, with which it was trained, got evil:Other-v1\n"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
+    (tmp_path / "mine_here.py").write_text(
+        "import gymnasium\n"
+        "from vecpg.envs.cartpole import CartPole\n"
+        "open('executed', 'w').close()\n"
+        "gymnasium.register('Mine-v0', 'environments:Constant', max_episode_steps=5)\n"
+    )
+    save_some(tmp_path / "checkpoints" / "x", "mine_here:Mine-v0", observations=1)
+    code, _, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    command = shlex.split(err.partition(", type: ")[2])
+    assert not (tmp_path / "executed").exists()
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+    assert (tmp_path / "executed").exists()
+    definition = {"definition": "mine_here:CartPole"}
+    save_some(tmp_path / "checkpoints" / "y", "vecpg/CartPole-v1", env_kwargs=definition)
+    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2)
+    assert code == 2
+    command = shlex.split(err.partition(", type: ")[2])
+    code, out, err = here(*command[command.index("evaluate") :])
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+
+
+def test_a_policy_of_other_spaces_is_refused_with_both(here, tmp_path):
+    save_some(tmp_path / "checkpoints" / "x", observations=5)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        "error: CartPole-v1: expected observations of Box(-1.0, 1.0, (5,), float32), with which the"
+        " policy was trained, got Box("
+    )
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -409,9 +478,14 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
         "gymnasium.register('Beside-v0', 'environments:Counting', max_episode_steps=9)\n"
     )
     args = ["--env-id", "beside:Beside-v0", "--num-envs", 4, "--total-iterations", 1]
-    code, out, _ = here("train", *args, "--eval-episodes", 3)
+    code, out, err = here("train", *args, "--eval-episodes", 3)
     assert code == 0
     assert json.loads(out)["episodes"] == 4
+    # No file has the module imported: who types what is printed last does.
+    words = shlex.split(err.splitlines()[-1])
+    code, out, err = here(*words[words.index("evaluate") :], "--episodes", 2)
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
 
 
 def test_a_faulty_environment_is_status_1_with_one_traceback(here):
@@ -420,6 +494,23 @@ def test_a_faulty_environment_is_status_1_with_one_traceback(here):
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].startswith("error: environment ")
     assert "failed at step 3 (reset with seed " in err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_is_status_2_with_its_own_traceback(here, vectorization):
+    args = ["--env-id", "environments:Stillborn-v0", "--vectorization", vectorization]
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.count("Traceback") == 1
+    assert "in __init__" in err
+    assert "processes" not in err
+    last = "error: environments:Stillborn-v0 could not be made: ValueError: 100% wrong"
+    assert err.splitlines()[-1] == last
+    kwargs = ["--env-kwargs", '{"no_such": 1}']
+    code, out, err = here("train", *args, *kwargs)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Stillborn.__init__() got an unexpected keyword argument 'no_such'" in err
 
 
 def test_sigterm_ends_the_run_quietly_with_its_status(tmp_path):
@@ -555,7 +646,7 @@ def test_what_cannot_go_on_is_status_2(here, tmp_path, args, message):
 
 def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     args = ["--resume", "auto", *SHORT, "--total-iterations", 2]
-    code, _, err = here("train", *args)
+    code, _, _ = here("train", *args)
     assert code == 0
     assert (
         "--resume auto: no unfinished run of CartPole-v1, reinforce, seed 3 in runs; a"
@@ -563,7 +654,7 @@ def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     )
     run_dir = the_run(tmp_path)
     (tmp_path / run_dir / "summary.json").unlink()
-    code, out, err = here("train", *args)
+    code, out, _ = here("train", *args)
     assert code == 0
     assert "going on after iteration 2" in caplog.text
     assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))

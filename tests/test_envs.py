@@ -256,6 +256,7 @@ def test_every_environment_has_its_own_reset_seed():
     ("env_id", "message"),
     [
         ("CartPol-v1", "Did you mean: `CartPole`"),
+        ("", "Malformed environment ID"),
         ("CartPole-v9", r"versioned environments: \[ `v0`, `v1` \]"),
         ("no_such_module:Foo-v0", "No module named 'no_such_module'"),
         ("environments:Nothing-v0", "Nothing"),
@@ -306,7 +307,11 @@ def test_a_copy_that_raises_says_which_it_is():
     assert "environments.py" in caught.value.trace
 
 
-@pairwise(what=["four", "shape", "reward"], index=[0, 1, 2], vectorization=["sync", "async"])
+@pairwise(
+    what=["four", "shape", "dtype", "reward", "reward array"],
+    index=[0, 1, 2],
+    vectorization=["sync", "async"],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of the same
 def test_a_copy_that_returns_what_cannot_be_used_says_which_it_is(vectorization, what, index):
     envs = make_envs(

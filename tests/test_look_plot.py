@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib import rc_context
 
 from vecpg.cli import plot_main
 from vecpg.config import Config, to_dict
@@ -215,12 +216,64 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     assert "supported formats: " in refused(capsys, run, "--out", tmp_path / "x.mp3")
     assert "supported formats: " in refused(capsys, run, "--out", tmp_path / "x")
     (run / "metrics.jsonl").write_text("{}\n")
-    assert "expected an iteration in line 1, got {}" in refused(capsys, run, *out)
+    assert "expected an iteration in line 1, got '{}'" in refused(capsys, run, *out)
     (run / "config.json").write_text("[]")
     assert "expected the settings of a run" in refused(capsys, run, *out)
     (run / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(capsys, run, *out)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"env_id": ["CartPole-v1"], "seed": 1}',
+        '{"env_id": "CartPole-v1", "seed": [1]}',
+        '{"env_id": "CartPole-v1", "seed": 1, "recipe": []}',
+        '{"env_id": "CartPole-v1"}',
+    ],
+    ids=lambda content: content[:40],
+)
+def test_settings_of_another_kind_are_refused(tmp_path, capsys, content):
+    run = make_run(tmp_path, "a", [(1, 1.0), (5, 1.0)])
+    (run / "config.json").write_text(content)
+    assert "config.json" in refused(capsys, run, "--out", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[" * 100_000,
+        "[1]",
+        "1",
+        '{"env_steps": "5"}',
+        '{"env_steps": true}',
+        '{"env_steps": null}',
+        '{"env_steps": NaN}',
+        '{"env_steps": 1' + "0" * 400 + "}",
+        '{"env_steps": 5, "charts/episodic_return": "1"}',
+        '{"env_steps": 5, "charts/episodic_return": [1]}',
+        '{"env_steps": 5, "charts/episodic_return": 1' + "0" * 400 + "}",
+        '{"env_steps": 5, "\x1b[2J": ""}',
+    ],
+    ids=lambda row: repr(row)[:60],
+)
+def test_a_row_of_another_kind_is_refused(tmp_path, capsys, row):
+    run = make_run(tmp_path, "a", [(1, 1.0)])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(row + "\n")
+    message = refused(capsys, run, "--out", tmp_path / "x.png")
+    assert "metrics.jsonl: expected an iteration in line 2, got " in message
+    assert "\x1b" not in message
+
+
+def test_text_of_a_file_is_never_set_by_tex(tmp_path):
+    """TeX reads and writes files for whoever writes it a program; it may be missing, too."""
+    run = make_run(tmp_path, "a", [(1, 1.0), (5, 1.0)], env_id=r"\input{/etc/passwd}$\frac{$")
+    with rc_context({"text.usetex": True}):
+        plot([run], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeds_without_a_common_range_are_named(tmp_path, capsys):

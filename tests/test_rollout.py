@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import gymnasium
 import numpy as np
@@ -219,6 +220,33 @@ def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
     message = rf"^environment {n} returned the {named[what]} .*nan.* at step {t} of iteration 4"
     with pytest.raises(EnvironmentFailure, match=message):
         check_finite(rollout)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("reward None", "returned the reward nan at|reward that is a number, got None"),
+        ("reward array", r"reward \(a number\)|a reward that is a number, got array"),
+        ("reward", "could not convert string|a reward that is a number, got 'much'"),
+        ("shape", r"wrong shape|expected an observation of shape \(1,\), got \(7,\)"),
+        ("dtype", "complex64.* to dtype.'float32'|observation of dtype float32, got complex64"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of the same
+def test_what_cannot_be_used_is_named_with_environment_step_and_seed(vectorization, what, message):
+    settings = {"vectorization": vectorization, "env_kwargs": {"what": what}}
+    envs = make_envs("environments:Odd-v0", 2, **settings)
+    seeds = Stream(1, 0, 0, 2).reset_seeds(Purpose.TRAINING_RESET)
+    try:
+        with pytest.raises(EnvironmentFailure, match=message) as caught:
+            collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    finally:
+        envs.close()
+    index, seed = re.match(
+        r"environment (\d) .* at step \d+ \(reset with seed (\d+)\)", str(caught.value)
+    ).groups()
+    assert int(seed) == seeds[int(index)]
 
 
 def test_another_autoreset_mode_is_refused():

@@ -6,6 +6,9 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -56,15 +59,18 @@ def curves(run_dir):
     return points
 
 
-def left(result):
+CLOCK = {"wall_seconds", "compile_seconds", "steps_per_second", "solved_seconds", "run_dir"}
+CLOCK |= {"collect_seconds", "returns_seconds", "update_seconds"}
+
+
+def left_behind(run_dir):
     """All that must not depend on whether a run was stopped."""
-    state = last(result.run_dir)
+    state = last(run_dir)
     del state["seconds"]
-    best = checkpoint.load(result.run_dir)[1]
-    clock = {"wall_seconds", "compile_seconds", "steps_per_second", "solved_seconds", "run_dir"}
-    clock |= {"collect_seconds", "returns_seconds", "update_seconds"}
-    summary = {k: v for k, v in result.summary.items() if k not in clock}
-    return digest(state), digest(best), rows(result.run_dir), curves(result.run_dir), summary
+    best = checkpoint.load(run_dir)[1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = {k: v for k, v in summary.items() if k not in CLOCK}
+    return digest(state), digest(best), rows(run_dir), curves(run_dir), summary
 
 
 def the_run(out_dir):
@@ -133,7 +139,7 @@ CASES = {
 def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, stopped, which):
     config = short(tmp_path / "whole", **CASES[which])
     whole = train(config)
-    expected = left(whole)
+    expected = left_behind(whole.run_dir)
     number = len(expected[2])
     assert number > 3
     if which == "solved":
@@ -147,19 +153,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, stopped, wh
         assert len(rows(run_dir)) == at
         again = train(stored_config(run_dir))
         assert again.run_dir == run_dir
-        assert left(again) == expected
+        assert left_behind(again.run_dir) == expected
         assert not list(run_dir.glob("**/.tmp*"))
 
 
 def test_every_stop_of_many_leaves_the_same_run(tmp_path, stopped):
     config = short(tmp_path / "whole", save_every=1e-9)
-    expected = left(train(config))
+    expected = left_behind(train(config).run_dir)
     config = dataclasses.replace(config, out_dir=str(tmp_path / "parts"))
     stopped(config, 0, fails)
     run_dir = the_run(tmp_path / "parts")
     for _ in range(5):
         stopped(stored_config(run_dir), 1, terminated)
-    assert left(train(stored_config(run_dir))) == expected
+    assert left_behind(train(stored_config(run_dir)).run_dir) == expected
 
 
 def test_a_limit_that_is_raised_goes_on_too(tmp_path):
@@ -167,7 +173,7 @@ def test_a_limit_that_is_raised_goes_on_too(tmp_path):
     part = train(short(tmp_path / "part", total_iterations=3))
     assert (part.run_dir / "summary.json").exists()
     again = train(stored_config(part.run_dir, total_iterations=7))
-    assert left(again) == left(whole)
+    assert left_behind(again.run_dir) == left_behind(whole.run_dir)
     assert json.loads((part.run_dir / "config.json").read_text())["total_iterations"] == 7
 
 
@@ -193,16 +199,16 @@ def test_another_target_is_judged_anew(tmp_path):
 
 def test_an_earlier_checkpoint_goes_on_from_there(tmp_path):
     result = train(short(tmp_path, save_every=1e-9))
-    expected = left(result)
+    expected = left_behind(result.run_dir)
     again = train(stored_config(result.run_dir / "checkpoints" / "4"))
     assert again.run_dir == result.run_dir
-    assert left(again) == expected
+    assert left_behind(again.run_dir) == expected
 
 
 def test_auto_takes_the_newest_that_is_unfinished(tmp_path, stopped, caplog):
     caplog.set_level(logging.INFO, logger="vecpg")
     config = short(tmp_path, save_every=1e-9, resume="auto")
-    expected = left(train(dataclasses.replace(config, resume=None)))
+    expected = left_behind(train(dataclasses.replace(config, resume=None)).run_dir)
     finished = the_run(tmp_path)
     for other in ({"seed": 2}, {"exp_name": "other"}, {"env_id": "Acrobot-v1"}):
         stopped(short(tmp_path, **other), 1, fails)
@@ -216,7 +222,7 @@ def test_auto_takes_the_newest_that_is_unfinished(tmp_path, stopped, caplog):
     assert again.run_dir == run_dir
     assert f"skipped: {newest / 'state.pt'}: truncated" in caplog.text
     assert "going on after iteration 3" in caplog.text
-    assert left(again) == expected
+    assert left_behind(again.run_dir) == expected
 
 
 def test_auto_without_a_right_checkpoint_is_an_error(tmp_path, stopped):
@@ -311,7 +317,7 @@ def test_a_run_that_somebody_trains_is_left_alone(tmp_path, stopped):
 @pytest.mark.parametrize("step", ["remove", "discard", "write_json", "Metrics"])
 def test_a_crash_while_it_begins_again_loses_nothing(tmp_path, stopped, monkeypatch, step):
     config = short(tmp_path / "whole", save_every=1e-9)
-    expected = left(train(config))
+    expected = left_behind(train(config).run_dir)
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     run_dir = the_run(tmp_path / "part")
     where = checkpoint if step == "remove" else files
@@ -323,7 +329,18 @@ def test_a_crash_while_it_begins_again_loses_nothing(tmp_path, stopped, monkeypa
         patch.setattr(where, step, crash)
         with pytest.raises(KeyboardInterrupt):
             train(stored_config(run_dir / "checkpoints" / "4"))
-    assert left(train(stored_config(run_dir))) == expected
+    assert left_behind(train(stored_config(run_dir)).run_dir) == expected
+
+
+@pytest.mark.parametrize("step", ["Metrics", "write_json", "Saver"])
+def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, step):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, step, full)
+    with pytest.raises(ConfigError, match="No space left"):
+        train(short(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_best_belongs_to_the_state_it_was_written_with(tmp_path, monkeypatch):
@@ -347,3 +364,22 @@ def test_best_belongs_to_the_state_it_was_written_with(tmp_path, monkeypatch):
         best = checkpoint.load(folder / "best.pt")[1]["policy"]["parameters"]
         expected = state["stopping"]["best_parameters"] or state["policy"]["parameters"]
         assert digest(best) == digest(expected)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_any_moment_leave_the_same_runs(tmp_path):
+    killed = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, str(killed), str(tmp_path), "50"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == 50
+    assert found["while saving"] >= 5
+    for killed_often, never in found["runs"]:
+        assert killed_often == never
+        assert never[-1]["solved"]
+        assert never[-1]["solved_env_steps"] > 0

@@ -41,6 +41,7 @@ def test_a_run_loads_no_compiler_and_draws_nothing(tmp_path):
         "train(Config(num_envs=4, **few))\n"
         "train(Config(num_envs=2, vectorization='sync', baseline='value', dropout=0.1,\n"
         "             normalize_obs=True, max_grad_norm=1.0, ent_coef=0.1, **few))\n"
+        "train(Config(num_envs=2, env_id='FrozenLake-v1', **few))\n"
         "print(json.dumps(list(sys.modules)))\n",
         tmp_path,
     )

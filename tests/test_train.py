@@ -1,14 +1,18 @@
+import collections
 import contextlib
+import gc
 import json
 import logging
 import math
 import os
 import signal
+import threading
 import time
 import types
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import last
@@ -481,7 +485,7 @@ def test_last_is_the_state_after_the_last_update_and_best_the_best_collector(tmp
     means = [row["charts/episodic_return"] for row in rows]
     best = means.index(max(means))
     state = last(result.run_dir)
-    after = checkpoint.policy_of(state)
+    after = checkpoint.policy_of(state, "state.pt")
 
     def equal(policy, parameters):
         return all(torch.equal(a, b) for a, b in zip(policy.parameters(), parameters, strict=True))
@@ -636,7 +640,7 @@ def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypa
         monkeypatch.setattr(
             checkpoint,
             "save",
-            lambda *args: calls.append(1) or (full if calls[2:] else save)(*args),
+            lambda *args: calls.append(1) or (full if calls[1:] else save)(*args),
         )
     with pytest.raises(OSError, match="the disk is full"):
         train(short(tmp_path, vectorization="sync", total_iterations=1))
@@ -780,3 +784,99 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
     summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
     assert summary["solved"]
     assert 0 < summary["solved_seconds"] < 100
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "failed at step 1 .*ValueError: 100% wrong"),
+        ("kill", "died at step 1 .*its process was killed by SIGKILL, perhaps by the system for"),
+        ("hang", "hung at step 1 .*it did not answer within 1 s"),
+    ],
+)
+def test_a_worker_that_fails_loses_nothing_that_was_committed(tmp_path, monkeypatch, how, message):
+    """Episodes of five steps, and one reset each: the twelfth step is in the third iteration."""
+    saved = []
+    real = checkpoint.Saver.save
+    monkeypatch.setattr(
+        checkpoint.Saver,
+        "save",
+        lambda saver, state: (saved.append(state.counters.iteration), real(saver, state)),
+    )
+    below = {child.pid for child in psutil.Process().children(recursive=True)}
+    settings = {"env_id": "environments:Mortal-v0", "env_kwargs": {"how": how}, "num_steps": 1}
+    begun = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match=rf"environment \d {message}"):
+        train(
+            short(
+                tmp_path,
+                num_envs=3,
+                vectorization="async",
+                step_timeout=1.0,
+                total_iterations=9,
+                **settings,
+            )
+        )
+    assert time.monotonic() - begun < 10
+    (run_dir,) = tmp_path.iterdir()
+    assert saved[-1] == 2
+    assert [row["iteration"] for row in lines(run_dir)] == [1, 2]
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in below]
+    assert len(left) <= 2  # the fork server and the resource tracker serve the next run too
+    assert all("multiprocessing" in " ".join(child.cmdline()) for child in left)
+    assert not any(child.children() for child in left)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_raises_leaves_nothing_behind(tmp_path, vectorization):
+    with pytest.raises(ConfigError, match="Stillborn-v0 could not be made: ValueError: 100% wrong"):
+        train(short(tmp_path, env_id="environments:Stillborn-v0", vectorization=vectorization))
+    assert list(tmp_path.iterdir()) == []
+
+
+def held():
+    """What this process holds: descriptors, threads, processes, handlers, memory, objects."""
+    gc.collect()
+    process = psutil.Process()
+    kinds = collections.Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects()
+    )
+    counted = {
+        "descriptors": process.num_fds(),
+        "threads": threading.active_count(),
+        "native threads": process.num_threads(),
+        "processes": len(process.children(recursive=True)),
+        "shared memory": sum("/dev/shm/" in each.path for each in process.memory_maps()),
+        "handlers": [signal.getsignal(each) for each in signal.valid_signals()],
+        "log handlers": len(logging.getLogger("vecpg").handlers),
+    }
+    libraries = ("vecpg", "gymnasium", "torch", "tensorboard", "multiprocessing", "threading")
+    return process.memory_info().rss, counted | {
+        kind: number for kind, number in kinds.items() if kind.startswith(libraries)
+    }
+
+
+@pytest.mark.slow
+def test_a_hundred_trainings_in_one_process_leave_nothing_behind(tmp_path):
+    ways = ("tensor", "sync", "async", "sync", "async")
+
+    def one(number):
+        settings = {"num_envs": 4, "max_episode_steps": 9, "vectorization": ways[number % 5]}
+        fails = number % 5 > 2
+        if fails:
+            settings |= {
+                "env_id": "environments:Mortal-v0",
+                "env_kwargs": {"how": "raise", "at": 7},
+            }
+        raises = pytest.raises(EnvironmentFailure) if fails else contextlib.nullcontext()
+        with raises:
+            train(short(tmp_path, exp_name=str(number), **settings))
+
+    for number in range(10):
+        one(number)
+    memory, before = held()
+    for number in range(10, 110):
+        one(number)
+    memory_now, now = held()
+    assert {k: (before.get(k), n) for k, n in now.items() if n != before.get(k)} == {}
+    assert memory_now - memory < 20 * 2**20

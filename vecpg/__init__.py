@@ -5,9 +5,11 @@ that share a module's name are taken from the module: `from vecpg.train import t
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own would be what takes longest here
 if TYPE_CHECKING:
+    from typing import Any
+
     from vecpg.advantage import advantages
     from vecpg.config import Config, ConfigError
     from vecpg.envs import EnvironmentFailure, make_envs
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public name from its module (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vecpg' has no attribute {name!r}")

@@ -25,15 +25,15 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vecpg import __version__
+from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
+from vecpg.run.stored import flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_SIGNAL = 128
 
 _T = TypeVar("_T")
 _registry = ConstructorRegistry()
@@ -92,15 +92,20 @@ def train_main(args: Sequence[str]) -> None:
         with stdout_kept_clean():
             _check_cheaply(config)
             with imports_kept():
+                from vecpg.run.interrupts import Interrupts
                 from vecpg.train import train
 
-            result = train(config)
+            with Interrupts():
+                result = train(config)
+        signals.remark = ""
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
+        typed = flags_to_type(to_dict(config))
         print(
             f"curves:   {how_to_call('tensorboard', 'tensorboard.main')} --logdir"
             f" {shlex.quote(str(Path(run_dir).parent))}\n"
-            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate {shlex.quote(run_dir)}",
+            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate"
+            f" {' '.join(filter(None, (shlex.quote(run_dir), typed)))}",
             file=sys.stderr,
         )
 
@@ -117,6 +122,20 @@ class EvaluateConfig:
     """Fixes start states and draws; they are never those of training or confirmation."""
     stochastic: bool = False
     """Draw actions; without it the most probable one is taken."""
+    env_id: str | None = None
+    """As stored in the run. Wanted where that is `module:Id`: no file has a module imported."""
+    # Said here: of two types that it may be, tyro takes the dictionary for flags of its own.
+    env_kwargs: Annotated[
+        dict[str, Any] | None,
+        PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda given: _json_object(given[0]),
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: ["none" if value is None else json.dumps(value)],
+        ),
+    ] = None
+    """As stored in the run. Wanted where a text in them may name a module or a path."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
     render: Literal["human"] | None = None
@@ -139,13 +158,17 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.evaluate import evaluate
             from vecpg.look import video
             from vecpg.run import checkpoint
+            from vecpg.run.content import policy_of
+            from vecpg.run.interrupts import Interrupts
 
         try:
-            with stdout_kept_clean():
+            with stdout_kept_clean(), Interrupts():
                 found, content = checkpoint.load(config.path)
                 stored = found.manifest["config"]
-                policy, env_id = checkpoint.policy_of(content), stored["env_id"]
-                settings = {
+                command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
+                trusted_names(stored, config.env_id, config.env_kwargs, command)
+                policy, env_id = policy_of(content, found.folder), stored["env_id"]
+                settings: dict[str, Any] = {
                     "env_kwargs": stored["env_kwargs"],
                     "max_episode_steps": stored["max_episode_steps"],
                     "greedy": not config.stochastic,
@@ -236,7 +259,14 @@ def parse_config(args: Sequence[str]) -> Config:
     if run_dir is None:
         return wanted
     stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
-    return parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    trusted_names(
+        to_dict(stored),
+        None if _given(args, "env_id") is None else config.env_id,
+        None if _given(args, "env_kwargs") is None else config.env_kwargs,
+        f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
+    )
+    return config
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -302,7 +332,9 @@ def stdout_kept_clean() -> Iterator[None]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        # Python's own by name: if stderr has no reader, that is no fault of the environment.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
@@ -329,23 +361,23 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        # Of an environment that could not be made.
+        print(getattr(error.__cause__, "trace", ""), end="", file=sys.stderr)
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
-        print(f"stopped by {signal.Signals(signum).name}", file=sys.stderr)
-        raise SystemExit(EXIT_SIGNAL + signum) from None
-    except BrokenPipeError:
-        # Whoever read stdout has gone (| head); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_SIGNAL + signal.SIGPIPE) from None
+        remark = "" if getattr(error, "resumable", False) else signals.remark
+        print(f"stopped by {signal.Signals(signum).name}{remark}", file=sys.stderr)
+        raise SystemExit(signals.exit_status(signum)) from None
+    except (FloatingPointError, MemoryError, OSError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {words}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         from vecpg.envs import EnvironmentFailure
 
         if isinstance(error, EnvironmentFailure):
             print(f"{error.trace}error: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_FAILED) from None
-        if isinstance(error, FloatingPointError):
-            print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
         raise
 

@@ -136,7 +136,7 @@ class Config:
     """Go on with a run: its directory or a checkpoint in it, with every setting from there. auto:
     the newest unfinished run in --out-dir with this --env-id, --exp-name and --seed; a new one
     where there is none."""
-    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
+    progress: bool = field(default_factory=lambda: sys.stderr is not None and sys.stderr.isatty())
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0
     """Seconds between plain progress lines."""

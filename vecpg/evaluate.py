@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from vecpg.envs import judge_of, make_envs
@@ -76,7 +77,8 @@ def evaluate(
         draw: a further number for another set of episodes.
 
     Raises:
-        ValueError: an environment that cannot be made, or `episodes` below 1.
+        ValueError: an environment that cannot be made, or has other spaces than the policy; or
+            `episodes` below 1.
         EnvironmentFailure: an environment raised or returned a number that is not finite.
 
     Example:
@@ -93,6 +95,7 @@ def evaluate(
     quotas[: episodes % num_envs] += 1
     judge, settings = judge_of(env_id, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
     envs = make_envs(judge, num_envs, **settings)
+    _check_spaces(policy, envs, env_id)
     stream = Stream(seed, draw, 0, num_envs)
     noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
@@ -120,3 +123,23 @@ def evaluate(
         tuple(value for one in returns for value in one),
         tuple(value for one in lengths for value in one),
     )
+
+
+def _check_spaces(policy: Policy, envs: VectorEnv[Any, Any, Any], env_id: str) -> None:
+    """Refuse an environment that shows or takes something else; bounds and types may differ."""
+    for what, trained, found in (
+        ("observations", policy.encoder.space, envs.single_observation_space),
+        ("actions", policy.distribution.space, envs.single_action_space),
+    ):
+        if _form(trained) != _form(found):
+            envs.close()
+            raise ValueError(
+                f"{env_id}: expected {what} of {trained}, with which the policy was trained, got"
+                f" {found}"
+            )
+
+
+def _form(space: Any) -> Any:
+    """What a network depends on."""
+    numbers = [getattr(space, name, None) for name in ("n", "nvec", "start")]
+    return space.shape, [None if each is None else np.asarray(each).tolist() for each in numbers]

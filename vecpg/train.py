@@ -313,11 +313,15 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
     closing.callback(_close, run.envs)
     closing.callback(run.files.metrics.close)
     closing.callback(run.files.saver.save, run.state)
+
+    def save() -> None:
+        _log.info("saved: %s", run.files.saver.save(run.state))
+
     try:
         with (
             _torch_threads(1 if in_machine_code else config.threads or 1),
             threads.using(config.threads or threads.cores()),
-            Interrupts() as interrupts,
+            Interrupts(save) as interrupts,
             Progress(config) as progress,
             run.compilation as compilation,
         ):
@@ -331,7 +335,8 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
                     closing.close()
     except BaseException:
         closing.close()  # what a signal just before has kept from being done
-        _log.info("resume: %s", resume_command(_relative(run.files.run_dir), config))
+        command = resume_command(_relative(run.files.run_dir), config)
+        _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
         raise
 
 

@@ -72,7 +72,7 @@ class Critic:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
-            "parameters": self.value_function.state_dict(),
+            "parameters": dict(self.value_function.state_dict()),
             "optimizer": self.optimizer.state_dict(),
         }
 

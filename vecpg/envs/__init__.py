@@ -13,13 +13,20 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from vecpg.envs.errors import EnvironmentFailure, SubEnvironmentError
+from vecpg.envs.errors import (
+    EnvironmentFailure,
+    EnvironmentNotMade,
+    SubEnvironmentError,
+    in_words,
+    trace_of_making,
+)
 from vecpg.envs.in_process import InProcessEnvs
-from vecpg.envs.workers import WorkerEnvs
+from vecpg.envs.workers import WorkerEnvs, check_process
 from vecpg.kernels.announce import once
 
 __all__ = [
     "EnvironmentFailure",
+    "EnvironmentNotMade",
     "SubEnvironmentError",
     "check_autoreset",
     "check_time_limit",
@@ -147,11 +154,14 @@ def make_envs(
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
-        step_timeout: seconds after which an async environment that has not answered counts as hung.
+        step_timeout: seconds after which an async environment that has not answered counts as hung,
+            its constructor included. The others run in this process, which they may block.
 
     Raises:
-        ValueError: an unknown id, an environment that cannot be made, has no time limit, or runs
-            in another autoreset mode.
+        ValueError: an unknown id, an environment that has no time limit, or runs in another
+            autoreset mode.
+        EnvironmentNotMade: (a ValueError) its constructor raised, died or hung, or this process
+            can have no workers.
 
     Example:
         >>> envs = make_envs("CartPole-v1", 3, vectorization="sync")
@@ -162,6 +172,8 @@ def make_envs(
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(spec, vectorization, env_kwargs)
     check_time_limit(spec, max_episode_steps)
+    if vectorization == "async":
+        check_process()
     kwargs = dict(env_kwargs or {})
     if max_episode_steps is not None:
         kwargs["max_episode_steps"] = max_episode_steps
@@ -184,9 +196,17 @@ def make_envs(
             envs = gymnasium.make_vec(
                 spec, num_envs, vectorization_mode="vector_entry_point", **kwargs
             )
+    except EnvironmentNotMade:
+        raise
+    except SubEnvironmentError as error:
+        # The first of equal copies fails as all would.
+        words = error.detail if (error.index, error.verb) == (0, "failed") else error
+        raise EnvironmentNotMade(f"{env_id} could not be made: {words}", error.trace) from error
     # Whatever its constructor raises, the user has to hear which environment it was.
-    except Exception as error:
-        raise ValueError(f"{env_id} could not be made: {_words(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise EnvironmentNotMade(
+            f"{env_id} could not be made: {in_words(error)}", trace_of_making(error)
+        ) from error
     check_autoreset(envs)
     return envs
 
@@ -206,7 +226,7 @@ def find_spec(env_id: str) -> EnvSpec:
             if known.startswith(f"{name}-v") or known.endswith(f"/{name}")
         ]
         hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
-        raise ValueError(f"--env-id {env_id}: {_words(error)}{hint}") from error
+        raise ValueError(f"--env-id {env_id}: {in_words(error)}{hint}") from error
 
 
 def own_vectorization(spec: EnvSpec) -> str:
@@ -335,11 +355,3 @@ def check_autoreset(envs: VectorEnv) -> None:
 def has_one_generator(envs: VectorEnv) -> bool:
     """Whether all copies draw from one generator, so that one seed resets them all."""
     return not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
-
-
-def _words(error: Exception) -> str:
-    """The error in one line, with its type where the message alone would not say."""
-    text = " ".join(str(error).split())
-    if isinstance(error, gymnasium.error.Error) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,6 +2,11 @@
 
 import traceback
 
+import gymnasium
+
+# Who takes part in making an environment without being its own code.
+_MAKERS = {"gymnasium", "vecpg", "importlib"}
+
 
 class EnvironmentFailure(RuntimeError):
     """An environment raised, died, hung, or returned something that is not a number.
@@ -15,11 +20,23 @@ class EnvironmentFailure(RuntimeError):
         self.trace = trace
 
 
+class EnvironmentNotMade(ValueError):
+    """An environment could not be made.
+
+    `trace` is the traceback of what its constructor raised; it is empty where none of its own code
+    was running, as where a keyword argument is unknown or an extra is not installed.
+    """
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 class SubEnvironmentError(RuntimeError):
     """One copy of the environment failed.
 
     It travels from a worker process, where the exception itself might not: its argument is plain
-    (index, verb, detail, trace), and one can be made from another, as Gymnasium does on arrival.
+    (index, verb, detail, trace), and one can be made from another.
 
     index: which copy.
     verb: "failed", "died" or "hung".
@@ -42,3 +59,30 @@ class SubEnvironmentError(RuntimeError):
         """What `error` says, without `error`."""
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return cls((index, "failed", detail, "".join(traceback.format_exception(error))))
+
+    @classmethod
+    def raised_in_making(cls, index: int, error: BaseException) -> "SubEnvironmentError":
+        """What the constructor's `error` says, in one line, without `error`."""
+        return cls((index, "failed", in_words(error), trace_of_making(error)))
+
+
+def in_words(error: BaseException) -> str:
+    """The error in one line, with its type where the message alone would not say."""
+    text = " ".join(str(error).split())
+    if isinstance(error, gymnasium.error.Error) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def trace_of_making(error: BaseException) -> str:
+    """The traceback of what a constructor raised, or "" where none of its own code was running."""
+    if isinstance(error, gymnasium.error.Error):
+        return ""
+    # Gymnasium raises some anew, from what the constructor raised.
+    each: BaseException | None = error
+    while each is not None:
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in _MAKERS:
+                return "".join(traceback.format_exception(error))
+        each = each.__cause__
+    return ""

@@ -101,15 +101,19 @@ def plot(
             ...
         ValueError: no/such/directory: expected a run directory or a directory of runs, got no directory
     """  # noqa: E501
+    from matplotlib import rc_context
+
     curves = _one_for_each_seed(read_curves(runs, tag))
     groups = group_curves(curves)
-    figure = draw(groups, tag)
     path = Path(out)
     image = io.BytesIO()
-    try:
-        figure.savefig(image, format=path.suffix[1:] or "none", dpi=150)
-    except ValueError as error:  # matplotlib names the formats that there are
-        raise ValueError(f"--out {path}: {error}") from error
+    # What stands in a file is no program for TeX, even where a user has TeX set all text.
+    with rc_context({"text.usetex": False}):
+        figure = draw(groups, tag)
+        try:
+            figure.savefig(image, format=path.suffix[1:] or "none", dpi=150)
+        except ValueError as error:  # matplotlib names the formats that there are
+            raise ValueError(f"--out {path}: {error}") from error
     try:
         path.write_bytes(image.getvalue())
     except OSError as error:
@@ -173,11 +177,16 @@ def _read_curve(run_dir: Path, tag: str) -> Curve:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # Lists inside each other by the thousand are a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not {"env_id", "seed"} <= content.keys():
+    right = isinstance(content, dict) and all(
+        isinstance(content.get(name), kind) for name, kind in (("env_id", str), ("seed", int))
+    )
+    if not right or not isinstance(content.get("recipe", ""), str):
         raise ValueError(f"{path}: expected the settings of a run, got something else")
-    return content
+    settings: dict[str, Any] = content
+    return settings
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -194,13 +203,27 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-            float(row["env_steps"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, RecursionError):
+            row = None
+        if not _is_row(row):
             raise ValueError(
-                f"{path}: expected an iteration in line {number}, got {line.strip()[:40]}"
-            ) from None
+                f"{path}: expected an iteration in line {number}, got {line.strip()[:40]!a}"
+            )
         rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Numbers by name, the environment steps among them."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+    if not isinstance(row, dict) or not is_number(row.get("env_steps")):
+        return False
+    return math.isfinite(row["env_steps"]) and all(
+        value is None or is_number(value) for value in row.values()
+    )
 
 
 def _one_for_each_seed(curves: Sequence[Curve]) -> list[Curve]:

@@ -81,12 +81,9 @@ def benchmark_main(args: Sequence[str]) -> None:
         # Which way was taken is in the table; the progress line has this place.
         logging.getLogger("vecpg").setLevel(logging.WARNING)
         check_writable(config.out_dir)
-        from vecpg.run.interrupts import Interrupts
-
         try:
             _check_checkout(config)
-            with Interrupts():
-                failed = _comparison(config) if config.compare is not None else _benchmark(config)
+            failed = _comparison(config) if config.compare is not None else _benchmark(config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if failed:
@@ -116,10 +113,11 @@ def _benchmark(config: BenchmarkConfig) -> bool:
             report.check_recordable(found)
     else:
         from vecpg.measure.timing import measure, progress_line
+        from vecpg.run.interrupts import Interrupts
 
         if root is not None:
             report.check_recordable({"quick": config.quick, **commit()})
-        with stdout_kept_clean():
+        with stdout_kept_clean(), Interrupts():
             found = measure(
                 config.devices,
                 config.vectorizations,
@@ -148,6 +146,7 @@ def _comparison(config: BenchmarkConfig) -> bool:
     """Run this tree and a commit in turn. Returns whether something is slower here."""
     from vecpg.machine import commit
     from vecpg.measure import comparison, report, results, timing
+    from vecpg.run.interrupts import Interrupts
 
     assert config.compare is not None
     ref = comparison.resolve(config.compare)
@@ -157,13 +156,14 @@ def _comparison(config: BenchmarkConfig) -> bool:
         why = "; ".join(report.left_out({"devices": devices, "not_run": left_out}))
         raise ValueError(f"nothing was compared: {why}")
     pace = timing.QUICK if config.quick else timing.FULL
-    found = comparison.compare(
-        ref,
-        [(case.thing, case.device, case.vectorization, case.num_envs) for case in cases],
-        pace.enough,
-        timing.ROUND_SECONDS,
-        timing.progress_line(),
-    )
+    with Interrupts():
+        found = comparison.compare(
+            ref,
+            [(case.thing, case.device, case.vectorization, case.num_envs) for case in cases],
+            pace.enough,
+            timing.ROUND_SECONDS,
+            timing.progress_line(),
+        )
     here = {**results.now(), **commit(), "quick": config.quick}
     path = Path(config.out_dir) / f"{results.run_name(here)}-compared-with-{ref[:7]}.json"
     content = {"schema": results.SCHEMA, **here, "compared_with": ref[:7]}

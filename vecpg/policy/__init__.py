@@ -1,16 +1,18 @@
 """The policy: a network from observations to a distribution over actions."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vecpg.policy.distributions import distribution_for
-from vecpg.policy.network import Encoder, fully_connected, through
+from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
 
@@ -240,8 +242,87 @@ class Policy(nn.Module):
         }
 
     @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "Policy":
-        """A policy of that shape, with fresh parameters."""
+    def from_description(cls, description: Any, *, largest: int | None = None) -> "Policy":
+        """A policy of that shape, with fresh parameters.
+
+        Args:
+            description: may come from anywhere: all of it is checked before anything is built.
+            largest: how many parameters it may have; None: any number.
+
+        Raises:
+            ValueError: it describes no policy, with the first part that is wrong.
+        """
+        _check(isinstance(description, dict), "policy.description", "a dictionary", description)
+        keys = {"observation_space", "action_space", *_SETTINGS}
+        right = description.keys() == keys
+        _check(right, "policy.description", f"{sorted(keys)}", [*description])
+        for name, (expected, holds) in _SETTINGS.items():
+            _check(
+                holds(description[name]), f"policy.description.{name}", expected, description[name]
+            )
         settings = dict(description)
-        observations = from_description(settings.pop("observation_space"))
-        return cls(observations, from_description(settings.pop("action_space")), **settings)
+        observations, actions = (
+            from_description(
+                settings.pop(name), largest=largest, where=f"policy.description.{name}"
+            )
+            for name in ("observation_space", "action_space")
+        )
+        if largest is not None:
+            count = _num_parameters(observations, actions, settings)
+            wanted = f"sizes that make at most {largest} parameters"
+            _check(count <= largest, "policy.description", wanted, count)
+        return cls(observations, actions, **settings)
+
+
+def _num_parameters(observations: Space[Any], actions: Space[Any], settings: dict[str, Any]) -> int:
+    """How many numbers are in the tables and layers of a network, without building it."""
+    tables, features = 0, _num_values(observations)
+    if not isinstance(observations, Box):
+        tables = features * settings["embedding_size"]
+        features = math.prod(observations.shape or ()) * settings["embedding_size"]
+    outputs = _num_values(actions)
+    if isinstance(actions, Box) and settings["log_std"] == "network":
+        outputs *= 2
+    widths = [features, *settings["hidden_sizes"], outputs]
+    layers: int = sum(following * (width + 1) for width, following in pairwise(widths))
+    return tables + layers
+
+
+def _num_values(space: Any) -> int:
+    """Components of a `Box`; for the others all values that there are to choose from."""
+    if isinstance(space, Box):
+        return math.prod(space.shape)
+    sizes = space.nvec if isinstance(space, MultiDiscrete) else [space.n]
+    return sum(int(size) for size in np.ravel(sizes))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**63
+
+
+# Of each setting what it may be, in words and as a test; as in `Config`.
+_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "hidden_sizes": (
+        "a list of whole numbers of at least 1",
+        lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+    ),
+    "activation": (
+        " or ".join(ACTIVATIONS),
+        lambda value: isinstance(value, str) and value in ACTIVATIONS,
+    ),
+    "dropout": (
+        "a number in [0, 1)",
+        lambda value: type(value) in (int, float) and 0 <= value < 1,
+    ),
+    "embedding_size": ("a whole number of at least 1", _is_whole),
+    "normalize_obs": ("true or false", lambda value: isinstance(value, bool)),
+    "log_std": (
+        "parameter or network",
+        lambda value: isinstance(value, str) and value in ("parameter", "network"),
+    ),
+}
+
+
+def _check(holds: bool, where: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{where}: expected {expected}, got {ascii(got)[:80]}")

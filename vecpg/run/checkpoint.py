@@ -23,6 +23,7 @@ import torch
 
 from vecpg.kernels.announce import once
 from vecpg.policy import Policy
+from vecpg.run.content import policy_of, unpickle
 from vecpg.run.directory import TEMPORARY, discard, sync_directory, write_file, writing
 
 if TYPE_CHECKING:
@@ -76,13 +77,9 @@ class Checkpoint:
         if _sha256(data) != expected["sha256"]:
             raise CheckpointError(f"{path}: damaged: its content does not match its digest")
         try:
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        # torch raises a dozen different types for files that are something else.
-        except Exception:
-            raise CheckpointError(f"{path}: expected tensors and plain types") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
-        return content
+            return unpickle(data, path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
 
 def save(folder: Path, about: dict[str, Any], contents: dict[str, Any]) -> None:
@@ -287,20 +284,13 @@ def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu
     Raises:
         CheckpointError: a `ValueError`: no checkpoint there, or a damaged one.
     """
-    return policy_of(load(run_or_checkpoint)[1], device)
+    checkpoint, content = load(run_or_checkpoint)
+    return policy_of(content, checkpoint.folder, device)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
     """What a checkpoint keeps of a policy: how to build it, and its parameters."""
-    return {"description": policy.description(), "parameters": policy.state_dict()}
-
-
-def policy_of(content: dict[str, Any], device: torch.device | str = "cpu") -> Policy:
-    """The policy that the content of a checkpoint's file describes."""
-    with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
-        policy = Policy.from_description(content["policy"]["description"])
-    policy.load_state_dict(content["policy"]["parameters"])
-    return policy.to(device).eval()
+    return {"description": policy.description(), "parameters": dict(policy.state_dict())}
 
 
 class Saver:
@@ -314,7 +304,8 @@ class Saver:
         about: what does not change during the run; plain JSON types.
         every: seconds between two times that `save_if_due` saves.
         metrics: whose rows are on the disk before the state that they lead to.
-        iteration: of the checkpoint that the run goes on from, if it does.
+        iteration: of the checkpoint that the run goes on from, if it does. Then, and later, that of
+            the newest checkpoint.
     """
 
     def __init__(
@@ -327,7 +318,7 @@ class Saver:
     ) -> None:
         self._directory = run_dir / "checkpoints"
         self._about, self._every, self._metrics = about, every, metrics
-        self._iteration = iteration
+        self.iteration = iteration
         self._saved = time.perf_counter()
 
     def save(self, state: "TrainState") -> Path:
@@ -341,11 +332,11 @@ class Saver:
         best_policy = policy if best is None else policy | {"parameters": best}
         counters = content["counters"]
         folder = self._directory / str(counters["iteration"])
-        if counters["iteration"] != self._iteration:
+        if counters["iteration"] != self.iteration:
             self._metrics.flush()
             about = self._about | {"counters": counters, "solved": state.stopping.solved}
             save(folder, about, {STATE: content, BEST: {"policy": best_policy}})
-            self._iteration = counters["iteration"]
+            self.iteration = counters["iteration"]
             self._prune()
         self._saved = time.perf_counter()
         return folder

@@ -15,8 +15,9 @@ from vecpg.run import checkpoint
 from vecpg.run.checkpoint import STATE, Checkpoint, Saver
 from vecpg.run.directory import discard, hold, make_run_directory, sweep, write_json
 from vecpg.run.metrics import Metrics, end_of
-from vecpg.run.resume import check_settings, config_of, differences, find_run, read_config
+from vecpg.run.resume import check_settings, differences, find_run, read_config
 from vecpg.run.state import TrainState
+from vecpg.run.stored import config_of
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def begin(config: Config, about: dict[str, Any], state: TrainState) -> Files:
     """A new run directory, with a checkpoint of the state before the first iteration."""
     run_dir = make_run_directory(config)
     with ExitStack() as unless_all_is_well:
+        unless_all_is_well.callback(discard, run_dir)
         lock = unless_all_is_well.enter_context(hold(run_dir))
         metrics = Metrics(run_dir, about["config"])
         unless_all_is_well.callback(metrics.close)

@@ -1,7 +1,11 @@
-"""What a person sees meanwhile, on stderr: one live line at a terminal, plain lines elsewhere."""
+"""What a person sees meanwhile, on stderr: one live line at a terminal, plain lines elsewhere.
+
+Where stderr is closed, or nobody reads it any more, nothing is shown, and the run goes on.
+"""
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -23,15 +27,19 @@ class Progress:
         self._limits = {names: limit for names, limit in limits.items() if limit is not None}
         self._every = config.log_every
         self._next_line = 0.0
-        self._live = config.progress
+        self._seen = sys.stderr is not None
+        self._live = config.progress and self._seen
         if self._live:
             self._redirect = logging_redirect_tqdm()
-            self._bar = tqdm(
-                unit_scale=True,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit} {desc}",
-            )
+            try:
+                self._bar = tqdm(
+                    unit_scale=True,
+                    file=sys.stderr,
+                    dynamic_ncols=True,
+                    bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit} {desc}",
+                )
+            except OSError:
+                self._seen = self._live = False
 
     def __enter__(self) -> Self:
         if self._live:
@@ -45,7 +53,8 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         if self._live:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
             self._redirect.__exit__(kind, error, traceback)
 
     def show(self, row: dict[str, float | None], *, last: bool) -> None:
@@ -55,6 +64,13 @@ class Progress:
             row: as `Metrics.log` takes it.
             last: whether this is the run's last iteration, which is always shown.
         """
+        try:
+            if self._seen:
+                self._show(row, last)
+        except OSError:
+            self._seen = False
+
+    def _show(self, row: dict[str, float | None], last: bool) -> None:
         best, speed = row["charts/best_return"], row["charts/SPS"]
         words = f"return {row['charts/episodic_return']:.1f}"
         words += "" if best is None else f", best {best:.1f}"

@@ -1,12 +1,12 @@
 """What `--resume` means: which run, with which settings. Only the standard library is imported."""
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
+from vecpg.run.stored import config_of, flags_to_type, read_object
 from vecpg.shell import how_to_call
 
 # What a run may be given anew when it goes on.
@@ -88,27 +88,7 @@ def read_config(run_dir: Path) -> Config:
         ConfigError: it cannot be read, or is not what a run of this version leaves.
     """
     path = run_dir / "config.json"
-    return config_of(_read_json(path), path)
-
-
-def config_of(content: Any, path: Path) -> Config:
-    """Settings as `to_dict` gave them, from a file.
-
-    Raises:
-        ConfigError: a setting is missing, unknown, or out of its range.
-    """
-    known = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(content, dict) or content.keys() != known:
-        given = set(content) if isinstance(content, dict) else set()
-        wrong = ", ".join(sorted(map(str, given ^ known))[:5])
-        raise ConfigError(
-            f"{path}: expected the settings that this vecpg has, got others ({wrong}); use the"
-            " vecpg that wrote it"
-        )
-    try:
-        return Config(**content)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return config_of(_read(path), path)
 
 
 def check_settings(config: Config, stored: Config) -> None:
@@ -155,9 +135,8 @@ def resume_command(run_dir: str, config: Config) -> str:
         run_dir: as the user sees it.
         config: of the run.
     """
-    typed = ["--env-id", config.env_id] if ":" in config.env_id else []
-    words = ["train", "--resume", run_dir, *typed]
-    return f"{how_to_call('vecpg', 'vecpg')} {shlex.join(words)}"
+    words = ["train", "--resume", shlex.quote(run_dir), flags_to_type(to_dict(config))]
+    return " ".join(filter(None, (how_to_call("vecpg", "vecpg"), *words)))
 
 
 def _run_of(path: Path) -> Path | None:
@@ -178,23 +157,22 @@ def _newest_unfinished(config: Config) -> Path | None:
     ]
     for run_dir in sorted(unfinished, key=_begun, reverse=True):
         try:
-            content = _read_json(run_dir / "config.json")
+            content = _read(run_dir / "config.json")
         except ConfigError:
             if run_dir.name.startswith(f"{name_of(config)}__"):
                 raise
             continue
-        if isinstance(content, dict) and {name: content.get(name) for name in names} == wanted:
+        if {name: content.get(name) for name in names} == wanted:
             return run_dir
     return None
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: expected the settings of a run, got something else") from None
+    return read_object(data, path)
 
 
 def _begun(run_dir: Path) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vecpg.adam import Adam
 from vecpg.policy import Policy
 from vecpg.run.checkpoint import policy_state
+from vecpg.run.content import check_state
 from vecpg.run.stopping import Stopping
 from vecpg.value import Critic
 
@@ -110,20 +111,10 @@ class TrainState:
         """Take what `state_dict` gave of a state of the same shapes.
 
         Raises:
-            ValueError: of another policy, or with a critic where this has none, or without.
+            ValueError: it is something else, with the path of the first part that is wrong.
+                Nothing was changed.
         """
-        described = content["policy"]["description"]
-        if described != self.policy.description():
-            raise ValueError(
-                f"policy: expected {self.policy.description()}, got {described}; train with the"
-                " settings that the state was saved with"
-            )
-        if (content["critic"] is None) != (self.critic is None):
-            given = "none" if content["critic"] is None else "one"
-            raise ValueError(
-                f"critic: expected {'none' if self.critic is None else 'one'}, got {given}; train"
-                " with the --baseline that the state was saved with"
-            )
+        check_state(content, self)
         self._following = None
         self.policy.load_state_dict(content["policy"]["parameters"])
         self.optimizer.load_state_dict(content["optimizer"])

@@ -1,0 +1,176 @@
+"""The settings that a file holds: checked, and what they name is trusted only if it is typed too.
+
+Torch is not imported here: a mistake costs no time.
+"""
+
+import difflib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from vecpg.config import Config, ConfigError, flag, to_dict
+
+# In a text, what a path or the name of a module may have, and a plain word has not.
+_NO_PLAIN_WORD = re.compile(r"[:/\\.~]")
+
+
+def config_of(stored: Any, path: Path | str) -> Config:
+    """The settings that `to_dict` gave, checked as those that are typed.
+
+    Args:
+        stored: may come from anywhere.
+        path: for messages.
+
+    Raises:
+        ConfigError: a setting that is unknown, missing, of another type or out of its range, with
+            the file's name.
+
+    Example:
+        >>> config_of({"num_env": 3}, "config.json")
+        Traceback (most recent call last):
+            ...
+        vecpg.config.ConfigError: config.json: 'num_env' is no setting; did you mean 'num_envs'?
+    """
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path}: expected the settings of a run, got {_shown(stored)}")
+    known = to_dict(Config())
+    for name in stored:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:80], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "another vecpg may have written it"
+            raise ConfigError(f"{path}: {_shown(name)} is no setting; {hint}")
+    for name in known:
+        if name not in stored:
+            raise ConfigError(f"{path}: expected the setting {name}, got none")
+        value = stored[name]
+        if isinstance(value, str) and not value.isprintable():
+            raise ConfigError(f"{path}: {name}: expected text in one line, got {_shown(value)}")
+    try:
+        return Config(**stored)
+    # Whole numbers beyond the range of real ones, and dictionaries inside each other, ...
+    except (ConfigError, OverflowError, RecursionError) as error:
+        reason = str(error)[:500]
+    raise ConfigError(f"{path}: {reason}")
+
+
+def read_object(data: bytes, path: Path | str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: there is none, with the file's name.
+
+    Example:
+        >>> read_object(b'{"seed": 1}', "config.json")
+        {'seed': 1}
+    """
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+    else:
+        if isinstance(content, dict):
+            return content
+        reason = f"got {_shown(content)}"
+    raise ConfigError(f"{path}: expected a JSON object ({len(data)} bytes): {reason}")
+
+
+def trusted_names(
+    stored: dict[str, Any],
+    env_id: str | None,
+    env_kwargs: dict[str, Any] | None,
+    command: str,
+) -> None:
+    """Refuse what a file names unless the user has typed it too: see `names_to_type`.
+
+    Args:
+        stored: the settings in the file; "env_id" and "env_kwargs" are read.
+        env_id: what the user has typed, or None.
+        env_kwargs: likewise.
+        command: what the user has called, as a shell reads it.
+
+    Raises:
+        ConfigError: one is missing, with the command that has it; or what was typed is not what
+            is stored, with both.
+
+    Example:
+        >>> stored = {"env_id": "mine:Ball-v0", "env_kwargs": {}}
+        >>> trusted_names(stored, "mine:Ball-v0", None, "vecpg evaluate runs/x")
+        >>> trusted_names(stored, None, None, "vecpg evaluate runs/x")
+        Traceback (most recent call last):
+            ...
+        vecpg.config.ConfigError: what a file names ...: vecpg evaluate runs/x --env-id mine:Ball-v0
+    """
+    typed = {"env_id": env_id, "env_kwargs": env_kwargs}
+    for name, given in typed.items():
+        if given is not None and _text(given) != _text(stored[name]):
+            raise ConfigError(
+                f"{flag(name)}: expected {_text(stored[name])}, with which it was trained, got"
+                f" {_text(given)}"
+            )
+    missing = {name: stored[name] for name in names_to_type(stored) if typed[name] is None}
+    if missing:
+        raise ConfigError(
+            "what a file names is imported or opened only if you name it too; if you trust"
+            f" {' and '.join(map(_text, missing.values()))}, type: {command} {_flags(missing)}"
+        )
+
+
+def names_to_type(stored: dict[str, Any]) -> list[str]:
+    """Which settings a user has to type for a file with these: those that may run or open things.
+
+    `module:Id` imports a module, which runs it, and so may a text in `env_kwargs`, or name a file.
+    From a file that somebody else may have written nothing of this is taken: neither an `env_id`
+    with a colon, nor `env_kwargs` that hold anywhere a text with a colon, slash, backslash, dot or
+    tilde.
+
+    Example:
+        >>> names_to_type({"env_id": "Ant-v5", "env_kwargs": {"xml_file": "/home/me/ant.xml"}})
+        ['env_kwargs']
+        >>> names_to_type({"env_id": "FrozenLake-v1", "env_kwargs": {"map_name": "8x8"}})
+        []
+    """
+    names = ["env_id"] if ":" in stored["env_id"] else []
+    return [*names, "env_kwargs"] if _names(stored["env_kwargs"]) else names
+
+
+def flags_to_type(stored: dict[str, Any]) -> str:
+    """What `names_to_type` says, as a shell reads it.
+
+    Example:
+        >>> flags_to_type({"env_id": "mine:Ball-v0", "env_kwargs": {}})
+        '--env-id mine:Ball-v0'
+    """
+    return _flags({name: stored[name] for name in names_to_type(stored)})
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    return shlex.join(
+        word for name, value in settings.items() for word in (flag(name), _text(value))
+    )
+
+
+def _names(value: Any) -> bool:
+    """Whether there is a text in it that is no plain word."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif isinstance(one, str) and _NO_PLAIN_WORD.search(one):
+            return True
+    return False
+
+
+def _text(value: Any) -> str:
+    """As a user would type it, in plain characters; the same for equal values of equal types."""
+    if not isinstance(value, str):
+        return json.dumps(value, sort_keys=True)
+    return value if value.isprintable() else ascii(value)
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
