@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "vecpg.adam": set(),
     "vecpg.config": set(),
+    "vecpg.memory": {"vecpg.config"},
     "vecpg.recipes": {"vecpg.config"},
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},
@@ -30,6 +31,7 @@ ALLOWED = {
     "vecpg.rollout": {
         "vecpg.envs",
         "vecpg.kernels",
+        "vecpg.memory",
         "vecpg.noise",
         "vecpg.policy",
         "vecpg.rollout",
