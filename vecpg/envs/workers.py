@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
@@ -40,6 +41,8 @@ _FAILURE = "vecpg.failure"
 # The exit status of a process that cannot become a worker, since the script that it imports starts
 # some. It is what the fork server makes of any.
 _UNGUARDED = 1
+# Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
+_DESCRIPTORS = 3
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
 # To the whole terminal or job; the main process answers them.
@@ -73,6 +76,7 @@ class WorkerEnvs(AsyncVectorEnv):
         self.step_timeout = step_timeout
         self.processes, self.parent_pipes = [], []
         self._owner = os.getpid()
+        _check_limit(len(env_fns))
         makers = [_pickled(make) for make in env_fns]
         _open.add(self)
         with self._watched():
@@ -244,6 +248,20 @@ def check_process() -> None:
         raise EnvironmentNotMade(
             f"--vectorization async: each worker imports the script that was run, and {script} is"
             " no file; put it in one, or use --vectorization sync"
+        )
+
+
+def _check_limit(num_envs: int) -> None:
+    """Refuse more workers than this process may have descriptors for.
+
+    The fork server would die of it, of which only its traceback would tell.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _DESCRIPTORS * num_envs + 32
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise EnvironmentNotMade(
+            f"--vectorization async: {num_envs} processes need {needed} open files, and the limit"
+            f" is {limit}; raise it (ulimit -n {needed}), or try fewer --num-envs"
         )
 
 
