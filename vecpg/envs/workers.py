@@ -23,10 +23,10 @@ from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.utils import CloudpickleWrapper
 
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 
@@ -268,7 +268,7 @@ def _check_limit(num_envs: int) -> None:
 def _pickled(make: _Maker) -> bytes:
     """The maker of an environment, as it is sent to a worker."""
     try:
-        made: bytes = cloudpickle.dumps(make)
+        made = pickle.dumps(CloudpickleWrapper(make))
     # Whatever pickling of a user's object raises.
     except Exception as error:
         raise EnvironmentNotMade(
@@ -311,7 +311,7 @@ def _learn_spaces(make: bytes, timeout: float) -> "_Spaces":
         raise SubEnvironmentError((0, "died", _cause(exitcode or 0), ""))
     if isinstance(answer, SubEnvironmentError):
         raise answer
-    spaces: _Spaces = pickle.loads(answer)
+    spaces: _Spaces = pickle.loads(answer)()
     return spaces
 
 
@@ -399,7 +399,8 @@ def _tell_spaces(pipe: "connection.Connection[Any, Any]", make: bytes) -> None:
     pipe.send("begun")
     try:
         env = pickle.loads(make)()
-        answer = cloudpickle.dumps(_Spaces(env))
+        spaces = _Spaces(env)
+        answer = pickle.dumps(CloudpickleWrapper(lambda: spaces))
     except BaseException as error:
         pipe.send(SubEnvironmentError.raised_in_making(0, error))
     else:
