@@ -546,8 +546,11 @@ def test_evaluating_what_is_no_checkpoint_is_status_2(here, tmp_path, path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
-    """SIGINT goes to the whole process group, as a terminal sends it."""
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_signal_to_a_whole_job_ends_async_workers_too(tmp_path, signum, status):
+    """To the whole process group, as a terminal sends Ctrl-C, and a scheduler SIGTERM."""
     args = ["--vectorization", "async", "--target-return", "none", "--total-timesteps", "1e9"]
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--num-envs", "4", *args]
     process = subprocess.Popen(
@@ -564,12 +567,16 @@ def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
             break
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 4
-    os.killpg(process.pid, signal.SIGINT)
+    if signum == signal.SIGTERM:
+        for one in below:  # a scheduler knows them all
+            one.send_signal(signum)
+    os.killpg(process.pid, signum)
     begun = time.monotonic()
     code, out, err = finish(process)
-    assert (code, out) == (130, "")
+    assert (code, out) == (status, "")
     assert "Traceback" not in err
-    assert "stopped by SIGINT" in err
+    assert "leaked" not in err
+    assert (f"stopped by {signum.name}" in err) == (signum != signal.SIGKILL)
     _, left = psutil.wait_procs(below, timeout=5)
     assert left == []
     assert time.monotonic() - begun < 10

@@ -57,7 +57,8 @@ class Config:
     Acrobot-v1, MountainCarContinuous-v0, and your own: docs/environments.md). auto: tensor where
     vecpg has it, else the environment's own vectorized form, else sync."""
     step_timeout: float = 60.0
-    """Seconds after which an async environment that has not answered counts as hung."""
+    """Seconds after which an async environment that has not answered counts as hung, also while
+    it is made. Others run in the main process, which they may block."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int | None = None

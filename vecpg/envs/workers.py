@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
@@ -22,10 +23,10 @@ from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.utils import CloudpickleWrapper
 
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 
@@ -40,6 +41,8 @@ _FAILURE = "vecpg.failure"
 # The exit status of a process that cannot become a worker, since the script that it imports starts
 # some. It is what the fork server makes of any.
 _UNGUARDED = 1
+# Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
+_DESCRIPTORS = 3
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
 # To the whole terminal or job; the main process answers them.
@@ -73,6 +76,7 @@ class WorkerEnvs(AsyncVectorEnv):
         self.step_timeout = step_timeout
         self.processes, self.parent_pipes = [], []
         self._owner = os.getpid()
+        _check_limit(len(env_fns))
         makers = [_pickled(make) for make in env_fns]
         _open.add(self)
         with self._watched():
@@ -247,10 +251,24 @@ def check_process() -> None:
         )
 
 
+def _check_limit(num_envs: int) -> None:
+    """Refuse more workers than this process may have descriptors for.
+
+    The fork server would die of it, of which only its traceback would tell.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _DESCRIPTORS * num_envs + 32
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise EnvironmentNotMade(
+            f"--vectorization async: {num_envs} processes need {needed} open files, and the limit"
+            f" is {limit}; raise it (ulimit -n {needed}), or try fewer --num-envs"
+        )
+
+
 def _pickled(make: _Maker) -> bytes:
     """The maker of an environment, as it is sent to a worker."""
     try:
-        made: bytes = cloudpickle.dumps(make)
+        made = pickle.dumps(CloudpickleWrapper(make))
     # Whatever pickling of a user's object raises.
     except Exception as error:
         raise EnvironmentNotMade(
@@ -293,7 +311,7 @@ def _learn_spaces(make: bytes, timeout: float) -> "_Spaces":
         raise SubEnvironmentError((0, "died", _cause(exitcode or 0), ""))
     if isinstance(answer, SubEnvironmentError):
         raise answer
-    spaces: _Spaces = pickle.loads(answer)
+    spaces: _Spaces = pickle.loads(answer)()
     return spaces
 
 
@@ -381,7 +399,8 @@ def _tell_spaces(pipe: "connection.Connection[Any, Any]", make: bytes) -> None:
     pipe.send("begun")
     try:
         env = pickle.loads(make)()
-        answer = cloudpickle.dumps(_Spaces(env))
+        spaces = _Spaces(env)
+        answer = pickle.dumps(CloudpickleWrapper(lambda: spaces))
     except BaseException as error:
         pipe.send(SubEnvironmentError.raised_in_making(0, error))
     else:
