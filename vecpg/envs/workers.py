@@ -77,7 +77,7 @@ class WorkerEnvs(AsyncVectorEnv):
         self._owner = os.getpid()
         _check_limit(len(env_fns))
         makers = [_pickled(make) for make in env_fns]
-        # For a process that exits without closing them: multiprocessing would wait for its children.
+        # For a process that exits without closing them, and would wait for its children.
         self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         with self._watched():
             try:
