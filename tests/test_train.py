@@ -795,7 +795,7 @@ def test_a_worker_that_fails_loses_nothing_that_was_committed(tmp_path, monkeypa
     below = {child.pid for child in psutil.Process().children(recursive=True)}
     settings = {"env_id": "environments:Mortal-v0", "env_kwargs": {"how": how}, "num_steps": 1}
     begun = time.monotonic()
-    with pytest.raises(EnvironmentFailure, match=f"environment 0 {message}"):
+    with pytest.raises(EnvironmentFailure, match=rf"environment \d {message}"):
         train(
             short(
                 tmp_path,
