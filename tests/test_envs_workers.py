@@ -301,6 +301,31 @@ def test_a_daemonic_process_hears_that_it_may_have_no_children():
     assert "daemonic processes may have no children; use --vectorization sync" in said
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("spawn", "made"), ("fork", "this process is a fork of one that had workers")],
+)
+def test_a_process_of_its_own_may_have_workers_and_need_not_close_them(envs, method, said):
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context(method).Process(target=leave_open, args=(theirs,))
+    process.start()
+    assert ours.poll(30)
+    assert said in ours.recv()
+    process.join(10)
+    exitcode = process.exitcode
+    process.kill()
+    assert exitcode == 0
+
+
+def leave_open(pipe):
+    global left_open
+    try:
+        left_open = make_envs("environments:Constant-v0", 2, vectorization="async")
+        pipe.send("made")
+    except EnvironmentNotMade as error:
+        pipe.send(str(error))
+
+
 def refusal():
     try:
         make_envs("environments:Constant-v0", 2, vectorization="async")

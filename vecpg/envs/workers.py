@@ -5,7 +5,6 @@ timeout its replies are one step late. Here any failure names the environment, e
 and leaves the environments unusable. No constructor runs in this process, so none can block it.
 """
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -19,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -78,7 +77,8 @@ class WorkerEnvs(AsyncVectorEnv):
         self._owner = os.getpid()
         _check_limit(len(env_fns))
         makers = [_pickled(make) for make in env_fns]
-        _open.add(self)
+        # For a process that exits without closing them, and would wait for its children.
+        self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         with self._watched():
             try:
                 spaces = _learn_spaces(makers[0], step_timeout)
@@ -93,6 +93,11 @@ class WorkerEnvs(AsyncVectorEnv):
                 )
             except ConnectionError:  # of a worker that died
                 raise
+            except ChildProcessError as error:
+                raise EnvironmentNotMade(
+                    "--vectorization async: this process is a fork of one that had workers;"
+                    ' start it by multiprocessing.get_context("spawn"), or use --vectorization sync'
+                ) from error
             except (OSError, MemoryError) as error:
                 raise EnvironmentNotMade(
                     f"--vectorization async: {len(env_fns)} processes could not be started:"
@@ -145,7 +150,7 @@ class WorkerEnvs(AsyncVectorEnv):
         _end(self.processes)
         for pipe in filter(None, self.parent_pipes):
             pipe.close()
-        _open.discard(self)
+        self._at_exit.cancel()
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -214,15 +219,9 @@ class WorkerEnvs(AsyncVectorEnv):
                 raise SubEnvironmentError((index, "failed", detail, ""))
 
 
-# Those whose workers run, for an interpreter that exits without closing them.
-_open: "weakref.WeakSet[WorkerEnvs]" = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    # Before multiprocessing's own, which waits for ever for a worker that is stopped.
-    for envs in list(_open):
-        envs.close()
+def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
+    if (still_there := envs()) is not None:
+        still_there.close()
 
 
 def check_process() -> None:
@@ -405,7 +404,7 @@ def _tell_spaces(pipe: "connection.Connection[Any, Any]", make: bytes) -> None:
         pipe.send(SubEnvironmentError.raised_in_making(0, error))
     else:
         pipe.send(answer)
-        _close(env, 0)
+        _close_env(env, 0)
 
 
 def _begin(make: bytes, index: int, spaces: "_Spaces", owner: int) -> "_Copy":
@@ -442,7 +441,7 @@ def _follow() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _close(env: gymnasium.Env[Any, Any], index: int) -> None:
+def _close_env(env: gymnasium.Env[Any, Any], index: int) -> None:
     try:
         env.close()
     except Exception as error:
@@ -511,7 +510,7 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
     def close(self) -> None:
         """Close the environment, and leave the worker in which it was made."""
         if self.env is not self.spaces:
-            _close(self.env, self.index)
+            _close_env(self.env, self.index)
             # Gymnasium may be about to raise that the main process cannot be reached.
             raise SystemExit(0)
 
