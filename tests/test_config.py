@@ -84,6 +84,10 @@ def test_of_numbers_of_any_size_divisors_are_found_at_once():
             Config(num_envs=num_envs, shards=shards)
 
 
+def test_real_numbers_may_be_given_as_whole_ones_of_any_size():
+    assert Config(target_return=10**20, ent_coef=2**64).target_return == 10**20
+
+
 def test_without_shards_there_is_one():
     assert Config().resolved_shards == Config(shards=1).resolved_shards == 1
     assert Config(shards=8).resolved_shards == 8

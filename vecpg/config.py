@@ -150,7 +150,10 @@ class Config:
         if isinstance(self.hidden_sizes, list):  # as JSON has it
             object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         for name, expected in typing.get_type_hints(Config).items():
-            _check_type(name, getattr(self, name), expected)
+            value = getattr(self, name)
+            _check_type(name, value, expected)
+            if expected in (int, int | None) and name != "seed":
+                _check(name, value is None or value < 2**63, "a number below 2**63", value)
         for name in (
             "num_envs",
             "num_steps",
@@ -163,9 +166,6 @@ class Config:
         for name, most in _MOST.items():
             value = getattr(self, name)
             _check(name, value is None or value <= most, f"at most {most:,}", value)
-        for name, value in vars(self).items():
-            whole = isinstance(value, int) and name != "seed"
-            _check(name, not whole or value < 2**63, "a number below 2**63", value)
         for name in (
             "threads",
             "shards",

@@ -19,8 +19,8 @@ from gymnasium import spaces
 from vecpg.config import Config, ConfigError, flag
 
 # What a copy of an environment takes at the very least: objects of an environment with its wrappers
-# (CartPole-v1 takes 5 KB), or a process that has imported Gymnasium (20 MB of its own).
-_BYTES_OF_A_COPY = {"sync": 2_000, "async": 8_000_000}
+# (CartPole-v1 takes 5 KB), or a process, forked from one with Gymnasium loaded (6 MB of its own).
+_BYTES_OF_A_COPY = {"sync": 2_000, "async": 2_000_000}
 # Of a row the reward, three flags and one number of an action; and of each number of an observation
 # the number itself, and what the space of all copies keeps of it: two bounds, and whether they are.
 _BYTES_OF_A_ROW = 4 + 3 + 4
