@@ -1,5 +1,8 @@
 import io
+import os
 import sys
+
+import pytest
 
 from vecpg.config import Config
 from vecpg.run.progress import Progress
@@ -64,3 +67,35 @@ def test_overshooting_the_end_is_all_of_it(monkeypatch):
     with Progress(Config(progress=True, total_timesteps=10_000)) as progress:
         progress.show(ROW, last=True)
     assert "100%" in stream.getvalue().split("\r")[-1]
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("shown", [0, 1])
+def test_progress_that_nobody_reads_any_more_stops_nothing(monkeypatch, live, shown):
+    reading, writing = os.pipe()
+    with open(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        if shown == 0:
+            os.close(reading)
+        with Progress(Config(progress=live, log_every=1e-9, total_timesteps=10**6)) as progress:
+            for number in range(shown):
+                progress.show(ROW | {"iteration": number}, last=True)
+            if shown:
+                os.close(reading)
+            for number in range(3):
+                progress.show(ROW | {"iteration": number, "env_steps": number}, last=True)
+        nowhere = os.open(
+            os.devnull, os.O_WRONLY
+        )  # where what is still in the stream's buffer goes
+        os.dup2(nowhere, writing)
+        os.close(nowhere)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
+    """`print` would take stdout instead."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress(Config(progress=live)) as progress:
+        progress.show(ROW, last=True)
+    assert capfd.readouterr() == ("", "")
+    assert not Config().progress

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -196,6 +197,103 @@ def left_of(session, seconds=5):
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.05)
+
+
+@pytest.fixture
+def handlers():
+    """Put back afterwards."""
+    before = {signum: signal.getsignal(signum) for signum in (*signals.STOPPING, signal.SIGUSR1)}
+    yield before
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The statuses with which a signal would have ended this process, and what it said."""
+    found = []
+    monkeypatch.setattr(os, "_exit", found.append)
+    monkeypatch.setattr(os, "write", lambda number, text: found.append((number, text.decode())))
+    return found
+
+
+@pytest.mark.parametrize("signum", signals.STOPPING)
+def test_a_signal_is_answered_at_once_with_one_line(handlers, ended, monkeypatch, signum):
+    monkeypatch.setattr(signals, "remark", "; nothing to resume")
+    monkeypatch.setattr(signals, "said", False)
+    signals.answer_at_once()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert ended == []
+    os.kill(os.getpid(), signum)
+    status = 130 if signum == signal.SIGINT else 143
+    assert ended == [(2, f"stopped by {signum.name}; nothing to resume\n"), status]
+    signals.said = True
+    os.kill(os.getpid(), signum)
+    assert ended[2:] == [status]
+
+
+def test_a_line_that_cannot_be_written_changes_no_status(handlers, ended, monkeypatch):
+    def broken(number, text):
+        raise OSError("nobody reads")
+
+    monkeypatch.setattr(os, "write", broken)
+    signals.answer_at_once()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [143]
+
+
+def test_what_is_ignored_or_handled_by_others_is_left_alone(handlers, ended):
+    for signum in handlers:
+        signal.signal(signum, signal.SIG_IGN)
+    signals.answer_at_once()
+    for signum in handlers:
+        assert signal.getsignal(signum) is signal.SIG_IGN
+
+
+def test_as_a_library_it_changes_no_handler():
+    import vecpg.__main__
+    import vecpg.cli
+    import vecpg.train
+
+    assert vecpg.train
+    assert vecpg.cli
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        assert signal.getsignal(signum) is signal.SIG_DFL
+
+
+def test_next_to_nothing_is_imported_before_signals_are_answered():
+    """Until then Ctrl-C would be a traceback."""
+    program = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import vecpg.__main__\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "signal" in out.split()
+    heavy = {"typing", "re", "inspect", "dataclasses", "logging", "threading", "tyro", "vecpg.cli"}
+    assert heavy & set(out.split()) == set()
+
+
+def test_a_run_in_another_thread_changes_no_handler(handlers, tmp_path):
+    """As in a notebook's."""
+    from vecpg.config import Config
+    from vecpg.train import train
+
+    done = []
+    config = Config(num_envs=2, total_iterations=1, eval_episodes=1, out_dir=str(tmp_path))
+    thread = threading.Thread(target=lambda: done.append(train(config)))
+    thread.start()
+    thread.join()
+    assert done[0].summary["iterations"] == 1
+    assert {signum: signal.getsignal(signum) for signum in handlers} == handlers
 
 
 @pytest.mark.slow

@@ -97,7 +97,6 @@ def train_main(args: Sequence[str]) -> None:
 
             with Interrupts():
                 result = train(config)
-        signals.remark = ""
         print(json.dumps(result.summary), flush=True)
         run_dir = result.summary["run_dir"]
         typed = flags_to_type(to_dict(config))
@@ -366,8 +365,8 @@ def exit_codes() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
-        remark = "" if getattr(error, "resumable", False) else signals.remark
-        print(f"stopped by {signal.Signals(signum).name}{remark}", file=sys.stderr)
+        print(f"stopped by {signal.Signals(signum).name}{signals.remark}", file=sys.stderr)
+        signals.said = True
         raise SystemExit(signals.exit_status(signum)) from None
     except (FloatingPointError, MemoryError, OSError) as error:
         words = " ".join(str(error).split()) or type(error).__name__

@@ -11,8 +11,10 @@ from types import FrameType
 # What ends a run. A terminal that is closed sends the last.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# What is said after the name of a signal that came before there was anything to save.
+# What is said after the name of a signal, as long as there is nothing to save.
 remark = ""
+# Whether it was said already which signal ends this process.
+said = False
 
 
 def exit_status(signum: int) -> int:
@@ -43,15 +45,16 @@ def answer_at_once() -> None:
         signal.signal(signal.SIGUSR1, _go_on)
 
 
-def end_process(signum: int, remark: str = "") -> None:
+def end_process(signum: int) -> None:
     """Say which signal it was, and end this process; nothing is finished, flushed or closed."""
-    with suppress(OSError):
-        os.write(2, f"stopped by {signal.Signals(signum).name}{remark}\n".encode())
+    if not said:
+        with suppress(OSError):
+            os.write(2, f"stopped by {signal.Signals(signum).name}{remark}\n".encode())
     os._exit(exit_status(signum))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    end_process(signum, remark)
+    end_process(signum)
 
 
 def _go_on(signum: int, frame: FrameType | None) -> None:

@@ -22,16 +22,11 @@ _SAME_HANGUP = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP arrived.
+    """SIGINT, SIGTERM or SIGHUP arrived; `signum` says which."""
 
-    signum:    which.
-    resumable: there was a run to save.
-    """
-
-    def __init__(self, signum: int, resumable: bool = False) -> None:
+    def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-        self.resumable = resumable
 
 
 class Interrupts:
@@ -65,7 +60,6 @@ class Interrupts:
         self._held = False
         self._first: int | None = None
         self._raised = False
-        self._resumable = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -77,7 +71,7 @@ class Interrupts:
             self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
             self._watch = _Watch(self._handle_all(signals.STOPPING, self._handle))
         if self._save is not None:
-            outer._resumable = True
+            signals.remark = ""  # from now on there is something to resume
             self._handle_all((signal.SIGUSR1,), self._handle_save)
         outer._held = False
         if outer._first is not None:
@@ -101,7 +95,7 @@ class Interrupts:
         if outer._first is not None and (error is None or outer._raised):
             if isinstance(error, Interrupted):
                 return
-            raise Interrupted(outer._first, outer._resumable) from error
+            raise Interrupted(outer._first) from error
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -119,7 +113,7 @@ class Interrupts:
             outer._held = False
         # Not where an error is on its way: that is what ended the run.
         if outer._first is not None and sys.exception() is None:
-            raise Interrupted(outer._first, outer._resumable)
+            raise Interrupted(outer._first)
 
     def _handle_all(
         self, signums: Sequence[int], handler: Callable[[int, FrameType | None], None]
@@ -136,7 +130,7 @@ class Interrupts:
         self._first = signum
         if not self._held:
             self._raised = True
-            raise Interrupted(signum, self._resumable)
+            raise Interrupted(signum)
 
     def _handle_save(self, signum: int, frame: FrameType | None) -> None:
         self._asked_to_save = True
