@@ -727,3 +727,39 @@ def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     assert code == 0
     assert "going on after iteration 2" in caplog.text
     assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))
+
+
+def test_a_directory_that_cannot_be_written_is_status_2(here, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = here("train", "--out-dir", "file/runs")
+    assert (code, out) == (2, "")
+    assert err == "error: --out-dir file/runs cannot be written: Not a directory; give another" + (
+        " directory\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path):
+    """Before the first step, and after it; and the run goes on once there is room."""
+    args = [*SHORT, "--total-iterations", 300, "--target-return", "none", "--save-every", 0.01]
+    for size, status in ((3000, 2), (20_000, 1)):
+        command = shlex.join([sys.executable, "-m", "vecpg", "train", *map(str, args)])
+        done = subprocess.run(
+            ["bash", "-c", f"ulimit -f {size // 1000}; exec {command}"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (status, "")
+        assert "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert re.search(
+            r"^error: runs/.* cannot be written: File too large \(.* MB free on /", last
+        )
+        assert ("resume: " in done.stderr) == (status == 1)
+        assert len(list((tmp_path / "runs").iterdir())) == (status == 1)
+    code, out, _ = finish(start("train", "--resume", "auto", "--seed", 3, cwd=tmp_path))
+    assert code == 0
+    assert json.loads(out)["iterations"] == 300

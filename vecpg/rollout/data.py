@@ -283,7 +283,7 @@ def check_finite(rollout: Rollout) -> None:
             f" {rollout.actions[t, n].tolist()}{when(rollout)}; lower --learning-rate"
         )
     stream = rollout.stream
-    where = "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
+    where = "" if stream is None else f" of iteration {stream.iteration + 1}, seed {stream.seed}"
     for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
         if (at := _first_not_finite(rows, rollout.mask)) is not None:
             t, n = at
