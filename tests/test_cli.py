@@ -523,8 +523,8 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
     assert code == 0
     assert json.loads(out)["episodes"] == 4
     # No file has the module imported: who types what is printed last does.
-    _, evaluate = shlex.split(err.splitlines()[-1]), err.splitlines()[-1]
-    code, out, err = here(*shlex.split(evaluate.partition(" -m vecpg ")[2]), "--episodes", 2)
+    command = shlex.split(err.splitlines()[-1].removeprefix("evaluate: "))
+    code, out, err = here(*command[command.index("evaluate") :], "--episodes", 2)
     assert code == 0, err
     assert json.loads(out)["episodes"] == 2
 
