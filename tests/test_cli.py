@@ -738,6 +738,20 @@ def test_a_directory_that_cannot_be_written_is_status_2(here, tmp_path):
     )
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(here, tmp_path):
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    resumes = (["auto", "--seed", 3, "--out-dir", "elsewhere"], [f"elsewhere/{run_dir.name}"])
+    for number, args in enumerate(resumes):
+        code, out, err = here("train", "--resume", *args, "--total-iterations", 3 + number)
+        assert code == 0, err
+        assert json.loads(out)["run_dir"] == f"elsewhere/{run_dir.name}"
+        (tmp_path / "elsewhere" / run_dir.name / "summary.json").unlink()
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path):
     """Before the first step, and after it; and the run goes on once there is room."""

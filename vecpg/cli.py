@@ -257,7 +257,10 @@ def parse_config(args: Sequence[str]) -> Config:
     run_dir = find_run(wanted)
     if run_dir is None:
         return wanted
-    stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
+    # Where runs are is said here and now, not by a file.
+    stored = dataclasses.replace(
+        read_config(run_dir), progress=named.progress, out_dir=wanted.out_dir
+    )
     config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
     trusted_names(
         to_dict(stored),
