@@ -27,7 +27,7 @@ from vecpg.train import train
 def config(out_dir, seed):
     """Saved after every iteration: most moments are in the middle of saving."""
     return Config(
-        num_envs=16,
+        num_envs=64,
         seed=seed,
         out_dir=str(out_dir),
         save_every=1e-9,
@@ -88,6 +88,8 @@ def main(folder, kills):
                 os.waitpid(child, 0)
                 done["kills"] += 1
                 done["while saving"] += any(parts.glob(saving))
+                if any(parts.glob("*/summary.json")):  # it had come to its end
+                    status = 0
         begun = [path.parent for path in parts.glob("*/config.json")]
         assert status == 0, f"{parts}: {status}"
         assert len(begun) == 1, begun

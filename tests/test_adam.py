@@ -204,7 +204,7 @@ def test_a_step_size_beyond_the_parameters_changes_nothing(dtype):
         adam = Adam(parameters, lr)
         for each in parameters:
             each.grad = torch.ones_like(each)
-        with pytest.raises(FloatingPointError, match=r"^Adam's step size .* is beyond the"):
+        with pytest.raises(FloatingPointError, match="^Adam's step size overflows to"):
             adam.step()
         assert adam.state_dict()["state"] == {}
         check_equal([each.detach() for each in parameters], before)

@@ -172,6 +172,12 @@ def test_what_is_not_finite_is_not_normalized_away(wrong):
     assert result.isnan().all()
 
 
+def test_a_deviation_beyond_the_largest_number_does_not_make_everything_zero():
+    values = torch.tensor([3.4e38, -3.4e38])
+    (result,) = normalized([values], [torch.ones(2, dtype=bool)])
+    assert result.isnan().all()
+
+
 def test_a_mean_over_nothing_is_zero():
     assert masked_mean([torch.tensor([math.nan])], [torch.tensor([False])]).item() == 0
 

@@ -618,8 +618,11 @@ def test_evaluating_what_is_no_checkpoint_is_status_2(here, tmp_path, path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
-    """SIGINT goes to the whole process group, as a terminal sends it."""
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_signal_to_a_whole_job_ends_async_workers_too(tmp_path, signum, status):
+    """To the whole process group, as a terminal sends Ctrl-C, and a scheduler SIGTERM."""
     args = ["--vectorization", "async", "--target-return", "none", "--total-timesteps", "1e9"]
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--num-envs", "4", *args]
     process = subprocess.Popen(
@@ -636,12 +639,16 @@ def test_ctrl_c_in_a_terminal_ends_async_workers_too(tmp_path):
             break
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 4
-    os.killpg(process.pid, signal.SIGINT)
+    if signum == signal.SIGTERM:
+        for one in below:  # a scheduler knows them all
+            one.send_signal(signum)
+    os.killpg(process.pid, signum)
     begun = time.monotonic()
     code, out, err = finish(process)
-    assert (code, out) == (130, "")
+    assert (code, out) == (status, "")
     assert "Traceback" not in err
-    assert "stopped by SIGINT" in err
+    assert "leaked" not in err
+    assert (f"stopped by {signum.name}" in err) == (signum != signal.SIGKILL)
     _, left = psutil.wait_procs(below, timeout=5)
     assert left == []
     assert time.monotonic() - begun < 10
@@ -730,3 +737,53 @@ def test_resume_auto_goes_on_or_begins(here, tmp_path, caplog):
     assert code == 0
     assert "going on after iteration 2" in caplog.text
     assert json.loads(out)["run_dir"] == str(run_dir) == str(the_run(tmp_path))
+
+
+def test_a_directory_that_cannot_be_written_is_status_2(here, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = here("train", "--out-dir", "file/runs")
+    assert (code, out) == (2, "")
+    assert err == "error: --out-dir file/runs cannot be written: Not a directory; give another" + (
+        " directory\n"
+    )
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(here, tmp_path):
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = the_run(tmp_path)
+    (tmp_path / run_dir / "summary.json").unlink()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    resumes = (["auto", "--seed", 3, "--out-dir", "elsewhere"], [f"elsewhere/{run_dir.name}"])
+    for number, args in enumerate(resumes):
+        code, out, err = here("train", "--resume", *args, "--total-iterations", 3 + number)
+        assert code == 0, err
+        assert json.loads(out)["run_dir"] == f"elsewhere/{run_dir.name}"
+        (tmp_path / "elsewhere" / run_dir.name / "summary.json").unlink()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path):
+    """Before the first step, and after it; and the run goes on once there is room."""
+    args = [*SHORT, "--total-iterations", 200, "--target-return", "none", "--save-every", 0.01]
+    for size, status in ((3000, 2), (20_000, 1)):
+        command = shlex.join([sys.executable, "-m", "vecpg", "train", *map(str, args)])
+        done = subprocess.run(
+            ["bash", "-c", f"ulimit -f {size // 1000}; exec {command}"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (status, "")
+        assert "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert re.search(
+            r"^error: runs/.* cannot be written: File too large \(.* MB free on /", last
+        )
+        assert ("resume: " in done.stderr) == (status == 1)
+        assert len(list((tmp_path / "runs").iterdir())) == (status == 1)
+    code, out, _ = finish(start("train", "--resume", "auto", "--seed", 3, cwd=tmp_path))
+    assert code == 0
+    assert json.loads(out)["iterations"] == 200

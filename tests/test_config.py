@@ -15,7 +15,10 @@ from vecpg.config import Config, ConfigError, to_dict
         ("num_envs", [0, -1], "--num-envs: expected at least 1, got"),
         ("num_envs", [1.5, "8", True, None], "--num-envs: expected a whole number, got"),
         ("num_steps", [0], "--num-steps: expected at least 1"),
+        ("num_envs", [2**63, 10**30], r"--num-envs: expected a number below 2\*\*63, got"),
+        ("max_episode_steps", [10**19], r"--max-episode-steps: expected a number below 2\*\*63"),
         ("threads", [0], "--threads: expected at least 1, or none"),
+        ("threads", [10**12], "--threads: expected at most 4,096, got 1000000000000"),
         ("total_timesteps", [0, -5], "--total-timesteps: expected at least 1, or none"),
         ("total_episodes", [0], "--total-episodes"),
         ("total_iterations", [0], "--total-iterations"),
@@ -33,6 +36,7 @@ from vecpg.config import Config, ConfigError, to_dict
         ("bootstrap_truncations", [True], "--bootstrap-truncations: expected --baseline value"),
         ("bootstrap_truncations", [1], "--bootstrap-truncations: expected true or false, got 1"),
         ("value_steps", [0, -1], "--value-steps: expected at least 1, got"),
+        ("value_steps", [10**6 + 1, 10**12], "--value-steps: expected at most 1,000,000, got"),
         ("value_learning_rate", [0.0, math.nan], "--value-learning-rate: expected a finite"),
         ("dropout", [1, 1.5, -0.1, math.nan], r"--dropout: expected a number in \[0, 1\), got"),
         ("embedding_size", [0], "--embedding-size: expected at least 1, got 0"),
@@ -67,6 +71,21 @@ def test_shards_that_cannot_be_are_answered_with_the_nearest_that_can():
             Config(num_envs=num_envs, shards=shards)
         answers.append(str(caught.value).split("nearest: ")[1])
     assert answers == ["4 and 8", "32 and 64", "64", "3 and 6", "1 and 7", "1", "800 and 1000"]
+
+
+def test_of_numbers_of_any_size_divisors_are_found_at_once():
+    for num_envs, shards, nearest in (
+        (10**9 + 7, 2, "1 and 1000000007"),
+        (10**9, 10**9 - 1, "500000000 and 1000000000"),
+        (2**62, 3, "2 and 4"),
+        (2**62, 2**61 + 1, f"{2**61} and {2**62}"),
+    ):
+        with pytest.raises(ConfigError, match=f"nearest: {nearest}$"):
+            Config(num_envs=num_envs, shards=shards)
+
+
+def test_real_numbers_may_be_given_as_whole_ones_of_any_size():
+    assert Config(target_return=10**20, ent_coef=2**64).target_return == 10**20
 
 
 def test_without_shards_there_is_one():

@@ -58,6 +58,8 @@ def test_there_are_commands_in_the_readme():
 def test_every_command_can_be_typed(path, capsys):
     for args in commands(path):
         args = ["1" if arg == "S" else arg for arg in args]  # a seed, in the text
+        if "--resume" in args:  # a run that is nowhere
+            args[args.index("--resume") + 1] = "auto"
         try:
             PARSERS[args[0]](args[1:])
         except SystemExit as exit_:

@@ -123,7 +123,9 @@ MACHINE = CART | {"vectorization": "tensor"}
 AUTOGRAD = MACHINE | {"dropout": 0.1}
 SYNC = CART | {"vectorization": "sync"}
 VECTOR = CART | {"vectorization": "vector_entry_point"}
-LEARNING = r"step size 3e\+39 is beyond .* in iteration 1; lower --learning-rate \(now 3e\+38\)"
+LEARNING = (
+    r"^Adam's step size overflows to 3e\+39 in iteration 1; lower --learning-rate .now 3e\+38"
+)
 CRITIC = r"value function in iteration 1: .* lower --value-learning-rate \(now 3e\+38\)"
 SUM = {"scale": 1e38, "length": 40}
 SUMS = "advantage at step 0 of environment 0 is .*beyond float32; scale the rewards"
@@ -138,7 +140,7 @@ STOPPED = {
     "step, autograd": (AUTOGRAD | {"learning_rate": 3e38}, LEARNING),
     "step, sync": (SYNC | {"learning_rate": 3e38}, LEARNING),
     "step, vector entry point": (VECTOR | {"learning_rate": 3e38}, LEARNING),
-    "step of infinity": (MACHINE | {"learning_rate": 1e308}, "step size inf is beyond"),
+    "step of infinity": (MACHINE | {"learning_rate": 1e308}, "step size overflows to inf"),
     "parameter": (MACHINE | {"learning_rate": 3e37, "max_grad_norm": 1e-3}, None),
     "value": (MACHINE | {"baseline": "value", "value_learning_rate": 3e38}, CRITIC),
     "value, one step": (

@@ -217,7 +217,7 @@ def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
         with pytest.raises(FloatingPointError, match=message):
             check_finite(rollout)
         return
-    message = rf"^environment {n} returned the {named[what]} .*nan.* at step {t} of iteration 4"
+    message = rf"^environment {n} returned the {named[what]} .*nan.* at step {t} of iteration 5"
     with pytest.raises(EnvironmentFailure, match=message):
         check_finite(rollout)
 

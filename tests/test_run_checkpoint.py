@@ -234,6 +234,16 @@ def test_the_newest_that_is_right_is_taken_and_the_others_are_named(tmp_path, ca
         checkpoint.newest_valid(tmp_path)
 
 
+def test_a_run_of_an_older_version_is_named(tmp_path):
+    """As vecpg 0.1.0 left it."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last.pt", "best.pt"):
+        torch.save({"kind": "vecpg checkpoint", "format": 2}, tmp_path / "checkpoints" / name)
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"format 4, got that of vecpg 0\.1; use the vec"):
+            checkpoint.load(path)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)

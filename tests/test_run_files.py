@@ -1,6 +1,8 @@
 """A run that was stopped and goes on is the run that was never stopped."""
 
 import dataclasses
+import hashlib
+import io
 import json
 import logging
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import gymnasium
@@ -23,6 +26,7 @@ from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.run import checkpoint, files
+from vecpg.run.directory import TEMPORARY
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.resume import stored_config
 from vecpg.train import train
@@ -364,6 +368,80 @@ def test_best_belongs_to_the_state_it_was_written_with(tmp_path, monkeypatch):
         best = checkpoint.load(folder / "best.pt")[1]["policy"]["parameters"]
         expected = state["stopping"]["best_parameters"] or state["policy"]["parameters"]
         assert digest(best) == digest(expected)
+
+
+def test_what_is_said_to_be_saved_is_on_the_disk(tmp_path, monkeypatch, stopped):
+    """Rows, each file, the manifest, the folder's name, that name; and then the message."""
+    calls = []
+
+    def record(place, name, words):
+        real = getattr(place, name)
+
+        def run(*args, **kwargs):
+            result = real(*args, **kwargs)
+            calls.append(words(*args))
+            return result
+
+        monkeypatch.setattr(place, name, run)
+
+    def named(number):
+        return Path(os.readlink(f"/proc/self/fd/{number}")).name
+
+    class Messages(logging.Handler):
+        def emit(self, record):
+            calls.append(record.getMessage().partition(";")[0])
+
+    record(os, "fsync", lambda number: f"fsync {named(number)}")
+    record(os, "replace", lambda one, other: f"replace {Path(other).name}")
+    handler = Messages(logging.INFO)
+    log = logging.getLogger("vecpg")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        stopped(short(tmp_path), 2, terminated)
+    finally:
+        log.removeHandler(handler)
+    temporary = f"{TEMPORARY}{os.getpid()}-2"
+    assert calls[-8:] == [
+        "fsync metrics.jsonl",
+        "fsync state.pt",
+        "fsync best.pt",
+        "fsync manifest.json",
+        f"fsync {temporary}",
+        "replace 2",
+        "fsync checkpoints",
+        "saved after iteration 2",
+    ]
+
+
+def test_what_was_saved_on_a_gpu_goes_on_on_a_cpu(tmp_path, stopped, caplog):
+    """The manifest of such a run, and tensors that say they were on one."""
+    config = short(tmp_path, vectorization="sync")
+    stopped(config, 2, fails)
+    run_dir = the_run(tmp_path)
+    folder = checkpoint.folders(run_dir)[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["resolved"]["device"] = "cuda:0"
+    state = (folder / "state.pt").read_bytes()
+    data = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(state)) as old, zipfile.ZipFile(data, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(entry.filename, content)
+    (folder / "state.pt").write_bytes(data.getvalue())
+    sha256 = hashlib.sha256(data.getvalue()).hexdigest()
+    manifest["files"]["state.pt"] = {"bytes": len(data.getvalue()), "sha256": sha256}
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    again = train(stored_config(run_dir))
+    assert again.summary["device"] == "cpu"
+    assert "device cpu instead of cuda: from here on not bit for bit" in caplog.text
+    whole = train(dataclasses.replace(config, out_dir=str(tmp_path / "whole")))
+    assert left_behind(again.run_dir) == left_behind(whole.run_dir)
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ def advantages_alone(parts, config, values, final_values):
             subtract_mean_by_age(w, part.mask, part.dones, sums, others=others)
     if config.normalize:
         weights = centred(weights)
-        squares = added([w.square().sum(dtype=torch.float64) for w in weights])
+        squares = added([w.double().square().sum() for w in weights])
         deviation = (squares / (added([mask.sum() for mask in masks]) - 1)).sqrt()
         weights = [w / deviation for w in weights]
     return weights

@@ -442,6 +442,7 @@ def test_torchs_own_generator_and_threads_are_left_alone(tmp_path):
     ("limits", "reached"),
     [
         ({"total_timesteps": 300, "total_iterations": None}, lambda row: row["env_steps"] >= 300),
+        ({"total_timesteps": 1, "total_iterations": None}, lambda row: row["env_steps"] >= 8),
         ({"total_episodes": 17, "total_iterations": None}, lambda row: row["episodes"] >= 17),
         ({"total_iterations": 2}, lambda row: row["iteration"] >= 2),
     ],

@@ -92,10 +92,7 @@ class Adam:
         steps = [self._steps.get(place, 0) + 1 for place in gradients]
         sizes = [self.lr / (1 - beta1**t) for t in steps]
         if max(sizes) > self._largest:
-            raise FloatingPointError(
-                f"Adam's step size {max(sizes):.3g} is beyond the {self._largest:.3g} that"
-                " parameters hold"
-            )
+            raise FloatingPointError(f"Adam's step size overflows to {max(sizes):.3g}")
         for place, t in zip(gradients, steps, strict=True):
             if place not in self._steps:
                 self._means[place] = torch.zeros_like(self.parameters[place])

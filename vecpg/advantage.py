@@ -191,11 +191,10 @@ def normalized(values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor
     squares = in_order([own.to(torch.float64).square().sum() for own in centred])
     count = in_order([mask.sum() for mask in masks])
     deviation = (squares / (count - 1).clamp(min=1)).sqrt()
-    # NaN, of what was not finite, stays NaN.
-    return [
-        torch.where(deviation == 0, 0.0, own.to(torch.float64) / deviation).to(own.dtype)
-        for own in centred
-    ]
+    # NaN, of what was not finite, stays NaN; what no number can hold would make everything 0.
+    largest = torch.finfo(centred[0].dtype).max
+    deviation = torch.where(deviation <= largest, deviation, torch.nan)
+    return [torch.where(deviation == 0, 0.0, own / deviation) for own in centred]
 
 
 # -- Over rows of the same age -------------------------------------------------------------------

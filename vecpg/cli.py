@@ -257,7 +257,10 @@ def parse_config(args: Sequence[str]) -> Config:
     run_dir = find_run(wanted)
     if run_dir is None:
         return wanted
-    stored = dataclasses.replace(read_config(run_dir), progress=named.progress)
+    # Where runs are is said here and now, not by a file.
+    stored = dataclasses.replace(
+        read_config(run_dir), progress=named.progress, out_dir=wanted.out_dir
+    )
     config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
     trusted_names(
         to_dict(stored),
@@ -395,13 +398,16 @@ def fail(message: str) -> NoReturn:
 def _check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
     from vecpg.envs import check_time_limit, find_spec, resolve_vectorization
+    from vecpg.memory import check_room
 
     if (run_dir := find_run(config)) is not None:
         check_settings(config, read_config(run_dir))
     try:
         spec = find_spec(config.env_id)
-        resolve_vectorization(spec, config.vectorization, config.env_kwargs)
+        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         check_time_limit(spec, config.max_episode_steps)
+        if config.device == "cpu" or vectorization in ("sync", "async"):  # else on a GPU, perhaps
+            check_room(config, vectorization)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if run_dir is None:

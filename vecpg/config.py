@@ -13,6 +13,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# No machine has more cores; and an update is finished before a signal is answered.
+_MOST = {"threads": 4096, "value_steps": 1_000_000}
+# Nearest divisors are looked for among those that are at most this, and their counterparts.
+_MOST_DIVISOR = 1_000_000
+
 
 class ConfigError(ValueError):
     """A setting that cannot work here, found before the first environment step."""
@@ -52,13 +57,14 @@ class Config:
     Acrobot-v1, MountainCarContinuous-v0, and your own: docs/environments.md). auto: tensor where
     vecpg has it, else the environment's own vectorized form, else sync."""
     step_timeout: float = 60.0
-    """Seconds after which an async environment that has not answered counts as hung."""
+    """Seconds after which an async environment that has not answered counts as hung, also while
+    it is made. Others run in the main process, which they may block."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int | None = None
     """Threads of the kernels, whose results do not depend on it; by default one for every core.
     Torch gets them only if given here, for policies or values that the kernels do not serve: its
-    last bits may depend on it. At least 1."""
+    last bits may depend on it. 1 to 4096."""
 
     total_timesteps: int | None = 500_000
     """End with the iteration that reaches this many real environment steps."""
@@ -94,7 +100,7 @@ class Config:
     value_learning_rate: float = 1e-3
     """Adam's step size for the value function of --baseline value. Greater than 0."""
     value_steps: int = 80
-    """Steps of fitting the value function after each update. At least 1."""
+    """Steps of fitting the value function after each update. 1 to 1,000,000."""
     bootstrap_truncations: bool = False
     """Continue an episode that a limit cut with the value of its final observation, instead of
     with 0. Needs --baseline value."""
@@ -144,7 +150,10 @@ class Config:
         if isinstance(self.hidden_sizes, list):  # as JSON has it
             object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         for name, expected in typing.get_type_hints(Config).items():
-            _check_type(name, getattr(self, name), expected)
+            value = getattr(self, name)
+            _check_type(name, value, expected)
+            if expected in (int, int | None) and name != "seed":
+                _check(name, value is None or value < 2**63, "a number below 2**63", value)
         for name in (
             "num_envs",
             "num_steps",
@@ -154,6 +163,9 @@ class Config:
             "value_steps",
         ):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _check(name, value is None or value <= most, f"at most {most:,}", value)
         for name in (
             "threads",
             "shards",
@@ -237,8 +249,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def _nearest_divisors(number: int, to: int) -> str:
     """Of what divides a number, the nearest below and above one that does not."""
-    below = next(d for d in range(min(to, number), 0, -1) if number % d == 0)
-    above = next((d for d in range(to, number + 1) if number % d == 0), None)
+    most = min(math.isqrt(number), _MOST_DIVISOR)
+    small = [divisor for divisor in range(1, most + 1) if number % divisor == 0]
+    divisors = {*small, *(number // divisor for divisor in small)}
+    below = max(divisor for divisor in divisors if divisor <= max(to, 1))
+    above = min((divisor for divisor in divisors if divisor >= to), default=None)
     return str(below) if above is None else f"{below} and {above}"
 
 

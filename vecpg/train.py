@@ -1,5 +1,6 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
+from vecpg import memory
 from vecpg.adam import Adam
 from vecpg.advantage import advantages, prepare_advantages
 from vecpg.config import Config, ConfigError
@@ -47,6 +49,8 @@ from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
 _log = logging.getLogger(__name__)
+# Before so many copies are made, one is, to see whether the spaces of all of them will fit.
+_MANY_ENVS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,9 @@ def train(config: Config) -> TrainResult:
     Raises:
         ConfigError: something that can be known before the first environment step.
         EnvironmentFailure: an environment raised or returned a number that is not finite.
-        FloatingPointError: the gradient is not finite.
+        FloatingPointError: loss, entropy, gradient, an action, or a parameter after a step are not
+            finite.
+        MemoryError: there was no more memory.
         Interrupted: SIGINT or SIGTERM; a checkpoint was written.
 
     Example:
@@ -128,7 +134,8 @@ def train(config: Config) -> TrainResult:
         wall_seconds = clock.without_evaluations()
         final = state.stopping.evaluation
         if final is None:
-            final = _confirmation(config, state.counters.iteration)(state.policy)
+            with clock.evaluation():
+                final = _confirmation(config, state.counters.iteration)(state.policy)
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, state.counters.env_steps)
 
@@ -193,6 +200,7 @@ def _begin(config: Config) -> Run:
                 unless_all_is_well.callback(source.lock.close)
             spec = find_spec(config.env_id)
             vectorization, device, reason = _resolve(config, spec, source)
+            _check_room(config, vectorization, device)
             envs = make_envs(
                 config.env_id,
                 config.num_envs,
@@ -203,6 +211,7 @@ def _begin(config: Config) -> Run:
                 step_timeout=config.step_timeout,
             )
             unless_all_is_well.callback(envs.close)
+            _check_room(config, vectorization, device, envs)
             if config.capture_video:
                 video.check_filming(
                     config.env_id,
@@ -248,7 +257,8 @@ def _begin(config: Config) -> Run:
                 run_files = files.go_on(config, about, state, source)
             unless_all_is_well.pop_all()
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
-        raise ConfigError(str(error)) from error
+        words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
+        raise ConfigError(words) from error
     _log.info("run directory: %s", run_files.run_dir)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
@@ -267,6 +277,31 @@ def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str,
     if config.device == "auto" and there:
         return vectorization, resolve_device(before["device"])[0], "as before"
     return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
+
+
+def _check_room(
+    config: Config,
+    vectorization: str,
+    device: torch.device,
+    envs: VectorEnv[Any, Any, Any] | None = None,
+) -> None:
+    """Refuse what needs more memory than there is, before it is made where that can be known."""
+    have = memory.there_is()
+    if device.type == "cuda":
+        have += torch.cuda.mem_get_info(device)[1]
+    known = [] if envs is None else [envs.single_observation_space, envs.single_action_space]
+    memory.check_room(config, vectorization, *known, have=have)
+    if envs is None and config.num_envs >= _MANY_ENVS:
+        one = make_envs(
+            config.env_id,
+            1,
+            vectorization=vectorization,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            step_timeout=config.step_timeout,
+        )
+        with contextlib.closing(one):
+            _check_room(config, vectorization, device, one)
 
 
 @contextmanager
@@ -290,8 +325,10 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
             Progress(config) as progress,
             run.compilation as compilation,
         ):
+            clock = Clock(run.device, compilation, run.state.seconds)
             try:
-                yield Clock(run.device, compilation, run.state.seconds), progress, interrupts
+                with memory.named(lambda: clock.phase_now):
+                    yield clock, progress, interrupts
             finally:
                 # The last first: saved, then closed; what fails keeps no other from being done.
                 with interrupts.held():

@@ -5,27 +5,27 @@ timeout its replies are one step late. Here any failure names the environment, e
 and leaves the environments unusable. No constructor runs in this process, so none can block it.
 """
 
-import atexit
 import contextlib
 import functools
 import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.utils import CloudpickleWrapper
 
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 
@@ -40,6 +40,8 @@ _FAILURE = "vecpg.failure"
 # The exit status of a process that cannot become a worker, since the script that it imports starts
 # some. It is what the fork server makes of any.
 _UNGUARDED = 1
+# Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
+_DESCRIPTORS = 3
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
 # To the whole terminal or job; the main process answers them.
@@ -73,8 +75,10 @@ class WorkerEnvs(AsyncVectorEnv):
         self.step_timeout = step_timeout
         self.processes, self.parent_pipes = [], []
         self._owner = os.getpid()
+        _check_limit(len(env_fns))
         makers = [_pickled(make) for make in env_fns]
-        _open.add(self)
+        # For a process that exits without closing them, and would wait for its children.
+        self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         with self._watched():
             try:
                 spaces = _learn_spaces(makers[0], step_timeout)
@@ -89,6 +93,11 @@ class WorkerEnvs(AsyncVectorEnv):
                 )
             except ConnectionError:  # of a worker that died
                 raise
+            except ChildProcessError as error:
+                raise EnvironmentNotMade(
+                    "--vectorization async: this process is a fork of one that had workers;"
+                    ' start it by multiprocessing.get_context("spawn"), or use --vectorization sync'
+                ) from error
             except (OSError, MemoryError) as error:
                 raise EnvironmentNotMade(
                     f"--vectorization async: {len(env_fns)} processes could not be started:"
@@ -141,7 +150,7 @@ class WorkerEnvs(AsyncVectorEnv):
         _end(self.processes)
         for pipe in filter(None, self.parent_pipes):
             pipe.close()
-        _open.discard(self)
+        self._at_exit.cancel()
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -210,15 +219,9 @@ class WorkerEnvs(AsyncVectorEnv):
                 raise SubEnvironmentError((index, "failed", detail, ""))
 
 
-# Those whose workers run, for an interpreter that exits without closing them.
-_open: "weakref.WeakSet[WorkerEnvs]" = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    # Before multiprocessing's own, which waits for ever for a worker that is stopped.
-    for envs in list(_open):
-        envs.close()
+def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
+    if (still_there := envs()) is not None:
+        still_there.close()
 
 
 def check_process() -> None:
@@ -247,10 +250,24 @@ def check_process() -> None:
         )
 
 
+def _check_limit(num_envs: int) -> None:
+    """Refuse more workers than this process may have descriptors for.
+
+    The fork server would die of it, of which only its traceback would tell.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _DESCRIPTORS * num_envs + 32
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise EnvironmentNotMade(
+            f"--vectorization async: {num_envs} processes need {needed} open files, and the limit"
+            f" is {limit}; raise it (ulimit -n {needed}), or try fewer --num-envs"
+        )
+
+
 def _pickled(make: _Maker) -> bytes:
     """The maker of an environment, as it is sent to a worker."""
     try:
-        made: bytes = cloudpickle.dumps(make)
+        made = pickle.dumps(CloudpickleWrapper(make))
     # Whatever pickling of a user's object raises.
     except Exception as error:
         raise EnvironmentNotMade(
@@ -293,7 +310,7 @@ def _learn_spaces(make: bytes, timeout: float) -> "_Spaces":
         raise SubEnvironmentError((0, "died", _cause(exitcode or 0), ""))
     if isinstance(answer, SubEnvironmentError):
         raise answer
-    spaces: _Spaces = pickle.loads(answer)
+    spaces: _Spaces = pickle.loads(answer)()
     return spaces
 
 
@@ -381,12 +398,13 @@ def _tell_spaces(pipe: "connection.Connection[Any, Any]", make: bytes) -> None:
     pipe.send("begun")
     try:
         env = pickle.loads(make)()
-        answer = cloudpickle.dumps(_Spaces(env))
+        spaces = _Spaces(env)
+        answer = pickle.dumps(CloudpickleWrapper(lambda: spaces))
     except BaseException as error:
         pipe.send(SubEnvironmentError.raised_in_making(0, error))
     else:
         pipe.send(answer)
-        _close(env, 0)
+        _close_env(env, 0)
 
 
 def _begin(make: bytes, index: int, spaces: "_Spaces", owner: int) -> "_Copy":
@@ -423,7 +441,7 @@ def _follow() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _close(env: gymnasium.Env[Any, Any], index: int) -> None:
+def _close_env(env: gymnasium.Env[Any, Any], index: int) -> None:
     try:
         env.close()
     except Exception as error:
@@ -492,7 +510,7 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
     def close(self) -> None:
         """Close the environment, and leave the worker in which it was made."""
         if self.env is not self.spaces:
-            _close(self.env, self.index)
+            _close_env(self.env, self.index)
             # Gymnasium may be about to raise that the main process cannot be reached.
             raise SystemExit(0)
 

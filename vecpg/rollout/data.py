@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vecpg.envs import EnvironmentFailure
+from vecpg.memory import in_words, ran_out
 from vecpg.noise import Stream
 
 # What an environment does at a row.
@@ -194,7 +195,11 @@ class Rows:
         actions: tuple[tuple[int, ...], torch.dtype],
         device: torch.device | str = "cpu",
     ) -> None:
-        """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one."""
+        """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one.
+
+        Raises:
+            MemoryError: with what they take; from `make_room` too.
+        """
         flag = ((), torch.bool)
         each = (obs, actions, ((), torch.float32), flag, flag, flag)
         self._rows = {
@@ -210,6 +215,19 @@ class Rows:
                 self._make(name)
 
     def _make(self, name: str) -> None:
+        try:
+            self._allocate(name)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            row_bytes = sum(math.prod(row) * dtype.itemsize for row, dtype in self._rows.values())
+            num_envs, *shape = self._rows["obs"][0]
+            raise MemoryError(
+                f"{num_envs:,} environments x {self.capacity:,} rows x {math.prod(shape):,} numbers"
+                f" per observation take {in_words(self.capacity * row_bytes)}"
+            ) from None
+
+    def _allocate(self, name: str) -> None:
         row, dtype = self._rows[name]
         shape = (self.capacity + (name == "obs"), *row)
         if self.host is None:
@@ -265,7 +283,7 @@ def check_finite(rollout: Rollout) -> None:
             f" {rollout.actions[t, n].tolist()}{when(rollout)}; lower --learning-rate"
         )
     stream = rollout.stream
-    where = "" if stream is None else f" of iteration {stream.iteration}, seed {stream.seed}"
+    where = "" if stream is None else f" of iteration {stream.iteration + 1}, seed {stream.seed}"
     for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
         if (at := _first_not_finite(rows, rollout.mask)) is not None:
             t, n = at

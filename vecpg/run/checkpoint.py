@@ -124,6 +124,11 @@ def opened(folder: Path) -> Checkpoint:
         CheckpointError: there is none, it is damaged, or another version of vecpg wrote it.
     """
     path = folder / MANIFEST
+    if (folder / "last.pt").exists():
+        raise CheckpointError(
+            f"{folder}: expected format {FORMAT}, got that of vecpg 0.1; use the vecpg that wrote"
+            " it"
+        )
     if folder.is_dir() and not path.exists():
         raise CheckpointError(f"{folder}: expected a checkpoint, got a folder without {MANIFEST}")
     data = _bytes(path)

@@ -71,6 +71,8 @@ def unpickle(data: bytes, path: Path | str) -> dict[str, Any]:
             return content
     except _Unexpected as error:
         reason = f": {error}"
+    except MemoryError:
+        raise
     # Zip and pickle raise a dozen different types for files that are cut, empty or something else.
     except Exception:
         reason = ""

@@ -100,7 +100,10 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
     """
     run_dir, manifest = source.run_dir, source.checkpoint.manifest
     _check_environment(manifest["environment"], about["environment"])
-    state.load_state_dict(source.checkpoint.read(STATE))
+    try:
+        state.load_state_dict(source.checkpoint.read(STATE))
+    except ValueError as error:
+        raise ValueError(f"{source.checkpoint.folder}: {error}") from None
     end_of(run_dir, state.counters.iteration)
     if manifest["resolved"]["target"] != about["resolved"]["target"]:
         state.stopping.forget_solved()
