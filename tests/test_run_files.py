@@ -191,6 +191,14 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, caplog):
     assert {p: p.read_bytes() for p in result.run_dir.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, "\xff"])
+def test_a_finished_run_whose_summary_is_damaged_is_named(tmp_path, content):
+    result = train(short(tmp_path))
+    (result.run_dir / "summary.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"summary\.json: expected a JSON object"):
+        train(stored_config(result.run_dir))
+
+
 def test_another_target_is_judged_anew(tmp_path):
     solved = train(short(tmp_path, target_return=5.0, confirm=False))
     assert solved.summary["solved"]
@@ -316,6 +324,19 @@ def test_a_run_that_somebody_trains_is_left_alone(tmp_path, stopped):
     with files.hold(run_dir), pytest.raises(ConfigError, match=f"process {os.getpid()} trains"):
         train(stored_config(run_dir))
     train(stored_config(run_dir))
+
+
+def test_a_run_is_held_until_its_summary_is_there(tmp_path, monkeypatch):
+    real = train_module.write_json
+
+    def write(path, content):
+        with pytest.raises(ValueError, match="trains"):
+            files.hold(path.parent)
+        real(path, content)
+
+    monkeypatch.setattr(train_module, "write_json", write)
+    result = train(short(tmp_path))
+    files.hold(result.run_dir).close()
 
 
 @pytest.mark.parametrize("step", ["remove", "discard", "write_json", "Metrics"])

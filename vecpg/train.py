@@ -1,7 +1,6 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,6 +44,7 @@ from vecpg.run.progress import Progress
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import Stopping
+from vecpg.run.stored import read_object
 from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
@@ -81,7 +81,8 @@ def train(config: Config) -> TrainResult:
         FloatingPointError: loss, entropy, gradient, an action, or a parameter after a step are not
             finite.
         MemoryError: there was no more memory.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint was written.
+        OSError: a file of the run could not be written.
 
     Example:
         >>> import tempfile
@@ -141,7 +142,8 @@ def train(config: Config) -> TrainResult:
 
     run_dir = run.files.run_dir
     summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
-    write_json(run_dir / "summary.json", summary)
+    with run.files.lock:  # until it is finished, nobody else goes on with it
+        write_json(run_dir / "summary.json", summary)
     verdict = {None: "", True: "solved: ", False: "not solved: "}[summary["solved"]]
     _log.info(
         "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
@@ -178,7 +180,8 @@ def _finished(config: Config) -> TrainResult | None:
         solved = manifest["solved"] and config.target_return == stored.target_return
         if not _is_over(config, counters, solved):
             return None
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        path = run_dir / "summary.json"
+        summary = read_object(path.read_bytes(), path) | {"run_dir": _relative(run_dir)}
         best = load_policy(run_dir)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
@@ -309,7 +312,6 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
     in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     closing = ExitStack()
-    closing.callback(run.files.lock.close)
     closing.callback(_close, run.envs)
     closing.callback(run.files.metrics.close)
     closing.callback(run.files.saver.save, run.state)
@@ -335,6 +337,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
                     closing.close()
     except BaseException:
         closing.close()  # what a signal just before has kept from being done
+        run.files.lock.close()
         command = resume_command(_relative(run.files.run_dir), config)
         _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
         raise
@@ -492,7 +495,7 @@ def _film(config: Config, policy: Policy, path: Path) -> None:
             max_episode_steps=config.max_episode_steps,
             seed=config.seed,
         )
-    except (ValueError, OSError, EnvironmentFailure) as error:
+    except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
         _log.warning("no film: %s", error)
 
 
