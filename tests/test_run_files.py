@@ -25,7 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
-from vecpg.run import checkpoint, files
+from vecpg.run import checkpoint, directory, files
 from vecpg.run.directory import TEMPORARY
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.resume import stored_config
@@ -357,12 +357,22 @@ def test_a_crash_while_it_begins_again_loses_nothing(tmp_path, stopped, monkeypa
     assert left_behind(train(stored_config(run_dir)).run_dir) == expected
 
 
-@pytest.mark.parametrize("step", ["Metrics", "write_json", "Saver"])
-def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        (files, "Metrics"),
+        (files, "write_json"),
+        (files, "Saver"),
+        (directory, "write_json"),
+        (directory, "sync_directory"),
+    ],
+    ids=str,
+)
+def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, place, step):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, step, full)
+    monkeypatch.setattr(place, step, full)
     with pytest.raises(ConfigError, match="No space left"):
         train(short(tmp_path))
     assert list(tmp_path.iterdir()) == []
