@@ -92,10 +92,15 @@ def hold(run_dir: Path) -> IO[str]:
             f"{path} cannot be locked: {error.strerror}; give an --out-dir on a file system that"
             " has locks"
         ) from error
-    with writing(path):
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    try:
+        with writing(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
     return file
 
 

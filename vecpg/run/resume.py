@@ -96,7 +96,7 @@ def read_config(run_dir: Path) -> Config:
         ConfigError: it cannot be read, or is not what a run of this version leaves.
     """
     path = run_dir / "config.json"
-    return config_of(_read(path), path)
+    return config_of(read_json(path), path)
 
 
 def check_settings(config: Config, stored: Config) -> None:
@@ -165,7 +165,7 @@ def _newest_unfinished(config: Config) -> Path | None:
     ]
     for run_dir in sorted(unfinished, key=_begun, reverse=True):
         try:
-            content = _read(run_dir / "config.json")
+            content = read_json(run_dir / "config.json")
         except ConfigError:
             if run_dir.name.startswith(f"{name_of(config)}__"):
                 raise
@@ -175,8 +175,15 @@ def _newest_unfinished(config: Config) -> Path | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Raises:
+        ConfigError: there is none, or the file cannot be read.
+    """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: expected a file, got something else")
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
