@@ -748,6 +748,25 @@ def test_a_directory_that_cannot_be_written_is_status_2(here, tmp_path):
     )
 
 
+def test_no_run_that_goes_on_has_a_module_imported(here, tmp_path):
+    (tmp_path / "evil_run.py").write_text("open('executed', 'w').close()")
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = the_run(tmp_path)
+    for name, value in (
+        ("env_id", "evil_run:CartPole-v1"),
+        ("env_kwargs", {"definition": "evil_run:CartPole"}),
+    ):
+        path = tmp_path / run_dir / "config.json"
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {name: value}))
+        code, out, err = here("train", "--resume", run_dir, "--total-iterations", 3)
+        path.write_text(before)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: what a file names is imported or opened only if you name it")
+        assert f"train --resume {run_dir} --total-iterations 3 --env-" in err
+        assert not (tmp_path / "executed").exists()
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(here, tmp_path):
     assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
     run_dir = the_run(tmp_path)

@@ -165,8 +165,8 @@ def test_each_damage_has_its_words(tmp_path):
     assert "does not match its digest" in said(lambda: (folder / STATE).write_bytes(flipped))
     assert "No such file" in said(lambda: (folder / STATE).unlink())
     assert "without manifest.json" in said(lambda: (folder / MANIFEST).unlink())
-    assert "expected JSON" in said(lambda: (folder / MANIFEST).write_bytes(b"hello"))
-    assert "expected JSON" in said(lambda: (folder / MANIFEST).write_text("[" * 100_000))
+    assert "expected a JSON object" in said(lambda: (folder / MANIFEST).write_bytes(b"hello"))
+    assert "expected a JSON object" in said(lambda: (folder / MANIFEST).write_text("[" * 100_000))
     other = json.dumps({"kind": "of something else"})
     assert "is not of a vecpg checkpoint" in said(lambda: (folder / MANIFEST).write_text(other))
 

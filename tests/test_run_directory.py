@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_one_directory_is_trained_in_by_one(tmp_path):
     (tmp_path / ".lock").write_text("999999\n")
     with hold(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_forked_child_keeps_no_directory_held(tmp_path):
+    lock = hold(tmp_path)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        lock.close()
+        hold(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):

@@ -318,6 +318,19 @@ def test_a_forked_child_is_on_its_own(ended, monkeypatch):
     assert ended == []
 
 
+def test_a_signal_to_a_forked_child_is_its_own():
+    """Sent at once, while it may still have what its parent has."""
+    with Interrupts():
+        for _ in range(30):
+            child = os.fork()
+            if child == 0:
+                time.sleep(20)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
 def test_in_another_thread_nothing_is_changed():
     failures = []
 

@@ -376,9 +376,9 @@ def exit_codes() -> Iterator[None]:
         print(f"error: {words}", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
-        from vecpg.envs import EnvironmentFailure
+        from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
 
-        if isinstance(error, EnvironmentFailure):
+        if isinstance(error, EnvironmentFailure | EnvironmentNotMade):
             print(f"{error.trace}error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
         raise

@@ -59,3 +59,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def _go_on(signum: int, frame: FrameType | None) -> None:
     pass
+
+
+# What `answer_at_once` sets.
+HANDLERS = (_stop, _go_on)

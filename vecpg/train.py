@@ -141,8 +141,8 @@ def train(config: Config) -> TrainResult:
             run.files.metrics.draw(points, state.counters.env_steps)
 
     run_dir = run.files.run_dir
-    summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
     with run.files.lock:  # until it is finished, nobody else goes on with it
+        summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
         write_json(run_dir / "summary.json", summary)
     verdict = {None: "", True: "solved: ", False: "not solved: "}[summary["solved"]]
     _log.info(
@@ -472,9 +472,9 @@ def _summary(
         "wall_seconds": wall_seconds,
         "compile_seconds": compile_seconds,
         "steps_per_second": per_second(counters.env_steps, wall_seconds),
-        "collect_seconds": seconds["collect"],
-        "returns_seconds": seconds["returns"],
-        "update_seconds": seconds["update"],
+        "collect_seconds": seconds.get("collect", 0.0),
+        "returns_seconds": seconds.get("returns", 0.0),
+        "update_seconds": seconds.get("update", 0.0),
         "best_return": stopping.best_return,
         "eval_return_mean": final.return_mean,
         "eval_return_std": final.return_std,
@@ -482,7 +482,7 @@ def _summary(
         "target_return": stopping.target,
         "solved": None if stopping.target is None else stopping.solved,
         "solved_env_steps": counters.env_steps if stopping.solved else None,
-        "solved_seconds": seconds.get("solved"),
+        "solved_seconds": seconds.get("solved") if stopping.solved else None,
         "run_dir": _relative(run.files.run_dir),
     }
 

@@ -27,6 +27,7 @@ from vecpg.kernels.announce import once
 from vecpg.policy import Policy
 from vecpg.run.content import policy_of, unpickle
 from vecpg.run.directory import TEMPORARY, discard, sync_directory, write_file, writing
+from vecpg.run.stored import read_object
 
 if TYPE_CHECKING:
     from vecpg.run.metrics import Metrics
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 FORMAT = 4
 # So many of a run are kept, the newest.
 KEPT = 3
+# Of a file, as file systems have it.
+LONGEST_NAME = 255
 MANIFEST, STATE, BEST = "manifest.json", "state.pt", "best.pt"
 _KIND = "vecpg checkpoint"
 
@@ -132,12 +135,11 @@ def opened(folder: Path) -> Checkpoint:
         )
     if folder.is_dir() and not path.exists():
         raise CheckpointError(f"{folder}: expected a checkpoint, got a folder without {MANIFEST}")
-    data = _bytes(path)
     try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: expected JSON, got something else") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
+        manifest = read_object(_bytes(path), path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if manifest.get("kind") != _KIND:
         raise CheckpointError(f"{path} is not of a vecpg checkpoint")
     number = manifest.get("format")
     if number != FORMAT:
@@ -242,9 +244,9 @@ def chosen(path: str | Path | None, run_dir: Path) -> Checkpoint:
         CheckpointError: it is damaged; the message says what else there is.
     """
     given = Path(path or run_dir)
-    named = [
-        folder for folder in (given, given.parent) if folder.absolute().parent.name == "checkpoints"
-    ]
+    # A run may itself lie in a folder of that name.
+    of_run = (run_dir / "checkpoints").resolve()
+    named = [each for each in (given, given.parent) if each.resolve().parent == of_run]
     folder = next(iter(named or folders(run_dir)), run_dir / "checkpoints" / "0")
     try:
         return _verified(folder)
@@ -279,6 +281,8 @@ def load(run_or_checkpoint: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
     """
     path = Path(run_or_checkpoint)
     folder, name = path, STATE
+    if len(path.name) > LONGEST_NAME:
+        raise CheckpointError(f"{ascii(path.name)[:80]}...: expected the name of a run")
     if path.name in (STATE, BEST) and path.is_file():
         folder, name = path.parent, path.name
     elif (path / "checkpoints").is_dir():

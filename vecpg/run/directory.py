@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vecpg.config import Config
 from vecpg.machine import system
@@ -44,7 +45,7 @@ def make_run_directory(config: Config) -> Path:
     try:
         with writing(run_dir):
             (run_dir / "checkpoints").mkdir()
-            # A checkpoint on the disk is lost all the same if the way to it is not there.
+            # A checkpoint on the disk is lost all the same if its directory's name is not.
             sync_directory(out_dir)
         write_json(run_dir / "system.json", system())
     except BaseException:
@@ -53,11 +54,23 @@ def make_run_directory(config: Config) -> Path:
     return run_dir
 
 
-def hold(run_dir: Path) -> IO[str]:
+class Lock(io.TextIOWrapper):
+    """A file that holds a directory until it is closed, or the process ends."""
+
+    def close(self) -> None:
+        """Let the directory go, also where a forked child has a copy of this."""
+        if not self.closed:
+            with contextlib.suppress(OSError):  # there may be no locks here
+                fcntl.flock(self, fcntl.LOCK_UN)
+        super().close()
+
+
+def hold(run_dir: Path) -> Lock:
     """Keep every other process, and thread, from training in this directory.
 
     Returns:
-        a file. Until it is closed, or this process ends, the directory is held.
+        a file. Until it is closed, or this process and its forked children end, the directory is
+        held.
 
     Raises:
         ValueError: another one holds it.
@@ -75,7 +88,7 @@ def hold(run_dir: Path) -> IO[str]:
     path = run_dir / ".lock"
     with writing(path):
         # Not emptied: until the lock is there, what is written in it is the other's.
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = Lock(open(path, "a+b"), encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
@@ -13,9 +13,9 @@ from vecpg.config import Config, to_dict
 from vecpg.policy.spaces import fingerprint
 from vecpg.run import checkpoint
 from vecpg.run.checkpoint import STATE, Checkpoint, Saver
-from vecpg.run.directory import discard, hold, make_run_directory, sweep, write_json
+from vecpg.run.directory import Lock, discard, hold, make_run_directory, sweep, write_json
 from vecpg.run.metrics import Metrics, end_of
-from vecpg.run.resume import check_settings, differences, find_run, read_config
+from vecpg.run.resume import check_settings, differences, find_run, read_config, shown
 from vecpg.run.state import TrainState
 from vecpg.run.stored import config_of
 
@@ -28,7 +28,7 @@ class Files(NamedTuple):
     run_dir: Path
     metrics: Metrics
     saver: Saver
-    lock: IO[str]
+    lock: Lock
 
 
 class Source(NamedTuple):
@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
     run_dir: Path
     checkpoint: Checkpoint
-    lock: IO[str]
+    lock: Lock
 
 
 def find_source(config: Config) -> Source | None:
@@ -127,11 +127,11 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
             "%s: from here on not bit for bit what it would have been without a stop",
             ", ".join(changed),
         )
-    # From here a crash leaves a run that goes on from the same checkpoint.
+    # From here a crash leaves a run that is not finished, and goes on from the same checkpoint.
+    (run_dir / "summary.json").unlink(missing_ok=True)
     for folder in checkpoint.folders(run_dir):
         if int(folder.name) > state.counters.iteration:
             checkpoint.remove(folder)
-    discard(run_dir / "summary.json")
     write_json(run_dir / "config.json", about["config"])
     metrics = Metrics(run_dir, about["config"], goes_on=state.counters)
     saver = Saver(run_dir, about, config.save_every, metrics, state.counters.iteration)
@@ -181,14 +181,17 @@ def _check_environment(had: dict[str, Any], has: dict[str, Any]) -> None:
         if had.get(name) != value:
             raise ValueError(
                 f"{has['id']}: expected the {name} that the run was begun with,"
-                f" {had.get(name)}, got {value}; register the environment as it was, or start a new"
-                " run"
+                f" {shown(had.get(name))}, got {shown(value)}; register the environment as it was,"
+                " or start a new run"
             )
 
 
 def _words(value: Any) -> str:
     """The same in every process: without addresses."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_words, value)))}}}"
     if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}:{named.__qualname__}"
     text = repr(value)
     return type(value).__qualname__ if " at 0x" in text else text

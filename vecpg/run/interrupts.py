@@ -57,6 +57,7 @@ class Interrupts:
         self._previous: dict[int, Any] = {}
         # Of the outermost:
         self._outer = self
+        self._before: dict[int, Any] = {}
         self._held = False
         self._first: int | None = None
         self._raised = False
@@ -122,6 +123,7 @@ class Interrupts:
         handled = [signum for signum in signums if not signals.is_left_alone(signum)]
         for signum in handled:
             self._previous[signum] = signal.signal(signum, handler)
+            self._outer._before.setdefault(signum, self._previous[signum])
         return handled
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -183,11 +185,34 @@ class _Watch:
                 signals.end_process(signum)
 
 
+# Of each thread that forks, what it had blocked before.
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    """A signal to the child must not reach it while it still has its parent's handlers and pipe."""
+    if Interrupts._outermost is not None:
+        stopping = (*signals.STOPPING, signal.SIGUSR1)
+        _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+
+
+def _after_fork() -> None:
+    if Interrupts._outermost is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _forget() -> None:
     """A child made by fork has neither its parent's thread nor a run to save."""
-    if Interrupts._outermost is not None:
+    outermost = Interrupts._outermost
+    if outermost is not None:
         Interrupts._outermost = None
         signal.set_wakeup_fd(-1)
+        sys.unraisablehook = outermost._hook
+        for signum, handler in outermost._before.items():
+            # What answers for a command does not answer for what an environment starts.
+            own = handler in signals.HANDLERS
+            signal.signal(signum, signal.SIG_DFL if own else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget)

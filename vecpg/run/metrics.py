@@ -45,25 +45,25 @@ class Metrics:
         self._path = run_dir / _LINES
         end = 0 if goes_on is None else end_of(run_dir, goes_on.iteration)
         with writing(self._path):
-            self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115
             self._lines.truncate(end)
+        self._end = end
+        lost = goes_on is not None and not any(run_dir.glob("events.out.tfevents.*"))
         self._curves: Curves | None = None
         with self._drawing():
-            if goes_on is None:
-                self._curves = Curves(run_dir)
+            drawn = 0 if goes_on is None else curves.cut(run_dir, goes_on.env_steps)
+            self._curves = Curves(run_dir, after=None if goes_on is None else drawn)
+            if goes_on is None or lost:
                 self._curves.describe(
                     {
                         name: value if isinstance(value, int | float | str) else json.dumps(value)
                         for name, value in settings.items()
                     }
                 )
-            else:
-                drawn = curves.cut(run_dir, goes_on.env_steps)
-                self._curves = Curves(run_dir, after=drawn)
-                if drawn < goes_on.env_steps:  # not all points reached the disk
-                    for _, row in _rows(run_dir, goes_on.iteration):
-                        if row["env_steps"] > drawn:
-                            self._draw(row)
+            if goes_on is not None and drawn < goes_on.env_steps:  # not all reached the disk
+                for _, row in _rows(run_dir, goes_on.iteration):
+                    if row["env_steps"] > drawn:
+                        self._draw(row)
 
     def close(self) -> None:
         """Finish both files."""
@@ -76,7 +76,6 @@ class Metrics:
     def flush(self) -> None:
         """When this returns, the lines are on the disk."""
         with writing(self._path):
-            self._lines.flush()
             os.fsync(self._lines.fileno())
 
     def log(self, row: dict[str, float | None]) -> None:
@@ -87,10 +86,18 @@ class Metrics:
         Raises:
             WriteFailure: metrics.jsonl cannot be written.
         """
-        line = json.dumps(row, allow_nan=False) + "\n"
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with writing(self._path):
-            self._lines.write(line)
-            self._lines.flush()
+            try:
+                written = self._lines.write(line)
+                if written != len(line):  # there was room for a part: the next one says why
+                    self._lines.write(line[written:])
+            except OSError:
+                # What was committed can still be saved, with the lines that lead to it.
+                with contextlib.suppress(OSError):
+                    self._lines.truncate(self._end)
+                raise
+        self._end += len(line)
         self._draw(row)
 
     def draw(self, points: dict[str, float], env_steps: int) -> None:
@@ -148,7 +155,7 @@ def _rows(run_dir: Path, iterations: int) -> Iterator[tuple[int, dict[str, Any]]
         for iteration, line in enumerate(itertools.islice(lines, iterations), start=1):
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             if not _is_row(row, iteration, steps):
                 return

@@ -45,6 +45,8 @@ def find_named_run(path: Path) -> Path:
     Raises:
         ConfigError: as `find_run`.
     """
+    if len(path.name) > 255:
+        raise ConfigError(f"--resume {ascii(path.name)[:80]}...: expected the name of a run")
     for run_dir in (path, _run_of(path)):
         if run_dir is not None and (run_dir / "config.json").is_file():
             return run_dir
@@ -110,8 +112,8 @@ def check_settings(config: Config, stored: Config) -> None:
         if name not in (*ANEW, *_WHERE) and given[name] != value:
             free = ", ".join(flag(each) for each in ANEW)
             raise ConfigError(
-                f"{flag(name)}: expected {_shown(value)}, with which the run was begun, got"
-                f" {_shown(given[name])}; leave it out, or start a new run (only {free} may be"
+                f"{flag(name)}: expected {shown(value)}, with which the run was begun, got"
+                f" {shown(given[name])}; leave it out, or start a new run (only {free} may be"
                 " given anew)"
             )
 
@@ -124,7 +126,7 @@ def differences(had: dict[str, Any], has: dict[str, Any]) -> list[str]:
         ['torch 2.7 instead of 2.6']
     """
     return [
-        f"{name} {_shown(has.get(name))} instead of {_shown(had.get(name))}"
+        f"{name} {shown(has.get(name))} instead of {shown(had.get(name))}"
         for name in sorted({*had, *has})
         if had.get(name) != has.get(name)
     ]
@@ -196,5 +198,7 @@ def _begun(run_dir: Path) -> tuple[int, int]:
     return int(second) if second.isdecimal() else 0, int(number) if number.isdecimal() else 0
 
 
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+def shown(value: Any) -> str:
+    """A value in characters that can be printed, wherever it comes from."""
+    text = "none" if value is None else str(value)
+    return text if text.isprintable() else ascii(text)
