@@ -342,6 +342,28 @@ class Pay(gymnasium.Env):
         return obs, self.scale * float(action.sum()), self.steps == 5, False, {}
 
 
+class Alone(Constant):
+    """There can be no two of it in a process; it writes down where each was made, and closed."""
+
+    there = False
+
+    def __init__(self, diary):
+        super().__init__()
+        self.diary = diary
+        if Alone.there:
+            raise RuntimeError("there is one in this process already")
+        Alone.there = True
+        self.write("made")
+
+    def close(self):
+        Alone.there = False
+        self.write("closed")
+
+    def write(self, what):
+        with open(self.diary, "a") as file:
+            file.write(f"{what} {os.getpid()}\n")
+
+
 class Suicidal(Constant):
     """Kills its own process at its fourth step, as the system does for want of memory."""
 
@@ -378,6 +400,7 @@ for _env, _limit in (
     (Simulated, 10),
     (Mortal, 10),
     (Unclosable, 10),
+    (Alone, 10),
     (Suicidal, 10),
     (Talkative, 10),
     (Leaving, 10),

@@ -441,7 +441,7 @@ def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
     assert (tmp_path / "executed").exists()
     definition = {"definition": "mine_here:CartPole"}
     save_some(tmp_path / "checkpoints" / "y", "vecpg/CartPole-v1", env_kwargs=definition)
-    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2)
+    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2, "--vectorization", "auto")
     assert code == 2
     command = shlex.split(err.partition(", type: ")[2])
     code, out, err = here(*command[command.index("evaluate") :])

@@ -337,13 +337,13 @@ def test_evaluation_uses_the_settings_of_the_environment(tmp_path):
 
 
 def test_seconds_and_speeds_leave_evaluations_out(tmp_path, monkeypatch):
-    real = train_module.evaluate
+    real = train_module.evaluate_in
 
     def slow(*args, **kwargs):
         time.sleep(0.5)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "evaluate", slow)
+    monkeypatch.setattr(train_module, "evaluate_in", slow)
     settings = {"env_id": "environments:Constant-v0", "target_return": -5.0}
     summary = train(short(tmp_path, **settings)).summary
     assert summary["solved"]
@@ -354,13 +354,13 @@ def test_seconds_and_speeds_leave_evaluations_out(tmp_path, monkeypatch):
 
 def test_every_confirmation_plays_other_episodes_and_none_of_trainings(tmp_path, monkeypatch):
     seen = []
-    real = train_module.evaluate
+    real = train_module.evaluate_in
 
     def noticed(*args, **kwargs):
         seen.append((kwargs["purpose"], kwargs["draw"], kwargs["seed"]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "evaluate", noticed)
+    monkeypatch.setattr(train_module, "evaluate_in", noticed)
     train(short(tmp_path, target_return=1.0, eval_episodes=1, max_episode_steps=3, seed=6))
     settings = {"env_id": "environments:Constant-v0", "target_return": -4.5}
     train(short(tmp_path, **settings))
@@ -607,7 +607,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr(InProcessEnvs, "close_extras", broken)
     config = short(tmp_path, vectorization="sync", total_iterations=6, target_return=None)
-    monkeypatch.setattr(train_module, "evaluate", lambda *args, **kw: EvalResult((1.0,), (1,)))
+    monkeypatch.setattr(train_module, "evaluate_in", lambda *args, **kw: EvalResult((1.0,), (1,)))
     result = train(config)
     assert at == [6]  # saved first
     assert "closing the environments failed: RuntimeError: close broke" in caplog.text

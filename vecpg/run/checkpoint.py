@@ -159,7 +159,13 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     each_file = {"bytes": int, "sha256": str}
     counter = {"iteration": int, "env_steps": int, "vector_steps": int, "episodes": int}
     resolved = {"vectorization": str, "device": str, "shards": int, "target": float | int | None}
-    config = {"env_id": str, "env_kwargs": dict, "max_episode_steps": int | None}
+    config: dict[str, Any] = {
+        "env_id": str,
+        "env_kwargs": dict,
+        "max_episode_steps": int | None,
+        "num_envs": int,
+        "step_timeout": float | int,
+    }
     expected = {
         "config": config,
         "files": {STATE: each_file, BEST: each_file},
