@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import last
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vecpg import train as train_module
@@ -30,6 +31,7 @@ from vecpg.run.interrupts import Interrupted
 from vecpg.run.metrics import Metrics
 from vecpg.train import train
 
+HALVING = WrapperSpec("Halving", "environments:Halving", {})
 SUMMARY_KEYS = [
     "env_id",
     "num_envs",
@@ -334,6 +336,77 @@ def test_evaluation_uses_the_settings_of_the_environment(tmp_path):
     assert summary["eval_return_mean"] in (7.0, 8.0)
     settings = {"env_id": "environments:Constant-v0", "max_episode_steps": 2}
     assert train(short(tmp_path, **settings)).summary["eval_return_mean"] == -2.0
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async", "auto"])
+@pytest.mark.parametrize(
+    ("point", "wrappers", "paid"),
+    [
+        ("environments:Unused", (), 1.0),
+        ("no_such_module:Envs", (), 1.0),
+        (None, (HALVING,), 0.5),
+        ("gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv", (HALVING,), 0.5),
+    ],
+)
+def test_what_is_trained_is_what_is_judged(
+    tmp_path, monkeypatch, vectorization, point, wrappers, paid
+):
+    monkeypatch.setitem(
+        gymnasium.registry,
+        "Both-v0",
+        EnvSpec(
+            "Both-v0",
+            entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv",
+            vector_entry_point=point,
+            max_episode_steps=3,
+            additional_wrappers=wrappers,
+        ),
+    )
+    settings = {"vectorization": vectorization, "env_id": "Both-v0", "total_iterations": 1}
+    result = train(short(tmp_path, **settings))
+    assert result.summary["vectorization"] == ("async" if vectorization == "async" else "sync")
+    assert lines(result.run_dir)[0]["charts/episodic_return"] == 3 * paid
+    assert result.summary["eval_return_mean"] == 3 * paid
+
+
+def test_a_run_needs_no_more_copies_than_at_its_start(tmp_path):
+    """Two for training and two for evaluation, however often it evaluates."""
+    licences = tmp_path / "licences"
+    settings = {"env_id": "environments:Licensed-v0", "vectorization": "sync", "num_envs": 2}
+    settings |= {"env_kwargs": {"licences": str(licences)}, "target_return": -5.0}
+    settings |= {"eval_episodes": 5, "return_window": 2}
+    licences.write_text("4")
+    assert train(short(tmp_path / "runs", **settings)).summary["solved"]
+    assert licences.read_text().strip() == "0"
+    # One less, and it is known at once.
+    licences.write_text("3")
+    with pytest.raises(ConfigError, match=r"environment 1 failed: PermissionError: no licence"):
+        train(short(tmp_path / "more", **settings))
+    assert not (tmp_path / "more").exists()
+
+
+def test_of_what_there_is_one_of_in_a_process_async_makes_one(tmp_path):
+    diary = tmp_path / "diary"
+    settings = {"env_id": "environments:Alone-v0", "vectorization": "async", "num_envs": 2}
+    settings |= {"env_kwargs": {"diary": str(diary)}, "total_iterations": 2, "eval_episodes": 5}
+    assert train(short(tmp_path / "runs", **settings)).summary["eval_return_mean"] == -5.0
+    written = [line.split() for line in diary.read_text().splitlines()]
+    made, closed = ([p for what, p in written if what == name] for name in ("made", "closed"))
+    # Two for each, and one before them for the spaces.
+    assert len(made) == len(set(made)) == 6
+    assert sorted(made) == sorted(closed)
+    assert not set(made) & {str(each.pid) for each in psutil.Process().children(recursive=True)}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_run_in_which_evaluation_fails_is_saved(tmp_path, vectorization):
+    """At its twelfth step, which training does not come to, and evaluation does in its third."""
+    settings = {"env_id": "environments:Mortal-v0", "vectorization": vectorization, "num_envs": 2}
+    settings |= {"env_kwargs": {"how": "raise", "at": 12}, "eval_episodes": 6}
+    with pytest.raises(EnvironmentFailure, match=r"environment 0 failed at step 1\d .*100% wrong"):
+        train(short(tmp_path, **settings, total_iterations=2))
+    (run_dir,) = tmp_path.iterdir()
+    assert last(run_dir)["counters"]["iteration"] == 2
 
 
 def test_seconds_and_speeds_leave_evaluations_out(tmp_path, monkeypatch):

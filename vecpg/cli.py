@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -152,9 +153,10 @@ class EvaluateConfig:
             raise ConfigError(f"--episodes: expected at least 1, got {self.episodes}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"--seed: expected a number from 0 to 2**64 - 1, got {self.seed}")
-        if self.step_timeout is not None and not 0 < self.step_timeout < float("inf"):
+        given = self.step_timeout
+        if given is not None and not 0 < given < math.inf:
             raise ConfigError(
-                f"--step-timeout: expected a finite number above 0, got {self.step_timeout}"
+                f"--step-timeout: expected a finite number greater than 0, got {given}"
             )
 
 
