@@ -261,6 +261,8 @@ class Vectorized(CartPoleVectorEnv):
             self.single_observation_space = gymnasium.spaces.Box(0, 255, (4,), np.uint8)
         if how == "actions":
             self.single_action_space = gymnasium.spaces.Discrete(3)
+        if how == "no space":
+            del self.single_observation_space
         if how == "mode":
             self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         if how == "no mode":
@@ -320,6 +322,7 @@ def without_limit(num_envs):
             "has observations of Box(0, 255, (4,), uint8)",
         ),
         ({"kwargs": {"how": "actions"}}, False, "has actions of Discrete(3), and a single copy of"),
+        ({"kwargs": {"how": "no space"}}, False, "has observations of None, and a single copy of"),
         ({"kwargs": {"how": "mode"}}, False, "is in autoreset mode AutoresetMode.SAME_STEP"),
         ({"kwargs": {"how": "no mode"}}, False, "is in autoreset mode None"),
         ({"kwargs": {"how": "raises"}}, False, "could not be made: RuntimeError: 100% wrong"),

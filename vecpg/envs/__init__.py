@@ -410,7 +410,8 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     except (Exception, SystemExit) as error:
         return f"could not be made: {in_words(error)}"
     mode = envs.metadata.get("autoreset_mode")
-    found = envs.single_observation_space, envs.single_action_space
+    names = "single_observation_space", "single_action_space"
+    found = [getattr(envs, name, None) for name in names]  # one that has none is no use
     _close(envs)
     if mode != AutoresetMode.NEXT_STEP:
         return f"is in autoreset mode {mode}"
@@ -418,7 +419,7 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
         env = gymnasium.make(spec, disable_env_checker=True, **given)
     except (Exception, SystemExit):
         return None  # then there is nothing else to step
-    own = env.observation_space, env.action_space
+    own = [env.observation_space, env.action_space]
     _close(env)
     for what, theirs, single in zip(("observations", "actions"), found, own, strict=True):
         if theirs != single:
