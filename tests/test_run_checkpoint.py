@@ -19,12 +19,15 @@ from vecpg.run import checkpoint
 from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError
 from vecpg.run.directory import TEMPORARY, WriteFailure
 
+CONFIG = about()["config"]
 CONTENT = {"numbers": [1, 2.5, None, "x"], "tensor": torch.arange(6.0).reshape(2, 3), "a": {"b": 1}}
 
 
 def save(folder, content=CONTENT):
     folder.parent.mkdir(exist_ok=True)
-    checkpoint.save(folder, about(), {STATE: content, BEST: {"best": 1}})
+    counters = about()["counters"] | {"iteration": int(folder.name)}
+    content = content | {"counters": counters}
+    checkpoint.save(folder, about() | {"counters": counters}, {STATE: content, BEST: {"best": 1}})
 
 
 def read(folder):
@@ -37,9 +40,11 @@ def read(folder):
 def test_what_was_saved_is_loaded(tmp_path):
     save(tmp_path / "checkpoints" / "12")
     found, content = checkpoint.load(tmp_path / "checkpoints" / "12")
+    del content["counters"]
     assert digest(content) == digest(CONTENT)
     assert digest(checkpoint.load(tmp_path)[1]) == digest({"best": 1})
-    assert digest(checkpoint.load(tmp_path / "checkpoints" / "12" / STATE)[1]) == digest(CONTENT)
+    content = checkpoint.load(tmp_path / "checkpoints" / "12" / STATE)[1]
+    assert content["tensor"].tolist() == CONTENT["tensor"].tolist()
     assert found.manifest["config"]["env_id"] == "CartPole-v1"
     assert os.listdir(tmp_path / "checkpoints") == ["12"]
     assert {path.name for path in found.folder.iterdir()} == {STATE, BEST, MANIFEST}
@@ -182,11 +187,26 @@ def rewritten(folder, **changes):
         ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 4, got 99; use a newer vecpg, 7.8"),
         ({"format": 3}, "format 4, got 3; use the vecpg that wrote it"),
         ({"format": "4"}, "format 4, got 4; use the vecpg that wrote it"),
-        ({"counters": []}, "counters: expected an object, got list"),
-        ({"counters": {"iteration": 1.5}}, "counters: iteration: expected int, got float"),
-        ({"files": {}}, "files: state.pt is missing"),
-        ({"config": None}, "config: expected an object, got NoneType"),
-        ({"config": {"env_id": ["os:x"]}}, "config: env_id: expected str, got list"),
+        ({"counters": []}, "counters: expected dict, got list"),
+        ({"counters": {"iteration": 1.5}}, r"counters\.iteration: expected int, got float"),
+        ({"counters": about()["counters"] | {"x": 1}}, r"counters\.'x' is not known"),
+        ({"files": {}}, r"files\.state\.pt is missing"),
+        ({"files": {"state.pt": {}, "best.pt": {}, "/dev/zero": {}}}, "'/dev/zero' is not known"),
+        ({"files": {"state.pt": {}, "best.pt": {}}}, r"files\.state\.pt\.bytes is missing"),
+        ({"config": None}, "config: expected dict, got NoneType"),
+        ({"config": {"env_id": ["os:x"]}}, "--env-id: expected text, got"),
+        (
+            {"config": CONFIG | {"max_episode_steps": -5}},
+            "--max-episode-steps: expected at least 1, or none, got -5",
+        ),
+        ({"config": CONFIG | {"num_envs": 0}}, "--num-envs: expected at least 1, got 0"),
+        ({"config": CONFIG | {"step_timeout": -1.0}}, "--step-timeout: expected a finite number"),
+        (
+            {"config": {k: v for k, v in CONFIG.items() if k != "num_envs"}},
+            "--num-envs: expected a whole number, got None",
+        ),
+        ({"resolved": about()["resolved"] | {"device": "evil"}}, "--device: expected auto, cpu"),
+        ({"resolved": about()["resolved"] | {"shards": True}}, "shards: expected int, got bool"),
         ({"solved": 1}, "solved: expected bool, got int"),
         ({"machine": 3}, "machine: expected dict, got int"),
     ],
@@ -209,7 +229,7 @@ def test_an_explicit_path_that_is_bad_says_what_else_there_is(tmp_path):
         checkpoint.load(tmp_path / "checkpoints" / "11")
     with pytest.raises(CheckpointError, match=r"11/state.pt: truncated .*; \S+/5 can be loaded$"):
         checkpoint.chosen(tmp_path, tmp_path)
-    assert checkpoint.chosen(tmp_path / "checkpoints" / "5", tmp_path).iteration == 0
+    assert checkpoint.chosen(tmp_path / "checkpoints" / "5", tmp_path).iteration == 5
     near = str(tmp_path)[:-1]
     with pytest.raises(CheckpointError, match=f"got nothing of that name; did you mean {tmp_path}"):
         checkpoint.load(near)
@@ -244,6 +264,61 @@ def test_a_run_of_an_older_version_is_named(tmp_path):
             checkpoint.load(path)
 
 
+def test_a_checkpoint_of_another_place_is_none_to_go_on_from(tmp_path):
+    """A renamed folder, and a manifest beside a state of another moment."""
+    for number in (2, 5, 11):
+        save(tmp_path / "checkpoints" / str(number))
+    (tmp_path / "checkpoints" / "11").rename(tmp_path / "checkpoints" / "60")
+    for name in ("009", "x", "-1", "1e3", "7" * 30):
+        (tmp_path / "checkpoints" / name).mkdir()
+    checkpoint.load(tmp_path / "checkpoints" / "60")
+    with pytest.raises(CheckpointError, match="60: expected the name 11, after the iteration"):
+        checkpoint.chosen(tmp_path, tmp_path)
+    assert checkpoint.newest_valid(tmp_path).iteration == 5
+    rewritten(tmp_path / "checkpoints" / "5", counters=about()["counters"] | {"iteration": 4})
+    with pytest.raises(CheckpointError, match="are of different moments"):
+        checkpoint.chosen(tmp_path / "checkpoints" / "5", tmp_path)
+    assert checkpoint.newest_valid(tmp_path).iteration == 2
+
+
+@pytest.mark.parametrize("name", [STATE, BEST, MANIFEST])
+def test_what_is_no_file_is_not_read(tmp_path, name):
+    """A pipe would keep the reader waiting for ever."""
+    folder = tmp_path / "checkpoints" / "2"
+    save(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}: expected a file, got something else"):
+        checkpoint.chosen(tmp_path, tmp_path)
+
+
+def test_a_folder_whose_name_may_not_be_on_the_disk_is_not_written_again(tmp_path, monkeypatch):
+    class Nothing:
+        def flush(self):
+            pass
+
+    class State:
+        stopping = type("Stopping", (), {"solved": False, "best": None})
+
+        def state_dict(self):
+            return {"counters": about()["counters"], "policy": {}, "stopping": {}}
+
+    (tmp_path / "checkpoints").mkdir()
+    saver = checkpoint.Saver(tmp_path, about(), 60.0, Nothing())
+    real = checkpoint.sync_directory
+
+    def fails(path):
+        if path.name == "checkpoints":
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "sync_directory", fails)
+    with pytest.raises(WriteFailure, match="Input/output error"):
+        saver.save(State())
+    saver.save(State())
+    assert checkpoint.opened(tmp_path / "checkpoints" / "0").iteration == saver.iteration == 0
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -272,7 +347,7 @@ def test_what_cannot_be_pruned_is_a_warning(tmp_path, monkeypatch, caplog):
                 "policy": {"parameters": 1},
                 "stopping": {"best_parameters": iteration},
             }
-            self.stopping = type("Stopping", (), {"solved": False})
+            self.stopping = type("Stopping", (), {"solved": False, "best": iteration})
 
         def state_dict(self):
             return self.content

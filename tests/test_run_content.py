@@ -429,6 +429,7 @@ def solved_state(**policy):
     state = TrainState(own, Adam(own.parameters(), 1e-2), critic, Stopping(None, 3))
     advance(state, 1)
     state.stopping.solved = True
+    state.stopping.confirmed_parameters = dict(state.stopping.best_parameters)
     state.stopping.evaluation = EvalResult((1.0, 2.0), (3, 4))
     return state
 
@@ -575,7 +576,7 @@ GROUP = ("optimizer", "param_groups", 0)
         ),
         (
             put("stopping", "solved", False),
-            "stopping.evaluation: expected none before it is solved",
+            "stopping.confirmed_parameters: expected them if it is solved",
         ),
         (drop("stopping", "evaluation", "lengths"), 'evaluation["lengths"]: expected a value'),
         (
@@ -797,6 +798,18 @@ def test_a_policy_is_built_only_of_what_its_parameters_fit(content, message):
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500
     assert peak < 20_000_000
+
+
+@pytest.mark.parametrize("name", ["high", "shape"])
+def test_a_tensor_is_no_part_of_a_description(name):
+    state = solved_state()
+    content = copy.deepcopy(state.state_dict())
+    content["policy"]["description"]["observation_space"][name] = torch.zeros(2)
+    message = r"policy.description: expected numbers and text, got \(2,\) float32"
+    with pytest.raises(ValueError, match=message):
+        policy_of(content, "best.pt")
+    with pytest.raises(ValueError, match=message):
+        state.load_state_dict(content)
 
 
 def test_parameters_that_are_not_finite_are_no_policy():

@@ -25,7 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
-from vecpg.run import checkpoint, files
+from vecpg.run import checkpoint, directory, files
 from vecpg.run.directory import TEMPORARY
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.resume import stored_config
@@ -191,7 +191,48 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, caplog):
     assert {p: p.read_bytes() for p in result.run_dir.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, "\xff"])
+def test_what_is_finished_depends_on_the_checkpoint_and_the_target(tmp_path):
+    solved = train(short(tmp_path, target_return=5.0, confirm=False, save_every=1e-9))
+    run_dir, number = solved.run_dir, solved.summary["iterations"]
+    again = train(stored_config(run_dir, target_return=400.0, total_iterations=number))
+    assert again.summary["solved"] is False
+    more = train(stored_config(run_dir, total_iterations=6))
+    assert more.summary["iterations"] == 6
+    # An earlier checkpoint is where it goes on, whatever the summary says of a later one.
+    back = train(stored_config(run_dir / "checkpoints" / "4", total_iterations=4))
+    assert back.summary["iterations"] == 4
+    assert checkpoint.folders(run_dir)[0].name == "4"
+
+
+def test_a_run_goes_on_under_any_name(tmp_path):
+    out_dir = tmp_path / "私の　実験\u00a0👩‍🔬"
+    whole = train(short(tmp_path / "whole", exp_name="a\u00a0b"))
+    part = train(short(out_dir, exp_name="a\u00a0b", total_iterations=3))
+    again = train(stored_config(part.run_dir, total_iterations=6))
+    assert left_behind(again.run_dir) == left_behind(whole.run_dir)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints", "summary.json"])
+def test_a_link_is_not_followed(tmp_path, stopped, name):
+    stopped(short(tmp_path / "runs"), 2, fails)
+    run_dir = the_run(tmp_path / "runs")
+    (tmp_path / "victim").write_text("mine")
+    if (run_dir / name).exists():
+        (run_dir / name).rename(tmp_path / "moved")
+    (run_dir / name).symlink_to(tmp_path / ("moved" if name == "checkpoints" else "victim"))
+    with pytest.raises(ConfigError, match=f"{name}: expected a file or a folder, got a link"):
+        train(stored_config(run_dir, total_iterations=9))
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_keyword_arguments_are_as_a_file_has_them(tmp_path, stopped):
+    settings = {"env_id": "FrozenLake-v1", "env_kwargs": {"desc": ("SF", "FG")}}
+    config = short(tmp_path, **settings, target_return=None)
+    stopped(config, 2, fails)
+    assert train(dataclasses.replace(config, resume="auto")).summary["iterations"] == 6
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, "\xff", '{"a": NaN}'])
 def test_a_finished_run_whose_summary_is_damaged_is_named(tmp_path, content):
     result = train(short(tmp_path))
     (result.run_dir / "summary.json").write_text(content, encoding="latin-1")
@@ -357,12 +398,22 @@ def test_a_crash_while_it_begins_again_loses_nothing(tmp_path, stopped, monkeypa
     assert left_behind(train(stored_config(run_dir)).run_dir) == expected
 
 
-@pytest.mark.parametrize("step", ["Metrics", "write_json", "Saver"])
-def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        (files, "Metrics"),
+        (files, "write_json"),
+        (files, "Saver"),
+        (directory, "write_json"),
+        (directory, "sync_directory"),
+    ],
+    ids=str,
+)
+def test_what_cannot_begin_leaves_no_directory(tmp_path, monkeypatch, place, step):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, step, full)
+    monkeypatch.setattr(place, step, full)
     with pytest.raises(ConfigError, match="No space left"):
         train(short(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -162,7 +162,25 @@ def test_points_that_were_lost_are_drawn_again(tmp_path):
     assert curve(tmp_path) == [(100 * i, float(i)) for i in range(1, 7)]
 
 
-@pytest.mark.parametrize("content", ["", '{"iteration": 1}\n{"iteration": 3}\n', "1\n2\n3\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"iteration": 1}\n{"iteration": 3}\n',
+        "1\n2\n3\n",
+        *(
+            f'{{"iteration": 1, "env_steps": 9}}\n{{"iteration": 2, {rest}}}\n'
+            for rest in (
+                '"env_steps": "x"',
+                '"env_steps": 9',
+                '"env_steps": 1e9',
+                '"env_steps": NaN',
+                '"env_steps": 12, "losses/entropy": [1]',
+                f'"env_steps": 12, "losses/entropy": {10**400}',
+            )
+        ),
+    ],
+)
 def test_lines_that_are_missing_are_an_error_and_nothing_is_cut(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"expected iterations 1 to 3, .* got 1 to [01]; restore"):

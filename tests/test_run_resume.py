@@ -119,6 +119,19 @@ def test_only_limits_and_the_like_may_be_given_anew(tmp_path):
             stored_config(run_dir, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "settings", [{"env_id": "mine:Ball-v0"}, {"env_kwargs": {"definition": "mine:Ball"}}]
+)
+def test_what_may_import_something_is_taken_from_no_file(tmp_path, settings):
+    run_dir = make(tmp_path, "run", **settings)
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"if you trust it, pass {name}=.*mine:Ball"):
+        stored_config(run_dir)
+    assert getattr(stored_config(run_dir, **settings), name) == value
+    with pytest.raises(ConfigError, match="expected .*mine:Ball.*, with which the run was begun"):
+        stored_config(run_dir, **{name: "other" if name == "env_id" else {}})
+
+
 def test_the_command_that_goes_on_can_be_typed(tmp_path):
     said = resume_command("runs/a b", Config())
     assert said.endswith("train --resume 'runs/a b'")

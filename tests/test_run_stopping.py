@@ -49,7 +49,7 @@ def run(stopping, *iterations, confirm=None):
 
 
 def best_mark(stopping):
-    return stopping.best_parameters["network.0.bias"].item()
+    return stopping.best["network.0.bias"].item()
 
 
 def test_the_window_holds_whole_iterations():
@@ -87,6 +87,9 @@ def test_an_unconfirmed_target_goes_on(caplog):
     assert stopping.solved
     # The confirmed policy is the best, though another window was higher.
     assert best_mark(stopping) == 1.0
+    # Of another target that is to be reached it says nothing.
+    stopping.forget_solved()
+    assert best_mark(stopping) == 0.0
 
 
 def test_without_confirmation_the_window_alone_decides():

@@ -34,9 +34,18 @@ def test_what_was_stored_is_what_is_read():
         ({"env_kwargs": {"a": float("nan")}}, "--env-kwargs: expected JSON types"),
         ({"env_kwargs": [1]}, "--env-kwargs: expected a dictionary"),
         ({"exp_name": "../x"}, "--exp-name: expected a name without /"),
-        ({"exp_name": "\x1b[2Jx"}, r"exp_name: expected text in one line, got '\x1b[2Jx'"),
-        ({"env_id": "CartPole-v1\nrm"}, r"env_id: expected text in one line, got 'CartPole-v1\nrm"),
-        ({"env_id": "\u202e1v-elop"}, r"env_id: expected text in one line, got '\u202e1v-elop'"),
+        (
+            {"exp_name": "\x1b[2Jx"},
+            r"without control characters, got '\x1b[2Jx'",
+        ),
+        (
+            {"env_id": "CartPole-v1\nrm"},
+            r"can be printed, got 'CartPole-v1\nrm",
+        ),
+        (
+            {"env_id": "\u202e1v-elop"},
+            r"can be printed, got '\u202e1v-elop'",
+        ),
     ],
     ids=lambda given: str(given)[:40],
 )
@@ -69,6 +78,8 @@ def test_a_setting_that_is_missing_is_named():
         b"\xff\xfe\x00",
         b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"a": ' + b"9" * 10_000 + b"}",
+        b'{"a": NaN}',
+        b'{"a": ' + b'{"a":' * 200 + b"1" + b"}" * 201,
     ],
     ids=lambda data: repr(data)[:20],
 )

@@ -10,6 +10,7 @@ import re
 import sys
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -227,8 +228,16 @@ class Config:
             raise ConfigError(
                 f"--env-kwargs: expected JSON types, got {self.env_kwargs} ({error})"
             ) from None
+        # As a file has them: a tuple is a list there.
+        object.__setattr__(self, "env_kwargs", json.loads(json.dumps(self.env_kwargs)))
         for name in ("exp_name", "out_dir", "resume"):
             _check(name, getattr(self, name) != "", "a name", getattr(self, name))
+        printable = ascii(self.env_id)
+        _check("env_id", self.env_id.isprintable(), "an id that can be printed", printable)
+        for name in ("recipe", "exp_name", "out_dir"):
+            value = getattr(self, name)
+            plain = not any(unicodedata.category(each) == "Cc" for each in value)
+            _check(name, plain, "text without control characters", ascii(value))
         _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)
 
     @property

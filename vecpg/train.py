@@ -41,10 +41,10 @@ from vecpg.run.directory import write_json
 from vecpg.run.files import Files, Source
 from vecpg.run.interrupts import Interrupts
 from vecpg.run.progress import Progress
-from vecpg.run.resume import check_settings, find_run, read_config, resume_command
+from vecpg.run.resume import check_settings, find_run, read_config, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import Stopping
-from vecpg.run.stored import read_object
+from vecpg.run.stored import config_of
 from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
@@ -148,7 +148,7 @@ def train(config: Config) -> TrainResult:
     _log.info(
         "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
     )
-    best = load_policy(run_dir, run.device)
+    best = run.state.best_policy()
     if config.capture_video:
         _film(config, best, run_dir / "videos" / "best.mp4")
     return TrainResult(best, run_dir, summary)
@@ -174,15 +174,19 @@ def _finished(config: Config) -> TrainResult | None:
     if run_dir is None or not (run_dir / "summary.json").exists():
         return None
     try:
-        stored = read_config(run_dir)
-        check_settings(config, stored)
-        manifest = chosen(config.resume, run_dir).manifest
+        files.check_links(run_dir)
+        found = chosen(config.resume, run_dir)
+        manifest = found.manifest
+        stored = config_of(manifest["config"], found.folder)
+        for settings in (read_config(run_dir), stored):
+            check_settings(config, settings)
         counters = Counters(**manifest["counters"])
-        solved = manifest["solved"] and config.target_return == stored.target_return
-        if not _is_over(config, counters, solved):
+        solved = manifest["solved"]
+        summary = read_json(run_dir / "summary.json") | {"run_dir": _relative(run_dir)}
+        as_it_was = config.target_return == stored.target_return
+        of_this = summary.get("iterations") == counters.iteration
+        if not (as_it_was and of_this and _is_over(config, counters, solved)):
             return None
-        path = run_dir / "summary.json"
-        summary = read_object(path.read_bytes(), path) | {"run_dir": _relative(run_dir)}
         best = load_policy(run_dir)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vecpg.config import Config, ConfigError
 from vecpg.kernels.announce import once
 from vecpg.policy import Policy
 from vecpg.run.content import policy_of, unpickle
@@ -67,12 +69,11 @@ class Checkpoint:
             CheckpointError: it is missing, cut, damaged or something else.
         """
         path = self.folder / name
-        data = _bytes(path)
         expected = self.manifest["files"][name]
-        if len(data) != expected["bytes"]:
-            how = "truncated" if len(data) < expected["bytes"] else "damaged"
+        data = _bytes(path, most=expected["bytes"])
+        if len(data) < expected["bytes"]:
             raise CheckpointError(
-                f"{path}: {how} (expected {expected['bytes']} bytes, found {len(data)})"
+                f"{path}: truncated (expected {expected['bytes']} bytes, found {len(data)})"
             )
         if _sha256(data) != expected["sha256"]:
             raise CheckpointError(f"{path}: damaged: its content does not match its digest")
@@ -157,49 +158,60 @@ def opened(folder: Path) -> Checkpoint:
 def _check(manifest: dict[str, Any], path: Path) -> None:
     """A right digest says that nothing was damaged, not that a run of vecpg wrote this."""
     each_file = {"bytes": int, "sha256": str}
-    counter = {"iteration": int, "env_steps": int, "vector_steps": int, "episodes": int}
-    resolved = {"vectorization": str, "device": str, "shards": int, "target": float | int | None}
-    config: dict[str, Any] = {
-        "env_id": str,
-        "env_kwargs": dict,
-        "max_episode_steps": int | None,
-        "num_envs": int,
-        "step_timeout": float | int,
-    }
     expected = {
-        "config": config,
-        "files": {STATE: each_file, BEST: each_file},
-        "counters": counter,
+        "config": dict,
+        "files": dict,
+        "counters": dict,
         "solved": bool,
-        "resolved": resolved,
+        "resolved": dict,
         "machine": dict,
         "environment": dict,
         "versions": dict,
     }
-    if (wrong := _mismatch(manifest, expected)) is not None:
-        raise CheckpointError(f"{path}: {wrong}, and this vecpg did not write it")
+    inside: dict[str, dict[str, Any]] = {
+        "files": {STATE: dict, BEST: dict},
+        "counters": dict.fromkeys(("iteration", "env_steps", "vector_steps", "episodes"), int),
+        "resolved": {
+            "vectorization": str,
+            "device": str,
+            "shards": int,
+            "target": int | float | None,
+        },
+    }
+    wrong = _mismatch(manifest, {"kind": str, "format": int, **expected})
+    for name, kinds in inside.items():
+        wrong = wrong or _mismatch(manifest[name], kinds, f"{name}.")
+    for name in (STATE, BEST):
+        wrong = wrong or _mismatch(manifest["files"][name], each_file, f"files.{name}.")
+    if wrong is None:
+        names = ("env_id", "env_kwargs", "max_episode_steps", "num_envs", "step_timeout")
+        resolved = {name: manifest["resolved"][name] for name in ("vectorization", "device")}
+        try:
+            Config(**{name: manifest["config"].get(name) for name in names}, **resolved)
+        except (ConfigError, OverflowError, RecursionError) as error:
+            wrong = str(error)[:300]
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong}; this vecpg did not write it")
 
 
-def _mismatch(value: Any, expected: Any) -> str | None:
-    """The first thing of some JSON that is missing or of another type."""
-    if isinstance(expected, dict):
-        if not isinstance(value, dict):
-            return f"expected an object, got {type(value).__name__}"
-        for name, kind in expected.items():
-            if name not in value:
-                return f"{name} is missing"
-            if (wrong := _mismatch(value[name], kind)) is not None:
-                return wrong if wrong.startswith(name) else f"{name}: {wrong}"
-        return None
-    if isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
-        return None
-    return f"expected {getattr(expected, '__name__', expected)}, got {type(value).__name__}"
+def _mismatch(value: dict[str, Any], expected: dict[str, Any], where: str = "") -> str | None:
+    """The first entry that is missing, of another type, or not known."""
+    for name, kind in expected.items():
+        if name not in value:
+            return f"{where}{name} is missing"
+        given = value[name]
+        if not isinstance(given, kind) or isinstance(given, bool) != (kind is bool):
+            wanted = getattr(kind, "__name__", str(kind))
+            return f"{where}{name}: expected {wanted}, got {type(given).__name__}"
+    others = [name for name in value if name not in expected]
+    return f"{where}{ascii(others[0])[:80]} is not known" if others else None
 
 
 def folders(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first, whether they are good or not."""
     directory = run_dir / "checkpoints"
-    numbers = sorted((int(name) for name in _names(directory) if name.isdecimal()), reverse=True)
+    names = [name for name in _names(directory) if re.fullmatch("0|[1-9][0-9]{0,18}", name)]
+    numbers = sorted(map(int, names), reverse=True)
     return [directory / str(number) for number in numbers]
 
 
@@ -212,9 +224,7 @@ def newest_valid(run_dir: Path) -> Checkpoint:
     reasons = []
     for folder in folders(run_dir):
         try:
-            checkpoint = opened(folder)
-            for name in checkpoint.manifest["files"]:
-                checkpoint.read(name)
+            checkpoint = _verified(folder)
         except CheckpointError as error:
             reasons.append(str(error))
             continue
@@ -237,10 +247,23 @@ def chosen(path: str | Path | None, run_dir: Path) -> Checkpoint:
     ]
     folder = next(iter(named or folders(run_dir)), run_dir / "checkpoints" / "0")
     try:
-        checkpoint = opened(folder)
-        checkpoint.read(STATE)
+        return _verified(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{others(folder)}") from None
+
+
+def _verified(folder: Path) -> Checkpoint:
+    """A checkpoint that a run can go on from: all of its files are right, and belong together."""
+    checkpoint = opened(folder)
+    state, _ = checkpoint.read(STATE), checkpoint.read(BEST)
+    counters = checkpoint.manifest["counters"]
+    if state.get("counters") != counters:
+        raise CheckpointError(f"{folder}: its {STATE} and its {MANIFEST} are of different moments")
+    if folder.resolve().name != str(counters["iteration"]):
+        raise CheckpointError(
+            f"{folder}: expected the name {counters['iteration']}, after the iteration that it was"
+            " written at; rename it"
+        )
     return checkpoint
 
 
@@ -339,15 +362,18 @@ class Saver:
             WriteFailure: it could not be written. Older ones are as they were.
         """
         content = state.state_dict()
-        policy, best = content["policy"], content["stopping"]["best_parameters"]
+        policy, best = content["policy"], state.stopping.best
         best_policy = policy if best is None else policy | {"parameters": best}
         counters = content["counters"]
         folder = self._directory / str(counters["iteration"])
         if counters["iteration"] != self.iteration:
             self._metrics.flush()
             about = self._about | {"counters": counters, "solved": state.stopping.solved}
-            save(folder, about, {STATE: content, BEST: {"policy": best_policy}})
-            self.iteration = counters["iteration"]
+            try:
+                save(folder, about, {STATE: content, BEST: {"policy": best_policy}})
+            finally:
+                if folder.exists():  # although its name may not be on the disk
+                    self.iteration = counters["iteration"]
             self._prune()
         self._saved = time.perf_counter()
         return folder
@@ -376,8 +402,13 @@ def _names(directory: Path) -> list[str]:
     return os.listdir(directory) if directory.is_dir() else []
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int = 2**20) -> bytes:
+    """A file's content, if it is a file, and no longer than expected."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: expected a file, got something else")
+        if (size := path.stat().st_size) > most:
+            raise CheckpointError(f"{path}: damaged (expected {most} bytes at most, found {size})")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

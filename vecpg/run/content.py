@@ -343,6 +343,7 @@ def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu"
         saved = _entry(content, "policy")
         _check_keys(saved, ("description", "parameters"), "policy")
         parameters = _tensors(saved["parameters"], "policy.parameters")
+        _check_plain(saved["description"], "policy.description")
         with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
             policy = Policy.from_description(saved["description"], largest=_numbers(parameters))
         check_tensors(parameters, policy.state_dict(), "policy.parameters")
@@ -432,6 +433,7 @@ def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
     """In words, which settings of the policy were others when it was saved."""
     saved = given["description"]
     _check_keys(saved, expected, "policy.description")
+    _check_plain(saved, "policy.description")
     largest = _numbers(_tensors(given["parameters"], "policy.parameters"))
     said = []
     for name, now in expected.items():
@@ -496,14 +498,17 @@ def _check_stopping(given: Any, expected: dict[str, Any]) -> None:
         _check_pair(pair, f"stopping.window[{index}]", at_least=1)
     _check_pair(given["equal"], "stopping.equal", at_least=0)
     solved, mean, best = (given[name] for name in ("solved", "best_return", "best_parameters"))
+    confirmed = given["confirmed_parameters"]
     _check(isinstance(solved, bool), "stopping.solved", "true or false", solved)
     if mean is not None:
         _check_finite(mean, "stopping.best_return")
     both = (mean is None) == (best is None) and not (solved and best is None)
     _check(both, "stopping.best_parameters", "them with best_return", best)
-    if best is not None:
-        wanted = expected["policy"]["parameters"]
-        check_tensors(best, wanted, "stopping.best_parameters")
+    right = (confirmed is not None) == solved
+    _check(right, "stopping.confirmed_parameters", "them if it is solved", confirmed)
+    for name in ("best_parameters", "confirmed_parameters"):
+        if given[name] is not None:
+            check_tensors(given[name], expected["policy"]["parameters"], f"stopping.{name}")
     found = given["evaluation"]
     if found is None:
         return
@@ -562,6 +567,16 @@ def _check_equal(given: Any, expected: Any, where: str, hint: str) -> None:
             _check_equal(one, other, f"{where}[{index}]", hint)
     elif type(given) is not type(expected) or given != expected:
         raise ValueError(f"{where}: expected {_shown(expected)}, got {_shown(given)}{hint}")
+
+
+def _check_plain(given: Any, where: str) -> None:
+    """No tensors in it, which compare as nothing else does."""
+    waiting = [given]
+    while waiting:
+        one = waiting.pop()
+        _check(not isinstance(one, Tensor), where, "numbers and text", one)
+        inside = one.values() if isinstance(one, dict) else one
+        waiting += inside if isinstance(one, dict | list | tuple) else ()
 
 
 def _entry(content: Any, name: str) -> Any:

@@ -41,10 +41,15 @@ def make_run_directory(config: Config) -> Path:
                 break
             except FileExistsError:
                 continue
-        (run_dir / "checkpoints").mkdir()
-        # A checkpoint that is on the disk is lost all the same if the way to it is not.
-        sync_directory(out_dir)
-    write_json(run_dir / "system.json", system())
+    try:
+        with writing(run_dir):
+            (run_dir / "checkpoints").mkdir()
+            # A checkpoint on the disk is lost all the same if the way to it is not there.
+            sync_directory(out_dir)
+        write_json(run_dir / "system.json", system())
+    except BaseException:
+        discard(run_dir)
+        raise
     return run_dir
 
 
@@ -87,10 +92,15 @@ def hold(run_dir: Path) -> IO[str]:
             f"{path} cannot be locked: {error.strerror}; give an --out-dir on a file system that"
             " has locks"
         ) from error
-    with writing(path):
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    try:
+        with writing(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
     return file
 
 

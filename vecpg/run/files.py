@@ -57,6 +57,7 @@ def find_source(config: Config) -> Source | None:
                 config.out_dir,
             )
         return None
+    check_links(run_dir)
     lock = hold(run_dir)
     try:
         sweep(run_dir)
@@ -71,6 +72,19 @@ def find_source(config: Config) -> Source | None:
         lock.close()
         raise
     return Source(run_dir, found, lock)
+
+
+def check_links(run_dir: Path) -> None:
+    """Refuse a run directory with links in it: a run goes on in its own directory only.
+
+    Raises:
+        ValueError: with the first one.
+    """
+    for path in (*run_dir.iterdir(), *(run_dir / "checkpoints").glob("*")):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path}: expected a file or a folder, got a link; put the file itself there"
+            )
 
 
 def begin(config: Config, about: dict[str, Any], state: TrainState) -> Files:

@@ -5,9 +5,10 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from vecpg.run import curves
 from vecpg.run.curves import Curves
@@ -140,8 +141,8 @@ def end_of(run_dir: Path, iterations: int) -> int:
 
 def _rows(run_dir: Path, iterations: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The first lines, one for each iteration, and where each ends. A torn one is none."""
-    path, end = run_dir / _LINES, 0
-    if not path.exists():
+    path, end, steps = run_dir / _LINES, 0, 0
+    if not path.is_file():
         return
     with open(path, "rb") as lines:
         for iteration, line in enumerate(itertools.islice(lines, iterations), start=1):
@@ -149,7 +150,19 @@ def _rows(run_dir: Path, iterations: int) -> Iterator[tuple[int, dict[str, Any]]
                 row = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 return
-            if not isinstance(row, dict) or row.get("iteration") != iteration:
+            if not _is_row(row, iteration, steps):
                 return
-            end += len(line)
+            end, steps = end + len(line), row["env_steps"]
             yield end, row
+
+
+def _is_row(row: Any, iteration: int, steps_before: int) -> TypeGuard[dict[str, Any]]:
+    """Whether this is the line of an iteration, with which it can be drawn again."""
+    if not isinstance(row, dict) or row.get("iteration") != iteration:
+        return False
+    steps = row.get("env_steps")
+    numbers = (int, float, type(None))
+    plain = all(
+        type(value) in numbers and abs(value or 0) <= sys.float_info.max for value in row.values()
+    )
+    return plain and type(steps) is int and steps_before < steps < 2**63

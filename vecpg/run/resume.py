@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
-from vecpg.run.stored import config_of, flags_to_type, read_object
+from vecpg.run.stored import config_of, flags_to_type, names_to_type, read_object
 from vecpg.shell import how_to_call
 
 # What a run may be given anew when it goes on.
@@ -63,7 +63,9 @@ def stored_config(run_or_checkpoint: str | Path, **anew: Any) -> Config:
 
     Args:
         run_or_checkpoint: its directory, or a checkpoint in it.
-        anew: settings that change: limits, target_return, save_every, device, progress.
+        anew: settings that change: limits, target_return, save_every, device, progress; and
+            `env_id` and `env_kwargs` as they are, where they name a module or a path, which is
+            taken from no file.
 
     Raises:
         ConfigError: there is no run, its config.json is damaged, or another setting is given anew.
@@ -76,6 +78,12 @@ def stored_config(run_or_checkpoint: str | Path, **anew: Any) -> Config:
     """
     path = Path(run_or_checkpoint)
     stored = read_config(find_named_run(path))
+    for name in names_to_type(to_dict(stored)):
+        if name not in anew:
+            raise ConfigError(
+                "what a file names is imported or opened only if you name it too; if you trust it,"
+                f" pass {name}={getattr(stored, name)!r}"
+            )
     config = dataclasses.replace(stored, resume=str(path), **anew)
     check_settings(config, stored)
     return config
@@ -88,7 +96,7 @@ def read_config(run_dir: Path) -> Config:
         ConfigError: it cannot be read, or is not what a run of this version leaves.
     """
     path = run_dir / "config.json"
-    return config_of(_read(path), path)
+    return config_of(read_json(path), path)
 
 
 def check_settings(config: Config, stored: Config) -> None:
@@ -157,7 +165,7 @@ def _newest_unfinished(config: Config) -> Path | None:
     ]
     for run_dir in sorted(unfinished, key=_begun, reverse=True):
         try:
-            content = _read(run_dir / "config.json")
+            content = read_json(run_dir / "config.json")
         except ConfigError:
             if run_dir.name.startswith(f"{name_of(config)}__"):
                 raise
@@ -167,8 +175,15 @@ def _newest_unfinished(config: Config) -> Path | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Raises:
+        ConfigError: there is none, or the file cannot be read.
+    """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: expected a file, got something else")
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None

@@ -95,6 +95,13 @@ class TrainState:
         self.seconds = dict(draft.seconds)
         self._following = None
 
+    def best_policy(self) -> Policy:
+        """The policy that reached the target, else the best so far, as a copy that only plays."""
+        policy = copy.deepcopy(self.policy)
+        if self.stopping.best is not None:
+            policy.load_state_dict(self.stopping.best)
+        return policy.eval()
+
     def state_dict(self) -> dict[str, Any]:
         """All of it as tensors and plain types; the tensors are the state's own."""
         self._follow()

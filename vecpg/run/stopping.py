@@ -71,6 +71,8 @@ class Stopping:
         self.evaluation: EvalResult | None = None
         self.best_return: float | None = None
         self.best_parameters: dict[str, Tensor] | None = None
+        # Of the policy with which it was solved.
+        self.confirmed_parameters: dict[str, Tensor] | None = None
         # The return that every episode had, and for how many iterations.
         self.equal: tuple[float, int] = (0.0, 0)
 
@@ -115,12 +117,17 @@ class Stopping:
                 return evaluation
         self.solved = True
         self.evaluation = evaluation
-        self.best_parameters = parameters(policy)
+        self.confirmed_parameters = parameters(policy)
         return evaluation
+
+    @property
+    def best(self) -> dict[str, Tensor] | None:
+        """Parameters of the policy that reached the target, else of the best; None if none is."""
+        return self.confirmed_parameters or self.best_parameters
 
     def forget_solved(self) -> None:
         """Another target is to be reached: what reached the last one says nothing of it."""
-        self.solved, self.evaluation = False, None
+        self.solved, self.evaluation, self.confirmed_parameters = False, None, None
 
     def copy(self) -> "Stopping":
         """One of its own; what both hold is never written to."""
@@ -139,6 +146,7 @@ class Stopping:
             else {"returns": list(evaluation.returns), "lengths": list(evaluation.lengths)},
             "best_return": self.best_return,
             "best_parameters": self.best_parameters,
+            "confirmed_parameters": self.confirmed_parameters,
             "equal": list(self.equal),
         }
 
@@ -153,6 +161,7 @@ class Stopping:
         )
         self.best_return = content["best_return"]
         self.best_parameters = content["best_parameters"]
+        self.confirmed_parameters = content["confirmed_parameters"]
         low, iterations_of_it = content["equal"]
         self.equal = (low, iterations_of_it)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
 
+# Objects and lists inside each other.
+_DEEPEST = 100
 # In a text, what a path or the name of a module may have, and a plain word has not.
 _NO_PLAIN_WORD = re.compile(r"[:/\\.~]")
 
@@ -44,9 +46,6 @@ def config_of(stored: Any, path: Path | str) -> Config:
     for name in known:
         if name not in stored:
             raise ConfigError(f"{path}: expected the setting {name}, got none")
-        value = stored[name]
-        if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(f"{path}: {name}: expected text in one line, got {_shown(value)}")
     try:
         return Config(**stored)
     # Whole numbers beyond the range of real ones, and dictionaries inside each other, ...
@@ -66,13 +65,16 @@ def read_object(data: bytes, path: Path | str) -> dict[str, Any]:
         {'seed': 1}
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error)[:200]
     else:
-        if isinstance(content, dict):
+        if not isinstance(content, dict):
+            reason = f"got {_shown(content)}"
+        elif _is_deep(content):
+            reason = f"more than {_DEEPEST} objects and lists are inside each other"
+        else:
             return content
-        reason = f"got {_shown(content)}"
     raise ConfigError(f"{path}: expected a JSON object ({len(data)} bytes): {reason}")
 
 
@@ -170,6 +172,21 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value, sort_keys=True)
     return value if value.isprintable() else ascii(value)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether so much is inside each other that going through it may fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [one for each in inside for one in each if isinstance(one, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _shown(value: Any) -> str:
