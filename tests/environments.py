@@ -342,6 +342,55 @@ class Pay(gymnasium.Env):
         return obs, self.scale * float(action.sum()), self.steps == 5, False, {}
 
 
+class Halving(gymnasium.RewardWrapper):
+    """Pays half."""
+
+    def reward(self, reward):
+        return reward / 2
+
+
+class Unused(gymnasium.vector.VectorEnv):
+    """A vectorized form that nobody asked for."""
+
+    def __init__(self, num_envs):
+        raise RuntimeError("the vectorized form was made")
+
+
+class Alone(Constant):
+    """There can be no two of it in a process; it writes down where each was made, and closed."""
+
+    there = False
+
+    def __init__(self, diary):
+        super().__init__()
+        self.diary = diary
+        if Alone.there:
+            raise RuntimeError("there is one in this process already")
+        Alone.there = True
+        self.write("made")
+
+    def close(self):
+        Alone.there = False
+        self.write("closed")
+
+    def write(self, what):
+        with open(self.diary, "a") as file:
+            file.write(f"{what} {os.getpid()}\n")
+
+
+class Licensed(Constant):
+    """Takes a licence away for each copy that is made, and none can be made when all are gone."""
+
+    def __init__(self, licences):
+        super().__init__()
+        with open(licences, "r+") as file:
+            left = int(file.read()) - 1
+            if left < 0:
+                raise PermissionError("no licence is left")
+            file.seek(0)
+            file.write(f"{left} ")
+
+
 class Suicidal(Constant):
     """Kills its own process at its fourth step, as the system does for want of memory."""
 
@@ -378,6 +427,8 @@ for _env, _limit in (
     (Simulated, 10),
     (Mortal, 10),
     (Unclosable, 10),
+    (Alone, 10),
+    (Licensed, 10),
     (Suicidal, 10),
     (Talkative, 10),
     (Leaving, 10),

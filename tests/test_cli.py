@@ -424,6 +424,56 @@ def test_no_file_has_a_module_imported(here, tmp_path, env_id, env_kwargs):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "vectorization", "step_timeout"),
+    [
+        ([], "sync", 7.5),
+        (["--vectorization", "vector_entry_point"], "vector_entry_point", 7.5),
+        (["--vectorization", "auto", "--step-timeout", 3], "auto", 3.0),
+    ],
+)
+def test_evaluation_steps_as_training_did_unless_it_is_told_otherwise(
+    here, tmp_path, monkeypatch, args, vectorization, step_timeout
+):
+    save_some(tmp_path / "checkpoints" / "x", num_envs=3, step_timeout=7.5, max_episode_steps=9)
+    asked, real = [], vecpg.evaluate.evaluate
+
+    def noticed(*args, **kwargs):
+        asked.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(vecpg.evaluate, "evaluate", noticed)
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 4, *args)
+    assert code == 0, err
+    assert json.loads(out)["length_mean"] <= 9
+    found = [asked[0][name] for name in ("vectorization", "step_timeout", "num_envs")]
+    assert found == [vectorization, step_timeout, 3]
+
+
+def test_a_way_of_stepping_that_evaluation_cannot_go_is_refused(here, tmp_path):
+    save_some(tmp_path / "checkpoints" / "x", "Acrobot-v1", 6)
+    code, out, err = here("evaluate", "checkpoints/x", "--vectorization", "vector_entry_point")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --vectorization: Acrobot-v1 has no vector_entry_point form; use")
+    for given in ("0", "-1", "inf", "nan"):
+        code, out, err = here("evaluate", "checkpoints/x", "--step-timeout", given)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: --step-timeout: expected a finite number greater than 0, got")
+
+
+def test_why_auto_took_sync_is_said_once(here, tmp_path, caplog):
+    (tmp_path / "both_here.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Both-v0', 'environments:Constant', max_episode_steps=5,\n"
+        "    vector_entry_point='gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv')\n"
+    )
+    args = ["--num-envs", 2, "--total-iterations", 1, "--eval-episodes", 2]
+    code, _, err = here("train", "--env-id", "both_here:Both-v0", *args)
+    assert code == 0, err
+    said = "Both-v0 is stepped one by one (sync): its vectorized form has observations of Box("
+    assert caplog.text.count(said) == caplog.text.count("one by one") == 1
+
+
 def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
     (tmp_path / "mine_here.py").write_text(
         "import gymnasium\n"
@@ -441,7 +491,7 @@ def test_a_module_is_imported_for_whoever_types_it(here, tmp_path):
     assert (tmp_path / "executed").exists()
     definition = {"definition": "mine_here:CartPole"}
     save_some(tmp_path / "checkpoints" / "y", "vecpg/CartPole-v1", env_kwargs=definition)
-    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2)
+    code, _, err = here("evaluate", "checkpoints/y", "--episodes", 2, "--vectorization", "auto")
     assert code == 2
     command = shlex.split(err.partition(", type: ")[2])
     code, out, err = here(*command[command.index("evaluate") :])

@@ -1,4 +1,5 @@
 import logging
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import on_tensors  # noqa: F401 - registers its environments before a test's registry is put up
 import pytest
 import torch
-from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from pairs import pairwise
@@ -106,12 +107,33 @@ def test_what_was_registered_anew_is_stepped_and_the_log_says_so(
     with anew(), caplog.at_level(logging.INFO, "vecpg"):
         assert resolve_vectorization(spec, "auto") == own_vectorization(spec)
     said = f"CartPole-v1 is stepped as it is registered, not on tensors: its {what}"
-    assert [record.message[: len(said)] for record in caplog.records] == [said]
+    assert caplog.records[0].message.startswith(said)
     with pytest.raises(ValueError, match=r"^--vectorization tensor: vecpg/CartPole-v1 stands for"):
         make_envs("CartPole-v1", 1, vectorization="tensor")
     # It is no judge of what was trained on tensors either.
     assert judge_of("vecpg/CartPole-v1")[0] == "vecpg/CartPole-v1"
     assert judge_of("CartPole-v1")[1]["vectorization"] == own_vectorization(spec)
+
+
+def test_another_environment_of_gymnasiums_is_not_the_one_of_that_id(registered):
+    acrobot = "gymnasium.envs.classic_control.acrobot:AcrobotEnv"
+    registered("CartPole-v1", acrobot, max_episode_steps=9)
+    assert resolve_vectorization(find_spec("CartPole-v1"), "auto") == "sync"
+    assert judge_of("vecpg/CartPole-v1")[0] == "vecpg/CartPole-v1"
+    with pytest.raises(ValueError, match="the entry_point is 'gymnasium.envs.classic_control.acro"):
+        make_envs("CartPole-v1", 1, vectorization="tensor")
+    # Where Gymnasium shows it, too.
+    registered("CartPole-v1", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=9)
+    assert resolve_vectorization(find_spec("CartPole-v1"), "auto") == "tensor"
+
+
+def test_what_is_registered_anew_on_tensors_stands_for_what_it_says(registered):
+    settings = {"how": register, "max_episode_steps": 9}
+    registered("mine/Track-v3", "on_tensors:Track", stands_for="CartPole-v1", **settings)
+    assert judge_of("mine/Track-v3")[0] == "CartPole-v1"
+    registered("mine/Track-v3", "on_tensors:Track", **settings)
+    assert judge_of("mine/Track-v3")[0] == "mine/Track-v3"
+    assert make_envs("CartPole-v1", 1).single_action_space.start == 0
 
 
 def test_training_is_in_the_environment_that_was_named(registered):
@@ -153,6 +175,30 @@ def test_an_environment_on_tensors_is_judged_by_what_it_stands_for_else_by_itsel
     assert env_id == "Track-v0"
     assert envs.dtype == torch.float64
     assert envs.max_episode_steps == 20
+
+
+def test_keyword_arguments_may_make_it_another_which_is_judged_by_itself():
+    given = {"definition": "on_tensors:Track"}
+    env_id, settings = judge_of("vecpg/CartPole-v1", env_kwargs=given)
+    assert env_id == "vecpg/CartPole-v1"
+    envs = make_envs(env_id, 2, **settings)
+    assert envs.single_action_space.start == -1
+    assert envs.dtype == torch.float64
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async", "vector_entry_point"])
+def test_what_is_not_on_tensors_is_judged_as_it_is_trained(vectorization):
+    env_id, settings = judge_of(
+        "CartPole-v1",
+        vectorization=vectorization,
+        env_kwargs={"sutton_barto_reward": True},
+        max_episode_steps=7,
+    )
+    assert (env_id, settings["vectorization"]) == ("CartPole-v1", vectorization)
+    assert settings["env_kwargs"] == {"sutton_barto_reward": True}
+    assert settings["max_episode_steps"] == 7
+    with pytest.raises(ValueError, match="Acrobot-v1 has no vector_entry_point form"):
+        judge_of("Acrobot-v1", vectorization="vector_entry_point")
 
 
 def test_one_registration_makes_it_gymnasiums_and_ours(registered):
@@ -201,6 +247,128 @@ def test_a_definition_that_is_not_there_is_named_with_its_environment(registered
         registered("mine/X-v0", definition, how=register, max_episode_steps=5)
         with pytest.raises(ValueError, match=f"mine/X-v0 could not be made: .*{words}"):
             make_envs("mine/X-v0", 1)
+
+
+# -- Vectorized forms that do not serve -----------------------------------------------------------
+
+
+class Vectorized(CartPoleVectorEnv):
+    """Like the single one, but for what `how` says."""
+
+    def __init__(self, num_envs, max_episode_steps=500, how=None, sutton_barto_reward=False):
+        super().__init__(num_envs, max_episode_steps)
+        if how == "observations":
+            self.single_observation_space = gymnasium.spaces.Box(0, 255, (4,), np.uint8)
+        if how == "actions":
+            self.single_action_space = gymnasium.spaces.Discrete(3)
+        if how == "no space":
+            del self.single_observation_space
+        if how == "mode":
+            self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        if how == "no mode":
+            self.metadata = {}
+        if how == "raises":
+            raise RuntimeError("100% wrong")
+        if how == "exits":
+            raise SystemExit("no licence")
+        self.how = how
+
+    def close(self, **kwargs):
+        how, self.how = self.how, None
+        if how == "unclosable":
+            raise RuntimeError("close broke")
+
+
+class Single(CartPoleEnv):
+    def __init__(self, how=None, sutton_barto_reward=False):
+        super().__init__(sutton_barto_reward)
+        if how == "not alone":
+            raise ValueError("only together")
+
+
+ALSO = WrapperSpec("Halved", "test_envs:Halved", {})
+
+
+def without_limit(num_envs):
+    return Vectorized(num_envs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's, of what has no mode
+@pytest.mark.parametrize(
+    ("settings", "known", "why"),
+    [
+        ({"additional_wrappers": (ALSO,)}, True, "has none of its additional_wrappers (Halved)"),
+        (
+            {"vector_entry_point": without_limit},
+            True,
+            "does not take what it would be made with: got an unexpected keyword argument"
+            " 'max_episode_steps'",
+        ),
+        (
+            {"vector_entry_point": "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"}
+            | {"kwargs": {"how": "x"}},
+            True,
+            "does not take what it would be made with: got an unexpected keyword argument 'how'",
+        ),
+        (
+            {"vector_entry_point": "no_such_module:Envs"},
+            True,
+            "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ({"vector_entry_point": "test_envs:Nothing"}, True, "cannot be loaded: AttributeError"),
+        (
+            {"kwargs": {"how": "observations"}},
+            False,
+            "has observations of Box(0, 255, (4,), uint8)",
+        ),
+        ({"kwargs": {"how": "actions"}}, False, "has actions of Discrete(3), and a single copy of"),
+        ({"kwargs": {"how": "no space"}}, False, "has observations of None, and a single copy of"),
+        ({"kwargs": {"how": "mode"}}, False, "is in autoreset mode AutoresetMode.SAME_STEP"),
+        ({"kwargs": {"how": "no mode"}}, False, "is in autoreset mode None"),
+        ({"kwargs": {"how": "raises"}}, False, "could not be made: RuntimeError: 100% wrong"),
+        ({"kwargs": {"how": "exits"}}, False, "could not be made: SystemExit: no licence"),
+    ],
+)
+def test_auto_takes_sync_and_says_why_the_vectorized_form_does_not_serve(
+    registered, caplog, settings, known, why
+):
+    points = {"entry_point": Single, "vector_entry_point": Vectorized}
+    registered("Both-v0", **points | settings, max_episode_steps=9)
+    with anew(), caplog.at_level(logging.INFO, "vecpg"):
+        envs = make_envs("Both-v0", 2)
+        assert judge_of("Both-v0")[1]["vectorization"] == "sync"
+    assert type(envs).__name__ == "InProcessEnvs"
+    said = f"Both-v0 is stepped one by one (sync): its vectorized form {why}"
+    assert [record.message[: len(said)] for record in caplog.records] == [said]
+    if known:
+        message = f"--vectorization vector_entry_point: the vectorized form of Both-v0 {why}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}.*; use sync, async or auto$"):
+            resolve_vectorization(find_spec("Both-v0"), "vector_entry_point")
+
+
+@pytest.mark.parametrize("how", [None, "not alone", "unclosable"])
+def test_a_vectorized_form_that_serves_is_taken_without_a_word(registered, caplog, how):
+    registered(
+        "Both-v0",
+        Single,
+        vector_entry_point=Vectorized,
+        kwargs={"how": how},
+        max_episode_steps=9,
+    )
+    with anew(), caplog.at_level(logging.INFO, "vecpg"):
+        envs = make_envs("Both-v0", 2, env_kwargs={"sutton_barto_reward": True})
+    assert type(envs).__name__ == "Vectorized"
+    expected = ["closing Vectorized failed: RuntimeError: close broke"] * (how == "unclosable")
+    assert [record.message for record in caplog.records] == expected
+
+
+def test_what_was_not_asked_for_is_not_even_looked_at(registered):
+    registered("Both-v0", Single, vector_entry_point="no_such_module:Envs", max_episode_steps=9)
+    for vectorization in ("sync", "async"):
+        assert resolve_vectorization(find_spec("Both-v0"), vectorization) == vectorization
+        assert judge_of("Both-v0", vectorization=vectorization)[1]["vectorization"] == vectorization
+    registered("Alone-v0", vector_entry_point=Vectorized, max_episode_steps=9)
+    assert resolve_vectorization(find_spec("Alone-v0"), "auto") == "vector_entry_point"
 
 
 def test_environments_need_no_torch_until_they_are_on_tensors():

@@ -396,7 +396,7 @@ def test_the_evaluation_at_the_end_is_named_too(tmp_path, monkeypatch):
     def fails(*args, **more):
         raise MemoryError
 
-    monkeypatch.setattr(train_module, "evaluate", fails)
+    monkeypatch.setattr(train_module, "evaluate_in", fails)
     with pytest.raises(MemoryError, match="while evaluating; lower --eval-episodes"):
         train(settings(tmp_path))
 

@@ -19,6 +19,7 @@ from vecpg.run import checkpoint
 from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError
 from vecpg.run.directory import TEMPORARY, WriteFailure
 
+CONFIG = about()["config"]
 CONTENT = {"numbers": [1, 2.5, None, "x"], "tensor": torch.arange(6.0).reshape(2, 3), "a": {"b": 1}}
 
 
@@ -195,8 +196,14 @@ def rewritten(folder, **changes):
         ({"config": None}, "config: expected dict, got NoneType"),
         ({"config": {"env_id": ["os:x"]}}, "--env-id: expected text, got"),
         (
-            {"config": {"env_id": "x", "env_kwargs": {}, "max_episode_steps": -5}},
+            {"config": CONFIG | {"max_episode_steps": -5}},
             "--max-episode-steps: expected at least 1, or none, got -5",
+        ),
+        ({"config": CONFIG | {"num_envs": 0}}, "--num-envs: expected at least 1, got 0"),
+        ({"config": CONFIG | {"step_timeout": -1.0}}, "--step-timeout: expected a finite number"),
+        (
+            {"config": {k: v for k, v in CONFIG.items() if k != "num_envs"}},
+            "--num-envs: expected a whole number, got None",
         ),
         ({"resolved": about()["resolved"] | {"device": "evil"}}, "--device: expected auto, cpu"),
         ({"resolved": about()["resolved"] | {"shards": True}}, "shards: expected int, got bool"),

@@ -92,7 +92,7 @@ PHASES = {
     "compiling": ("during", "vecpg.train", "prepare_advantages", 1, None),
     "collecting": ("during", "vecpg.train", "collect", 2, 1),
     "updating": ("at", "vecpg.train", "update", 2, 2),
-    "evaluating": ("during", "vecpg.train", "evaluate", 1, 3),
+    "evaluating": ("during", "vecpg.train", "evaluate_in", 1, 3),
     "saving": ("at", "vecpg.run.checkpoint", "Saver.save", 2, 3),
     "closing": ("at", "vecpg.run.metrics", "Metrics.close", 1, 3),
     "finished": ("during", "vecpg.cli", "how_to_call", 1, 3),

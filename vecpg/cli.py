@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -135,6 +136,12 @@ class EvaluateConfig:
         ),
     ] = None
     """As stored in the run. Wanted where a text in them may name a module or a path."""
+    vectorization: Literal["auto", "sync", "async", "vector_entry_point", "tensor"] | None = None
+    """How copies are stepped. Without it as in training; where that was tensor, the original is
+    stepped by its vector entry point, if it has one, else sync."""
+    step_timeout: float | None = None
+    """Seconds after which an async environment that has not answered counts as hung. Without it as
+    stored in the run."""
     video: str | None = None
     """Also record one further episode as this mp4 file. Needs the extra: vecpg[video]."""
     render: Literal["human"] | None = None
@@ -146,6 +153,11 @@ class EvaluateConfig:
             raise ConfigError(f"--episodes: expected at least 1, got {self.episodes}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"--seed: expected a number from 0 to 2**64 - 1, got {self.seed}")
+        given = self.step_timeout
+        if given is not None and not 0 < given < math.inf:
+            raise ConfigError(
+                f"--step-timeout: expected a finite number greater than 0, got {given}"
+            )
 
 
 def evaluate_main(args: Sequence[str]) -> None:
@@ -180,7 +192,16 @@ def evaluate_main(args: Sequence[str]) -> None:
                     video.show(policy, env_id, **settings)
                 if config.video is not None:
                     video.record(policy, env_id, config.video, **settings)
-                result = evaluate(policy, env_id, config.episodes, **settings)
+                result = evaluate(
+                    policy,
+                    env_id,
+                    config.episodes,
+                    vectorization=config.vectorization
+                    or found.manifest["resolved"]["vectorization"],
+                    num_envs=stored["num_envs"],
+                    step_timeout=config.step_timeout or stored["step_timeout"],
+                    **settings,
+                )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except OSError as error:
@@ -404,10 +425,15 @@ def _check_cheaply(config: Config) -> None:
         check_settings(config, read_config(run_dir))
     try:
         spec = find_spec(config.env_id)
-        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
         check_time_limit(spec, config.max_episode_steps)
-        if config.device == "cpu" or vectorization in ("sync", "async"):  # else on a GPU, perhaps
-            check_room(config, vectorization)
+        if config.vectorization != "auto":  # what that is the run settles, and says
+            limit = config.max_episode_steps
+            resolve_vectorization(
+                spec, config.vectorization, config.env_kwargs, max_episode_steps=limit
+            )
+        # Else on a GPU, perhaps.
+        if config.device == "cpu" or config.vectorization in ("sync", "async"):
+            check_room(config, config.vectorization)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if run_dir is None:

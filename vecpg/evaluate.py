@@ -1,6 +1,7 @@
 """Exactly K whole episodes under a frozen policy."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from vecpg.envs import judge_of, make_envs
+from vecpg.envs import find_spec, judge_of, make_envs, resolve_vectorization
 from vecpg.noise import Purpose, StepNoise, Stream
 from vecpg.policy import Policy
+from vecpg.policy import cpu as policy_cpu
+from vecpg.policy.sampling import greedily
 from vecpg.rollout import play
 from vecpg.rollout.stepping import seeds_of
 
+Act = Callable[[int, NDArray[Any]], NDArray[Any]]
 # One episode each for the usual hundred; more copies only cost time to make.
 _MOST_ENVS = 128
 
@@ -50,14 +54,17 @@ def evaluate(
     env_id: str,
     episodes: int,
     *,
+    vectorization: str = "auto",
+    num_envs: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    step_timeout: float = 60.0,
     greedy: bool = True,
     seed: int = 1,
     purpose: Purpose = Purpose.EVALUATION_RESET,
     draw: int = 0,
 ) -> EvalResult:
-    """Play whole episodes in the environment itself, whatever training used.
+    """Play whole episodes in the environment itself, stepped as in training.
 
     An environment on tensors is judged by the one it stands for, or by itself in float64: see
     `vecpg.envs.judge_of`.
@@ -69,8 +76,11 @@ def evaluate(
         policy: is not changed.
         env_id: a registered id, or `module:Id`.
         episodes: how many, exactly. At least 1.
+        vectorization: of training, as for `make_envs`.
+        num_envs: of training, as for `make_judge`.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        step_timeout: as for `make_envs`.
         greedy: True = the most probable action; False = draw actions.
         seed: with `purpose` and `draw` fixes start states and draws.
         purpose: which stream of start states; training's is never used here.
@@ -88,41 +98,165 @@ def evaluate(
         >>> len(evaluate(policy, "CartPole-v1", 10).returns)
         10
     """
+    judge = make_judge(
+        policy,
+        env_id,
+        episodes,
+        vectorization=vectorization,
+        num_envs=num_envs,
+        env_kwargs=env_kwargs,
+        max_episode_steps=max_episode_steps,
+        step_timeout=step_timeout,
+    )
+    try:
+        return evaluate_in(
+            judge, policy, episodes, greedy=greedy, seed=seed, purpose=purpose, draw=draw
+        )
+    finally:
+        judge.close()
+
+
+def make_judge(
+    policy: Policy,
+    env_id: str,
+    episodes: int,
+    *,
+    vectorization: str,
+    num_envs: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    step_timeout: float = 60.0,
+) -> VectorEnv[Any, Any, Any]:
+    """The environments that `evaluate` plays in, for any number of evaluations.
+
+    Args:
+        policy: whose spaces they must have.
+        env_id: as all that follow but one, see `evaluate`.
+        episodes: as there.
+        vectorization: as there.
+        num_envs: how many copies training has. Where it steps them one by one (sync, async), there
+            are no more of them here: a copy may be large. None: up to 128, as else.
+        env_kwargs: as there.
+        max_episode_steps: as there.
+        step_timeout: as there.
+
+    Raises:
+        ValueError: as `evaluate`.
+        EnvironmentFailure: where training is in another environment than this, it is tried: it
+            failed at its reset or first step.
+    """
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    num_envs = min(episodes, _MOST_ENVS)
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
+    spec = find_spec(env_id)
+    vectorization = resolve_vectorization(
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+    )
+    judge, settings = judge_of(
+        env_id,
+        vectorization=vectorization,
+        env_kwargs=env_kwargs,
+        max_episode_steps=max_episode_steps,
+    )
+    most = _MOST_ENVS
+    if vectorization in ("sync", "async") and num_envs is not None:
+        most = min(most, num_envs)
+    envs = make_envs(judge, min(episodes, most), step_timeout=step_timeout, **settings)
+    try:
+        _check_spaces(policy, envs, env_id)
+        trained = spec.id, vectorization, env_kwargs
+        if (judge, settings["vectorization"], settings["env_kwargs"]) != trained:
+            _try_out(envs, policy)
+    except BaseException:
+        envs.close()
+        raise
+    return envs
+
+
+def evaluate_in(
+    judge: VectorEnv[Any, Any, Any],
+    policy: Policy,
+    episodes: int,
+    *,
+    greedy: bool = True,
+    seed: int = 1,
+    purpose: Purpose = Purpose.EVALUATION_RESET,
+    draw: int = 0,
+) -> EvalResult:
+    """As `evaluate`, in environments that are there already, and stay.
+
+    Args:
+        judge: N environments in NEXT_STEP mode, at most as many as episodes.
+        policy: as all that follow, see `evaluate`.
+        episodes: as there.
+        greedy: as there.
+        seed: as there.
+        purpose: as there.
+        draw: as there.
+
+    Raises:
+        EnvironmentFailure: as there.
+
+    Example:
+        >>> from vecpg.envs import make_envs
+        >>> judge = make_envs("CartPole-v1", 3, vectorization="sync")
+        >>> policy = Policy(judge.single_observation_space, judge.single_action_space)
+        >>> one, other = (evaluate_in(judge, policy, 10, draw=k) for k in (0, 1))
+        >>> len(one.returns), one == other
+        (10, False)
+    """
+    num_envs = judge.num_envs
     quotas = np.full(num_envs, episodes // num_envs)
     quotas[: episodes % num_envs] += 1
-    judge, settings = judge_of(env_id, env_kwargs=env_kwargs, max_episode_steps=max_episode_steps)
-    envs = make_envs(judge, num_envs, **settings)
-    _check_spaces(policy, envs, env_id)
     stream = Stream(seed, draw, 0, num_envs)
+    act = _acting(policy, stream, purpose, greedy)
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    lengths: list[list[int]] = [[] for _ in range(num_envs)]
+    total = np.zeros(num_envs)
+    length = np.zeros(num_envs, np.int64)
+    with torch.inference_mode():
+        seeds = seeds_of(judge, stream, purpose)
+        for row, _ in play(judge, act, quotas=quotas, seeds=seeds):
+            total += row.rewards
+            length += row.mask
+            for n in np.flatnonzero(row.terminations | row.truncations):
+                returns[n].append(float(total[n]))
+                lengths[n].append(int(length[n]))
+                total[n] = length[n] = 0
+    return EvalResult(
+        tuple(value for one in returns for value in one),
+        tuple(value for one in lengths for value in one),
+    )
+
+
+def prepare_evaluation(policy: Policy) -> None:
+    """Compile, or load, what choosing a policy's actions in evaluation will need."""
+    if policy_cpu.why_not(policy) is None:
+        obs = np.zeros((1, *policy.obs_shape), np.float32)
+        greedily(policy)(obs)
+
+
+def _acting(policy: Policy, stream: Stream, purpose: Purpose, greedy: bool) -> Act:
+    """From the step number and the observations to actions. The policy is read at this call."""
+    if greedy and policy_cpu.why_not(policy) is None:
+        most_probable = greedily(policy)
+        return lambda t, obs: policy.for_env(most_probable(obs))
     noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
         rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
         return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
-    returns: list[list[float]] = [[] for _ in range(num_envs)]
-    lengths: list[list[int]] = [[] for _ in range(num_envs)]
-    total = np.zeros(num_envs)
-    length = np.zeros(num_envs, np.int64)
-    try:
-        with torch.inference_mode():
-            seeds = seeds_of(envs, stream, purpose)
-            for row, _ in play(envs, act, quotas=quotas, seeds=seeds):
-                total += row.rewards
-                length += row.mask
-                for n in np.flatnonzero(row.terminations | row.truncations):
-                    returns[n].append(float(total[n]))
-                    lengths[n].append(int(length[n]))
-                    total[n] = length[n] = 0
-    finally:
-        envs.close()
-    return EvalResult(
-        tuple(value for one in returns for value in one),
-        tuple(value for one in lengths for value in one),
-    )
+    return act
+
+
+def _try_out(judge: VectorEnv[Any, Any, Any], policy: Policy) -> None:
+    """Reset, and step once."""
+    stream, purpose = Stream(0, 0, 0, judge.num_envs), Purpose.EVALUATION_RESET
+    act = _acting(policy, stream, purpose, greedy=True)
+    with torch.inference_mode():
+        next(play(judge, act, num_steps=1, seeds=seeds_of(judge, stream, purpose)))
 
 
 def _check_spaces(policy: Policy, envs: VectorEnv[Any, Any, Any], env_id: str) -> None:
@@ -132,7 +266,6 @@ def _check_spaces(policy: Policy, envs: VectorEnv[Any, Any, Any], env_id: str) -
         ("actions", policy.distribution.space, envs.single_action_space),
     ):
         if _form(trained) != _form(found):
-            envs.close()
             raise ValueError(
                 f"{env_id}: expected {what} of {trained}, with which the policy was trained, got"
                 f" {found}"

@@ -24,7 +24,7 @@ from vecpg.envs import (
     make_envs,
     resolve_vectorization,
 )
-from vecpg.evaluate import EvalResult, evaluate
+from vecpg.evaluate import EvalResult, evaluate_in, make_judge, prepare_evaluation
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation
@@ -110,7 +110,7 @@ def train(config: Config) -> TrainResult:
                 )
             episodes = episode_statistics(rollout, config.resolved_shards)
             with clock.evaluation():
-                confirm = _confirmation(config, iteration) if config.confirm else None
+                confirm = _confirmation(config, run.judge, iteration) if config.confirm else None
                 evaluation = draft.stopping.consider(state.policy, episodes, confirm)
             if draft.stopping.solved:
                 clock.note("solved")
@@ -136,7 +136,7 @@ def train(config: Config) -> TrainResult:
         final = state.stopping.evaluation
         if final is None:
             with clock.evaluation():
-                final = _confirmation(config, state.counters.iteration)(state.policy)
+                final = _confirmation(config, run.judge, state.counters.iteration)(state.policy)
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, state.counters.env_steps)
 
@@ -160,6 +160,7 @@ class Run(NamedTuple):
     vectorization: str
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
+    judge: VectorEnv[Any, Any, Any]
     collector: Collector
     learner: Learner
     compilation: Compilation
@@ -240,6 +241,18 @@ def _begin(config: Config) -> Run:
                 learner.prepare(policy)
                 prepare_advantages(device)
                 prepare_statistics(device)
+                prepare_evaluation(policy)
+            judge = make_judge(
+                policy,
+                config.env_id,
+                config.eval_episodes,
+                vectorization=vectorization,
+                num_envs=config.num_envs,
+                env_kwargs=config.env_kwargs,
+                max_episode_steps=config.max_episode_steps,
+                step_timeout=config.step_timeout,
+            )
+            unless_all_is_well.callback(judge.close)
             target = config.target_return
             stopping = Stopping(
                 spec.reward_threshold if target == "auto" else target, config.return_window
@@ -269,17 +282,23 @@ def _begin(config: Config) -> Run:
     _log.info("run directory: %s", run_files.run_dir)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
-    return Run(vectorization, device, envs, collector, learner, compilation, state, run_files)
+    return Run(
+        vectorization, device, envs, judge, collector, learner, compilation, state, run_files
+    )
 
 
 def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str, torch.device, str]:
     """How the copies are stepped, on which device, and why there."""
-    if source is None:
-        vectorization = resolve_vectorization(spec, config.vectorization, config.env_kwargs)
-        return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
     # "auto" goes on to mean what it meant.
-    before = source.checkpoint.manifest["resolved"]
-    vectorization = resolve_vectorization(spec, before["vectorization"], config.env_kwargs)
+    before = None if source is None else source.checkpoint.manifest["resolved"]
+    vectorization = resolve_vectorization(
+        spec,
+        config.vectorization if before is None else before["vectorization"],
+        config.env_kwargs,
+        max_episode_steps=config.max_episode_steps,
+    )
+    if before is None:
+        return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
     there = before["device"] == "cpu" or torch.cuda.is_available()
     if config.device == "auto" and there:
         return vectorization, resolve_device(before["device"])[0], "as before"
@@ -317,6 +336,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
     in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     closing = ExitStack()
     closing.callback(_close, run.envs)
+    closing.callback(_close, run.judge)
     closing.callback(run.files.metrics.close)
     closing.callback(run.files.saver.save, run.state)
 
@@ -355,16 +375,16 @@ def _close(envs: VectorEnv[Any, Any, Any]) -> None:
         _log.warning("closing the environments failed: %s: %s", type(error).__name__, error)
 
 
-def _confirmation(config: Config, iteration: int) -> Callable[[Policy], EvalResult]:
+def _confirmation(
+    config: Config, judge: VectorEnv[Any, Any, Any], iteration: int
+) -> Callable[[Policy], EvalResult]:
     """The greedy evaluation of an iteration's policy; no two iterations play the same episodes."""
 
     def confirm(policy: Policy) -> EvalResult:
-        return evaluate(
+        return evaluate_in(
+            judge,
             policy,
-            config.env_id,
             config.eval_episodes,
-            env_kwargs=config.env_kwargs,
-            max_episode_steps=config.max_episode_steps,
             seed=config.seed,
             purpose=Purpose.CONFIRMATION_RESET,
             draw=iteration,

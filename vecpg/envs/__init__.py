@@ -6,11 +6,12 @@ after it only resets: its action is ignored and its reward is 0. No torch is imp
 
 import functools
 import importlib
+import inspect
 import logging
 from typing import Any
 
 import gymnasium
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from vecpg.envs.errors import (
@@ -45,6 +46,13 @@ _log = logging.getLogger(__name__)
 _ON_TENSORS = "vecpg.envs.tensor:TensorVectorEnv"
 # By the id of Gymnasium's own environment the id of what stands for it on tensors.
 _stand_ins: dict[str, str] = {}
+# What Gymnasium itself registers under the ids for which something of vecpg's stands.
+_CLASSES = {
+    "CartPole-v1": ("CartPoleEnv", "CartPoleVectorEnv"),
+    "Pendulum-v1": ("PendulumEnv",),
+    "Acrobot-v1": ("AcrobotEnv",),
+    "MountainCarContinuous-v0": ("Continuous_MountainCarEnv",),
+}
 
 
 def register(
@@ -92,6 +100,9 @@ def register(
         reward_threshold=reward_threshold,
         kwargs={"definition": definition},
     )
+    # What is registered anew stands for what it says now.
+    for original in [key for key, stand_in in _stand_ins.items() if stand_in == env_id]:
+        del _stand_ins[original]
     if stands_for is not None:
         _stand_ins[stands_for] = env_id
 
@@ -170,13 +181,13 @@ def make_envs(
         (3, 4)
     """
     spec = find_spec(env_id)
-    vectorization = resolve_vectorization(spec, vectorization, env_kwargs)
     check_time_limit(spec, max_episode_steps)
+    vectorization = resolve_vectorization(
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+    )
     if vectorization == "async":
         check_process()
-    kwargs = dict(env_kwargs or {})
-    if max_episode_steps is not None:
-        kwargs["max_episode_steps"] = max_episode_steps
+    kwargs = _arguments(env_kwargs, max_episode_steps)
     try:
         # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
         makers = [
@@ -229,29 +240,51 @@ def find_spec(env_id: str) -> EnvSpec:
         raise ValueError(f"--env-id {env_id}: {in_words(error)}{hint}") from error
 
 
-def own_vectorization(spec: EnvSpec) -> str:
-    """How Gymnasium itself steps copies: by their vectorized form where there is one, else sync."""
-    return "vector_entry_point" if spec.vector_entry_point is not None else "sync"
+def own_vectorization(
+    spec: EnvSpec,
+    env_kwargs: dict[str, Any] | None = None,
+    *,
+    max_episode_steps: int | None = None,
+) -> str:
+    """How Gymnasium itself steps copies: by their vectorized form where it serves, else sync.
+
+    Where the vectorized form is another environment than the single one, or cannot be made, the log
+    says so.
+    """
+    if spec.vector_entry_point is None:
+        return "sync"
+    if spec.entry_point is None:
+        return "vector_entry_point"
+    given = _arguments(env_kwargs, max_episode_steps)
+    reason = _why_not_vectorized(spec, given) or _why_another(spec, given)
+    if reason is None:
+        return "vector_entry_point"
+    once(_log, f"{spec.id} is stepped one by one (sync): its vectorized form {reason}")
+    return "sync"
 
 
 def resolve_vectorization(
-    spec: EnvSpec, vectorization: str, env_kwargs: dict[str, Any] | None = None
+    spec: EnvSpec,
+    vectorization: str,
+    env_kwargs: dict[str, Any] | None = None,
+    *,
+    max_episode_steps: int | None = None,
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
 
     Raises:
-        ValueError: a way of stepping that this environment does not have; "tensor" where what is
-            registered is no longer what the environment on tensors stands for.
+        ValueError: a way of stepping that this environment does not have, or whose arguments it
+            does not take; "tensor" where what is registered is no longer what the environment on
+            tensors stands for.
     """
     changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
-        if _on_tensors(spec) is None or env_kwargs:
-            return own_vectorization(spec)
-        if changed is None:
-            return "tensor"
-        once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
-        return own_vectorization(spec)
+        if _on_tensors(spec) is not None and not env_kwargs:
+            if changed is None:
+                return "tensor"
+            once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
+        return own_vectorization(spec, env_kwargs, max_episode_steps=max_episode_steps)
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,
@@ -273,42 +306,133 @@ def resolve_vectorization(
             f"--vectorization tensor: {needed['tensor']} stands for Gymnasium's own {spec.id}, and"
             f" the {changed} of what is registered; use auto, or --env-id {needed['tensor']}"
         )
+    if vectorization == "vector_entry_point" and spec.entry_point is not None:
+        reason = _why_not_vectorized(spec, _arguments(env_kwargs, max_episode_steps))
+        if reason is not None:
+            raise ValueError(
+                f"--vectorization vector_entry_point: the vectorized form of {spec.id} {reason};"
+                " use sync, async or auto"
+            )
     return vectorization
 
 
 def judge_of(
     env_id: str,
     *,
+    vectorization: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """What evaluation plays for an environment: its id, and settings for `make_envs`.
 
-    An environment on tensors is judged by Gymnasium's own that it stands for, else by itself in
-    float64; any other by itself, stepped as `own_vectorization` says.
+    It is stepped as in training, but for what is trained on tensors. That is judged by Gymnasium's
+    own environment that it stands for, stepped as `own_vectorization` says, else by itself in
+    float64.
+
+    Args:
+        env_id: a registered id, or `module:Id`.
+        vectorization: of training.
+        env_kwargs: keyword arguments of the environment.
+        max_episode_steps: time limit; None keeps the environment's own.
 
     Raises:
-        ValueError: an unknown id.
+        ValueError: an unknown id, or a way of stepping that the environment does not have.
 
     Example:
         >>> judge_of("vecpg/Acrobot-v1")
         ('Acrobot-v1', {'vectorization': 'sync', 'env_kwargs': None, 'max_episode_steps': 500})
+        >>> judge_of("Acrobot-v1", vectorization="async")[1]["vectorization"]
+        'async'
     """
     spec = find_spec(env_id)
+    vectorization = resolve_vectorization(
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+    )
     judge = spec
-    for original, stand_in in _stand_ins.items():
-        found = gymnasium.registry.get(original)
-        if stand_in == spec.id == _on_tensors(spec) and found is not None:
-            judge = spec if _not_gymnasiums(found) else found
-    if judge is not spec:
-        env_kwargs, max_episode_steps = None, max_episode_steps or spec.max_episode_steps
-    elif _on_tensors(spec) == spec.id:
-        env_kwargs = {"dtype": "float64", **(env_kwargs or {})}
+    if _on_tensors(spec) == spec.id:
+        for original, stand_in in _stand_ins.items():
+            found = gymnasium.registry.get(original)
+            # With keyword arguments it may be another one.
+            if stand_in != spec.id or found is None or env_kwargs:
+                continue
+            if _not_gymnasiums(found) is None:
+                judge = found
+        if judge is not spec:
+            env_kwargs, max_episode_steps = None, max_episode_steps or spec.max_episode_steps
+        else:
+            env_kwargs = {"dtype": "float64", **(env_kwargs or {})}
+    if vectorization == "tensor" or judge is not spec:
+        vectorization = own_vectorization(judge, env_kwargs, max_episode_steps=max_episode_steps)
     return judge.id, {
-        "vectorization": own_vectorization(judge),
+        "vectorization": vectorization,
         "env_kwargs": env_kwargs,
         "max_episode_steps": max_episode_steps,
     }
+
+
+def _arguments(env_kwargs: dict[str, Any] | None, max_episode_steps: int | None) -> dict[str, Any]:
+    """As Gymnasium takes them."""
+    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    return {**(env_kwargs or {}), **limit}
+
+
+def _why_not_vectorized(spec: EnvSpec, given: dict[str, Any]) -> str | None:
+    """Why the vectorized form cannot be made, as far as is known without making it."""
+    if spec.additional_wrappers:
+        names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
+        return f"has none of its additional_wrappers ({names})"
+    point: Any = spec.vector_entry_point
+    limit = (
+        {"max_episode_steps": spec.max_episode_steps} if spec.max_episode_steps is not None else {}
+    )
+    arguments = {**limit, **spec.kwargs, **given, "num_envs": 1}
+    # Whatever a module raises while it is imported.
+    try:
+        creator = load_env_creator(point) if isinstance(point, str) else point
+    except Exception as error:
+        return f"cannot be loaded: {in_words(error)}"
+    try:
+        signature = inspect.signature(creator)
+    except (TypeError, ValueError):  # it has none to look at, and has to be tried
+        return None
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return f"does not take what it would be made with: {error}"
+    return None
+
+
+def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
+    """Why one copy by the vectorized form is not what a single one is."""
+    try:
+        envs = gymnasium.make_vec(spec, 1, vectorization_mode="vector_entry_point", **given)
+    # Whatever its constructor raises.
+    except (Exception, SystemExit) as error:
+        return f"could not be made: {in_words(error)}"
+    mode = envs.metadata.get("autoreset_mode")
+    names = "single_observation_space", "single_action_space"
+    found = [getattr(envs, name, None) for name in names]  # one that has none is no use
+    _close(envs)
+    if mode != AutoresetMode.NEXT_STEP:
+        return f"is in autoreset mode {mode}"
+    try:
+        env = gymnasium.make(spec, disable_env_checker=True, **given)
+    except (Exception, SystemExit):
+        return None  # then there is nothing else to step
+    own = [env.observation_space, env.action_space]
+    _close(env)
+    for what, theirs, single in zip(("observations", "actions"), found, own, strict=True):
+        if theirs != single:
+            return f"has {what} of {theirs}, and a single copy of {single}"
+    return None
+
+
+def _close(envs: Any) -> None:
+    """What was made to be looked at only; nothing hangs on how it ends."""
+    try:
+        envs.close()
+    except Exception as error:
+        _log.warning("closing %s failed: %s", type(envs.unwrapped).__name__, in_words(error))
 
 
 def _on_tensors(spec: EnvSpec) -> str | None:
@@ -324,6 +448,8 @@ def _not_gymnasiums(spec: EnvSpec) -> str | None:
     for name in ("entry_point", "vector_entry_point"):
         point = getattr(spec, name)
         own = isinstance(point, str) and point.startswith("gymnasium.envs.")
+        if own and spec.id in _CLASSES:
+            own = point.rpartition(":")[2] in _CLASSES[spec.id]
         if point is not None and not own:
             return f"{name} is {point!r}"
     if spec.additional_wrappers:

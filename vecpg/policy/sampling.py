@@ -1,7 +1,8 @@
-"""Drawing a row's actions, in machine code where that serves the policy, else in torch."""
+"""Choosing a row's actions, in machine code where that serves the policy, else in torch."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,28 @@ def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code:
     return draw
 
 
+def greedily(policy: Policy) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
+    """What gives, in machine code, the most probable actions. The policy is read at this call.
+
+    They are those of `Policy.mode`, but where rounding decides which of two logits is the larger.
+
+    Args:
+        policy: one that `vecpg.policy.cpu.why_not` has nothing against.
+
+    Returns:
+        a function from observations (B, *obs_shape) of any real type to actions (B,).
+    """
+    network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
+
+    def most_probable(obs: NDArray[Any]) -> NDArray[np.int64]:
+        rows = np.ascontiguousarray(obs, np.float32).reshape(len(obs), -1)
+        actions = np.empty(len(obs), np.int64)
+        greedy_actions(rows, first_action, network, actions)
+        return actions
+
+    return most_probable
+
+
 def prepare(policy: Policy) -> None:
     """Compile, or load, what drawing the actions of a policy in machine code will need."""
     first_action = policy_cpu.first_action_of(policy)
@@ -89,6 +112,30 @@ def draw_actions(
         choose(forward(network, units, rows), numbers, chosen, rows)
         for n in range(rows):
             actions[start + n] = first_action + chosen[n]
+
+
+@jit
+def greedy_actions(
+    obs: NDArray[np.float32],
+    first_action: int,
+    network: policy_cpu.Network,
+    actions: NDArray[np.int64],
+) -> None:
+    """Write to `actions` (B,) the first of the largest logits for obs (B, features)."""
+    features = network.widths[0]
+    units = activations(network)
+    for start in range(0, len(actions), BLOCK):
+        rows = min(BLOCK, len(actions) - start)
+        for n in range(rows):
+            for i in range(features):
+                units[n * features + i] = obs[start + n, i]
+        logits = forward(network, units, rows)
+        for n in range(rows):
+            largest = 0
+            for a in range(1, len(logits)):
+                if logits[a, n] > logits[largest, n]:
+                    largest = a
+            actions[start + n] = first_action + largest
 
 
 @jit
