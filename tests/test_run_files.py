@@ -249,7 +249,9 @@ def test_auto_goes_on_to_mean_what_it_meant(tmp_path, stopped, monkeypatch):
     asked = []
     real = train_module.resolve_vectorization
     monkeypatch.setattr(
-        train_module, "resolve_vectorization", lambda *a: (asked.append(a[1]), real(*a))[1]
+        train_module,
+        "resolve_vectorization",
+        lambda *a, **kw: (asked.append(a[1]), real(*a, **kw))[1],
     )
     devices = []
     resolve = train_module.resolve_device
