@@ -300,6 +300,91 @@ def test_threads_of_the_caller_change_nothing(tmp_path):
         assert torch.equal(a, b)
 
 
+def in_no_grad(work):
+    with torch.no_grad():
+        return work()
+
+
+def with_gradients_off(work):
+    torch.set_grad_enabled(False)
+    try:
+        return work()
+    finally:
+        assert not torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+
+
+def in_inference_mode(work):
+    with torch.inference_mode():
+        result = work()
+        assert torch.is_inference_mode_enabled()
+    return result
+
+
+def under(dtype):
+    def call(work):
+        torch.set_default_dtype(dtype)
+        try:
+            result = work()
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return result
+
+    return call
+
+
+CALLERS = {
+    "no_grad": in_no_grad,
+    "gradients off": with_gradients_off,
+    "inference mode": in_inference_mode,
+    "float64": under(torch.float64),
+    "bfloat16": under(torch.bfloat16),
+}
+STEPWISE = {"normalize": True, "reduction": "step", "ent_coef": 0.01, "max_grad_norm": 0.5}
+WAYS = {
+    "machine code": STEPWISE,
+    "everything": {**EVERYTHING, "shards": 3},
+    "discrete observation": {**KINDS["discrete observation"], **STEPWISE, "dropout": 0.1},
+    "box action in machine code": {"env_id": "Pendulum-v1", "max_episode_steps": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def as_usual(tmp_path_factory):
+    return {
+        way: train(short(tmp_path_factory.mktemp("runs"), return_window=1, **settings))
+        for way, settings in WAYS.items()
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("caller", CALLERS)
+def test_what_the_caller_has_set_in_torch_changes_no_bit(tmp_path, as_usual, caller, way):
+    expected = as_usual[way]
+    policy, other = expected.policy, Policy.from_description(expected.policy.description())
+
+    def work():
+        result = train(short(tmp_path, return_window=1, **WAYS[way]))
+        loaded = checkpoint.load_policy(result.run_dir)
+        other.load_state_dict(loaded.state_dict())
+        obs = np.full((2, *policy.obs_shape), 1)
+        generator = torch.Generator().manual_seed(1)
+        return result, loaded, loaded.act(obs), loaded.act(obs, greedy=False, generator=generator)
+
+    found, loaded, greedy, drawn = CALLERS[caller](work)
+    assert without_clock(lines(found.run_dir)) == without_clock(lines(expected.run_dir))
+    assert found.summary["eval_return_mean"] == expected.summary["eval_return_mean"]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, found.policy.state_dict()[name])
+        assert torch.equal(value, loaded.state_dict()[name])
+        assert value.dtype == found.policy.state_dict()[name].dtype
+        assert not loaded.state_dict()[name].is_inference()
+    obs, generator = np.full((2, *policy.obs_shape), 1), torch.Generator().manual_seed(1)
+    assert np.array_equal(greedy, policy.act(obs))
+    assert np.array_equal(drawn, policy.act(obs, greedy=False, generator=generator))
+
+
 @pytest.mark.parametrize("settings", [{"num_envs": 65}, {"vectorization": "sync"}])
 def test_the_number_of_threads_changes_no_bit(tmp_path, settings):
     settings = {"num_steps": 300, "total_iterations": 4, "num_envs": 8} | settings

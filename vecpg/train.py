@@ -63,11 +63,14 @@ class TrainResult:
 
 
 @anew()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(config: Config) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
 
     An iteration computes what follows from the state in a draft of it, and commits it at its end:
-    whatever fails or interrupts it before, what is saved is the state of the last commit.
+    whatever fails or interrupts it before, what is saved is the state of the last commit. Nothing
+    depends on torch's default dtype, or on whether gradients are on where this is called.
 
     Args:
         config: every setting.

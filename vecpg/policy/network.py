@@ -24,15 +24,15 @@ _ROWS = 2**16
 def fully_connected(
     inputs: int, hidden_sizes: Sequence[int], outputs: int, activation: str, last_gain: float
 ) -> nn.Sequential:
-    """Linear layers with an activation between them, orthogonal weights and biases of 0.
+    """Linear float32 layers with an activation between them, orthogonal weights, biases of 0.
 
     The last layer's weights are scaled by `last_gain`, the others by the square root of 2.
     """
     widths = [inputs, *hidden_sizes]
     layers: list[nn.Module] = []
     for width, next_width in itertools.pairwise(widths):
-        layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
-    network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+        layers += [nn.Linear(width, next_width, dtype=torch.float32), ACTIVATIONS[activation]()]
+    network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs, dtype=torch.float32))
     for layer in network:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, last_gain if layer is network[-1] else math.sqrt(2))
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         first = np.concatenate([[0], sizes.reshape(-1).cumsum()[:-1]]) - starts.reshape(-1)
         self.first: Tensor
         self.register_buffer("first", torch.from_numpy(first), persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), embedding_size)
+        self.table = nn.Embedding(int(sizes.sum()), embedding_size, dtype=torch.float32)
         self.features = sizes.size * embedding_size
         self.dtype = torch.int64
 
