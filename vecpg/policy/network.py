@@ -5,7 +5,10 @@ The policy and the value function are built of these.
 
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,45 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from vecpg.kernels import threads
+
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 # A normalized observation is cut off here: one that was never seen before may be far away.
 _MOST_DEVIATIONS = 10.0
 # Rows that are taken into the statistics at once.
 _ROWS = 2**16
+# Torch's own generator is there once.
+_drawing = threading.RLock()
+
+
+def _forget_others() -> None:
+    """The thread that was drawing is not in a child made by fork."""
+    global _drawing
+    _drawing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_others)
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Parameters that are made inside are functions of the seed alone.
+
+    They are drawn by one thread at a time, and on one of torch's threads: an initialization may
+    depend on their number in its last bits. Torch's own generator is as before afterwards.
+
+    Example:
+        >>> with drawn_from(1):
+        ...     first = nn.Linear(2, 2)
+        >>> with drawn_from(1):
+        ...     torch.equal(nn.Linear(2, 2).weight, first.weight)
+        True
+    """
+    with _drawing, threads.torch_using(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def fully_connected(
