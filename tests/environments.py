@@ -237,6 +237,22 @@ class Mortal(Constant):
         return super().step(action)
 
 
+ODD = {
+    "reward": ("reward", "much"),
+    "reward text": ("reward", "1.0"),
+    "reward None": ("reward", None),
+    "reward array": ("reward", np.ones(2)),
+    "reward array of none": ("reward", np.ones(0)),
+    "reward array of None": ("reward", np.array([None])),
+    "reward complex": ("reward", 1j),
+    "reward dict": ("reward", {"agent": 1.0}),
+    "terminated None": ("terminated", None),
+    "terminated array": ("terminated", np.ones(2, bool)),
+    "truncated None": ("truncated", None),
+    "truncated text": ("truncated", "no"),
+}
+
+
 class Odd(Constant):
     """Where action is 1, returns what Gymnasium cannot use, of the kind that `what` names."""
 
@@ -254,8 +270,47 @@ class Odd(Constant):
             return np.zeros(7, np.float32), reward, terminated, truncated, info
         if self.what == "dtype":
             return obs + 1j, reward, terminated, truncated, info
-        rewards = {"reward": "much", "reward array": np.ones(2), "reward None": None}
-        return obs, rewards[self.what], terminated, truncated, info
+        part, value = ODD[self.what]
+        if part == "reward":
+            return obs, value, terminated, truncated, info
+        if part == "terminated":
+            return obs, reward, value, truncated, info
+        return obs, reward, terminated, value, info
+
+
+class Paid(Constant):
+    """Pays -1 to 2 as `paid` makes it of a number; ends after 4 steps as `flagged` makes it."""
+
+    def __init__(self, paid=None, flagged=None):
+        super().__init__()
+        self.action_space = spaces.Discrete(4, start=-1)
+        self.paid, self.flagged = FORMS.get(paid, float), FORMS.get(flagged, bool)
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        over = self.steps == 4
+        flags = self.flagged(over), self.flagged(over and action > 0)
+        return obs, self.paid(int(action)), *flags, {}
+
+
+def _tensor(number):
+    import torch
+
+    return torch.tensor([number])
+
+
+FORMS = {
+    "int": int,
+    "float32": np.float32,
+    "int8": np.int8,
+    "0-d": np.array,
+    "(1,)": lambda number: np.array([number]),
+    "(1,) float32": lambda number: np.array([number], np.float32),
+    "(1, 1, 1)": lambda number: np.full((1, 1, 1), number),
+    "list": lambda number: [number],
+    "tensor": _tensor,
+    "np.bool_": np.bool_,
+}
 
 
 class Dials(gymnasium.Env):
@@ -382,6 +437,7 @@ for _env, _limit in (
     (Talkative, 10),
     (Leaving, 10),
     (Odd, 10),
+    (Paid, 10),
     (Dials, 10),
     (Scribbling, 20),
     (Unsigned, 10),
