@@ -377,6 +377,52 @@ class Unsigned(Constant):
         return np.uint8(obs), reward, terminated, truncated, info
 
 
+OFFSET = {
+    "uint8": spaces.MultiDiscrete([200, 3], np.uint8, start=[56, 0]),
+    "uint16": spaces.MultiDiscrete([[2, 100]], np.uint16, start=[[65_534, 65_436]]),
+    "uint64": spaces.MultiDiscrete([3, 3], np.uint64, start=[2**63 - 3] * 2),
+    "int8": spaces.MultiDiscrete([100, 7], np.int8, start=[28, -128]),
+    "int64": spaces.MultiDiscrete([3, 2], np.int64, start=[2**63 - 3, -(2**63)]),
+    "Discrete uint8": spaces.Discrete(3, start=253, dtype=np.uint8),
+    "Discrete int8": spaces.Discrete(3, start=-128, dtype=np.int8),
+    "Discrete int64": spaces.Discrete(3, start=2**63 - 3),
+}
+
+
+class Offset(Constant):
+    """Shows the first and the last values of a space in turn; takes actions of that space too.
+
+    With `beyond` -1 or 1 it shows in the end what follows an end of the space, where the type has
+    such a number.
+    """
+
+    def __init__(self, of, beyond=0):
+        super().__init__()
+        self.observation_space, self.beyond = OFFSET[of], beyond
+        self.action_space = OFFSET[of] if OFFSET[of].shape != (1, 2) else spaces.Discrete(2)
+
+    def _obs(self):
+        space = self.observation_space
+        sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        sizes = np.asarray(sizes).astype(np.int64)
+        starts = np.asarray(space.start).astype(np.int64)
+        obs = starts + (sizes - 1) * (self.steps % 2)
+        if self.steps == 4 and self.beyond:
+            obs = starts - 1 if self.beyond < 0 else starts + sizes
+        obs = obs.astype(space.dtype)[()]
+        assert self.beyond or obs in space
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        answer = super().step(action)
+        return self._obs(), *answer[1:]
+
+
 class Pay(gymnasium.Env):
     """A Box action (2, 3) within +-0.5; pays `scale` times their sum. 5 steps, or cut before."""
 
@@ -441,6 +487,7 @@ for _env, _limit in (
     (Dials, 10),
     (Scribbling, 20),
     (Unsigned, 10),
+    (Offset, 10),
     (Pay, 10),
 ):
     gymnasium.register(

@@ -422,6 +422,35 @@ def test_unsigned_observations_are_looked_up_and_others_than_the_spaces_are_name
         collect(wrong, policy_for(wrong), num_steps=1, seed=1, iteration=0)
 
 
+@pytest.mark.parametrize("of", environments.OFFSET)
+@pytest.mark.filterwarnings("ignore:.*should be an int or np.int64")
+def test_the_ends_of_a_space_are_looked_up_and_what_follows_them_is_named(of):
+    settings = {"env_kwargs": {"of": of}, "vectorization": "sync"}
+    envs = make_envs("environments:Offset-v0", 2, **settings)
+    space, policy = envs.single_observation_space, policy_for(envs)
+    rollout = collect(envs, policy, num_steps=1, seed=1, iteration=0)
+    seen = rollout.obs[:5, 0].numpy().astype(space.dtype)
+    assert all(one in space for one in seen)
+    assert not np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(rollout.actions[:, 0], rollout.actions[:, 1])
+    assert all(one in envs.single_action_space for one in policy.for_env(rollout.actions[0]))
+    # Each component's first and last values have the first and last vectors of its own.
+    sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec.astype(np.int64)
+    last = np.cumsum(sizes) - 1
+    first = np.concatenate([[0], last[:-1] + 1])
+    table = policy.encoder.table.weight.detach()
+    found = policy.encoder(rollout.obs[:2, 0]).detach()
+    assert torch.equal(found[0], table[first].flatten())
+    assert torch.equal(found[1], table[last].flatten())
+
+    for beyond in (-1, 1):
+        settings["env_kwargs"] = {"of": of, "beyond": beyond}
+        wrong = make_envs("environments:Offset-v0", 2, **settings)
+        message = "environment 0 returned the observation .* at step 3 .*expected one of"
+        with pytest.raises(EnvironmentFailure, match=message):
+            collect(wrong, policy_for(wrong), num_steps=1, seed=1, iteration=0)
+
+
 def test_the_table_of_the_start_window_is_its_rule():
     for now, ends, more in itertools.product((FINISHED, PLAYING, RESETTING), (0, 1), (0, 1)):
         if now == FINISHED or (now == PLAYING and ends and not more):

@@ -221,8 +221,12 @@ def _check_observations(
     """Those of environments that play or reset: a row that resets carries a first observation."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        # Not in the space's own type: that may not have what follows its last value. What goes over
+        # the end of int64 in a difference comes back.
+        sizes, starts = (np.asarray(each).astype(np.int64) for each in (sizes, space.start))
+        values = obs.astype(np.int64) - starts
         # What is beyond them would be looked up in another component's rows, or in none.
-        outside = ((obs < space.start) | (obs >= space.start + sizes)).reshape(len(state), -1)
+        outside = ((values < 0) | (values >= sizes)).reshape(len(state), -1)
         bad = outside.any(axis=1) & (state != FINISHED)
         if bad.any():
             index = int(bad.argmax())
