@@ -237,6 +237,22 @@ class Mortal(Constant):
         return super().step(action)
 
 
+ODD = {
+    "reward": ("reward", "much"),
+    "reward text": ("reward", "1.0"),
+    "reward None": ("reward", None),
+    "reward array": ("reward", np.ones(2)),
+    "reward array of none": ("reward", np.ones(0)),
+    "reward array of None": ("reward", np.array([None])),
+    "reward complex": ("reward", 1j),
+    "reward dict": ("reward", {"agent": 1.0}),
+    "terminated None": ("terminated", None),
+    "terminated array": ("terminated", np.ones(2, bool)),
+    "truncated None": ("truncated", None),
+    "truncated text": ("truncated", "no"),
+}
+
+
 class Odd(Constant):
     """Where action is 1, returns what Gymnasium cannot use, of the kind that `what` names."""
 
@@ -254,8 +270,47 @@ class Odd(Constant):
             return np.zeros(7, np.float32), reward, terminated, truncated, info
         if self.what == "dtype":
             return obs + 1j, reward, terminated, truncated, info
-        rewards = {"reward": "much", "reward array": np.ones(2), "reward None": None}
-        return obs, rewards[self.what], terminated, truncated, info
+        part, value = ODD[self.what]
+        if part == "reward":
+            return obs, value, terminated, truncated, info
+        if part == "terminated":
+            return obs, reward, value, truncated, info
+        return obs, reward, terminated, value, info
+
+
+class Paid(Constant):
+    """Pays -1 to 2 as `paid` makes it of a number; ends after 4 steps as `flagged` makes it."""
+
+    def __init__(self, paid=None, flagged=None):
+        super().__init__()
+        self.action_space = spaces.Discrete(4, start=-1)
+        self.paid, self.flagged = FORMS.get(paid, float), FORMS.get(flagged, bool)
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        over = self.steps == 4
+        flags = self.flagged(over), self.flagged(over and action > 0)
+        return obs, self.paid(int(action)), *flags, {}
+
+
+def _tensor(number):
+    import torch
+
+    return torch.tensor([number])
+
+
+FORMS = {
+    "int": int,
+    "float32": np.float32,
+    "int8": np.int8,
+    "0-d": np.array,
+    "(1,)": lambda number: np.array([number]),
+    "(1,) float32": lambda number: np.array([number], np.float32),
+    "(1, 1, 1)": lambda number: np.full((1, 1, 1), number),
+    "list": lambda number: [number],
+    "tensor": _tensor,
+    "np.bool_": np.bool_,
+}
 
 
 class Dials(gymnasium.Env):
@@ -320,6 +375,52 @@ class Unsigned(Constant):
         _, reward, terminated, truncated, info = super().step(action)
         obs = 7 if self.wrong and self.steps == 3 else self.steps - 1
         return np.uint8(obs), reward, terminated, truncated, info
+
+
+OFFSET = {
+    "uint8": spaces.MultiDiscrete([200, 3], np.uint8, start=[56, 0]),
+    "uint16": spaces.MultiDiscrete([[2, 100]], np.uint16, start=[[65_534, 65_436]]),
+    "uint64": spaces.MultiDiscrete([3, 3], np.uint64, start=[2**63 - 3] * 2),
+    "int8": spaces.MultiDiscrete([100, 7], np.int8, start=[28, -128]),
+    "int64": spaces.MultiDiscrete([3, 2], np.int64, start=[2**63 - 3, -(2**63)]),
+    "Discrete uint8": spaces.Discrete(3, start=253, dtype=np.uint8),
+    "Discrete int8": spaces.Discrete(3, start=-128, dtype=np.int8),
+    "Discrete int64": spaces.Discrete(3, start=2**63 - 3),
+}
+
+
+class Offset(Constant):
+    """Shows the first and the last values of a space in turn; takes actions of that space too.
+
+    With `beyond` -1 or 1 it shows in the end what follows an end of the space, where the type has
+    such a number.
+    """
+
+    def __init__(self, of, beyond=0):
+        super().__init__()
+        self.observation_space, self.beyond = OFFSET[of], beyond
+        self.action_space = OFFSET[of] if OFFSET[of].shape != (1, 2) else spaces.Discrete(2)
+
+    def _obs(self):
+        space = self.observation_space
+        sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        sizes = np.asarray(sizes).astype(np.int64)
+        starts = np.asarray(space.start).astype(np.int64)
+        obs = starts + (sizes - 1) * (self.steps % 2)
+        if self.steps == 4 and self.beyond:
+            obs = starts - 1 if self.beyond < 0 else starts + sizes
+        obs = obs.astype(space.dtype)[()]
+        assert self.beyond or obs in space
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        answer = super().step(action)
+        return self._obs(), *answer[1:]
 
 
 class Pay(gymnasium.Env):
@@ -433,9 +534,11 @@ for _env, _limit in (
     (Talkative, 10),
     (Leaving, 10),
     (Odd, 10),
+    (Paid, 10),
     (Dials, 10),
     (Scribbling, 20),
     (Unsigned, 10),
+    (Offset, 10),
     (Pay, 10),
 ):
     gymnasium.register(

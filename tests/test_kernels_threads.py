@@ -1,3 +1,5 @@
+import concurrent.futures
+import contextlib
 import threading
 import time
 
@@ -29,6 +31,54 @@ def test_the_number_is_torchs_unless_said_otherwise():
     finally:
         torch.set_num_threads(before)
     assert threads.cores() >= 1
+
+
+def overlapping(first, second, inside=lambda: None):
+    """Enter `first` here and `second` in a thread of its own, and leave them in that order."""
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with second:
+            inside()
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        assert entered.wait(10)
+    left.set()
+    thread.join(10)
+
+
+def in_a_new_thread(ask):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
+
+
+def test_a_number_is_that_of_the_thread_that_said_it():
+    torch.set_num_threads(2)
+    heard = []
+    overlapping(threads.using(7), threads.using(5), lambda: heard.append(threads.count()))
+    overlapping(threads.using(7), contextlib.nullcontext(), lambda: heard.append(threads.count()))
+    assert heard == [5, 2]
+    assert threads.count() == in_a_new_thread(threads.count) == 2
+
+
+def test_torchs_number_is_as_before_whoever_leaves_last():
+    torch.set_num_threads(3)
+    heard = []
+    with threads.torch_using(2), threads.torch_using(1):
+        heard.append(torch.get_num_threads())
+    with pytest.raises(KeyError), threads.torch_using(1):
+        raise KeyError
+    overlapping(
+        threads.torch_using(1),
+        threads.torch_using(2),
+        lambda: heard.append(torch.get_num_threads()),
+    )
+    assert heard == [1, 2]
+    assert torch.get_num_threads() == in_a_new_thread(torch.get_num_threads) == 3
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -1,5 +1,6 @@
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
 from vecpg.policy import network as network_module
-from vecpg.policy.network import Encoder, Normalizer, fully_connected, through
+from vecpg.policy.network import Encoder, Normalizer, drawn_from, fully_connected, through
 from vecpg.rollout import collect
 from vecpg.run.checkpoint import load_policy
 from vecpg.update import update
@@ -221,6 +222,39 @@ def test_statistics_are_saved_with_the_policy(tmp_path):
 
 
 # -- Layers and dropout --------------------------------------------------------------------------
+
+
+def test_parameters_are_drawn_by_one_thread_at_a_time():
+    def two_layers(between):
+        first = torch.nn.Linear(2, 2).weight
+        between()
+        return [first, torch.nn.Linear(2, 2).weight]
+
+    with drawn_from(1):
+        expected = two_layers(lambda: None)
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with drawn_from(2):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+
+    def between():
+        thread.start()
+        assert not inside.wait(0.2)
+
+    torch.manual_seed(3)
+    with drawn_from(1):
+        found = two_layers(between)
+    done.set()
+    thread.join(10)
+    assert inside.is_set()
+    assert all(map(torch.equal, found, expected))
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), after)
 
 
 def test_layers_are_as_asked_for():

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from environments import OFFSET
 from gymnasium import spaces
 
 from vecpg.policy.spaces import describe, from_description
@@ -20,6 +21,7 @@ SPACES = [
     spaces.MultiDiscrete([2, 3]),
     spaces.MultiDiscrete([2, 3], start=[5, -1]),
     spaces.MultiDiscrete([[2, 3], [4, 5]], np.int32, start=[[1, 2], [3, 4]]),
+    *OFFSET.values(),
 ]
 
 

@@ -1,9 +1,11 @@
 import collections
+import concurrent.futures
 import contextlib
 import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -24,6 +26,7 @@ from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import EvalResult, evaluate
+from vecpg.kernels import threads as kernel_threads
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
@@ -300,6 +303,183 @@ def test_threads_of_the_caller_change_nothing(tmp_path):
     assert without_clock(lines(runs[0].run_dir)) == without_clock(lines(runs[1].run_dir))
     for a, b in zip(runs[0].policy.parameters(), runs[1].policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def in_no_grad(work):
+    with torch.no_grad():
+        return work()
+
+
+def with_gradients_off(work):
+    torch.set_grad_enabled(False)
+    try:
+        return work()
+    finally:
+        assert not torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+
+
+def in_inference_mode(work):
+    with torch.inference_mode():
+        result = work()
+        assert torch.is_inference_mode_enabled()
+    return result
+
+
+def under(dtype):
+    def call(work):
+        torch.set_default_dtype(dtype)
+        try:
+            result = work()
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return result
+
+    return call
+
+
+CALLERS = {
+    "no_grad": in_no_grad,
+    "gradients off": with_gradients_off,
+    "inference mode": in_inference_mode,
+    "float64": under(torch.float64),
+    "bfloat16": under(torch.bfloat16),
+}
+STEPWISE = {"normalize": True, "reduction": "step", "ent_coef": 0.01, "max_grad_norm": 0.5}
+WAYS = {
+    "machine code": STEPWISE,
+    "everything": {**EVERYTHING, "shards": 3},
+    "discrete observation": {**KINDS["discrete observation"], **STEPWISE, "dropout": 0.1},
+    "box action in machine code": {"env_id": "Pendulum-v1", "max_episode_steps": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def as_usual(tmp_path_factory):
+    return {
+        way: train(short(tmp_path_factory.mktemp("runs"), return_window=1, **settings))
+        for way, settings in WAYS.items()
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("caller", CALLERS)
+def test_what_the_caller_has_set_in_torch_changes_no_bit(tmp_path, as_usual, caller, way):
+    expected = as_usual[way]
+    policy, other = expected.policy, Policy.from_description(expected.policy.description())
+
+    def work():
+        result = train(short(tmp_path, return_window=1, **WAYS[way]))
+        loaded = checkpoint.load_policy(result.run_dir)
+        other.load_state_dict(loaded.state_dict())
+        obs = np.full((2, *policy.obs_shape), 1)
+        generator = torch.Generator().manual_seed(1)
+        return result, loaded, loaded.act(obs), loaded.act(obs, greedy=False, generator=generator)
+
+    found, loaded, greedy, drawn = CALLERS[caller](work)
+    assert without_clock(lines(found.run_dir)) == without_clock(lines(expected.run_dir))
+    assert found.summary["eval_return_mean"] == expected.summary["eval_return_mean"]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, found.policy.state_dict()[name])
+        assert torch.equal(value, loaded.state_dict()[name])
+        assert value.dtype == found.policy.state_dict()[name].dtype
+        assert not loaded.state_dict()[name].is_inference()
+    obs, generator = np.full((2, *policy.obs_shape), 1), torch.Generator().manual_seed(1)
+    assert np.array_equal(greedy, policy.act(obs))
+    assert np.array_equal(drawn, policy.act(obs, greedy=False, generator=generator))
+
+
+def in_a_fork(work):
+    """Whether `work` says yes in a forked child; its processes end with this, whatever it does."""
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(not work()))
+    child.start()
+    child.join(60)
+    if child.exitcode is None:
+        child.kill()
+    return child.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "everything")) for way in WAYS]
+)
+def test_a_forked_child_trains_and_loads_as_its_parent_does(tmp_path, way):
+    """It has none of torch's threads, which the parent may have used before."""
+    torch.set_num_threads(2)
+    with torch.random.fork_rng():
+        torch.linalg.qr(torch.randn(100, 100) @ torch.randn(100, 100))  # starts them
+    settings = {"hidden_sizes": (128, 128), **WAYS[way]}
+    parents = train(short(tmp_path, **settings))
+    assert torch.get_num_threads() == 2
+
+    def work():
+        own = train(short(tmp_path, **settings))
+        again = checkpoint.load_policy(own.run_dir)
+        return (
+            without_clock(lines(own.run_dir)) == without_clock(lines(parents.run_dir))
+            and all(map(torch.equal, again.parameters(), parents.policy.parameters()))
+            and torch.get_num_threads() == 2
+        )
+
+    assert in_a_fork(work)
+
+
+def test_before_and_after_the_run_torch_is_on_one_thread_too(tmp_path, monkeypatch):
+    numbers = []
+
+    def noting(real):
+        def call(*args):
+            numbers.append(torch.get_num_threads())
+            return real(*args)
+
+        return call
+
+    for name in ("choose_collector", "prepare_statistics", "load_policy"):
+        monkeypatch.setattr(train_module, name, noting(getattr(train_module, name)))
+    torch.set_num_threads(2)
+    train(short(tmp_path, threads=2))
+    assert numbers == [1, 1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_hears_that_torch_has_one_thread(tmp_path):
+    def refused():
+        with pytest.raises(ConfigError, match="--threads: expected 1 in a process made by fork"):
+            train(short(tmp_path, baseline="value", threads=2))
+        # Kernels have threads of their own.
+        return train(short(tmp_path, threads=2)).summary["iterations"] == 3
+
+    assert in_a_fork(refused)
+
+
+def test_two_trainings_at_once_are_those_of_one_after_the_other(tmp_path):
+    configs = [
+        short(tmp_path / str(seed), total_iterations=6, seed=seed, **settings)
+        for seed, settings in enumerate(
+            [{"threads": 2}, EVERYTHING | {"threads": 1}, {"hidden_sizes": (128, 128)}, EVERYTHING]
+        )
+    ]
+    expected = [train(config) for config in configs]
+    torch.set_num_threads(2)
+    begin = threading.Barrier(len(configs))
+
+    def work(config):
+        begin.wait()
+        return train(config)
+
+    with concurrent.futures.ThreadPoolExecutor(len(configs)) as pool:
+        found = list(pool.map(work, configs))
+    for one, other in zip(expected, found, strict=True):
+        assert one.run_dir != other.run_dir
+        assert without_clock(lines(one.run_dir)) == without_clock(lines(other.run_dir))
+        assert all(map(torch.equal, one.policy.parameters(), other.policy.parameters()))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+        assert pool.submit(kernel_threads.count).result() == 2
+    assert torch.get_num_threads() == kernel_threads.count() == 2
 
 
 @pytest.mark.parametrize("settings", [{"num_envs": 65}, {"vectorization": "sync"}])

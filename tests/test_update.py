@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -116,6 +117,22 @@ def test_one_step_of_the_optimizer_is_taken():
     update(policy, torch.optim.SGD(policy.parameters(), 0.5), *make_case(), Config())
     for old, new in zip(before, policy.parameters(), strict=True):
         assert torch.equal(new, old - 0.5 * new.grad)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whether_gradients_are_on_makes_no_difference(mode):
+    policies = []
+    for off in (False, True):
+        policy, (rollout, advantages) = make_policy(), make_case()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        with mode() if off else contextlib.nullcontext():
+            update(policy, optimizer, rollout, advantages * 1.0, Config(num_envs=N))
+        # The second step is an ordinary one, on what the first has left.
+        update(policy, optimizer, rollout, advantages, Config(num_envs=N))
+        policies.append(policy)
+    for plain, other in zip(*(policy.parameters() for policy in policies), strict=True):
+        assert torch.equal(plain, other)
+        assert torch.equal(plain.grad, other.grad)
 
 
 def test_gradients_of_an_earlier_update_do_not_add_up():

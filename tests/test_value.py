@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 
@@ -133,6 +134,18 @@ def test_fitting_is_that_of_a_plain_loop(bootstrap):
     assert losses[-1] < losses[0]
     for ours, theirs in zip(critic.value_function.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whether_gradients_are_on_makes_no_difference(mode):
+    config, rollout, fitted = Config(baseline="value", value_steps=3), make_rollout(), []
+    for off in (False, True):
+        with mode() if off else contextlib.nullcontext():
+            critic = make_critic()
+            loss = fit(critic, rollout, predict(critic, rollout)[1], config)
+        again = fit(critic, rollout, None, config)
+        fitted.append([loss, again, *critic.value_function.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*fitted, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 17])

@@ -111,7 +111,7 @@ def advantages(
 
 def prepare_advantages(device: torch.device) -> None:
     """Compile, or load, what the advantages of a rollout on a device will need."""
-    ones = torch.ones(1, 2, device=device)
+    ones = torch.ones(1, 2, dtype=torch.float32, device=device)
     rows = reward_to_go(ones, ones > 0, 1.0, mask=ones > 0), ones > 0, ones > 0
     subtract_mean_by_age(*rows, sums_by_age(*rows), others=True)
 

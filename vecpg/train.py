@@ -32,6 +32,7 @@ from vecpg.look import video
 from vecpg.machine import hardware, versions
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
+from vecpg.policy.network import drawn_from
 from vecpg.rollout import Collector, Rollout, choose_collector, collect
 from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
 from vecpg.run import files
@@ -63,11 +64,15 @@ class TrainResult:
 
 
 @anew()
+@threads.torch_using(1)
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(config: Config) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
 
     An iteration computes what follows from the state in a draft of it, and commits it at its end:
-    whatever fails or interrupts it before, what is saved is the state of the last commit.
+    whatever fails or interrupts it before, what is saved is the state of the last commit. Nothing
+    depends on torch's default dtype, or on whether gradients are on where this is called.
 
     Args:
         config: every setting.
@@ -226,16 +231,20 @@ def _begin(config: Config) -> Run:
                     env_kwargs=config.env_kwargs,
                     max_episode_steps=config.max_episode_steps,
                 )
-            with _torch_threads(1):  # an initialization may depend on it in its last bits
-                policy, critic = _make_networks(config, envs, device)
+            policy, critic = _make_networks(config, envs, device)
             _log.info(
                 "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
             )
             collector, learner = choose_collector(envs, policy), choose_learner(policy)
+            if threads.torch_has_one() and (wanted := _torch_threads(config, learner)) > 1:
+                raise ConfigError(
+                    "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
+                    f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
+                )
             _log.info("collecting: %s", collector)
             _log.info("gradient: %s", learner)
             compilation = Compilation()
-            with compilation, _torch_threads(1):
+            with compilation:
                 # What the first iteration would wait for is no part of its time.
                 collector.prepare(envs, policy)
                 learner.prepare(policy)
@@ -333,7 +342,6 @@ def _check_room(
 @contextmanager
 def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interrupts]]:
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
-    in_machine_code = run.state.critic is None and run.learner.backend == "cpu"
     closing = ExitStack()
     closing.callback(_close, run.envs)
     closing.callback(_close, run.judge)
@@ -345,7 +353,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
 
     try:
         with (
-            _torch_threads(1 if in_machine_code else config.threads or 1),
+            threads.torch_using(_torch_threads(config, run.learner)),
             threads.using(config.threads or threads.cores()),
             Interrupts(save) as interrupts,
             Progress(config) as progress,
@@ -393,16 +401,6 @@ def _confirmation(
     return confirm
 
 
-@contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _make_networks(
     config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any], device: torch.device
 ) -> tuple[Policy, Critic | None]:
@@ -414,8 +412,7 @@ def _make_networks(
         "normalize_obs": config.normalize_obs,
     }
     observations, actions = envs.single_observation_space, envs.single_action_space
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with drawn_from(config.seed):
         policy = Policy(
             observations, actions, dropout=config.dropout, log_std=config.log_std, **shape
         ).to(device)
@@ -424,6 +421,13 @@ def _make_networks(
             value_function = ValueFunction(observations, **shape).to(device)
             critic = Critic(value_function, config.value_learning_rate)
     return policy, critic
+
+
+def _torch_threads(config: Config, learner: Learner) -> int:
+    """On how many torch computes: only autograd gains by more than one."""
+    if learner.backend == "cpu" and config.baseline != "value":
+        return 1
+    return config.threads or 1
 
 
 def _is_over(config: Config, counters: Counters, solved: bool) -> bool:

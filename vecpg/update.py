@@ -81,6 +81,8 @@ class Learner:
     def __str__(self) -> str:
         return "in machine code" if self.reason is None else f"by autograd: {self.reason}"
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def update(
         self,
         policy: Policy,
@@ -103,7 +105,7 @@ class Learner:
             rollout,
             advantages,
             divisor,
-            config.ent_coef / count,
+            config.ent_coef / count.to(torch.float32),
             shards=config.resolved_shards,
         )
 
@@ -184,7 +186,8 @@ def update(
     D is num_envs, the number of counted rows, or 1, by `config.reduction` "episode", "step" or
     "sum". Masked rows are never looked at. Running statistics of observations, where the policy
     normalizes, take the counted rows in after the step: until then they are those that acted.
-    Sums over rows are formed for every shard and added in shard order.
+    Sums over rows are formed for every shard and added in shard order. Whether gradients are on
+    where this is called makes no difference.
 
     Args:
         policy: its gradients are overwritten and left in place.

@@ -36,6 +36,8 @@ class ValueFunction(nn.Module):
         torch.Size([3])
     """
 
+    # Whoever builds it while they only infer may train it later.
+    @torch.inference_mode(False)
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -91,13 +93,15 @@ def predict(
     values, final_values = [], []
     parts = rollout.shards(shards)
     for shard in parts:
-        own = torch.zeros(shard.mask.shape, device=shard.mask.device)
+        own = torch.zeros_like(shard.rewards)
         own[shard.mask] = _in_chunks(critic.value_function, shard.obs[shard.mask])
         values.append(own)
         final_values.append(_in_chunks(critic.value_function, shard.final_obs))
     return rollout.join(values), rollout.join_final(final_values)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     critic: Critic | None, rollout: Rollout, final_values: Tensor | None, config: "Config"
 ) -> Tensor | None:
@@ -108,7 +112,7 @@ def fit(
     G_t is `reward_to_go`; with `config.bootstrap_truncations` it goes on with V(final_obs) where a
     limit cut the episode. To be called after the gradient step that used V: a baseline may not have
     seen the returns that it is subtracted from. Loss and gradient are formed for every shard and
-    added in shard order.
+    added in shard order. Whether gradients are on where this is called makes no difference.
 
     Args:
         critic: is changed; without one nothing happens.

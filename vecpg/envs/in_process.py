@@ -1,5 +1,6 @@
 """Environments stepped one after the other, on Gymnasium's SyncVectorEnv, that say which failed."""
 
+import copy
 import functools
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,7 +9,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import concatenate, iterate
 
+from vecpg.envs.answers import read_answer
 from vecpg.envs.errors import SubEnvironmentError
 
 
@@ -43,11 +46,33 @@ class InProcessEnvs(SyncVectorEnv):
             raise self._failure(error) from None
 
     def step(self, actions: Any) -> Any:
-        """As `SyncVectorEnv.step`."""
+        """As `SyncVectorEnv.step`, with rewards and flags as `read_answer` takes them."""
         try:
-            return super().step(actions)
+            infos = self._step_each(actions)
+            self._observations = concatenate(
+                self.single_observation_space, self._env_obs, self._observations
+            )
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
+        self._autoreset_envs = np.logical_or(self._terminations, self._truncations)
+        answers = self._rewards, self._terminations, self._truncations
+        return copy.deepcopy(self._observations), *map(np.copy, answers), infos
+
+    def _step_each(self, actions: Any) -> dict[str, Any]:
+        infos: dict[str, Any] = {}
+        rewards, terminations, truncations = self._rewards, self._terminations, self._truncations
+        each = zip(iterate(self.action_space, actions), self.envs, strict=True)
+        for i, (action, env) in enumerate(each):
+            if self._autoreset_envs[i]:
+                self._env_obs[i], info = env.reset()
+                rewards[i], terminations[i], truncations[i] = 0.0, False, False
+            else:
+                self._env_obs[i], reward, terminated, truncated, info = env.step(action)
+                rewards[i], terminations[i], truncations[i] = read_answer(
+                    reward, terminated, truncated
+                )
+            infos = self._add_info(infos, info, i)
+        return infos
 
     def _failure(self, error: BaseException) -> BaseException:
         """`error` with the environment's index, which Gymnasium does not tell.
@@ -56,16 +81,18 @@ class InProcessEnvs(SyncVectorEnv):
         that noted its index would cost 3 % of the speed of 64 CartPoles.) If there is none, what
         it returned could not be used.
         """
-        frame = None
+        frame = loop = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
             for index, env in enumerate(self.envs):
                 if frame.f_locals.get("self") is env:
                     return SubEnvironmentError.raised(index, error)
-        if frame is not None and frame.f_code in _GYMNASIUMS_LOOPS:
-            index, verb, detail, trace = SubEnvironmentError.raised(
-                frame.f_locals["i"], error
-            ).args[0]
-            return SubEnvironmentError((index, verb, f"{detail}; {_EXPECTED}", trace))
+            loop = frame if frame.f_code in _LOOPS else loop
+        if loop is not None and (loop is frame or loop.f_code is InProcessEnvs._step_each.__code__):
+            index, verb, detail, trace = SubEnvironmentError.raised(loop.f_locals["i"], error).args[
+                0
+            ]
+            hint = f"; {_EXPECTED}" if loop is frame else ""
+            return SubEnvironmentError((index, verb, f"{detail}{hint}", trace))
         if any(obs is not None for obs in self._env_obs):  # as before the first reset
             for index, obs in enumerate(self._env_obs):
                 if not self._fits(obs):
@@ -79,8 +106,8 @@ class InProcessEnvs(SyncVectorEnv):
         return np.can_cast(np.asarray(obs).dtype, space.dtype, "same_kind")
 
 
-# Where Gymnasium takes apart what environment `i` has returned.
-_GYMNASIUMS_LOOPS = (SyncVectorEnv.step.__code__, SyncVectorEnv.reset.__code__)
+# Where what environment `i` has returned is taken apart.
+_LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
 _EXPECTED = (
     "expected an observation, then, of a step, a reward (a number) and two flags, then a dict"
 )

@@ -27,6 +27,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import CloudpickleWrapper
 
+from vecpg.envs.answers import read_answer
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 
 _log = logging.getLogger(__name__)
@@ -483,7 +484,7 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             self._check(obs, info)
-            return obs, _number(reward), bool(terminated), bool(truncated), info
+            return obs, *read_answer(reward, terminated, truncated), info
         except BaseException as error:
             return self.observation_space.sample(), 0.0, False, False, self._failed(error)
 
@@ -534,10 +535,3 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
 def _plain(error: SubEnvironmentError) -> tuple[int, str, str, str]:
     plain: tuple[int, str, str, str] = error.args[0]
     return plain
-
-
-def _number(reward: Any) -> float:
-    try:
-        return float(reward)
-    except (TypeError, ValueError):
-        raise TypeError(f"expected a reward that is a number, got {reward!r}") from None

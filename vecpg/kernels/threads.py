@@ -1,12 +1,14 @@
-"""The threads that run kernels, block by block. What kernels compute does not depend on them.
+"""The threads that run kernels, block by block, and torch's own. No kernel's bits depend on them.
 
 It lies in this package because this package imports nothing else of vecpg.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +16,14 @@ import torch
 Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
-_number: int | None = None
+_number: ContextVar[int | None] = ContextVar("_number", default=None)
+
+# Who is inside `torch_using`, and the number that the first of them found.
+_entering = threading.Lock()
+_inside = 0
+_found = 0
+
+_is_fork = False
 
 
 def cores() -> int:
@@ -22,6 +31,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def torch_has_one() -> bool:
+    """Whether torch has one thread only, since the others stayed in the process that forked this.
+
+    An operation that is given to more may wait for ever.
+    """
+    return _is_fork
 
 
 def count() -> int:
@@ -32,18 +49,44 @@ def count() -> int:
         ...     count()
         3
     """
-    return torch.get_num_threads() if _number is None else _number
+    number = _number.get()
+    return torch.get_num_threads() if number is None else number
 
 
 @contextmanager
 def using(number: int) -> Iterator[None]:
-    """Run kernels on so many threads inside, whatever torch's number is."""
-    global _number
-    before, _number = _number, number
+    """Run this thread's kernels on so many threads inside, whatever torch's number is."""
+    before = _number.set(number)
     try:
         yield
     finally:
-        _number = before
+        _number.reset(before)
+
+
+@contextmanager
+def torch_using(number: int) -> Iterator[None]:
+    """Run this thread's torch operations on so many threads inside.
+
+    With 1, none is waited for that a process made by fork does not have. Torch gives threads to
+    come the number that was set last in any: it is as before when nobody is inside any more.
+
+    Example:
+        >>> with torch_using(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    global _inside, _found
+    with _entering:
+        before = torch.get_num_threads()
+        _found = before if _inside == 0 else _found
+        _inside += 1
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        with _entering:
+            _inside -= 1
+            torch.set_num_threads(before if _inside else _found)
 
 
 def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
@@ -103,11 +146,11 @@ def _exhaust(waiting: Iterator[int]) -> None:
         pass
 
 
-def _forget_pool() -> None:
-    """A child made by fork has none of its parent's threads."""
-    global _pool
-    _pool = None
+def _forget_others() -> None:
+    """A child made by fork has none of its parent's threads but the one that forked."""
+    global _pool, _entering, _is_fork
+    _pool, _entering, _is_fork = None, threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_others)

@@ -44,6 +44,8 @@ class Policy(nn.Module):
         (3,)
     """
 
+    # Whoever builds it while they only infer may train it later.
+    @torch.inference_mode(False)
     def __init__(
         self,
         observation_space: Space[Any],
@@ -225,7 +227,8 @@ class Policy(nn.Module):
         if greedy:
             actions = self.mode(rows)
         else:
-            uniforms = torch.rand(self.num_uniforms, rows.shape[0], generator=generator)
+            shape = self.num_uniforms, rows.shape[0]
+            uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)
             actions = self.sample(rows, uniforms.to(rows.device))
         chosen = self.for_env(actions)
         chosen = chosen[0] if single else chosen

@@ -138,7 +138,7 @@ class DiagonalGaussian(nn.Module):
             self.register_buffer(name, torch.from_numpy(bound.astype(np.float32)), persistent=False)
         self.raw_log_std: nn.Parameter | None = None
         if log_std == "parameter":
-            self.raw_log_std = nn.Parameter(torch.zeros(self.size))
+            self.raw_log_std = nn.Parameter(torch.zeros(self.size, dtype=torch.float32))
 
     def mean_and_log_std(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """(A, B) means, and (A, B) or (A, 1) logarithms of standard deviations."""

@@ -5,7 +5,10 @@ The policy and the value function are built of these.
 
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,26 +16,59 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from vecpg.kernels import threads
+
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 # A normalized observation is cut off here: one that was never seen before may be far away.
 _MOST_DEVIATIONS = 10.0
 # Rows that are taken into the statistics at once.
 _ROWS = 2**16
+# Torch's own generator is there once.
+_drawing = threading.RLock()
+
+
+def _forget_others() -> None:
+    """The thread that was drawing is not in a child made by fork."""
+    global _drawing
+    _drawing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_others)
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Parameters that are made inside are functions of the seed alone.
+
+    They are drawn by one thread at a time, and on one of torch's threads: an initialization may
+    depend on their number in its last bits. Torch's own generator is as before afterwards.
+
+    Example:
+        >>> with drawn_from(1):
+        ...     first = nn.Linear(2, 2)
+        >>> with drawn_from(1):
+        ...     torch.equal(nn.Linear(2, 2).weight, first.weight)
+        True
+    """
+    with _drawing, threads.torch_using(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def fully_connected(
     inputs: int, hidden_sizes: Sequence[int], outputs: int, activation: str, last_gain: float
 ) -> nn.Sequential:
-    """Linear layers with an activation between them, orthogonal weights and biases of 0.
+    """Linear float32 layers with an activation between them, orthogonal weights, biases of 0.
 
     The last layer's weights are scaled by `last_gain`, the others by the square root of 2.
     """
     widths = [inputs, *hidden_sizes]
     layers: list[nn.Module] = []
     for width, next_width in itertools.pairwise(widths):
-        layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
-    network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+        layers += [nn.Linear(width, next_width, dtype=torch.float32), ACTIVATIONS[activation]()]
+    network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs, dtype=torch.float32))
     for layer in network:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, last_gain if layer is network[-1] else math.sqrt(2))
@@ -89,7 +125,7 @@ class Encoder(nn.Module):
         first = np.concatenate([[0], sizes.reshape(-1).cumsum()[:-1]]) - starts.reshape(-1)
         self.first: Tensor
         self.register_buffer("first", torch.from_numpy(first), persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), embedding_size)
+        self.table = nn.Embedding(int(sizes.sum()), embedding_size, dtype=torch.float32)
         self.features = sizes.size * embedding_size
         self.dtype = torch.int64
 

@@ -143,7 +143,8 @@ def _action_settings(policy: Policy) -> NDArray[np.float32]:
     if isinstance(distribution, Categorical):
         return np.full((1, 1), distribution.first_action, np.float32)
     with torch.no_grad():
-        std = distribution.mean_and_log_std(torch.zeros(distribution.size, 1))[1].exp()
+        parameters = torch.zeros(distribution.size, 1, dtype=torch.float32)
+        std = distribution.mean_and_log_std(parameters)[1].exp()
     rows = std, distribution.low, distribution.high
     return np.stack([row.numpy().reshape(-1) for row in rows])
 

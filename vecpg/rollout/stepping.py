@@ -132,9 +132,11 @@ def play(
         except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
         # Environments on tensors, on the CPU, are stepped like any other.
-        obs, terminations, truncations = map(np.asarray, (obs, terminations, truncations))
+        obs = np.asarray(obs)
         _check_observations(obs, state, space, f"step {t}", seeds)
-        rewards = np.asarray(rewards, np.float64)
+        rewards = _column("rewards", rewards, np.float64, f"step {t}", seeds, num_envs)
+        terminations = _column("terminations", terminations, np.bool_, f"step {t}", seeds, num_envs)
+        truncations = _column("truncations", truncations, np.bool_, f"step {t}", seeds, num_envs)
         playing, bad = _next_row(
             rewards, terminations, truncations, window, quotas, done, state, *row
         )
@@ -142,6 +144,21 @@ def play(
             raise _not_finite("reward", rewards[bad], bad, f"step {t}", seeds)
         yield row, obs
         t += 1
+
+
+def _column(
+    what: str, given: Any, dtype: Any, when: str, seeds: int | list[int], num_envs: int
+) -> NDArray[Any]:
+    """(N,) of what a step has returned, from (N,) or (N, 1) numbers of any kind."""
+    found = np.asarray(given)
+    if found.dtype == dtype and found.shape == (num_envs,):
+        return found
+    if found.dtype.kind in "biuf" and found.shape in ((num_envs,), (num_envs, 1)):
+        return found.reshape(num_envs).astype(dtype)
+    raise EnvironmentFailure(
+        f"the environments returned {what} of shape {found.shape} and dtype {found.dtype} at {when}"
+        f"{_common(seeds)}; expected numbers of shape ({num_envs},)"
+    )
 
 
 @jit
@@ -204,8 +221,12 @@ def _check_observations(
     """Those of environments that play or reset: a row that resets carries a first observation."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        # Not in the space's own type: that may not have what follows its last value. What goes over
+        # the end of int64 in a difference comes back.
+        sizes, starts = (np.asarray(each).astype(np.int64) for each in (sizes, space.start))
+        values = obs.astype(np.int64) - starts
         # What is beyond them would be looked up in another component's rows, or in none.
-        outside = ((obs < space.start) | (obs >= space.start + sizes)).reshape(len(state), -1)
+        outside = ((values < 0) | (values >= sizes)).reshape(len(state), -1)
         bad = outside.any(axis=1) & (state != FINISHED)
         if bad.any():
             index = int(bad.argmax())
@@ -242,10 +263,14 @@ def _failure(error: BaseException, when: str, seeds: int | list[int]) -> Environ
         seed, trace = f" ({_reset(seeds, error.index)})", error.trace
     else:
         who, verb, detail = "the environments", "failed", f"{type(error).__name__}: {error}"
-        # Which of them it was is not known, so only a common seed can be named.
-        seed = f" ({_reset(seeds, 0)})" if isinstance(seeds, int) else ""
+        seed = _common(seeds)
         trace = "".join(traceback.format_exception(error))
     return EnvironmentFailure(f"{who} {verb} at {when}{seed}: {detail}", trace)
+
+
+def _common(seeds: int | list[int]) -> str:
+    """Where it is not known which environment it was, only a common seed can be named."""
+    return f" ({_reset(seeds, 0)})" if isinstance(seeds, int) else ""
 
 
 def _reset(seeds: int | list[int], index: int) -> str:

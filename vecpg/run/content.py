@@ -15,6 +15,7 @@ from torch import Tensor
 from vecpg.adam import Adam
 from vecpg.config import flag
 from vecpg.policy import Policy
+from vecpg.policy.network import drawn_from
 from vecpg.policy.spaces import from_description
 
 if TYPE_CHECKING:
@@ -344,7 +345,7 @@ def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu"
         _check_keys(saved, ("description", "parameters"), "policy")
         parameters = _tensors(saved["parameters"], "policy.parameters")
         _check_plain(saved["description"], "policy.description")
-        with torch.random.fork_rng(devices=[]):  # whose fresh parameters are thrown away
+        with drawn_from(0):  # whose fresh parameters are thrown away
             policy = Policy.from_description(saved["description"], largest=_numbers(parameters))
         check_tensors(parameters, policy.state_dict(), "policy.parameters")
     except ValueError as error:
