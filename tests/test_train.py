@@ -436,7 +436,7 @@ def test_before_and_after_the_run_torch_is_on_one_thread_too(tmp_path, monkeypat
 
         return call
 
-    for name in ("choose_collector", "prepare_statistics", "load_policy"):
+    for name in ("choose_collector", "prepare_statistics", "_summary"):
         monkeypatch.setattr(train_module, name, noting(getattr(train_module, name)))
     torch.set_num_threads(2)
     train(short(tmp_path, threads=2))
