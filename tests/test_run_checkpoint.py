@@ -238,6 +238,16 @@ def test_an_explicit_path_that_is_bad_says_what_else_there_is(tmp_path):
             checkpoint.load(path)
 
 
+def test_a_run_without_any_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for choose in (
+        lambda: checkpoint.chosen(tmp_path, tmp_path),
+        lambda: checkpoint.newest_valid(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match="to go on from, found none at all"):
+            choose()
+
+
 def test_the_newest_that_is_right_is_taken_and_the_others_are_named(tmp_path, caplog):
     for number in (2, 9, 10, 11):
         save(tmp_path / "checkpoints" / str(number))

@@ -27,6 +27,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.run import checkpoint, directory, files
 from vecpg.run.directory import TEMPORARY
 from vecpg.run.interrupts import Interrupted
@@ -261,6 +262,21 @@ def test_auto_goes_on_to_mean_what_it_meant(tmp_path, stopped, monkeypatch):
     train(stored_config(the_run(tmp_path)))
     assert asked == ["tensor"]
     assert devices == ["cpu"]
+
+
+def test_what_cannot_go_on_leaves_no_environment_open(tmp_path, stopped, monkeypatch):
+    stopped(short(tmp_path, vectorization="sync"), 2, fails)
+    closed = []
+    monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append(self))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "Metrics", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        train(stored_config(the_run(tmp_path)))
+    assert len(closed) == 2  # training's and evaluation's
+    files.hold(the_run(tmp_path)).close()
 
 
 def test_what_a_kill_left_is_swept_when_a_run_goes_on(tmp_path, stopped):

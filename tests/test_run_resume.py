@@ -33,7 +33,7 @@ def test_what_is_no_run_is_named_with_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match=r"got nothing of that name; there are run-a, run-b"):
         find_run(Config(resume=str(tmp_path / "run-c")))
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"got one that was stopped before it began"):
+    with pytest.raises(ConfigError, match=r"got one without config.json: it was stopped before"):
         find_run(Config(resume=str(tmp_path / "other")))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"got something else"):

@@ -247,7 +247,10 @@ def chosen(path: str | Path | None, run_dir: Path) -> Checkpoint:
     # A run may itself lie in a folder of that name.
     of_run = (run_dir / "checkpoints").resolve()
     named = [each for each in (given, given.parent) if each.resolve().parent == of_run]
-    folder = next(iter(named or folders(run_dir)), run_dir / "checkpoints" / "0")
+    known = named or folders(run_dir)
+    if not known:
+        raise CheckpointError(f"{run_dir}: expected a checkpoint to go on from, found none at all")
+    folder = known[0]
     try:
         return _verified(folder)
     except CheckpointError as error:

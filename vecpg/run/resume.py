@@ -54,7 +54,7 @@ def find_named_run(path: Path) -> Path:
     there = f"; there are {', '.join(known[-5:])}" if known else ""
     got = "something else" if path.exists() else "nothing of that name"
     if (path / "checkpoints").is_dir():
-        got = "one that was stopped before it began; start it anew"
+        got = "one without config.json: it was stopped before it began, or the file is gone"
     raise ConfigError(
         f"--resume {path}: expected auto, a run directory or a checkpoint in one, got {got}{there}"
     )
