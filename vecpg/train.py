@@ -36,16 +36,15 @@ from vecpg.policy.network import drawn_from
 from vecpg.rollout import Collector, Rollout, choose_collector, collect
 from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
 from vecpg.run import files
-from vecpg.run.checkpoint import chosen, load_policy
+from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
 from vecpg.run.files import Files, Source
 from vecpg.run.interrupts import Interrupts
 from vecpg.run.progress import Progress
-from vecpg.run.resume import check_settings, find_run, read_config, read_json, resume_command
+from vecpg.run.resume import find_run, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import Stopping
-from vecpg.run.stored import config_of
 from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
@@ -180,13 +179,9 @@ def _finished(config: Config) -> TrainResult | None:
         return None
     try:
         files.check_links(run_dir)
-        found = chosen(config.resume, run_dir)
-        manifest = found.manifest
-        stored = config_of(manifest["config"], found.folder)
-        for settings in (read_config(run_dir), stored):
-            check_settings(config, settings)
-        counters = Counters(**manifest["counters"])
-        solved = manifest["solved"]
+        found, stored = files.agreed(config, run_dir)
+        counters = Counters(**found.manifest["counters"])
+        solved = found.manifest["solved"]
         summary = read_json(run_dir / "summary.json") | {"run_dir": _relative(run_dir)}
         as_it_was = config.target_return == stored.target_return
         of_this = summary.get("iterations") == counters.iteration

@@ -27,7 +27,8 @@ from vecpg.kernels.announce import once
 from vecpg.policy import Policy
 from vecpg.run.content import policy_of, unpickle
 from vecpg.run.directory import TEMPORARY, discard, sync_directory, write_file, writing
-from vecpg.run.stored import read_object
+from vecpg.run.resume import LONGEST_NAME
+from vecpg.run.stored import read_bytes, read_object
 
 if TYPE_CHECKING:
     from vecpg.run.metrics import Metrics
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
 FORMAT = 4
 # So many of a run are kept, the newest.
 KEPT = 3
-# Of a file, as file systems have it.
-LONGEST_NAME = 255
 MANIFEST, STATE, BEST = "manifest.json", "state.pt", "best.pt"
 _KIND = "vecpg checkpoint"
+_LONGEST_MANIFEST = 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,10 @@ class Checkpoint:
         """
         path = self.folder / name
         expected = self.manifest["files"][name]
-        data = _bytes(path, most=expected["bytes"])
+        try:
+            data = read_bytes(path, expected["bytes"])
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
         if len(data) < expected["bytes"]:
             raise CheckpointError(
                 f"{path}: truncated (expected {expected['bytes']} bytes, found {len(data)})"
@@ -136,7 +139,7 @@ def opened(folder: Path) -> Checkpoint:
     if folder.is_dir() and not path.exists():
         raise CheckpointError(f"{folder}: expected a checkpoint, got a folder without {MANIFEST}")
     try:
-        manifest = read_object(_bytes(path), path)
+        manifest = read_object(read_bytes(path, _LONGEST_MANIFEST), path)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     if manifest.get("kind") != _KIND:
@@ -261,12 +264,11 @@ def _verified(folder: Path) -> Checkpoint:
     """A checkpoint that a run can go on from: all of its files are right, and belong together."""
     checkpoint = opened(folder)
     state, _ = checkpoint.read(STATE), checkpoint.read(BEST)
-    counters = checkpoint.manifest["counters"]
-    if state.get("counters") != counters:
+    if state.get("counters") != checkpoint.manifest["counters"]:
         raise CheckpointError(f"{folder}: its {STATE} and its {MANIFEST} are of different moments")
-    if folder.resolve().name != str(counters["iteration"]):
+    if folder.resolve().name != str(checkpoint.iteration):
         raise CheckpointError(
-            f"{folder}: expected the name {counters['iteration']}, after the iteration that it was"
+            f"{folder}: expected the name {checkpoint.iteration}, after the iteration that it was"
             " written at; rename it"
         )
     return checkpoint
@@ -407,18 +409,6 @@ def remove(folder: Path) -> None:
 
 def _names(directory: Path) -> list[str]:
     return os.listdir(directory) if directory.is_dir() else []
-
-
-def _bytes(path: Path, most: int = 2**20) -> bytes:
-    """A file's content, if it is a file, and no longer than expected."""
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: expected a file, got something else")
-        if (size := path.stat().st_size) > most:
-            raise CheckpointError(f"{path}: damaged (expected {most} bytes at most, found {size})")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _sha256(data: bytes) -> str:

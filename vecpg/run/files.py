@@ -61,17 +61,28 @@ def find_source(config: Config) -> Source | None:
     lock = hold(run_dir)
     try:
         sweep(run_dir)
-        check_settings(config, read_config(run_dir))
-        if config.resume == "auto":
-            found = checkpoint.newest_valid(run_dir)
-        else:
-            found = checkpoint.chosen(config.resume, run_dir)
-        # Whoever changed config.json by hand changed what the run is.
-        check_settings(config, config_of(found.manifest["config"], found.folder))
+        found, _ = agreed(config, run_dir)
     except BaseException:
         lock.close()
         raise
     return Source(run_dir, found, lock)
+
+
+def agreed(config: Config, run_dir: Path) -> tuple[Checkpoint, Config]:
+    """The checkpoint that a run goes on from, and the settings that it was written with.
+
+    Raises:
+        ValueError: no right checkpoint, or settings that differ from those of the run.
+    """
+    check_settings(config, read_config(run_dir))
+    if config.resume == "auto":
+        found = checkpoint.newest_valid(run_dir)
+    else:
+        found = checkpoint.chosen(config.resume, run_dir)
+    # Whoever changed config.json by hand changed what the run is.
+    stored = config_of(found.manifest["config"], found.folder)
+    check_settings(config, stored)
+    return found, stored
 
 
 def check_links(run_dir: Path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
-from vecpg.run.stored import config_of, flags_to_type, names_to_type, read_object
+from vecpg.run.stored import (
+    NAME_IT_TOO,
+    config_of,
+    flags_to_type,
+    names_to_type,
+    read_bytes,
+    read_object,
+)
 from vecpg.shell import how_to_call
 
 # What a run may be given anew when it goes on.
@@ -19,6 +26,8 @@ ANEW = (
     "device",
     "progress",
 )
+# Of a file, as file systems have it.
+LONGEST_NAME = 255
 # What says where runs are, and is no setting of one.
 _WHERE = ("out_dir", "resume")
 
@@ -45,7 +54,7 @@ def find_named_run(path: Path) -> Path:
     Raises:
         ConfigError: as `find_run`.
     """
-    if len(path.name) > 255:
+    if len(path.name) > LONGEST_NAME:
         raise ConfigError(f"--resume {ascii(path.name)[:80]}...: expected the name of a run")
     for run_dir in (path, _run_of(path)):
         if run_dir is not None and (run_dir / "config.json").is_file():
@@ -83,8 +92,7 @@ def stored_config(run_or_checkpoint: str | Path, **anew: Any) -> Config:
     for name in names_to_type(to_dict(stored)):
         if name not in anew:
             raise ConfigError(
-                "what a file names is imported or opened only if you name it too; if you trust it,"
-                f" pass {name}={getattr(stored, name)!r}"
+                f"{NAME_IT_TOO}; if you trust it, pass {name}={getattr(stored, name)!r}"
             )
     config = dataclasses.replace(stored, resume=str(path), **anew)
     check_settings(config, stored)
@@ -183,13 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or the file cannot be read.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: expected a file, got something else")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    return read_object(data, path)
+    return read_object(read_bytes(path), path)
 
 
 def _begun(run_dir: Path) -> tuple[int, int]:

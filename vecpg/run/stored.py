@@ -12,6 +12,8 @@ from typing import Any
 
 from vecpg.config import Config, ConfigError, flag, to_dict
 
+# Why a name that stands in a file is asked for.
+NAME_IT_TOO = "what a file names is imported or opened only if you name it too"
 # Objects and lists inside each other.
 _DEEPEST = 100
 # In a text, what a path or the name of a module may have, and a plain word has not.
@@ -52,6 +54,26 @@ def config_of(stored: Any, path: Path | str) -> Config:
     except (ConfigError, OverflowError, RecursionError) as error:
         reason = str(error)[:500]
     raise ConfigError(f"{path}: {reason}")
+
+
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a file, if it is a file: a pipe would keep whoever reads it waiting.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have; None: any number.
+
+    Raises:
+        ConfigError: it cannot be read, is something else, or is longer.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: expected a file, got something else")
+        if most is not None and (size := path.stat().st_size) > most:
+            raise ConfigError(f"{path}: damaged (expected {most} bytes at most, found {size})")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_object(data: bytes, path: Path | str) -> dict[str, Any]:
@@ -114,7 +136,7 @@ def trusted_names(
     missing = {name: stored[name] for name in names_to_type(stored) if typed[name] is None}
     if missing:
         raise ConfigError(
-            "what a file names is imported or opened only if you name it too; if you trust"
+            f"{NAME_IT_TOO}; if you trust"
             f" {' and '.join(map(_text, missing.values()))}, type: {command} {_flags(missing)}"
         )
 
