@@ -114,8 +114,10 @@ class Bandit(gymnasium.Env):
     def __init__(self, start=3, space=None):
         self.observation_space = spaces.Box(-1, 1, (2, 3), np.float64)
         self.action_space = spaces.Discrete(2, start=start)
-        if space == "binary action":
-            self.action_space = spaces.MultiBinary(2)
+        if space == "tuple action":
+            self.action_space = spaces.Tuple([spaces.Discrete(2)])
+        if space == "no numbers":
+            self.observation_space = spaces.Box(-1, 1, (0,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -351,6 +353,34 @@ class Dials(gymnasium.Env):
         return obs
 
 
+class Switches(gymnasium.Env):
+    """A MultiBinary action (2, 3), and observation: pays for every switch that is as it is shown.
+
+    With `alone` the observation is a MultiBinary and the action a Discrete: the first of three.
+    """
+
+    def __init__(self, alone=False):
+        self.alone = alone
+        self.observation_space = spaces.MultiBinary(3 if alone else (2, 3))
+        self.action_space = spaces.Discrete(2, start=-1) if alone else spaces.MultiBinary((2, 3))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.length = int(self.np_random.integers(2, 9))
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.steps += 1
+        right = action + 1 == self.shown[0] if self.alone else (action == self.shown).mean()
+        return self._obs(), float(right), self.steps == self.length, False, {}
+
+    def _obs(self):
+        self.shown = self.np_random.integers(0, 2, self.observation_space.shape, np.int8)
+        return self.shown
+
+
 class Scribbling(Dials):
     """Writes into the action it is given."""
 
@@ -485,6 +515,7 @@ for _env, _limit in (
     (Odd, 10),
     (Paid, 10),
     (Dials, 10),
+    (Switches, 10),
     (Scribbling, 20),
     (Unsigned, 10),
     (Offset, 10),
