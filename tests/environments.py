@@ -407,6 +407,25 @@ class Unsigned(Constant):
         return np.uint8(obs), reward, terminated, truncated, info
 
 
+class Plain(Constant):
+    """A uint8 space from which the numbers 253, 254 and `last` come in the form that `of` names."""
+
+    def __init__(self, of="int", last=255):
+        super().__init__()
+        self.observation_space = spaces.Discrete(3, start=253, dtype=np.uint8)
+        forms = {"int": int, "float": float, "array": np.array}
+        self.of, self.last = forms.get(of) or np.dtype(of).type, last
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.of(253), {}
+
+    def step(self, action):
+        _, reward, *_ = super().step(action)
+        obs = self.last if self.steps == 2 else 254
+        return self.of(obs), reward, self.steps == 3, False, {}
+
+
 OFFSET = {
     "uint8": spaces.MultiDiscrete([200, 3], np.uint8, start=[56, 0]),
     "uint16": spaces.MultiDiscrete([[2, 100]], np.uint16, start=[[65_534, 65_436]]),
@@ -519,6 +538,7 @@ for _env, _limit in (
     (Scribbling, 20),
     (Unsigned, 10),
     (Offset, 10),
+    (Plain, 10),
     (Pay, 10),
 ):
     gymnasium.register(
