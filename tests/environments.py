@@ -114,8 +114,10 @@ class Bandit(gymnasium.Env):
     def __init__(self, start=3, space=None):
         self.observation_space = spaces.Box(-1, 1, (2, 3), np.float64)
         self.action_space = spaces.Discrete(2, start=start)
-        if space == "binary action":
-            self.action_space = spaces.MultiBinary(2)
+        if space == "tuple action":
+            self.action_space = spaces.Tuple([spaces.Discrete(2)])
+        if space == "no numbers":
+            self.observation_space = spaces.Box(-1, 1, (0,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -351,6 +353,34 @@ class Dials(gymnasium.Env):
         return obs
 
 
+class Switches(gymnasium.Env):
+    """A MultiBinary action (2, 3), and observation: pays for every switch that is as it is shown.
+
+    With `alone` the observation is a MultiBinary and the action a Discrete: the first of three.
+    """
+
+    def __init__(self, alone=False):
+        self.alone = alone
+        self.observation_space = spaces.MultiBinary(3 if alone else (2, 3))
+        self.action_space = spaces.Discrete(2, start=-1) if alone else spaces.MultiBinary((2, 3))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.length = int(self.np_random.integers(2, 9))
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.steps += 1
+        right = action + 1 == self.shown[0] if self.alone else (action == self.shown).mean()
+        return self._obs(), float(right), self.steps == self.length, False, {}
+
+    def _obs(self):
+        self.shown = self.np_random.integers(0, 2, self.observation_space.shape, np.int8)
+        return self.shown
+
+
 class Scribbling(Dials):
     """Writes into the action it is given."""
 
@@ -375,6 +405,25 @@ class Unsigned(Constant):
         _, reward, terminated, truncated, info = super().step(action)
         obs = 7 if self.wrong and self.steps == 3 else self.steps - 1
         return np.uint8(obs), reward, terminated, truncated, info
+
+
+class Plain(Constant):
+    """A uint8 space from which the numbers 253, 254 and `last` come in the form that `of` names."""
+
+    def __init__(self, of="int", last=255):
+        super().__init__()
+        self.observation_space = spaces.Discrete(3, start=253, dtype=np.uint8)
+        forms = {"int": int, "float": float, "array": np.array}
+        self.of, self.last = forms.get(of) or np.dtype(of).type, last
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.of(253), {}
+
+    def step(self, action):
+        _, reward, *_ = super().step(action)
+        obs = self.last if self.steps == 2 else 254
+        return self.of(obs), reward, self.steps == 3, False, {}
 
 
 OFFSET = {
@@ -536,9 +585,11 @@ for _env, _limit in (
     (Odd, 10),
     (Paid, 10),
     (Dials, 10),
+    (Switches, 10),
     (Scribbling, 20),
     (Unsigned, 10),
     (Offset, 10),
+    (Plain, 10),
     (Pay, 10),
 ):
     gymnasium.register(

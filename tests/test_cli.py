@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
     [
         (
             ["--env-id", "FrozenLake-v1", "--normalize-obs"],
-            "normalize_obs: expected a Box observation space, got Discrete(16)",
+            "normalize_obs: expected a Box or MultiBinary observation space, got Discrete(16)",
         ),
         (
             [
@@ -181,16 +181,24 @@ def test_a_mistake_is_one_line_where_only_ascii_can_be_shown():
                 '{"observed": true}',
                 "--normalize-obs",
             ],
-            "normalize_obs: expected a Box observation space, got MultiDiscrete([[2 3] [4 5]]",
+            "normalize_obs: expected a Box or MultiBinary observation space, got"
+            " MultiDiscrete([[2 3] [4 5]]",
         ),
         (
             ["--env-id", "Blackjack-v1", "--max-episode-steps", "9"],
             "observation space Tuple(Discrete(32), Discrete(11), Discrete(2)) is not supported;"
-            " supported: Box, Discrete, MultiDiscrete",
+            " supported: Box, Discrete, MultiBinary, MultiDiscrete; many others become a Box by"
+            " --wrappers gymnasium.wrappers:FlattenObservation",
         ),
         (
-            ["--env-id", "environments:Bandit-v0", "--env-kwargs", '{"space": "binary action"}'],
-            "action space MultiBinary(2) is not supported; supported: Discrete, MultiDiscrete, Box",
+            ["--env-id", "environments:Bandit-v0", "--env-kwargs", '{"space": "tuple action"}'],
+            "action space Tuple(Discrete(2)) is not supported; supported: Discrete, MultiBinary,"
+            " MultiDiscrete, Box",
+        ),
+        (
+            ["--env-id", "environments:Bandit-v0", "--env-kwargs", '{"space": "no numbers"}'],
+            "observation space Box([], [], (0,), float32) holds no numbers: expected at least one,"
+            " got shape (0,)",
         ),
     ],
 )

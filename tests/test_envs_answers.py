@@ -4,7 +4,46 @@ import numpy as np
 import pytest
 import torch
 
+from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.envs.answers import read_answer
+from vecpg.policy import Policy
+from vecpg.rollout import collect
+
+
+def seen(vectorization, **kwargs):
+    envs = make_envs("environments:Plain-v0", 2, vectorization=vectorization, env_kwargs=kwargs)
+    try:
+        policy = Policy(envs.single_observation_space, envs.single_action_space)
+        rollout = collect(envs, policy, num_steps=1, seed=1, iteration=0)
+        return rollout.obs[: rollout.mask.sum(dim=0)[0], 1].tolist()
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("of", ["int", "int64", "int16", "uint8", "array"])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's checker wants int64
+def test_any_integer_that_belongs_to_the_space_is_taken(vectorization, of):
+    assert seen(vectorization, of=of) == [253, 254, 255]
+
+
+@pytest.mark.parametrize(
+    ("of", "last", "message"),
+    [
+        ("int", 256, "OverflowError: .*256 out of bounds for uint8"),
+        ("int64", 253 + 256, "OverflowError: .*509 out of bounds for uint8"),
+        ("int", -1, "OverflowError: .*-1 out of bounds for uint8"),
+        ("float", 255, "float64.* to .*uint8|dtype uint8, got float64"),
+        ("int", 7, "returned the observation 7 at"),
+    ],
+)
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_other_number_is_named_with_step_and_seed(vectorization, of, last, message):
+    message = rf"environment 0 .*{message}"
+    with pytest.raises(EnvironmentFailure, match=message) as caught:
+        seen(vectorization, of=of, last=last)
+    assert "reset with seed" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ def test_what_cannot_fit_is_answered_with_what_would(case):
         check_room(Config(**{name: most + 1}), vectorization, *known, have=GB)
 
 
+def test_layers_between_zeros_and_ones_are_counted():
+    known = spaces.MultiBinary(4), spaces.MultiBinary(5)
+    message = "--hidden-sizes: expected smaller ones than 10000000: 150,000,010 parameters"
+    with pytest.raises(ConfigError, match=message):
+        check_room(Config(hidden_sizes=(10**7,)), "sync", *known, have=GB)
+
+
 def test_layers_that_cannot_fit_are_answered_with_their_size():
     config = Config(hidden_sizes=(10**6, 10**6))
     with pytest.raises(
@@ -210,7 +217,7 @@ def test_a_worker_takes_more():
         envs.close()
 
 
-@pytest.mark.parametrize("space", [BOX, spaces.MultiDiscrete([5, 7])])
+@pytest.mark.parametrize("space", [BOX, spaces.MultiDiscrete([5, 7]), spaces.MultiBinary(9)])
 def test_the_tensors_of_a_state_and_its_draft_take_more(space):
     policy = Policy(space, TWO, hidden_sizes=(30, 20))
     state = TrainState(policy, Adam(policy.parameters()), None, Stopping(None, 10))

@@ -92,9 +92,19 @@ def test_act_refuses_another_shape(shape):
 @pytest.mark.parametrize(
     ("observation", "action", "message"),
     [
-        (spaces.MultiBinary(4), spaces.Discrete(2), r"observation space MultiBinary\(4\).*: Box"),
-        (spaces.Dict(a=BOX), spaces.Discrete(2), r"observation space Dict.*: Box, Discrete"),
-        (BOX, spaces.MultiBinary(2), r"action space MultiBinary.*: Discrete, MultiDiscrete, Box"),
+        (spaces.Text(4), spaces.Discrete(2), r"observation space Text.*: Box, Discrete, MultiB"),
+        (
+            spaces.Dict(a=BOX),
+            spaces.Discrete(2),
+            r"observation space Dict.*: .*; .* --wrappers gymnasium.wrappers:FlattenObservation$",
+        ),
+        (BOX, spaces.Tuple([BOX]), r"action space Tuple.*: Discrete, MultiBinary, MultiDiscrete"),
+        (BOX, spaces.Dict(a=BOX), r"action space Dict.*: Discrete, MultiBinary, MultiDiscrete"),
+        (spaces.Box(-1, 1, (0,)), BOX, r"observation space Box.* holds no numbers.* \(0,\)$"),
+        (spaces.Box(-1, 1, (3, 0)), BOX, r"observation space Box.* holds no numbers.* \(3, 0\)$"),
+        (spaces.MultiDiscrete([]), BOX, r"observation space MultiDiscrete.* holds no numbers"),
+        (BOX, spaces.Box(-1, 1, (0,)), r"action space Box.* holds no numbers.* \(0,\)$"),
+        (BOX, spaces.MultiDiscrete([]), r"action space MultiDiscrete.* holds no numbers"),
         (BOX, spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.*: .* of one dimension"),
         (BOX, spaces.Box(0, 9, (2,), np.int64), r"action space Box.*: Box of floating-point"),
     ],

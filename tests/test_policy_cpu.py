@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -207,3 +208,22 @@ def test_rollouts_of_another_policy_are_refused():
     rollout.actions[5000:] = 0
     with pytest.raises(ValueError, match="rollout.actions: expected 0 to 1 where counted, got 0"):
         by_machine_code(policy, rollout, advantages, 1, 0.0)
+
+
+@pytest.mark.parametrize("n", [5, (2, 3)])
+def test_observations_of_zeros_and_ones_are_served(n):
+    space = spaces.MultiBinary(n)
+    features, g = math.prod(space.shape), torch.Generator().manual_seed(0)
+    policy = make_policy(features, (7,), 3)
+    binary = Policy(space, policy.distribution.space, hidden_sizes=(7,))
+    binary.load_state_dict(policy.state_dict())
+    assert policy_cpu.why_not(binary) is None
+    rollout, advantages = make_rollout(policy, 70)
+    bits = torch.randint(0, 2, rollout.obs.shape, generator=g).float()
+    rollout.obs[rollout.mask] = bits[rollout.mask]
+    shape = *rollout.mask.shape, *space.shape
+    shaped = dataclasses.replace(rollout, obs=rollout.obs.reshape(shape))
+    sums, found = gradients(by_machine_code, binary, shaped, advantages)
+    others, expected = gradients(by_autograd, policy, rollout, advantages)
+    torch.testing.assert_close([each.item() for each in sums], [each.item() for each in others])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -313,6 +313,40 @@ def test_discrete_actions_are_of_the_spaces_type(dtype):
     assert all(space.contains(one) for one in given)
 
 
+@pytest.mark.parametrize("n", [1, 4, (4,), (2, 3)])
+def test_zeros_and_ones_are_drawn_as_components_of_two_values(n):
+    space = spaces.MultiBinary(n)
+    size = math.prod(space.shape)
+    ours = distribution_for(space, "parameter")
+    twos = distribution_for(spaces.MultiDiscrete([2] * size), "parameter")
+    assert (ours.shape, ours.dtype) == ((size,), torch.int64)
+    assert (ours.num_parameters, ours.num_uniforms) == (2 * size, size)
+    logits = randn(2 * size, 40)
+    drawn = ours.sample(logits, torch.rand(size, 40, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        drawn,
+        twos.sample(logits, torch.rand(size, 40, generator=torch.Generator().manual_seed(1))),
+    )
+    assert torch.equal(ours.mode(logits), twos.mode(logits))
+    for one, other in zip(
+        ours.log_probs_and_entropy(logits, drawn),
+        twos.log_probs_and_entropy(logits, drawn),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    # Each component by itself: the logistic function of the difference of its two numbers.
+    up = torch.sigmoid((logits[1::2] - logits[::2]).double()).mT
+    each = torch.where(drawn == 1, up, 1 - up).log().sum(dim=1)
+    torch.testing.assert_close(ours.log_probs_and_entropy(logits, drawn)[0].double(), each)
+
+    given = ours.for_env(drawn.numpy())
+    assert (given.dtype, given.shape) == (space.dtype, (40, *space.shape))
+    assert all(space.contains(one) for one in given)
+    assert given.reshape(40, size).tolist() == drawn.tolist()
+    given[:] = 7
+    assert set(drawn.flatten().tolist()) == {0, 1}
+
+
 def test_stored_actions_are_those_that_were_drawn_not_the_clipped():
     """`Pay` itself refuses actions outside its bounds, and pays for those it got."""
     envs = make_envs("environments:Pay-v0", 20)
@@ -338,7 +372,7 @@ def test_a_gaussian_action_that_is_not_finite_is_named_and_passed_to_no_environm
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (spaces.MultiBinary(2), "supported: Discrete, MultiDiscrete, Box"),
+        (spaces.Text(2), "supported: Discrete, MultiBinary, MultiDiscrete, Box"),
         (spaces.MultiDiscrete([[2, 3]]), "supported: MultiDiscrete of one dimension"),
         (spaces.Box(0, 9, (2,), np.int64), "supported: Box of floating-point numbers"),
     ],

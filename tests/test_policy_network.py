@@ -36,6 +36,18 @@ def test_a_box_is_flattened_in_its_own_order(shape, rows):
     assert list(encoder.parameters()) == []
 
 
+@pytest.mark.parametrize("n", [1, 5, (2, 3)])
+def test_zeros_and_ones_are_a_box_of_them(n):
+    space, box = spaces.MultiBinary(n), spaces.Box(0, 1, spaces.MultiBinary(n).shape)
+    encoder, other = Encoder(space, normalize=True), Encoder(box, normalize=True)
+    obs = torch.randint(0, 2, (4, 3, *space.shape), generator=generator()).float()
+    for each in (encoder, other):
+        assert torch.equal(each(obs[0]), obs[0].reshape(3, -1))
+        each.observe(obs, torch.ones(4, 3, dtype=bool))
+    assert torch.equal(encoder(obs[1]), other(obs[1]))
+    assert encoder.features == other.features == math.prod(space.shape)
+
+
 @pytest.mark.parametrize("start", [0, 3, -2])
 def test_a_discrete_observation_is_looked_up(start):
     encoder = Encoder(spaces.Discrete(4, start=start), embedding_size=3)
@@ -83,15 +95,15 @@ def test_only_the_vectors_that_were_looked_up_get_a_gradient():
     assert encoder.table.weight.grad.tolist() == [[0, 0], [2, 2], [0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("space", [spaces.MultiBinary(3), spaces.Tuple([spaces.Discrete(2)])])
+@pytest.mark.parametrize("space", [spaces.Text(3), spaces.Tuple([spaces.Discrete(2)])])
 def test_another_space_is_refused_with_what_is_supported(space):
-    with pytest.raises(ValueError, match="is not supported; supported: Box, Discrete, MultiDiscr"):
+    with pytest.raises(ValueError, match="is not supported; supported: Box, Discrete, MultiBinary"):
         Encoder(space)
 
 
 @pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3])])
 def test_only_a_box_can_be_normalized(space):
-    with pytest.raises(ValueError, match="normalize_obs: expected a Box observation space, got "):
+    with pytest.raises(ValueError, match="normalize_obs: expected a Box or MultiBinary observ"):
         Encoder(space, normalize=True)
 
 

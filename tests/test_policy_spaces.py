@@ -22,6 +22,9 @@ SPACES = [
     spaces.MultiDiscrete([2, 3], start=[5, -1]),
     spaces.MultiDiscrete([[2, 3], [4, 5]], np.int32, start=[[1, 2], [3, 4]]),
     *OFFSET.values(),
+    spaces.MultiBinary(3),
+    spaces.MultiBinary([3]),
+    spaces.MultiBinary((2, 3)),
 ]
 
 
@@ -33,7 +36,7 @@ def test_a_space_comes_back_as_it_was(space):
     if isinstance(space, spaces.Box):
         assert np.array_equal(again.low, space.low)
         assert np.array_equal(again.high, space.high)
-    else:
+    elif not isinstance(space, spaces.MultiBinary):
         assert np.array_equal(again.start, space.start)
     assert again.contains(space.sample())
     assert space.contains(again.sample())
@@ -47,5 +50,27 @@ def test_a_description_is_of_plain_types(space):
 
 
 def test_another_space_is_refused_with_what_is_supported():
-    with pytest.raises(ValueError, match="MultiBinary.*supported: Box, Discrete, MultiDiscrete"):
-        describe(spaces.MultiBinary(3))
+    message = "Text.*supported: Box, Discrete, MultiBinary, MultiDiscrete$"
+    with pytest.raises(ValueError, match=message):
+        describe(spaces.Text(3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n": 0}, r'space\["n"\]: expected a whole number of at least 1, got 0'),
+        ({"n": [2, -1]}, "at least 1, got -1"),
+        ({"n": [2, 2.0]}, "at least 1, got 2.0"),
+        ({"n": True}, "at least 1, got True"),
+        ({"n": None}, "at least 1, got None"),
+        ({"n": 10**6 + 1}, "at most 1000000, got 1000001"),
+        ({"n": [1001, 1001]}, "at most 1000000 numbers"),
+        ({"n": [1] * 33}, "at most 32 dimensions, got 33"),
+        ({"dtype": "int64"}, "one of int8, got 'int64'"),
+        ({"start": 0}, "expected kind, dtype, n"),
+    ],
+)
+def test_a_description_of_zeros_and_ones_is_checked(changed, message):
+    description = describe(spaces.MultiBinary((2, 3))) | changed
+    with pytest.raises(ValueError, match=message):
+        from_description(description, largest=10**6)

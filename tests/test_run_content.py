@@ -831,6 +831,8 @@ def test_parameters_that_are_not_finite_are_no_policy():
         (spaces.MultiDiscrete([[2, 3], [4, 5]]), spaces.Discrete(2), {"embedding_size": 3}),
         (spaces.Box(0, 255, (4, 4, 3), np.uint8), spaces.Discrete(255, dtype=np.uint8), {}),
         (spaces.Box(0, 1, (3,), bool), spaces.Discrete(2), {}),
+        (spaces.MultiBinary(5), spaces.MultiBinary((2, 3)), {"normalize_obs": True}),
+        (spaces.MultiBinary((3, 2)), spaces.Discrete(2), {"embedding_size": 3}),
     ],
     ids=str,
 )

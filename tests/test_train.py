@@ -204,6 +204,17 @@ KINDS = {
         "env_kwargs": {"observed": True},
         "normalize_obs": False,
     },
+    "multi-binary action and observation": {"env_id": "environments:Switches-v0"},
+    "multi-binary observation": {
+        "env_id": "environments:Switches-v0",
+        "env_kwargs": {"alone": True},
+        "normalize_obs": False,
+    },
+    "offset unsigned action and observation": {
+        "env_id": "environments:Offset-v0",
+        "env_kwargs": {"of": "uint8"},
+        "normalize_obs": False,
+    },
     "discrete observation, nothing truncated": {
         "env_id": "vecpg/LineWorld-v0",
         "normalize_obs": False,

@@ -132,16 +132,19 @@ at least 2.0 GB; there is 1.0 GB
     # A copy begins episodes until it has made --num-steps steps.
     _check(config, "num_steps", config.num_envs * row, config.num_envs * copy, have)
     _check(config, "eval_episodes", _BYTES_OF_AN_EPISODE, 0, have)
-    if not isinstance(observation_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete):
+    supported = spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete
+    if not isinstance(observation_space, supported):
         return  # not known yet, or refused where the network is made
     inputs = seen
-    if not isinstance(observation_space, spaces.Box):
+    if not isinstance(observation_space, spaces.Box | spaces.MultiBinary):
         table = _categories(observation_space)
         _check(config, "embedding_size", table * _BYTES_OF_A_PARAMETER, 0, have)
         inputs = seen * config.embedding_size
     outputs = 1
     if isinstance(action_space, spaces.Discrete | spaces.MultiDiscrete):
         outputs = _categories(action_space)
+    elif isinstance(action_space, spaces.MultiBinary):
+        outputs = 2 * _numbers(action_space)
     elif isinstance(action_space, spaces.Box):
         outputs = _numbers(action_space)
     widths = [inputs, *config.hidden_sizes, outputs]

@@ -1,9 +1,11 @@
-"""What an environment's `step` answered beside the observation, as plain numbers and flags."""
+"""What an environment answered, as numbers of the types that Gymnasium puts together."""
 
 import math
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 _FLAGS = (bool, np.bool_)
 
@@ -36,6 +38,30 @@ def read_answer(reward: Any, terminated: Any, truncated: Any) -> tuple[float, bo
     if not isinstance(truncated, _FLAGS):
         truncated = _number(truncated, "a truncated that is True or False")
     return float(reward), bool(terminated), bool(truncated)
+
+
+def with_typed_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    """`env`, or around it what gives integers the type of its `Discrete` observation space.
+
+    Any integer may belong to such a space. Gymnasium takes those of int64, and of the space's type.
+
+    Example:
+        >>> env = gymnasium.make("FrozenLake-v1")
+        >>> with_typed_observations(env) is env
+        True
+    """
+    space = env.observation_space
+    other = isinstance(space, spaces.Discrete) and space.dtype != np.int64
+    return _Typed(env) if other else env
+
+
+class _Typed(gymnasium.ObservationWrapper[Any, Any, Any]):
+    def observation(self, observation: Any) -> Any:
+        space: Any = self.observation_space
+        if np.shape(observation) == () and np.asarray(observation).dtype.kind in "iu":
+            # From Python's own integer: what does not fit is not taken for another.
+            return space.dtype.type(int(observation))
+        return observation
 
 
 def _number(given: Any, expected: str) -> float:

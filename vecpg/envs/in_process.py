@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 
-from vecpg.envs.answers import read_answer
+from vecpg.envs.answers import read_answer, with_typed_observations
 from vecpg.envs.errors import SubEnvironmentError
 
 
@@ -118,7 +118,7 @@ def _make(
 ) -> gymnasium.Env[Any, Any]:
     """Make one, and keep it in `made`, whose length is its index."""
     try:
-        env = env_fn()
+        env = with_typed_observations(env_fn())
     except (Exception, SystemExit) as error:
         raise SubEnvironmentError.raised_in_making(len(made), error) from error
     made.append(env)

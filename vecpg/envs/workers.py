@@ -27,7 +27,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import CloudpickleWrapper
 
-from vecpg.envs.answers import read_answer
+from vecpg.envs.answers import read_answer, with_typed_observations
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 
 _log = logging.getLogger(__name__)
@@ -469,7 +469,7 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
     def make(self) -> tuple[int, str, str, str] | None:
         """Make the environment; what failed, if anything did."""
         try:
-            self.env = pickle.loads(self.maker)()
+            self.env = with_typed_observations(pickle.loads(self.maker)())
             for name in ("observation_space", "action_space"):
                 expected, got = getattr(self.spaces, name), getattr(self.env, name)
                 if got != expected:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, MultiDiscrete, Space
+from gymnasium.spaces import Box, MultiBinary, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,12 +20,12 @@ class Policy(nn.Module):
     """pi(a|s): an encoder of observations, a fully connected network, a distribution over actions.
 
     Actions are categorical for `Discrete`, independently so for each component of a
-    `MultiDiscrete`, and Gaussian with a diagonal covariance for a `Box`.
+    `MultiDiscrete` or `MultiBinary`, and Gaussian with a diagonal covariance for a `Box`.
 
     Args:
-        observation_space: a `Box` of any shape, a `Discrete` or a `MultiDiscrete`, for one
-            environment.
-        action_space: a `Discrete`, a `MultiDiscrete` of one dimension, or a `Box`.
+        observation_space: a `Box` or `MultiBinary` of any shape, a `Discrete` or a
+            `MultiDiscrete`, for one environment.
+        action_space: a `Discrete`, a `MultiDiscrete` of one dimension, a `MultiBinary`, or a `Box`.
         hidden_sizes: widths of the hidden layers.
         activation: "tanh" or "relu".
         dropout: probability with which a hidden unit is dropped while training data is collected
@@ -95,7 +95,7 @@ class Policy(nn.Module):
 
     @property
     def obs_dtype(self) -> torch.dtype:
-        """float32 for a `Box`, int64 for what is looked up."""
+        """float32 for a `Box` or `MultiBinary`, int64 for what is looked up."""
         return self.encoder.dtype
 
     @property
@@ -279,10 +279,10 @@ class Policy(nn.Module):
 
 def _num_parameters(observations: Space[Any], actions: Space[Any], settings: dict[str, Any]) -> int:
     """How many numbers are in the tables and layers of a network, without building it."""
-    tables, features = 0, _num_values(observations)
-    if not isinstance(observations, Box):
-        tables = features * settings["embedding_size"]
-        features = math.prod(observations.shape or ()) * settings["embedding_size"]
+    tables, features = 0, math.prod(observations.shape or ())
+    if not isinstance(observations, Box | MultiBinary):
+        tables = _num_values(observations) * settings["embedding_size"]
+        features *= settings["embedding_size"]
     outputs = _num_values(actions)
     if isinstance(actions, Box) and settings["log_std"] == "network":
         outputs *= 2
@@ -295,6 +295,8 @@ def _num_values(space: Any) -> int:
     """Components of a `Box`; for the others all values that there are to choose from."""
     if isinstance(space, Box):
         return math.prod(space.shape)
+    if isinstance(space, MultiBinary):
+        return 2 * math.prod(space.shape)
     sizes = space.nvec if isinstance(space, MultiDiscrete) else [space.n]
     return sum(int(size) for size in np.ravel(sizes))
 

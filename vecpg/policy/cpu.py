@@ -67,7 +67,7 @@ def why_not_network(policy: Policy) -> str | None:
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device}"
     if policy.obs_dtype != torch.float32:
-        return "its observations are not a Box"
+        return "its observations are looked up"
     if policy.encoder.normalizer is not None:
         return "it normalizes observations"
     if policy.dropout > 0:

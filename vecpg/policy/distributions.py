@@ -13,6 +13,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vecpg.policy.network import check_numbers
+
 # What the logarithm of a Gaussian's standard deviation stays between.
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -59,20 +61,24 @@ class Categorical(nn.Module):
 
 
 class MultiCategorical(nn.Module):
-    """Independent categorical distributions, for `MultiDiscrete` actions of one dimension."""
+    """Independent categorical distributions, for `MultiDiscrete` actions of one dimension.
 
-    def __init__(self, space: spaces.MultiDiscrete) -> None:
+    And for `MultiBinary` actions of any shape: each component is 0 or 1.
+    """
+
+    def __init__(self, space: spaces.MultiDiscrete | spaces.MultiBinary) -> None:
         super().__init__()
-        if space.nvec.ndim != 1:
+        self.space = space
+        if isinstance(space, spaces.MultiBinary):
+            ranges = [(2, 0)] * math.prod(space.shape)
+        elif space.nvec.ndim == 1:
+            ranges = [*zip(space.nvec.tolist(), space.start.tolist(), strict=True)]
+        else:
             raise ValueError(
                 f"action space {space} is not supported; supported: MultiDiscrete of one dimension"
             )
-        self.space = space
-        self.parts = [
-            Categorical(spaces.Discrete(int(n), start=int(start)))
-            for n, start in zip(space.nvec, space.start, strict=True)
-        ]
-        self.num_parameters = int(space.nvec.sum())
+        self.parts = [Categorical(spaces.Discrete(n, start=start)) for n, start in ranges]
+        self.num_parameters = sum(part.num_actions for part in self.parts)
         self.num_uniforms = len(self.parts)
         self.shape: tuple[int, ...] = (len(self.parts),)
         self.dtype = torch.int64
@@ -99,8 +105,8 @@ class MultiCategorical(nn.Module):
         return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """A copy of actions (B, ...) as the environment takes them: it may write into them."""
-        return actions.astype(self.space.dtype)
+        """A copy of actions (B, A) as the environment takes them: it may write into them."""
+        return actions.astype(self.space.dtype).reshape(len(actions), *self.space.shape)
 
     def clipped(self, actions: Tensor) -> Tensor:
         """The same for an environment on tensors."""
@@ -203,12 +209,14 @@ def distribution_for(
     Raises:
         ValueError: a space that is not supported.
     """
+    check_numbers("action", space)
     if isinstance(space, spaces.Discrete):
         return Categorical(space)
-    if isinstance(space, spaces.MultiDiscrete):
+    if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
         return MultiCategorical(space)
     if isinstance(space, spaces.Box):
         return DiagonalGaussian(space, log_std)
     raise ValueError(
-        f"action space {space} is not supported; supported: Discrete, MultiDiscrete, Box"
+        f"action space {space} is not supported; supported: Discrete, MultiBinary, MultiDiscrete,"
+        " Box"
     )

@@ -76,17 +76,26 @@ def fully_connected(
     return network
 
 
+def check_numbers(what: str, space: spaces.Space[Any]) -> None:
+    """Refuse a space of observations or actions that hold no number at all, such as shape (0,)."""
+    if 0 in (space.shape or ()):
+        raise ValueError(
+            f"{what} space {space} holds no numbers: expected at least one, got shape {space.shape}"
+        )
+
+
 class Encoder(nn.Module):
     """Observations as features: (B, *obs_shape) to (B, features) float32.
 
-    A `Box` is flattened, and normalized on request; a `Discrete` is looked up in a table of learned
-    vectors, and so is every component of a `MultiDiscrete`.
+    A `Box` is flattened, and normalized on request, and so is a `MultiBinary`, whose numbers are 0
+    and 1; a `Discrete` is looked up in a table of learned vectors, and so is every component of a
+    `MultiDiscrete`.
 
     Args:
         space: of one environment's observations.
         embedding_size: length of the learned vectors.
         normalize: subtract the running mean and divide by the running standard deviation; for a
-            `Box` only.
+            `Box` or `MultiBinary` only.
 
     Raises:
         ValueError: a space that is not supported, or cannot be normalized.
@@ -104,7 +113,8 @@ class Encoder(nn.Module):
         self.space = space
         self.shape: tuple[int, ...] = space.shape or ()
         self.normalizer: Normalizer | None = None
-        if isinstance(space, spaces.Box):
+        check_numbers("observation", space)
+        if isinstance(space, spaces.Box | spaces.MultiBinary):
             self.features = math.prod(self.shape)
             self.dtype = torch.float32
             if normalize:
@@ -113,11 +123,13 @@ class Encoder(nn.Module):
         if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             raise ValueError(
                 f"observation space {space} is not supported; supported: Box, Discrete,"
-                " MultiDiscrete (gymnasium.wrappers.FlattenObservation turns many others into a"
-                " Box)"
+                " MultiBinary, MultiDiscrete; many others become a Box by --wrappers"
+                " gymnasium.wrappers:FlattenObservation"
             )
         if normalize:
-            raise ValueError(f"normalize_obs: expected a Box observation space, got {space}")
+            raise ValueError(
+                f"normalize_obs: expected a Box or MultiBinary observation space, got {space}"
+            )
         sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         sizes = sizes.astype(np.int64)  # unsigned ones would become floats below
         starts = np.broadcast_to(space.start, sizes.shape).astype(np.int64)

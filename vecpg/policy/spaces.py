@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 _KEYS = {
     "Box": ("shape", "low", "high"),
     "Discrete": ("n", "start"),
+    "MultiBinary": ("n",),
     "MultiDiscrete": ("nvec", "start"),
 }
 _WHOLE = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _DTYPES = {
     "Box": (*_WHOLE, "float16", "float32", "float64", "bool"),
     "Discrete": _WHOLE,
+    "MultiBinary": ("int8",),
     "MultiDiscrete": _WHOLE,
 }
 
 
 def describe(space: spaces.Space[Any]) -> dict[str, Any]:
-    """A `Box`, `Discrete` or `MultiDiscrete` as numbers, text and lists.
+    """A `Box`, `Discrete`, `MultiBinary` or `MultiDiscrete` as numbers, text and lists.
 
     Example:
         >>> describe(spaces.Discrete(3))
@@ -43,10 +45,12 @@ def describe(space: spaces.Space[Any]) -> dict[str, Any]:
             "start": int(space.start),
             "dtype": str(space.dtype),
         }
+    if isinstance(space, spaces.MultiBinary):
+        return {"kind": "MultiBinary", "n": np.asarray(space.n).tolist(), "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiDiscrete):
         values = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
         return {"kind": "MultiDiscrete", **values, "dtype": str(space.dtype)}
-    raise ValueError(f"space {space} is not supported; supported: Box, Discrete, MultiDiscrete")
+    raise ValueError(f"space {space} is not supported; supported: {', '.join(_KEYS)}")
 
 
 def fingerprint(*of: spaces.Space[Any]) -> str:
@@ -111,6 +115,8 @@ def from_description(
         other = {} if dtype == np.int64 else {"dtype": dtype.type}
         _check_first(start, n, dtype, f'{where}["start"]')
         return spaces.Discrete(n, start=start, **other)
+    if kind == "MultiBinary":
+        return _multi_binary(description["n"], most, f'{where}["n"]')
     nvec, starts = description["nvec"], description["start"]
     shape = _shape_of(nvec)
     _check(math.prod(shape) > 0, f'{where}["nvec"]', "numbers of values", nvec)
@@ -139,6 +145,15 @@ def _box(description: dict[str, Any], dtype: Any, most: int, where: str) -> spac
     low, high = (bound.reshape(shape) for bound in bounds)
     _check(bool((low <= high).all()), f'{where}["low"]', "at most high", "more")
     return spaces.Box(low, high, dtype=dtype.type)
+
+
+def _multi_binary(n: Any, most: int, where: str) -> spaces.MultiBinary:
+    lengths = n if isinstance(n, list) else [n]
+    _check(len(lengths) <= 32, where, "at most 32 dimensions", len(lengths))
+    for length in lengths:
+        _check_whole(length, where, 1, most)
+    _check(math.prod(lengths) <= most, where, f"at most {most} numbers", n)
+    return spaces.MultiBinary(n)
 
 
 def _is_bound(value: Any, dtype: Any) -> bool:

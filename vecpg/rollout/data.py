@@ -51,7 +51,8 @@ class Rollout:
     obs:          (T, N, *obs_shape) float32   what the policy saw before acting; int64 where
                                                observations are Discrete or MultiDiscrete
     actions:      (T, N) int64                 taken on `obs`; (T, N, A) int64 for MultiDiscrete
-                                               and float32 for Box, as drawn, before any clipping
+                                               and MultiBinary, and float32 for Box, as drawn,
+                                               before any clipping
     rewards:      (T, N) float32               paid for `actions`, environment units; 0 where masked
     terminations: (T, N) bool                  the action ended the episode by the task's rule
     truncations:  (T, N) bool                  the action ended the episode by a limit
