@@ -30,7 +30,7 @@ from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
-from vecpg.run.stored import flags_to_type, trusted_names
+from vecpg.run.stored import NAMES, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
@@ -136,6 +136,10 @@ class EvaluateConfig:
         ),
     ] = None
     """As stored in the run. Wanted where a text in them may name a module or a path."""
+    wrappers: tuple[str, ...] | None = None
+    """As stored in the run. Wanted where there are any."""
+    network: str | None = None
+    """As stored in the run. Wanted where that is `module:function`."""
     vectorization: Literal["auto", "sync", "async", "vector_entry_point", "tensor"] | None = None
     """How copies are stepped. Without it as in training; where that was tensor, the original is
     stepped by its vector entry point, if it has one, else sync."""
@@ -177,7 +181,7 @@ def evaluate_main(args: Sequence[str]) -> None:
                 found, content = checkpoint.load(config.path)
                 stored = found.manifest["config"]
                 command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
-                trusted_names(stored, config.env_id, config.env_kwargs, command)
+                trusted_names(stored, {name: getattr(config, name) for name in NAMES}, command)
                 policy, env_id = policy_of(content, found.folder), stored["env_id"]
                 settings: dict[str, Any] = {
                     "env_kwargs": stored["env_kwargs"],
@@ -285,8 +289,7 @@ def parse_config(args: Sequence[str]) -> Config:
     config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
     trusted_names(
         to_dict(stored),
-        None if _given(args, "env_id") is None else config.env_id,
-        None if _given(args, "env_kwargs") is None else config.env_kwargs,
+        {name: getattr(config, name) for name in NAMES if _given(args, name) is not None},
         f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
     )
     return config

@@ -49,6 +49,13 @@ class Config:
     """Keyword arguments of the environment, as JSON; used in training and evaluation alike."""
     max_episode_steps: int | None = None
     """Time limit in steps; none keeps the environment's own."""
+    wrappers: tuple[str, ...] = ()
+    """module:callable, each called as callable(env) -> env, in order, on every copy, in training
+    and evaluation, such as gymnasium.wrappers:FlattenObservation. They are stepped sync or async;
+    one that needs arguments is a function of your own."""
+    action_masks: bool = False
+    """Never take an action that info["action_mask"] of the environment says is invalid, for
+    Discrete and MultiDiscrete actions."""
     num_envs: int = 64
     """Parallel copies of the environment, N. At least 1."""
     num_steps: int = 1
@@ -60,6 +67,9 @@ class Config:
     step_timeout: float = 60.0
     """Seconds after which an async environment that has not answered counts as hung, also while
     it is made. Others run in the main process, which they may block."""
+    envs_per_worker: int | None = None
+    """async: copies stepped one after the other in one process; none divides them over the cores.
+    1 where they wait for something else than a core. At least 1."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int | None = None
@@ -74,6 +84,11 @@ class Config:
     total_iterations: int | None = None
     """End after this many iterations (one collection and one update each)."""
 
+    network: str = "auto"
+    """What makes features of observations, before the hidden layers: mlp (they are taken as they
+    are), cnn (the convolutions of Mnih et al. 2015, for images), or module:function of your own,
+    called as function(observation_space) -> torch.nn.Module. auto: cnn for uint8 images, else
+    mlp."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -148,8 +163,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if isinstance(self.hidden_sizes, list):  # as JSON has it
-            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name in ("hidden_sizes", "wrappers"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, expected in typing.get_type_hints(Config).items():
             value = getattr(self, name)
             _check_type(name, value, expected)
@@ -170,6 +186,7 @@ class Config:
         for name in (
             "threads",
             "shards",
+            "envs_per_worker",
             "max_episode_steps",
             "total_timesteps",
             "total_episodes",
@@ -190,6 +207,10 @@ class Config:
             )
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check("device", known, "auto, cpu, cuda or cuda:i", self.device)
+        for name in self.wrappers:
+            _check("wrappers", _names_a_callable(name), "module:callable", name)
+        named = self.network in ("auto", "mlp", "cnn") or _names_a_callable(self.network)
+        _check("network", named, "auto, mlp, cnn or module:function", self.network)
         sizes = self.hidden_sizes
         _check("hidden_sizes", all(size >= 1 for size in sizes), "widths of at least 1", sizes)
         for name in ("gamma", "gae_lambda"):
@@ -253,7 +274,13 @@ def flag(name: str) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain JSON types; `Config(**to_dict(config)) == config`."""
-    return dataclasses.asdict(config) | {"hidden_sizes": list(config.hidden_sizes)}
+    lists = {name: list(getattr(config, name)) for name in ("hidden_sizes", "wrappers")}
+    return dataclasses.asdict(config) | lists
+
+
+def _names_a_callable(text: str) -> bool:
+    """Whether it may be "module:callable"."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
 
 
 def _nearest_divisors(number: int, to: int) -> str:
@@ -283,7 +310,8 @@ def _matches(value: object, expected: Any) -> bool:
     if origin is Literal:
         return value in typing.get_args(expected)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(item, int) for item in value)
+        each = typing.get_args(expected)[0]
+        return isinstance(value, tuple) and all(_matches(item, each) for item in value)
     if origin is dict:
         return isinstance(value, dict)
     if expected is float:
@@ -300,7 +328,7 @@ def _words(expected: Any) -> str:
     if origin is Literal:
         return " or ".join(typing.get_args(expected))
     if origin is tuple:
-        return "whole numbers"
+        return "whole numbers" if typing.get_args(expected)[0] is int else "module:callable ..."
     if origin is dict:
         return "a dictionary"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

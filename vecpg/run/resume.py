@@ -75,8 +75,8 @@ def stored_config(run_or_checkpoint: str | Path, **anew: Any) -> Config:
     Args:
         run_or_checkpoint: its directory, or a checkpoint in it.
         anew: settings that change: limits, target_return, save_every, device, progress; and
-            `env_id` and `env_kwargs` as they are, where they name a module or a path, which is
-            taken from no file.
+            `env_id`, `env_kwargs`, `wrappers` and `network` as they are, where they name a module
+            or a path, which is taken from no file.
 
     Raises:
         ConfigError: there is no run, its config.json is damaged, or another setting is given anew.

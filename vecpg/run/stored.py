@@ -14,6 +14,8 @@ from vecpg.config import Config, ConfigError, flag, to_dict
 
 # Why a name that stands in a file is asked for.
 NAME_IT_TOO = "what a file names is imported or opened only if you name it too"
+# Of these settings; see `names_to_type`.
+NAMES = ("env_id", "env_kwargs", "wrappers", "network")
 # Objects and lists inside each other.
 _DEEPEST = 100
 # In a text, what a path or the name of a module may have, and a plain word has not.
@@ -100,18 +102,12 @@ def read_object(data: bytes, path: Path | str) -> dict[str, Any]:
     raise ConfigError(f"{path}: expected a JSON object ({len(data)} bytes): {reason}")
 
 
-def trusted_names(
-    stored: dict[str, Any],
-    env_id: str | None,
-    env_kwargs: dict[str, Any] | None,
-    command: str,
-) -> None:
+def trusted_names(stored: dict[str, Any], typed: dict[str, Any], command: str) -> None:
     """Refuse what a file names unless the user has typed it too: see `names_to_type`.
 
     Args:
-        stored: the settings in the file; "env_id" and "env_kwargs" are read.
-        env_id: what the user has typed, or None.
-        env_kwargs: likewise.
+        stored: the settings in the file.
+        typed: of `NAMES`, what the user has typed, and None for the others.
         command: what the user has called, as a shell reads it.
 
     Raises:
@@ -119,21 +115,22 @@ def trusted_names(
             is stored, with both.
 
     Example:
-        >>> stored = {"env_id": "mine:Ball-v0", "env_kwargs": {}}
-        >>> trusted_names(stored, "mine:Ball-v0", None, "vecpg evaluate runs/x")
-        >>> trusted_names(stored, None, None, "vecpg evaluate runs/x")
+        >>> stored = {"env_id": "mine:Ball-v0", "env_kwargs": {}, "wrappers": [], "network": "mlp"}
+        >>> typed = {"env_id": "mine:Ball-v0", "env_kwargs": None}
+        >>> trusted_names(stored, typed, "vecpg evaluate runs/x")
+        >>> trusted_names(stored, {}, "vecpg evaluate runs/x")
         Traceback (most recent call last):
             ...
         vecpg.config.ConfigError: what a file names ...: vecpg evaluate runs/x --env-id mine:Ball-v0
     """
-    typed = {"env_id": env_id, "env_kwargs": env_kwargs}
-    for name, given in typed.items():
+    for name in NAMES:
+        given = typed.get(name)
         if given is not None and _text(given) != _text(stored[name]):
             raise ConfigError(
                 f"{flag(name)}: expected {_text(stored[name])}, with which it was trained, got"
                 f" {_text(given)}"
             )
-    missing = {name: stored[name] for name in names_to_type(stored) if typed[name] is None}
+    missing = {name: stored[name] for name in names_to_type(stored) if typed.get(name) is None}
     if missing:
         raise ConfigError(
             f"{NAME_IT_TOO}; if you trust"
@@ -144,35 +141,45 @@ def trusted_names(
 def names_to_type(stored: dict[str, Any]) -> list[str]:
     """Which settings a user has to type for a file with these: those that may run or open things.
 
-    `module:Id` imports a module, which runs it, and so may a text in `env_kwargs`, or name a file.
-    From a file that somebody else may have written nothing of this is taken: neither an `env_id`
-    with a colon, nor `env_kwargs` that hold anywhere a text with a colon, slash, backslash, dot or
+    `module:Id` imports a module, which runs it, and so do wrappers, a network of the user's own
+    and, perhaps, a text in `env_kwargs`, which may also name a file. From a file that somebody else
+    may have written nothing of this is taken: neither an `env_id` or `network` with a colon, nor
+    `wrappers`, nor `env_kwargs` that hold anywhere a text with a colon, slash, backslash, dot or
     tilde.
 
     Example:
-        >>> names_to_type({"env_id": "Ant-v5", "env_kwargs": {"xml_file": "/home/me/ant.xml"}})
+        >>> stored = {"env_id": "Ant-v5", "wrappers": [], "network": "mlp"}
+        >>> names_to_type(stored | {"env_kwargs": {"xml_file": "/home/me/ant.xml"}})
         ['env_kwargs']
-        >>> names_to_type({"env_id": "FrozenLake-v1", "env_kwargs": {"map_name": "8x8"}})
+        >>> names_to_type(stored | {"env_kwargs": {"terminate_when_unhealthy": False}})
         []
     """
-    names = ["env_id"] if ":" in stored["env_id"] else []
-    return [*names, "env_kwargs"] if _names(stored["env_kwargs"]) else names
+    suspect = {
+        "env_id": ":" in stored["env_id"],
+        "env_kwargs": _names(stored["env_kwargs"]),
+        "wrappers": bool(stored["wrappers"]),
+        "network": ":" in stored["network"],
+    }
+    return [name for name in NAMES if suspect[name]]
 
 
 def flags_to_type(stored: dict[str, Any]) -> str:
     """What `names_to_type` says, as a shell reads it.
 
     Example:
-        >>> flags_to_type({"env_id": "mine:Ball-v0", "env_kwargs": {}})
-        '--env-id mine:Ball-v0'
+        >>> stored = {"env_id": "mine:Ball-v0", "env_kwargs": {}, "network": "mlp"}
+        >>> flags_to_type(stored | {"wrappers": ["mine:Wrap", "mine:Other"]})
+        '--env-id mine:Ball-v0 --wrappers mine:Wrap mine:Other'
     """
     return _flags({name: stored[name] for name in names_to_type(stored)})
 
 
 def _flags(settings: dict[str, Any]) -> str:
-    return shlex.join(
-        word for name, value in settings.items() for word in (flag(name), _text(value))
-    )
+    words: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        words += [flag(name), *map(_text, values)]
+    return shlex.join(words)
 
 
 def _names(value: Any) -> bool:
@@ -191,6 +198,8 @@ def _names(value: Any) -> bool:
 
 def _text(value: Any) -> str:
     """As a user would type it, in plain characters; the same for equal values of equal types."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value)) if value else "none"
     if not isinstance(value, str):
         return json.dumps(value, sort_keys=True)
     return value if value.isprintable() else ascii(value)
