@@ -3,9 +3,10 @@ import decimal
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from vecpg.envs import EnvironmentFailure, make_envs
-from vecpg.envs.answers import read_answer
+from vecpg.envs.answers import read_action_mask, read_answer
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 
@@ -105,3 +106,59 @@ def test_what_is_none_is_named(given, shown):
 def test_a_number_that_is_none_is_left_to_those_who_know_the_step():
     assert np.isnan(read_answer(np.float32("nan"), False, False)[0])
     assert read_answer(np.array([-np.inf]), False, False)[0] == -np.inf
+
+
+FIVE, TWO_AND_THREE = spaces.Discrete(5, start=3), spaces.MultiDiscrete([2, 3], start=[1, -1])
+MASK = [True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "space"),
+    [
+        (np.array(MASK), FIVE),
+        (np.array(MASK, np.int8), FIVE),
+        (MASK, FIVE),
+        (torch.tensor(MASK), FIVE),
+        (np.array(MASK, np.int64), TWO_AND_THREE),
+        ((np.array(MASK[:2], np.int8), np.array(MASK[2:])), TWO_AND_THREE),
+        ((MASK[:2], MASK[2:]), TWO_AND_THREE),
+    ],
+    ids=repr,
+)
+def test_a_mask_is_read_in_every_form_that_gymnasium_samples_with(given, space):
+    found = read_action_mask({"other": 1, "action_mask": given}, space)
+    assert found.dtype == np.bool_
+    assert found.tolist() == MASK
+
+
+@pytest.mark.parametrize(
+    ("given", "space"),
+    [
+        (None, FIVE),
+        (MASK[1:], FIVE),
+        (np.array([MASK]), FIVE),
+        (np.array(MASK, float), FIVE),
+        (np.array([1, 0, 1, 2, 0]), FIVE),
+        (np.array([-1, 0, 1, 1, 0]), FIVE),
+        (True, FIVE),
+        ([[1], [1, 0]], FIVE),
+        ({"a": 1}, FIVE),
+        ((MASK[:3], MASK[3:]), TWO_AND_THREE),
+        ((MASK[:2],), TWO_AND_THREE),
+        ((MASK[:2], None), TWO_AND_THREE),
+        (MASK[1:], TWO_AND_THREE),
+    ],
+    ids=repr,
+)
+def test_a_mask_of_another_form_is_refused_by_name(given, space):
+    message = r'expected info\["action_mask"\] of 5 booleans.*, got '
+    with pytest.raises(TypeError, match=message):
+        read_action_mask({"action_mask": given}, space)
+    with pytest.raises(TypeError, match=f"{message}none$"):
+        read_action_mask({"mask": given}, space)
+
+
+def test_there_are_masks_of_choices_only():
+    for space in (spaces.Box(-1, 1, (5,)), spaces.MultiBinary(5)):
+        with pytest.raises(TypeError, match="action_mask: expected actions of Discrete or Multi"):
+            read_action_mask({"action_mask": MASK}, space)

@@ -1,5 +1,6 @@
 """Every way a worker can fail: named, ended in time, and no process left."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -16,19 +17,31 @@ import psutil
 import pytest
 from conftest import ROOT
 from environments import Constant
-from gymnasium.vector import AsyncVectorEnv
+from gymnasium.error import ClosedEnvironmentError
 
-from vecpg.envs import EnvironmentNotMade, SubEnvironmentError, make_envs
+from vecpg.config import Config, ConfigError
+from vecpg.envs import (
+    EnvironmentNotMade,
+    SubEnvironmentError,
+    in_worker,
+    make_envs,
+)
 from vecpg.envs import workers as workers_module
-from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.train import train
 
 ACTIONS = np.zeros(4, np.int64)
+EACH_WAY = pytest.mark.parametrize("each", [1, 2, 4], indirect=True)
 
 
 @pytest.fixture
-def envs(request):
-    """Four copies, each in its own process; whatever the test did, none may be left."""
+def each(request):
+    """How many copies there are in a process."""
+    return getattr(request, "param", 1)
+
+
+@pytest.fixture
+def envs(request, each):
+    """Four copies in processes; whatever the test did, none may be left."""
     before = workers()
     made = make_envs(
         "environments:Misbehaving-v0",
@@ -36,7 +49,9 @@ def envs(request):
         vectorization="async",
         env_kwargs=getattr(request, "param", {}),
         step_timeout=1.5,
+        envs_per_worker=each,
     )
+    assert len(made.processes) == 4 // each
     made.reset(seed=[1, 2, 3, 4])
     yield made
     made.close()
@@ -61,12 +76,22 @@ def fails(envs, call):
     return caught.value
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """What does not close is killed sooner."""
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.2)
+
+
+@EACH_WAY
 @pytest.mark.parametrize(
     ("index", "moment"),
     [(0, "between steps"), (2, "between steps"), (0, "during a step"), (3, "during a step")],
 )
-def test_a_killed_worker_is_named(envs, index, moment):
-    victim = envs.processes[index].pid
+def test_a_killed_worker_is_named(envs, each, index, moment, soon):
+    victim = envs.processes[index // each].pid
+    # Where it was: at its first, in copy 1 that sleeps, or at the end.
+    first = index // each * each
+    at = {(1, 0): 0, (2, 0): 1, (4, 0): 1, (1, 3): 3, (2, 3): 3, (4, 3): 1}.get((each, index))
     if moment == "between steps":
         os.kill(victim, signal.SIGKILL)
         error = fails(envs, lambda: envs.step(ACTIONS))
@@ -79,8 +104,10 @@ def test_a_killed_worker_is_named(envs, index, moment):
         actions[1] = 1
         error = fails(envs, lambda: envs.step(actions))
         killer.join()
-    assert (error.index, error.verb) == (index, "died")
+    assert (error.index, error.verb) == (first if moment == "between steps" else at, "died")
     assert "killed by SIGKILL, perhaps by the system for want of memory" in error.detail
+    together = f"(environments {first} to {first + each - 1}) " if each > 1 else ""
+    assert f"its process {together}was killed" in error.detail
 
 
 def kill_later(pid):
@@ -88,28 +115,64 @@ def kill_later(pid):
     os.kill(pid, signal.SIGKILL)
 
 
+@EACH_WAY
 @pytest.mark.parametrize("index", [2])
-def test_a_stopped_worker_is_named_after_the_timeout(envs, index):
-    os.kill(envs.processes[index].pid, signal.SIGSTOP)
+def test_a_stopped_worker_is_named_after_the_timeout(envs, each, index, soon):
+    os.kill(envs.processes[index // each].pid, signal.SIGSTOP)
     error = fails(envs, lambda: envs.step(ACTIONS))
-    assert (error.index, error.verb) == (index, "hung")
+    assert (error.index, error.verb) == (index // each * each, "hung")
     assert "did not answer within 1.5 s; raise --step-timeout" in error.detail
 
 
 @pytest.mark.parametrize("index", [3])
-def test_a_worker_stopped_between_steps_and_at_reset_is_named(envs, index):
+def test_a_worker_stopped_between_steps_and_at_reset_is_named(envs, index, soon):
     envs.step(ACTIONS)
     os.kill(envs.processes[index].pid, signal.SIGSTOP)
     error = fails(envs, lambda: envs.reset(seed=[1, 2, 3, 4]))
     assert (error.index, error.verb) == (index, "hung")
 
 
+@EACH_WAY
+@pytest.mark.parametrize("index", [0, 3])
+def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
+    actions = ACTIONS.copy()
+    actions[index] = 1
+    envs.step_timeout = 0.5
+    error = fails(envs, lambda: envs.step(actions))
+    assert (error.index, error.verb) == (index, "hung")
+    assert "within 0.5 s; raise" in error.detail
+
+
+def test_several_that_hang_are_counted(envs, soon):
+    error = fails(envs, lambda: envs.step(np.array([0, 1, 1, 1])))
+    assert (error.index, error.verb) == (1, "hung")
+    assert "within 1.5 s, nor did 2 others; raise" in error.detail
+
+
+def test_copies_that_take_their_time_one_after_the_other_do_not_hang():
+    """Each is given its time, however many there are in a process, at any of the messages."""
+    settings = {"making": 0.25, "stepping": 0.25}
+    envs = make_envs(
+        "pool_environments:Sleeping-v0",
+        4,
+        vectorization="async",
+        env_kwargs=settings,
+        step_timeout=0.6,
+        envs_per_worker=4,
+    )
+    envs.reset(seed=1)
+    envs.step(ACTIONS)
+    assert [answer[1:] for answer in envs.call("step", 0)] == [(1.0, False, False, {})] * 4
+    envs.close()
+
+
+@EACH_WAY
 @pytest.mark.parametrize(
     ("index", "action", "verb", "words"),
     [
         (0, 2, "failed", "ValueError: 100% wrong"),
         (2, 3, "failed", "Local: cannot be pickled"),
-        (3, 4, "died", "its process ended by itself with exit status 7"),
+        (3, 4, "died", "ended by itself with exit status 7"),
         (2, 5, "failed", "SystemExit: 3"),
     ],
     ids=["raises", "raises unpicklable", "os._exit", "sys.exit"],
@@ -125,24 +188,38 @@ def test_a_worker_that_raises_or_leaves_is_named(envs, index, action, verb, word
 
 def test_several_that_raise_are_one_error(envs):
     error = fails(envs, lambda: envs.step(np.full(4, 2)))
-    assert error.verb == "failed"
+    assert (error.index, error.verb) == (0, "failed")
 
 
+@EACH_WAY
 @pytest.mark.parametrize("envs", [{"at_reset": 2}], indirect=True)
 def test_a_worker_that_raises_at_reset_is_named(envs):
-    fails(envs, lambda: [envs.reset(seed=[9, 9, 9, 9]) for _ in range(3)])
+    error = fails(envs, lambda: envs.reset(seed=[9, 9, 9, 9]))
+    assert (error.index, error.verb) == (0, "failed")
+    assert "OSError: the simulator did not start" in error.detail
 
 
-def test_closing_in_the_middle_of_a_step_ends_every_worker(envs):
+def test_what_has_failed_or_is_closed_takes_no_more(envs):
+    fails(envs, lambda: envs.step(np.full(4, 2)))
+    for _ in range(2):
+        envs.close()
+        for call in (envs.reset, lambda: envs.step(ACTIONS), lambda: envs.call("spec")):
+            with pytest.raises(ClosedEnvironmentError, match="have been closed"):
+                call()
+
+
+@EACH_WAY
+def test_closing_in_the_middle_of_a_step_ends_every_worker(envs, soon):
     pids = [process.pid for process in envs.processes]
-    envs.step_async(np.ones(4, np.int64))
+    envs._rows.actions[:] = 1
+    envs._tell(in_worker.STEP)
     begun = time.monotonic()
     envs.close()
     assert time.monotonic() - begun < 5
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_closing_stopped_workers_ends_them(envs):
+def test_closing_stopped_workers_ends_them(envs, soon):
     pids = [process.pid for process in envs.processes]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -152,7 +229,7 @@ def test_closing_stopped_workers_ends_them(envs):
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_an_interrupt_while_waiting_ends_every_worker(envs):
+def test_an_interrupt_while_waiting_ends_every_worker(envs, soon):
     pids = [process.pid for process in envs.processes]
     killer = multiprocessing.get_context("fork").Process(
         target=lambda pid: (time.sleep(0.3), os.kill(pid, signal.SIGINT)), args=(os.getpid(),)
@@ -168,19 +245,21 @@ def test_an_interrupt_while_waiting_ends_every_worker(envs):
 # -- Constructors ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [0, 2], ids=["the first", "a later copy"])
+@pytest.mark.parametrize(("at", "each"), [(0, 1), (2, 1), (0, 3), (2, 3)])
 @pytest.mark.parametrize(
     ("how", "verb", "words"),
     [
         ("raise", "failed", "ValueError: 100% wrong"),
         ("raise what cannot be pickled", "failed", "Local: ('cannot be pickled', <function"),
         ("sys.exit", "failed", "SystemExit: no licence"),
-        ("os._exit", "died", "its process ended by itself with exit status 5"),
-        ("kill", "died", "its process was killed by SIGKILL, perhaps by the system for want of"),
+        ("os._exit", "died", "ended by itself with exit status 5"),
+        ("kill", "died", "was killed by SIGKILL, perhaps by the system for want of"),
         ("hang", "hung", "its constructor did not return within "),
     ],
 )
-def test_a_constructor_that_fails_is_named_with_its_reason(tmp_path, how, verb, words, at):
+def test_a_constructor_that_fails_is_named_with_its_reason(
+    tmp_path, soon, how, verb, words, at, each
+):
     begun = time.monotonic()
     with pytest.raises(
         EnvironmentNotMade, match="^environments:Stillborn-v0 could not be"
@@ -190,14 +269,17 @@ def test_a_constructor_that_fails_is_named_with_its_reason(tmp_path, how, verb, 
             3,
             vectorization="async",
             env_kwargs={"how": how, "counter": str(tmp_path / "counter"), "at": at},
-            step_timeout=1.0,
+            step_timeout=0.5,
+            envs_per_worker=each,
         )
     assert time.monotonic() - begun < 8
     assert workers() == set()
     message = str(caught.value)
-    # The first is one that is only looked at; what it raises all would raise.
-    which = f"(environment [0-2] {verb}: )" + ("?" if verb == "failed" else "")
-    assert re.search(f"could not be made: {which}{re.escape(words)}", message), message
+    # In one process they are made in their order. What the first raises all would raise.
+    which = f"environment {at if each == 3 else '[0-2]'} {verb}: "
+    which = f"({which})?" if verb == "failed" and (at == 0 or each == 1) else which
+    process = r"its process( \(environments 0 to 2\))? " if verb == "died" else ""
+    assert re.search(f"could not be made: {which}{process}{re.escape(words)}", message), message
     assert (verb == "hung") == ("raise --step-timeout if it may take longer" in message)
     own = 'environments.py", line ' in caught.value.trace and "in __init__" in caught.value.trace
     assert own == (verb == "failed")
@@ -232,18 +314,20 @@ def test_copies_that_differ_in_their_spaces_are_named(tmp_path):
     assert workers() == set()
 
 
-def test_constructors_that_share_few_cores_are_given_their_time(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    patience = []
-    wait = workers_module.connection.wait
-
-    def noticed(pipes, timeout):
-        patience.append((len(pipes), timeout))
-        return wait(pipes, timeout)
-
-    monkeypatch.setattr(workers_module.connection, "wait", noticed)
-    make_envs("environments:Constant-v0", 3, vectorization="async", step_timeout=0.125).close()
-    assert (3, 0.375) in patience
+@pytest.mark.parametrize("cores", [1, 3])
+def test_constructors_that_share_few_cores_are_given_their_time(monkeypatch, soon, cores):
+    """Three that take 0.8 s each could have been 0.27 s at work on one core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    raises = pytest.raises(EnvironmentNotMade, match=r"0 hung: its constructor .* within 0\.4 s")
+    with contextlib.nullcontext() if cores == 1 else raises:
+        make_envs(
+            "pool_environments:Sleeping-v0",
+            3,
+            vectorization="async",
+            env_kwargs={"making": 0.8},
+            step_timeout=0.4,
+            envs_per_worker=1,
+        ).close()
 
 
 def test_what_cannot_be_sent_to_a_worker_is_refused_with_the_remedy(monkeypatch):
@@ -269,11 +353,11 @@ def test_processes_that_cannot_be_started_are_counted(monkeypatch):
     def full(*args, **kwargs):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(AsyncVectorEnv, "__init__", full)
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", full)
     with pytest.raises(
         EnvironmentNotMade, match="3 processes could not be started: .*Resource temp"
     ):
-        make_envs("environments:Constant-v0", 3, vectorization="async")
+        make_envs("environments:Constant-v0", 3, vectorization="async", envs_per_worker=1)
 
 
 def test_more_processes_than_may_have_descriptors_are_refused_before_any_is_made(monkeypatch):
@@ -282,23 +366,19 @@ def test_more_processes_than_may_have_descriptors_are_refused_before_any_is_made
         EnvironmentNotMade,
         match=r"331 processes need 1025 open files, .* limit is 1024; raise it \(ulimit -n 1025\)",
     ):
-        make_envs("environments:Constant-v0", 331, vectorization="async")
+        make_envs("environments:Constant-v0", 662, vectorization="async", envs_per_worker=2)
 
 
-def test_a_worker_has_three_descriptors_of_this_process(envs):
+@EACH_WAY
+def test_a_worker_has_three_descriptors_of_this_process(envs, each):
     before = psutil.Process().num_fds()
     envs.close()
     envs.processes.clear()
-    assert before - psutil.Process().num_fds() == 4 * workers_module._DESCRIPTORS
+    # And one for what is shared.
+    assert before - psutil.Process().num_fds() == 4 // each * workers_module._DESCRIPTORS + 1
 
 
 # -- Processes ------------------------------------------------------------------------------------
-
-
-def test_a_daemonic_process_hears_that_it_may_have_no_children():
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        said = pool.apply(refusal)
-    assert "daemonic processes may have no children; use --vectorization sync" in said
 
 
 @pytest.mark.parametrize(
@@ -324,13 +404,6 @@ def leave_open(pipe):
         pipe.send("made")
     except EnvironmentNotMade as error:
         pipe.send(str(error))
-
-
-def refusal():
-    try:
-        make_envs("environments:Constant-v0", 2, vectorization="async")
-    except EnvironmentNotMade as error:
-        return str(error)
 
 
 def run(code, *, cwd):
@@ -359,27 +432,20 @@ def test_a_script_without_a_main_guard_hears_of_it_once(tmp_path):
     assert 'stand under `if __name__ == "__main__":`' in err.splitlines()[-1]
 
 
-def test_a_script_that_is_no_file_is_named(monkeypatch):
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/tmp/<stdin>", raising=False)
-    with pytest.raises(EnvironmentNotMade, match="/tmp/<stdin> is no file; put it in one, or use"):
-        make_envs("environments:Constant-v0", 2, vectorization="async")
-
-
 def test_an_environment_that_cannot_be_closed_is_named_and_its_worker_ends(tmp_path):
     code = (
         "from vecpg.envs import make_envs\n"
         "if __name__ == '__main__':\n"
-        "    envs = make_envs('environments:Unclosable-v0', 2, vectorization='async')\n"
+        "    envs = make_envs('environments:Unclosable-v0', 3, vectorization='async',\n"
+        "                     envs_per_worker=2)\n"
         "    envs.close()\n"
         "    print([process.exitcode for process in envs.processes])\n"
     )
     process = run(code, cwd=tmp_path)
     out, err = process.communicate(timeout=60)
     assert out == "[0, 0]\n"
-    # One more was made for its spaces.
     assert sorted(err.splitlines()) == [
-        f"closing environment {index} failed: RuntimeError: close broke" for index in (0, 0, 1)
+        f"closing environment {index} failed: RuntimeError: close broke" for index in (0, 1, 2)
     ]
 
 
@@ -390,7 +456,8 @@ from vecpg.envs import make_envs
 
 def main():
     global envs
-    envs = make_envs("environments:Simulated-v0", 3, vectorization="async", step_timeout=100)
+    envs = make_envs("environments:Simulated-v0", 3, vectorization="async", step_timeout=100,
+                     envs_per_worker={each})
     envs.reset(seed=[1, 2, 3])
     envs.step(np.zeros(3, int))
     print("ready", flush=True)
@@ -423,19 +490,21 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize("end", [pytest.param(end, marks=pytest.mark.slow) for end in ENDS])
-def test_however_a_process_ends_nothing_is_left(tmp_path, end):
+def test_however_a_process_ends_nothing_is_left(tmp_path, end, each):
     """No worker, no program of an environment, no shared memory, and no word from any of them."""
     what, signum, status, traceback = ENDS[end]
-    process = run(LIFE.format(what=what), cwd=tmp_path)
+    process = run(LIFE.format(what=what, each=each), cwd=tmp_path)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     below = psutil.Process(process.pid).children(recursive=True)
     if signum is not None:
         # What has no name any more cannot be left behind.
-        assert "/dev/shm/" in (maps := shared_memory([process.pid, *(one.pid for one in below)]))
+        maps = shared_memory([process.pid, *(one.pid for one in below)])
+        assert "/memfd:vecpg" in maps
         assert all(line.endswith("(deleted)") for line in maps.splitlines())
-        # Fork server, resource tracker, three workers, three programs.
-        assert len(below) == 8
+        # Fork server, resource tracker, workers, three programs.
+        assert len(below) == 2 + -(-3 // each) + 3
         time.sleep(0.3)
         process.send_signal(signum)
     begun = time.monotonic()
@@ -449,11 +518,13 @@ def test_however_a_process_ends_nothing_is_left(tmp_path, end):
 
 def shared_memory(pids):
     maps = [(Path("/proc") / str(pid) / "maps").read_text().splitlines() for pid in pids]
-    return "\n".join(line for each in maps for line in each if "/dev/shm/" in line)
+    return "\n".join(
+        line for each in maps for line in each if "/memfd:" in line or "/dev/shm/" in line
+    )
 
 
-def test_a_worker_that_is_killed_takes_its_environments_programs_along():
-    envs = make_envs("environments:Simulated-v0", 2, vectorization="async", step_timeout=1.0)
+def test_a_worker_that_is_killed_takes_its_environments_programs_along(soon):
+    envs = make_envs("environments:Simulated-v0", 2, vectorization="async", step_timeout=0.5)
     envs.reset(seed=[1, 2])
     programs = [
         child
@@ -481,22 +552,101 @@ def test_a_fork_of_the_process_leaves_the_workers_alone(envs):
     assert envs.step(ACTIONS)[0].shape == (4, 1)
 
 
+@EACH_WAY
 def test_calls_are_answered_or_named(envs):
     assert [spec.id for spec in envs.get_attr("spec")] == ["Misbehaving-v0"] * 4
+    envs.set_attr("at_reset", [None, 7, 8, 9])
+    assert envs.get_attr("at_reset") == (None, 7, 8, 9)
+    envs.set_attr("at_reset", None)
+    assert envs.get_attr("at_reset") == (None,) * 4
+    envs.reset(seed=[5, 6, 7, 8])
+    assert envs.np_random_seed == (5, 6, 7, 8)
+    with pytest.raises(ValueError, match="at_reset: expected 4 values, got 2"):
+        envs.set_attr("at_reset", [1, 2])
     error = fails(envs, lambda: envs.call("no_such_thing"))
     assert (error.index, error.verb) == (0, "failed")
     assert "AttributeError" in error.detail
 
 
-def test_sync_and_async_collect_the_same_bit_for_bit():
-    rollouts = []
-    for vectorization in ("sync", "async"):
-        envs = make_envs("environments:Counting-v0", 5, vectorization=vectorization)
-        policy = Policy(envs.single_observation_space, envs.single_action_space)
-        for parameter in policy.parameters():
-            parameter.data.fill_(0.1)
-        rollouts.append([collect(envs, policy, num_steps=9, seed=4, iteration=i) for i in range(3)])
-        envs.close()
-    for one, other in zip(*rollouts, strict=True):
-        for name in one.__slots__:
-            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+@EACH_WAY
+def test_what_a_step_returned_stays(envs):
+    before = envs.reset(seed=1)[0]
+    kept = [each.copy() for each in (before, *envs.step(ACTIONS)[:4])]
+    returned = [before, *envs.step(ACTIONS)[:4]]
+    for rows in (envs._rows.obs, envs._rows.rewards):
+        rows[:] = np.nan
+    envs._rows.terminations[:] = True
+    for one, other in zip(kept, returned, strict=True):
+        assert np.array_equal(one, other)
+    assert [each.dtype for each in returned[1:]] == [np.float32, np.float64, np.bool_, np.bool_]
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        np.zeros(3, np.int64),
+        np.zeros((4, 1), np.int64),
+        0,
+        np.zeros(4),
+        ["0"] * 4,
+        np.full(4, 2**63, np.uint64),
+    ],
+    ids=["three", "two dimensions", "one", "floating-point", "text", "beyond"],
+)
+def test_actions_that_do_not_fit_are_refused_before_any_is_sent(envs, actions):
+    with pytest.raises(ValueError, match="expected actions of (shape|dtype)"):
+        envs.step(actions)
+    assert envs.step([0, 0, 0, 0])[1].tolist() == [1.0] * 4
+    assert envs.step(ACTIONS.astype(np.uint8))[1].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": [1, 2]}, "seed: expected one for each of 4, got 2"),
+        ({"options": {"reset_mask": [True] * 4}}, "reset_mask: expected an array of 4 booleans"),
+        ({"options": {"reset_mask": np.zeros(4, bool)}}, "reset_mask: expected"),
+    ],
+)
+def test_what_cannot_be_reset_is_refused_before_any_is(envs, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        envs.reset(**wrong)
+    assert envs.step(ACTIONS)[0].shape == (4, 1)
+
+
+def test_observations_that_are_no_arrays_are_told_as_in_sync(tmp_path):
+    said = []
+    for how in ("sync", "async"):
+        config = Config(
+            env_id="pool_environments:Nested-v0",
+            vectorization=how,
+            num_envs=2,
+            out_dir=str(tmp_path),
+            progress=False,
+        )
+        with pytest.raises(ConfigError) as caught:
+            train(config)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "--wrappers gymnasium.wrappers:FlattenObservation" in said[0]
+    envs = make_envs("pool_environments:Nested-v0", 2, vectorization="async")
+    with pytest.raises(TypeError, match="got Dict.*--wrappers gymnasium.wrappers:FlattenObs"):
+        envs.reset(seed=1)
+    envs.close()
+
+
+def test_copies_are_divided_over_the_cores(monkeypatch):
+    for cores, num_envs, first in (
+        (2, 5, [0, 3]),
+        (4, 5, [0, 2, 4]),
+        (4, 2, [0, 1]),
+        (1, 3, [0]),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        envs = make_envs("environments:Constant-v0", num_envs, vectorization="async")
+        assert len(envs.processes) == len(first)
+        # Who is in one process is reset after the others there.
+        os.kill(envs.processes[-1].pid, signal.SIGKILL)
+        with pytest.raises(SubEnvironmentError) as caught:
+            envs.reset(seed=1)
+        assert caught.value.index == first[-1]

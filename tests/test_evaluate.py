@@ -126,8 +126,7 @@ def test_one_copy_is_made_in_each_process_and_closed_once(tmp_path):
     judge.close()
     written = diary.read_text().split("\n")[:-1]
     processes = {line.split()[1] for line in written}
-    # Three, and one before them for the spaces.
-    assert len(processes) == 4
+    assert len(processes) == 3
     assert str(os.getpid()) not in processes
     assert sorted(written) == sorted(
         f"{what} {p}" for p in processes for what in ("made", "closed")

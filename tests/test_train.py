@@ -583,8 +583,7 @@ def test_of_what_there_is_one_of_in_a_process_async_makes_one(tmp_path):
     assert train(short(tmp_path / "runs", **settings)).summary["eval_return_mean"] == -5.0
     written = [line.split() for line in diary.read_text().splitlines()]
     made, closed = ([p for what, p in written if what == name] for name in ("made", "closed"))
-    # Two for each, and one before them for the spaces.
-    assert len(made) == len(set(made)) == 6
+    assert len(made) == len(set(made)) == 4
     assert sorted(made) == sorted(closed)
     assert not set(made) & {str(each.pid) for each in psutil.Process().children(recursive=True)}
 

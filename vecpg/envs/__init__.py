@@ -21,8 +21,9 @@ from vecpg.envs.errors import (
     in_words,
     trace_of_making,
 )
+from vecpg.envs.fork_server import check_process
 from vecpg.envs.in_process import InProcessEnvs
-from vecpg.envs.workers import WorkerEnvs, check_process
+from vecpg.envs.workers import WorkerEnvs
 from vecpg.kernels.announce import once
 
 __all__ = [
@@ -152,14 +153,15 @@ def make_envs(
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
     step_timeout: float = 60.0,
+    envs_per_worker: int | None = None,
 ) -> VectorEnv:
     """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
 
     Args:
         env_id: a registered id; `module:Id` imports the module first.
         num_envs: the number of copies, at least 1.
-        vectorization: "sync" steps N ordinary environments in this process; "async" steps each in
-            a process of its own; "vector_entry_point" uses the environment's own vectorized form;
+        vectorization: "sync" steps N ordinary environments in this process; "async" steps them in
+            processes of their own; "vector_entry_point" uses the environment's own vectorized form;
             "tensor" uses what is registered for it on tensors; "auto" takes "tensor" where there is
             such a thing and no `env_kwargs` are given, else what `own_vectorization` says.
         device: where "tensor" keeps its state.
@@ -167,6 +169,8 @@ def make_envs(
         max_episode_steps: time limit in steps; None keeps the environment's own.
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
+        envs_per_worker: how many async copies are stepped in one process, one after the other; None
+            divides them over the cores. 1 where they wait for something else than a core.
 
     Raises:
         ValueError: an unknown id, an environment that has no time limit, or runs in another
@@ -197,7 +201,7 @@ def make_envs(
         if vectorization == "sync":
             envs: VectorEnv = InProcessEnvs(makers)
         elif vectorization == "async":
-            envs = WorkerEnvs(makers, step_timeout)
+            envs = WorkerEnvs(makers, step_timeout, envs_per_worker)
         elif vectorization == "tensor":
             # The limit is that of what was named.
             kwargs.setdefault("max_episode_steps", spec.max_episode_steps)
@@ -480,4 +484,4 @@ def check_autoreset(envs: VectorEnv) -> None:
 
 def has_one_generator(envs: VectorEnv) -> bool:
     """Whether all copies draw from one generator, so that one seed resets them all."""
-    return not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+    return not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | WorkerEnvs)

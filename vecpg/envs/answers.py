@@ -1,11 +1,13 @@
 """What an environment answered, as numbers of the types that Gymnasium puts together."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 
 _FLAGS = (bool, np.bool_)
 
@@ -38,6 +40,78 @@ def read_answer(reward: Any, terminated: Any, truncated: Any) -> tuple[float, bo
     if not isinstance(truncated, _FLAGS):
         truncated = _number(truncated, "a truncated that is True or False")
     return float(reward), bool(terminated), bool(truncated)
+
+
+def num_choices(space: spaces.Space[Any]) -> list[int]:
+    """How many values each component of an action has: what a mask of actions has flags for.
+
+    Raises:
+        TypeError: neither a `Discrete` nor a `MultiDiscrete` space.
+
+    Example:
+        >>> num_choices(spaces.Discrete(3)), num_choices(spaces.MultiDiscrete([3, 2]))
+        ([3], [3, 2])
+    """
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return [int(size) for size in space.nvec.flat]
+    raise TypeError(f"action_mask: expected actions of Discrete or MultiDiscrete, got {space}")
+
+
+def read_action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> NDArray[np.bool_]:
+    """Which actions `info["action_mask"]` allows: (A,) bool, True = allowed.
+
+    A is n of a `Discrete` space, and the sum of nvec of a `MultiDiscrete` one, whose components
+    follow each other.
+
+    Args:
+        info: as an environment returned it. The mask is an array of A booleans, or zeros and ones;
+            or, for `MultiDiscrete`, a tuple of one such array for each component.
+        space: of the actions.
+
+    Raises:
+        TypeError: there is no mask, or it is none of the kind.
+
+    Example:
+        >>> read_action_mask({"action_mask": np.array([1, 0, 1], np.int8)}, spaces.Discrete(3))
+        array([ True, False,  True])
+        >>> read_action_mask({"action_mask": ([True, False], [0, 1, 1])},
+        ...                  spaces.MultiDiscrete([2, 3]))
+        array([ True, False, False,  True,  True])
+        >>> read_action_mask({}, spaces.Discrete(3))
+        Traceback (most recent call last):
+            ...
+        TypeError: expected info["action_mask"] of 3 booleans, got none
+    """
+    sizes = num_choices(space)
+    kind = f"{sum(sizes)} booleans"
+    if isinstance(space, spaces.MultiDiscrete):
+        kind += f", or a tuple of {sizes}"
+    expected = f'expected info["action_mask"] of {kind}'
+    if "action_mask" not in info:
+        raise TypeError(f"{expected}, got none")
+    given = info["action_mask"]
+    parts, lengths = [given], [sum(sizes)]
+    if isinstance(given, tuple) and isinstance(space, spaces.MultiDiscrete):
+        parts, lengths = list(given), sizes
+    found = [flags for part in parts if (flags := _flags(part)) is not None]
+    if [len(flags) for flags in found] != lengths:
+        raise TypeError(f"{expected}, got {_shown(given)}")
+    return np.concatenate(found)
+
+
+def _flags(given: Any) -> NDArray[np.bool_] | None:
+    """(n,) bool of a row of booleans, or zeros and ones; None of anything else."""
+    try:
+        found = np.asarray(given)
+    # Whatever objects of others raise where they are asked for an array.
+    except Exception:
+        return None
+    if found.ndim != 1 or found.dtype.kind not in "biu":
+        return None
+    flags = found.astype(np.bool_)
+    return flags if (flags == found).all() else None
 
 
 def with_typed_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:

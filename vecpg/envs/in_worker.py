@@ -1,0 +1,278 @@
+"""What runs in a worker: copies of an environment, stepped one after the other when it is told.
+
+Whatever fails is reported as plain data, of the copy that the worker is at.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import connection, reduction
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector.utils import CloudpickleWrapper
+
+from vecpg.envs.answers import read_action_mask, read_answer, with_typed_observations
+from vecpg.envs.errors import SubEnvironmentError, in_words
+from vecpg.envs.shared import SharedRows, positions
+
+_log = logging.getLogger(__name__)
+
+# How long a worker may take to close its environments, before it is killed.
+END_SECONDS = 2.0
+# To the whole terminal or job; the main process answers them.
+ANSWERED_ABOVE = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# What a worker is told, in one byte. What a command takes follows as an object, but for a step:
+# that is in the shared memory.
+STEP, RESET, CALL, SHARE, CLOSE = b"s", b"r", b"c", b"m", b"q"
+# What it answers: that it is done, or an object follows: its answer, or a `Failure`.
+DONE, ANSWER, FAILED = b"d", b"a", b"f"
+
+# The index of the environment, a verb, the detail, and its traceback.
+Failure = tuple[int, str, str, str]
+
+
+class Known(NamedTuple):
+    """What the main process has to know of the environments."""
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    metadata: dict[str, Any]
+    render_mode: str | None
+
+
+def check_equal(expected: Known, got: Any) -> None:
+    """Refuse an environment, or what is known of one, that has other spaces.
+
+    Raises:
+        ValueError: with both.
+
+    Example:
+        >>> one, other = (Known(spaces.Discrete(n), spaces.Discrete(2), {}, None) for n in (3, 4))
+        >>> check_equal(one, other)
+        Traceback (most recent call last):
+            ...
+        ValueError: expected the observation_space of every copy to be Discrete(3), got Discrete(4)
+    """
+    for name in ("observation_space", "action_space"):
+        wanted, found = getattr(expected, name), getattr(got, name)
+        if found != wanted:
+            raise ValueError(f"expected the {name} of every copy to be {wanted}, got {found}")
+
+
+def packed(value: Any) -> bytes:
+    """Almost anything, functions and classes of a script's own included, as it travels.
+
+    Example:
+        >>> unpacked(packed(lambda: 3))()
+        3
+    """
+    return pickle.dumps(CloudpickleWrapper(lambda: value))
+
+
+def unpacked(data: bytes) -> Any:
+    """What was `packed`."""
+    return pickle.loads(data)()
+
+
+def work(
+    pipe: "connection.Connection[Any, Any]", makers: bytes, first: int, number: int, of: int
+) -> None:
+    """Say that it has begun, make the environments, and do what it is told until it is to close.
+
+    Args:
+        pipe: to the main process, which has sent the shared memory over it.
+        makers: a list of what makes an environment each, packed.
+        first: the index of the first of them.
+        number: the index of this worker.
+        of: how many workers there are.
+    """
+    _settle()
+    memory = reduction.recv_handle(pipe)
+    copies = _Copies(makers, first, memory, number, of)
+    # The end of the main process is the end of this one.
+    with contextlib.suppress(ConnectionError):
+        os.write(pipe.fileno(), DONE)
+        copies.reply(pipe, copies.make, SubEnvironmentError.raised_in_making)
+        answers = {
+            STEP: copies.step,
+            RESET: lambda: copies.reset(*pipe.recv()),
+            CALL: lambda: copies.call(*pipe.recv()),
+            SHARE: lambda: copies.share(*pipe.recv()),
+        }
+        while (command := os.read(pipe.fileno(), 1)) not in (CLOSE, b""):
+            copies.reply(pipe, answers[command], SubEnvironmentError.raised)
+    copies.close()
+
+
+def _settle() -> None:
+    """Leave the terminal's signals to the main process, and end when that does."""
+    # With what an environment starts it can be ended as a group, to which no terminal sends.
+    os.setpgid(0, 0)
+    # A job's signals come to every process. A handler, since what is started here would inherit
+    # that they are ignored.
+    for signum in (*ANSWERED_ABOVE, signal.SIGTERM):
+        signal.signal(signum, _leave_it)
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _leave_it(signum: int, frame: Any) -> None:
+    pass
+
+
+def _follow() -> None:
+    """End a little later than the main process, whatever the environments do."""
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        time.sleep(END_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+
+class _Copies:
+    """The environments of one worker, in NEXT_STEP mode.
+
+    Args:
+        makers: a list of what makes an environment each, packed.
+        first: the index of the first of them.
+        memory: as `shared.create` gives it.
+        number: the index of this worker.
+        of: how many workers there are.
+    """
+
+    def __init__(self, makers: bytes, first: int, memory: int, number: int, of: int) -> None:
+        self.makers, self.first = makers, first
+        self.memory, self.of = memory, of
+        self.envs: list[gymnasium.Env[Any, Any]] = []
+        self.ended: list[bool] = []
+        # Of this worker alone: which environment it is at, for whoever waits for it.
+        self.at = positions(memory, of)[number : number + 1]
+
+    def reply(
+        self,
+        pipe: "connection.Connection[Any, Any]",
+        work: Callable[[], bytes | None],
+        failed: Callable[[int, BaseException], SubEnvironmentError],
+    ) -> None:
+        """Do the work, and tell the main process what came of it."""
+        try:
+            answer = work()
+            kind = DONE if answer is None else ANSWER
+        # Whatever an environment raises: as plain data, since it might not travel itself.
+        except BaseException as error:
+            failure: Failure = failed(int(self.at[0]), error).args[0]
+            kind, answer = FAILED, pickle.dumps(failure)
+        os.write(pipe.fileno(), kind)
+        if answer is not None:
+            pipe.send_bytes(answer)
+
+    def make(self) -> bytes:
+        """Make the environments; what is known of them."""
+        for index, make in enumerate(unpacked(self.makers), self.first):
+            self.at[0] = index
+            env = with_typed_observations(make())
+            self.envs.append(env)
+            if index == self.first:
+                known = Known(
+                    env.observation_space, env.action_space, dict(env.metadata), env.render_mode
+                )
+            check_equal(known, env)
+        self.ended = [False] * len(self.envs)
+        return packed(known)
+
+    def share(self, num_envs: int, action_masks: bool) -> None:
+        """Find the rows of all environments in the memory, and keep this worker's."""
+        env = self.envs[0]
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        rows = SharedRows(
+            self.memory, self.of, num_envs, self.observation_space, self.action_space, action_masks
+        )
+        os.close(self.memory)
+        own = slice(self.first, self.first + len(self.envs))
+        self.actions, self.obs, self.rewards = rows.actions[own], rows.obs[own], rows.rewards[own]
+        self.terminations, self.truncations = rows.terminations[own], rows.truncations[own]
+        self.masks = rows.action_masks[own] if action_masks else None
+
+    def reset(
+        self, seeds: list[int | None], options: dict[str, Any] | None, chosen: list[bool]
+    ) -> None:
+        """Reset those that are chosen, each with its seed."""
+        for k, env in enumerate(self.envs):
+            self.at[0] = self.first + k
+            if chosen[k]:
+                obs, info = env.reset(seed=seeds[k], options=options)
+                self.ended[k] = False
+                self._keep(k, obs, info)
+
+    def step(self) -> None:
+        """Step each, or reset it where it has ended; its action is then ignored."""
+        # An environment may keep its action, or write into it.
+        actions = self.actions.copy()
+        at, first, ended = self.at, self.first, self.ended
+        rewards = [0.0] * len(ended)
+        truncations = [False] * len(ended)
+        terminations = truncations.copy()
+        for k, env in enumerate(self.envs):
+            at[0] = first + k
+            if ended[k]:
+                obs, info = env.reset()
+                ended[k] = False
+            else:
+                obs, reward, terminated, truncated, info = env.step(actions[k])
+                rewards[k], terminated, truncated = read_answer(reward, terminated, truncated)
+                terminations[k], truncations[k] = terminated, truncated
+                ended[k] = terminated or truncated
+            self._keep(k, obs, info)
+        self.rewards[:], self.terminations[:], self.truncations[:] = (
+            rewards,
+            terminations,
+            truncations,
+        )
+
+    def call(self, name: str, args: list[tuple[Any, ...]], kwargs: dict[str, Any]) -> bytes:
+        """Of each environment an attribute, or what it returns if called with its arguments."""
+        answers = []
+        for k, env in enumerate(self.envs):
+            self.at[0] = self.first + k
+            found = env.get_wrapper_attr(name)
+            answers.append(pickle.dumps(found(*args[k], **kwargs) if callable(found) else found))
+        return pickle.dumps(answers)
+
+    def close(self) -> None:
+        """Close the environments; one that cannot be closed is named."""
+        for index, env in enumerate(self.envs, self.first):
+            try:
+                env.close()
+            except Exception as error:
+                _log.warning("closing environment %d failed: %s", index, in_words(error))
+
+    def _keep(self, k: int, obs: Any, info: Any) -> None:
+        """Write an observation, and a mask, where the main process finds them."""
+        row = self.obs[k]
+        if type(obs) is not np.ndarray or obs.dtype != row.dtype or obs.shape != row.shape:
+            _check_observation(self.observation_space, obs)
+        self.obs[k] = obs
+        if not isinstance(info, dict):
+            raise TypeError(f"expected an info that is a dict, got {info!r}")
+        if self.masks is not None:
+            # After an end no action is taken, and the environment need not say which it would be.
+            if self.ended[k] and "action_mask" not in info:
+                self.masks[k] = True
+            else:
+                self.masks[k] = read_action_mask(info, self.action_space)
+
+
+def _check_observation(space: Any, obs: Any) -> None:
+    if np.shape(obs) != space.shape:
+        raise ValueError(f"expected an observation of shape {space.shape}, got {np.shape(obs)}")
+    dtype = np.asarray(obs).dtype
+    if not np.can_cast(dtype, space.dtype, "same_kind"):
+        raise TypeError(f"expected an observation of dtype {space.dtype}, got {dtype}")
