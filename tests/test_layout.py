@@ -27,7 +27,7 @@ ALLOWED = {
     "vecpg.device": set(),
     "vecpg.shell": set(),
     "vecpg.machine": {"vecpg"},
-    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.noise"},
+    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.named", "vecpg.noise"},
     "vecpg.policy": {"vecpg.kernels", "vecpg.noise", "vecpg.policy"},
     "vecpg.rollout": {
         "vecpg.envs",

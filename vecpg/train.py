@@ -216,6 +216,7 @@ def _begin(config: Config) -> Run:
                 device=str(device),
                 env_kwargs=config.env_kwargs,
                 max_episode_steps=config.max_episode_steps,
+                wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
             )
             unless_all_is_well.callback(envs.close)
@@ -225,6 +226,7 @@ def _begin(config: Config) -> Run:
                     config.env_id,
                     env_kwargs=config.env_kwargs,
                     max_episode_steps=config.max_episode_steps,
+                    wrappers=config.wrappers,
                 )
             policy, critic = _make_networks(config, envs, device)
             _log.info(
@@ -254,6 +256,7 @@ def _begin(config: Config) -> Run:
                 num_envs=config.num_envs,
                 env_kwargs=config.env_kwargs,
                 max_episode_steps=config.max_episode_steps,
+                wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
             )
             unless_all_is_well.callback(judge.close)
@@ -300,6 +303,7 @@ def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str,
         config.vectorization if before is None else before["vectorization"],
         config.env_kwargs,
         max_episode_steps=config.max_episode_steps,
+        wrappers=config.wrappers,
     )
     if before is None:
         return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
@@ -328,6 +332,7 @@ def _check_room(
             vectorization=vectorization,
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
             step_timeout=config.step_timeout,
         )
         with contextlib.closing(one):
@@ -516,6 +521,7 @@ def _film(config: Config, policy: Policy, path: Path) -> None:
             path,
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
             seed=config.seed,
         )
     except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
