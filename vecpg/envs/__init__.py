@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 _ON_TENSORS = "vecpg.envs.tensor:TensorVectorEnv"
 # By the id of Gymnasium's own environment the id of what stands for it on tensors.
 _stand_ins: dict[str, str] = {}
+# The keyword by which Atari games end their episodes themselves.
+_LIMIT_OF_ATARI = "max_num_frames_per_episode"
 # What Gymnasium itself registers under the ids for which something of vecpg's stands.
 _CLASSES = {
     "CartPole-v1": ("CartPoleEnv", "CartPoleVectorEnv"),
@@ -487,7 +489,8 @@ def _not_gymnasiums(spec: EnvSpec) -> str | None:
 
 def check_time_limit(spec: EnvSpec, max_episode_steps: int | None) -> None:
     """Refuse an environment whose episodes may never end."""
-    if max_episode_steps is None and spec.max_episode_steps is None:
+    limited = spec.max_episode_steps is not None or spec.kwargs.get(_LIMIT_OF_ATARI) is not None
+    if max_episode_steps is None and not limited:
         raise ValueError(
             f"{spec.id} has no time limit, and REINFORCE needs whole episodes;"
             " give one with --max-episode-steps"
