@@ -58,7 +58,7 @@ class Sleeping(gymnasium.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
-class Nested(Sleeping):
+class Keyed(Sleeping):
     """Observations that are no array."""
 
     def __init__(self):
@@ -100,7 +100,7 @@ class Masked(gymnasium.Env):
         return {"action_mask": (mask[:2], mask[2:] == 1) if self.multi else mask}
 
 
-for _env in (Walk, Sleeping, Nested, Masked):
+for _env in (Walk, Sleeping, Keyed, Masked):
     gymnasium.register(
         f"{_env.__name__}-v0", f"pool_environments:{_env.__name__}", max_episode_steps=50
     )

@@ -120,6 +120,7 @@ def test_what_is_kept_plays_what_is_made_anew():
 def test_one_copy_is_made_in_each_process_and_closed_once(tmp_path):
     diary = tmp_path / "diary"
     settings = {"vectorization": "async", "num_envs": 3, "env_kwargs": {"diary": str(diary)}}
+    settings |= {"envs_per_worker": 1}
     judge = make_judge(policy(), "environments:Alone-v0", 10, **settings)
     for draw in range(3):
         assert evaluate_in(judge, policy(), 10, draw=draw).lengths == (5,) * 10

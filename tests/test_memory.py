@@ -38,7 +38,7 @@ BOX, TWO = spaces.Box(-1, 1, (100,)), spaces.Discrete(2)
 
 BEYOND = {
     "sync": ({"num_envs": 10**9}, "sync", (), "--num-envs: expected at most {}, got 1,000,000,000"),
-    "async": ({"num_envs": 10**4}, "async", (), "--num-envs: expected at most {}, got 10,000"),
+    "async": ({"num_envs": 10**9}, "async", (), "--num-envs: expected at most {}, got 1,000,000"),
     "tensors": (
         {"num_envs": 2**40},
         "tensor",
@@ -79,6 +79,16 @@ def test_what_cannot_fit_is_answered_with_what_would(case):
     check_room(Config(**{name: most}), vectorization, have=GB)
     with pytest.raises(ConfigError, match="expected at most"):
         check_room(Config(**{name: most + 1}), vectorization, *known, have=GB)
+
+
+def test_copies_in_processes_of_few_need_more():
+    for each, most in ((1, 498), (10, 4_945), (10_000, 450_000), (None, 492_000)):
+        config = {"envs_per_worker": each}
+        with pytest.raises(ConfigError, match="--num-envs: expected at most") as error:
+            check_room(Config(num_envs=10**6, **config), "async", have=GB)
+        found = int(re.search(r"at most ([\d,]+)", str(error.value))[1].replace(",", ""))
+        assert found == pytest.approx(most, rel=0.01)
+        check_room(Config(num_envs=found, **config), "async", have=GB)
 
 
 def test_layers_between_zeros_and_ones_are_counted():
@@ -208,11 +218,11 @@ def test_copies_and_their_rows_take_more(vectorization):
 def test_a_worker_takes_more():
     import psutil
 
-    envs = make_envs("CartPole-v1", 2, vectorization="async")
+    envs = make_envs("CartPole-v1", 200, vectorization="async", envs_per_worker=100)
     try:
         for process in envs.processes:
             own = psutil.Process(process.pid).memory_full_info().uss
-            assert own > memory._BYTES_OF_A_COPY["async"]
+            assert own > memory._BYTES_OF_A_WORKER + 100 * memory._BYTES_OF_A_COPY["async"]
     finally:
         envs.close()
 

@@ -299,11 +299,29 @@ def test_dropout_changes_what_is_trained_and_nothing_of_evaluation(tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_sync_and_async_give_identical_metrics(tmp_path, seed):
+    """However many copies share a process; and the same policy, to the last bit."""
+    ways = {"sync": None}, {"async": None}, {"async": 1}, {"async": 3}
     runs = [
-        train(short(tmp_path, vectorization=vectorization, num_steps=40, seed=seed))
-        for vectorization in ("sync", "async")
+        train(
+            short(
+                tmp_path,
+                vectorization=vectorization,
+                envs_per_worker=each,
+                num_steps=40,
+                seed=seed,
+                exp_name=f"{vectorization} {each}",
+            )
+        )
+        for way in ways
+        for vectorization, each in way.items()
     ]
-    assert without_clock(lines(runs[0].run_dir)) == without_clock(lines(runs[1].run_dir))
+    rows, *others = [without_clock(lines(run.run_dir)) for run in runs]
+    assert others == [rows] * 3
+    for run in runs[1:]:
+        for one, other in zip(runs[0].policy.parameters(), run.policy.parameters(), strict=True):
+            assert torch.equal(one, other)
+        for name in ("eval_return_mean", "env_steps", "best_return"):
+            assert run.summary[name] == runs[0].summary[name]
 
 
 def test_threads_of_the_caller_change_nothing(tmp_path):
@@ -580,12 +598,17 @@ def test_of_what_there_is_one_of_in_a_process_async_makes_one(tmp_path):
     diary = tmp_path / "diary"
     settings = {"env_id": "environments:Alone-v0", "vectorization": "async", "num_envs": 2}
     settings |= {"env_kwargs": {"diary": str(diary)}, "total_iterations": 2, "eval_episodes": 5}
+    settings |= {"envs_per_worker": 1}
     assert train(short(tmp_path / "runs", **settings)).summary["eval_return_mean"] == -5.0
     written = [line.split() for line in diary.read_text().splitlines()]
     made, closed = ([p for what, p in written if what == name] for name in ("made", "closed"))
     assert len(made) == len(set(made)) == 4
     assert sorted(made) == sorted(closed)
     assert not set(made) & {str(each.pid) for each in psutil.Process().children(recursive=True)}
+    # Two in one, and the remedy is named.
+    message = "environment 1 failed: .* already; if a process can have one copy .* --envs-per-work"
+    with pytest.raises(ConfigError, match=message):
+        train(short(tmp_path / "runs", **settings | {"envs_per_worker": 2}))
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])

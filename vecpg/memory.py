@@ -19,8 +19,9 @@ from gymnasium import spaces
 from vecpg.config import Config, ConfigError, flag
 
 # What a copy of an environment takes at the very least: objects of an environment with its wrappers
-# (CartPole-v1 takes 5 KB), or a process, forked from one with Gymnasium loaded (6 MB of its own).
-_BYTES_OF_A_COPY = {"sync": 2_000, "async": 2_000_000}
+# (CartPole-v1 takes 5 KB); and a process, forked from one with Gymnasium loaded (6 MB of its own).
+_BYTES_OF_A_COPY = {"sync": 2_000, "async": 2_000}
+_BYTES_OF_A_WORKER = 2_000_000
 # Of a row the reward, three flags and one number of an action; and of each number of an observation
 # the number itself, and what the space of all copies keeps of it: two bounds, and whether they are.
 _BYTES_OF_A_ROW = 4 + 3 + 4
@@ -125,12 +126,18 @@ at least 2.0 GB; there is 1.0 GB
     have = there_is() if have is None else have
     seen = 1 if observation_space is None else _numbers(observation_space)
     copy = _BYTES_OF_A_COPY.get(vectorization, 0)
+    workers = 0
+    if vectorization == "async":
+        # Without a number there are as many as cores, whatever the number of copies.
+        workers = _BYTES_OF_A_WORKER
+        if config.envs_per_worker is not None:
+            workers, copy = 0, copy + _BYTES_OF_A_WORKER // config.envs_per_worker
     if observation_space is None or isinstance(observation_space, spaces.Box):
         copy += _BYTES_OF_BOUNDS * seen
     row = _BYTES_OF_A_NUMBER * seen + _BYTES_OF_A_ROW
-    _check(config, "num_envs", copy + row, 0, have)
+    _check(config, "num_envs", copy + row, workers, have)
     # A copy begins episodes until it has made --num-steps steps.
-    _check(config, "num_steps", config.num_envs * row, config.num_envs * copy, have)
+    _check(config, "num_steps", config.num_envs * row, config.num_envs * copy + workers, have)
     _check(config, "eval_episodes", _BYTES_OF_AN_EPISODE, 0, have)
     supported = spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete
     if not isinstance(observation_space, supported):

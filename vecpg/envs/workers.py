@@ -428,11 +428,10 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         """The first worker that is not alive, and what is known of its end."""
         for number, process in enumerate(self.processes):
             if process.pid is not None and process.exitcode is not None:
-                held = self._blocks[number]
-                which = "its process"
+                held, detail = self._blocks[number], _cause(process.exitcode)
                 if held.stop - held.start > 1:
-                    which += f" (environments {held.start} to {held.stop - 1})"
-                return int(self._at[number]), "died", f"{which} {_cause(process.exitcode)}", ""
+                    detail += f"; environments {held.start} to {held.stop - 1} were in it"
+                return int(self._at[number]), "died", detail, ""
         return None
 
     def _hang(self, numbers: list[int]) -> Failure:
@@ -518,18 +517,18 @@ def _slow_constructor(index: int, timeout: float) -> Failure:
 
 
 def _cause(exitcode: int) -> str:
-    """How a process ended, with the likely reason."""
+    """An exit status in words, with the likely reason."""
     if exitcode == _UNKNOWN:
         return (
-            "ended with exit status 255, or the fork server of all did, perhaps since"
+            "its process ended with exit status 255, or the fork server of all did, perhaps since"
             " there are too many processes (then try fewer --num-envs)"
         )
     if exitcode >= 0:
-        return f"ended by itself with exit status {exitcode}"
+        return f"its process ended by itself with exit status {exitcode}"
     name = signal.Signals(-exitcode).name
     likely = {
         "SIGKILL": ", perhaps by the system for want of memory (then try fewer --num-envs)",
         "SIGSEGV": ", a fault in the environment's native code",
         "SIGABRT": ", a fault in the environment's native code",
     }
-    return f"was killed by {name}{likely.get(name, '')}"
+    return f"its process was killed by {name}{likely.get(name, '')}"
