@@ -189,14 +189,14 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     for name in (STATE, BEST):
         wrong = wrong or _mismatch(manifest["files"][name], each_file, f"files.{name}.")
     if wrong is None:
-        names = [
+        names = (
             "env_id",
             "env_kwargs",
             "max_episode_steps",
             "num_envs",
             "step_timeout",
             "envs_per_worker",
-        ]
+        )
         resolved = {name: manifest["resolved"][name] for name in ("vectorization", "device")}
         try:
             Config(**{name: manifest["config"].get(name) for name in names}, **resolved)
