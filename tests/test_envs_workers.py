@@ -634,6 +634,12 @@ def test_observations_that_are_no_arrays_are_told_as_in_sync(tmp_path):
     envs.close()
 
 
+@pytest.mark.parametrize("each", [0, -1])
+def test_a_process_has_a_copy_at_least(each):
+    with pytest.raises(ValueError, match=f"^envs_per_worker: expected at least 1, got {each}$"):
+        make_envs("environments:Constant-v0", 2, vectorization="async", envs_per_worker=each)
+
+
 def test_copies_are_divided_over_the_cores(monkeypatch):
     for cores, num_envs, first in (
         (2, 5, [0, 3]),

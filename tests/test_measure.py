@@ -68,7 +68,7 @@ def test_every_cell_is_asked_for_once():
         (Case("collect", "cpu", "sync", 512), None),
         (Case("collect", "cpu", "sync", 513), "beyond 512 no faster"),
         (Case("train", "cpu", "async", 12), None),
-        (Case("train", "cpu", "async", 13), "async beyond 4 processes for each of 3 cores"),
+        (Case("train", "cpu", "async", 13), "async beyond 4 copies for each of 3 cores"),
         (Case("collect", "cpu", "tensor", 4096), None),
         (Case("collect", "cpu", "tensor", 20_000), None),
         (Case("collect", "cpu", "tensor", 30_000), "may take 2.8 GiB, over half of 4.0 GiB"),

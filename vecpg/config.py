@@ -69,7 +69,7 @@ class Config:
     it is made. Others run in the main process, which they may block."""
     envs_per_worker: int | None = None
     """async: copies stepped one after the other in one process; none divides them over the cores.
-    1 where they wait for something else than a core. At least 1."""
+    1 where they wait for something else than a core, or a process can have one only. At least 1."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int | None = None

@@ -180,7 +180,8 @@ def make_envs(
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
         envs_per_worker: how many async copies are stepped in one process, one after the other; None
-            divides them over the cores. 1 where they wait for something else than a core.
+            divides them over the cores. 1 where they wait for something else than a core, or a
+            process can have one only.
 
     Raises:
         ValueError: an unknown id or wrapper, an environment that has no time limit, or runs in
@@ -194,6 +195,8 @@ def make_envs(
         >>> obs.shape
         (3, 4)
     """
+    if envs_per_worker is not None and envs_per_worker < 1:
+        raise ValueError(f"envs_per_worker: expected at least 1, got {envs_per_worker}")
     spec = find_spec(env_id)
     check_time_limit(spec, max_episode_steps)
     vectorization = resolve_vectorization(

@@ -53,7 +53,8 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         step_timeout: seconds after which an environment that has not answered counts as hung. For
             constructors: of a core.
         envs_per_worker: how many are stepped in one process; None divides them over the cores that
-            this process may use. 1 where they wait for something else than a core.
+            this process may use. 1 where they wait for something else than a core, or a process can
+            have one only.
         action_masks: whether `reset` and `step` give `infos["action_mask"]`, (N, A) bool, as
             `read_action_mask` finds it. Where an episode has ended and there is none, all is True.
             No other info leaves a worker.

@@ -39,7 +39,7 @@ _RETURNS_ROWS = 128
 _FEWEST_UPDATE_ROWS = 16
 
 _MOST_IN_PROCESS = 512
-_MOST_WORKERS_PER_CORE = 4
+_MOST_ASYNC_PER_CORE = 4
 # What one row of one copy takes in a whole iteration: observations, actions, weights, copies.
 _BYTES_PER_ROW = 200
 _TIME_LIMIT = 500
@@ -159,8 +159,8 @@ def why_not_run(case: Case, cores: int, memory: int) -> str | None:
     """
     if case.vectorization == "sync" and case.num_envs > _MOST_IN_PROCESS:
         return f"sync steps copies in turn, beyond {_MOST_IN_PROCESS} no faster"
-    if case.vectorization == "async" and case.num_envs > _MOST_WORKERS_PER_CORE * cores:
-        return f"async beyond {_MOST_WORKERS_PER_CORE} processes for each of {cores} cores"
+    if case.vectorization == "async" and case.num_envs > _MOST_ASYNC_PER_CORE * cores:
+        return f"async beyond {_MOST_ASYNC_PER_CORE} copies for each of {cores} cores"
     rows = {"returns": _RETURNS_ROWS, "update": _update_rows(case)}.get(
         case.thing, num_steps(case) + _TIME_LIMIT
     )
