@@ -115,25 +115,25 @@ def kill_later(pid):
     os.kill(pid, signal.SIGKILL)
 
 
-@EACH_WAY
-@pytest.mark.parametrize("index", [2])
+@pytest.mark.parametrize(("each", "index"), [(1, 2), (2, 3)], indirect=["each"])
 def test_a_stopped_worker_is_named_after_the_timeout(envs, each, index, soon):
+    envs.step_timeout = 0.7
     os.kill(envs.processes[index // each].pid, signal.SIGSTOP)
     error = fails(envs, lambda: envs.step(ACTIONS))
     assert (error.index, error.verb) == (index // each * each, "hung")
-    assert "did not answer within 1.5 s; raise --step-timeout" in error.detail
+    assert "did not answer within 0.7 s; raise --step-timeout" in error.detail
 
 
 @pytest.mark.parametrize("index", [3])
 def test_a_worker_stopped_between_steps_and_at_reset_is_named(envs, index, soon):
     envs.step(ACTIONS)
+    envs.step_timeout = 0.7
     os.kill(envs.processes[index].pid, signal.SIGSTOP)
     error = fails(envs, lambda: envs.reset(seed=[1, 2, 3, 4]))
     assert (error.index, error.verb) == (index, "hung")
 
 
-@EACH_WAY
-@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize(("each", "index"), [(1, 3), (2, 2), (4, 1)], indirect=["each"])
 def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
     actions = ACTIONS.copy()
     actions[index] = 1
@@ -144,25 +144,25 @@ def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
 
 
 def test_several_that_hang_are_counted(envs, soon):
+    envs.step_timeout = 0.7
     error = fails(envs, lambda: envs.step(np.array([0, 1, 1, 1])))
     assert (error.index, error.verb) == (1, "hung")
-    assert "within 1.5 s, nor did 2 others; raise" in error.detail
+    assert "within 0.7 s, nor did 2 others; raise" in error.detail
 
 
 def test_copies_that_take_their_time_one_after_the_other_do_not_hang():
-    """Each is given its time, however many there are in a process, at any of the messages."""
+    """Each is given its time, however many there are in a process, also while they are made."""
     settings = {"making": 0.25, "stepping": 0.25}
     envs = make_envs(
         "pool_environments:Sleeping-v0",
-        4,
+        3,
         vectorization="async",
         env_kwargs=settings,
         step_timeout=0.6,
-        envs_per_worker=4,
+        envs_per_worker=3,
     )
     envs.reset(seed=1)
-    envs.step(ACTIONS)
-    assert [answer[1:] for answer in envs.call("step", 0)] == [(1.0, False, False, {})] * 4
+    assert envs.step(ACTIONS[:3])[1].tolist() == [1.0] * 3
     envs.close()
 
 
@@ -245,7 +245,7 @@ def test_an_interrupt_while_waiting_ends_every_worker(envs, soon):
 # -- Constructors ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("at", "each"), [(0, 1), (2, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize(("at", "each"), [(0, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize(
     ("how", "verb", "words"),
     [
@@ -269,7 +269,7 @@ def test_a_constructor_that_fails_is_named_with_its_reason(
             3,
             vectorization="async",
             env_kwargs={"how": how, "counter": str(tmp_path / "counter"), "at": at},
-            step_timeout=0.5,
+            step_timeout=0.5 if how == "hang" else 5.0,
             envs_per_worker=each,
         )
     assert time.monotonic() - begun < 8
@@ -315,16 +315,16 @@ def test_copies_that_differ_in_their_spaces_are_named(tmp_path):
 
 @pytest.mark.parametrize("cores", [1, 3])
 def test_constructors_that_share_few_cores_are_given_their_time(monkeypatch, soon, cores):
-    """Three that take 0.8 s each could have been 0.27 s at work on one core."""
+    """Three that take 1.2 s each could have been 0.4 s at work on one core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    raises = pytest.raises(EnvironmentNotMade, match=r"0 hung: its constructor .* within 0\.4 s")
+    raises = pytest.raises(EnvironmentNotMade, match=r"0 hung: its constructor .* within 0\.6 s")
     with contextlib.nullcontext() if cores == 1 else raises:
         make_envs(
             "pool_environments:Sleeping-v0",
             3,
             vectorization="async",
-            env_kwargs={"making": 0.8},
-            step_timeout=0.4,
+            env_kwargs={"making": 1.2},
+            step_timeout=0.6,
             envs_per_worker=1,
         ).close()
 

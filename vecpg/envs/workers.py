@@ -37,6 +37,7 @@ _LOOK_SECONDS = 0.5
 _DESCRIPTORS = 3
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
+
 _Maker = Callable[[], gymnasium.Env[Any, Any]]
 
 
