@@ -96,7 +96,10 @@ def work(
         of: how many workers there are.
     """
     _settle()
-    memory = reduction.recv_handle(pipe)
+    try:
+        memory = reduction.recv_handle(pipe)
+    except (EOFError, ConnectionError):  # the main process has ended
+        return
     copies = _Copies(makers, first, memory, number, of)
     # The end of the main process is the end of this one.
     with contextlib.suppress(ConnectionError):

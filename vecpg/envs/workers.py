@@ -211,7 +211,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         except (OSError, MemoryError) as error:
             raise EnvironmentNotMade(
                 f"--vectorization async: {len(makers)} processes could not be started:"
-                f" {in_words(error)}; try fewer --num-envs"
+                f" {in_words(error)}; try a larger --envs-per-worker"
             ) from error
 
     def _start_one(self, makers: list[bytes], number: int, memory: int) -> None:
