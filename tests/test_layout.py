@@ -22,6 +22,7 @@ ALLOWED = {
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},
     "vecpg.advantage": {"vecpg.kernels", "vecpg.returns"},
+    "vecpg.named": set(),
     "vecpg.noise": set(),
     "vecpg.device": set(),
     "vecpg.shell": set(),
