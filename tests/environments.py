@@ -108,6 +108,41 @@ class Constant(gymnasium.Env):
         return np.zeros(1, np.float32), -1.0, self.steps == 5, False, {}
 
 
+class Catch(gymnasium.Env):
+    """A ball falls through a picture of 10 x 10 x 3, and a paddle of 3 below has to be under it.
+
+    Actions: left, stay, right. It takes 9 steps; the reward at the end is 1 or -1. `channels` says
+    where those are, "last" or "first", and `of` in what the picture is: "uint8" or "float32".
+    """
+
+    def __init__(self, channels="last", of="uint8"):
+        self.first, self.dtype = channels == "first", np.dtype(of)
+        self.bright = 255 if of == "uint8" else 1
+        shape = (3, 10, 10) if self.first else (10, 10, 3)
+        self.observation_space = spaces.Box(0, self.bright, shape, self.dtype.type)
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.column = 0, int(self.np_random.integers(10))
+        self.paddle = int(self.np_random.integers(1, 9))
+        return self._picture(), {}
+
+    def step(self, action):
+        self.paddle = min(8, max(1, self.paddle + int(action) - 1))
+        self.row += 1
+        over = self.row == 9
+        caught = abs(self.column - self.paddle) <= 1
+        return self._picture(), (1.0 if caught else -1.0) if over else 0.0, over, False, {}
+
+    def _picture(self):
+        picture = np.zeros((10, 10, 3), self.dtype)
+        picture[9, self.paddle - 1 : self.paddle + 2, 1] = self.bright
+        picture[self.row, self.column, 0] = self.bright
+        picture[9, :, 2] = self.bright  # the ground
+        return picture.transpose(2, 0, 1).copy() if self.first else picture
+
+
 class Bandit(gymnasium.Env):
     """One step; the reward is the action, counted from `start`: 3 and 4 by default."""
 
@@ -572,6 +607,7 @@ for _env, _limit in (
     (Faulty, 10),
     (Constant, 10),
     (Bandit, 10),
+    (Catch, 10),
     (Misbehaving, 100),
     (Stillborn, 10),
     (Simulated, 10),

@@ -184,9 +184,9 @@ def rewritten(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 4, got 99; use a newer vecpg, 7.8"),
-        ({"format": 3}, "format 4, got 3; use the vecpg that wrote it"),
-        ({"format": "4"}, "format 4, got 4; use the vecpg that wrote it"),
+        ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 5, got 99; use a newer vecpg, 7.8"),
+        ({"format": 4}, "format 5, got 4; use the vecpg that wrote it"),
+        ({"format": "5"}, "format 5, got 5; use the vecpg that wrote it"),
         ({"counters": []}, "counters: expected dict, got list"),
         ({"counters": {"iteration": 1.5}}, r"counters\.iteration: expected int, got float"),
         ({"counters": about()["counters"] | {"x": 1}}, r"counters\.'x' is not known"),
@@ -270,7 +270,7 @@ def test_a_run_of_an_older_version_is_named(tmp_path):
     for name in ("last.pt", "best.pt"):
         torch.save({"kind": "vecpg checkpoint", "format": 2}, tmp_path / "checkpoints" / name)
     for path in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"format 4, got that of vecpg 0\.1; use the vec"):
+        with pytest.raises(CheckpointError, match=r"format 5, got that of vecpg 0\.1; use the vec"):
             checkpoint.load(path)
 
 

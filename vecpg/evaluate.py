@@ -245,7 +245,10 @@ def _acting(policy: Policy, stream: Stream, purpose: Purpose, greedy: bool) -> A
     noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
     def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
+        rows = torch.from_numpy(np.asarray(obs))
+        # What is not uint8 here would be cut off to it.
+        whole = policy.obs_dtype == torch.uint8 and rows.dtype != torch.uint8
+        rows = rows.to(policy.device, torch.float32 if whole else policy.obs_dtype)
         return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
 
     return act

@@ -187,7 +187,7 @@ def _finished(config: Config) -> TrainResult | None:
         of_this = summary.get("iterations") == counters.iteration
         if not (as_it_was and of_this and _is_over(config, counters, solved)):
             return None
-        best = load_policy(run_dir)
+        best = load_policy(run_dir, network=config.network)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     _log.info(
@@ -405,6 +405,7 @@ def _make_networks(
         "activation": config.activation,
         "embedding_size": config.embedding_size,
         "normalize_obs": config.normalize_obs,
+        "network": config.network,
     }
     observations, actions = envs.single_observation_space, envs.single_action_space
     with drawn_from(config.seed):

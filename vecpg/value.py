@@ -16,7 +16,7 @@ from vecpg.rollout.data import Rollout, when
 if TYPE_CHECKING:
     from vecpg.config import Config
 
-# Rows of one forward pass.
+# Rows of one forward pass; of images fewer.
 _CHUNK_ROWS = 4096
 
 
@@ -29,6 +29,7 @@ class ValueFunction(nn.Module):
         activation: "tanh" or "relu".
         embedding_size: length of the learned vectors that stand for discrete observations.
         normalize_obs: shift and scale observations by their running statistics.
+        network: as `Policy` takes it; its parameters are this function's own.
 
     Example:
         >>> value_function = ValueFunction(spaces.Box(-1, 1, (4,)))
@@ -46,9 +47,10 @@ class ValueFunction(nn.Module):
         activation: str = "tanh",
         embedding_size: int = 8,
         normalize_obs: bool = False,
+        network: str = "auto",
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(observation_space, embedding_size, normalize_obs)
+        self.encoder = Encoder(observation_space, embedding_size, normalize_obs, network)
         self.network = fully_connected(
             self.encoder.features, hidden_sizes, 1, activation, last_gain=1.0
         )
@@ -173,8 +175,9 @@ def _add_gradient(
 ) -> Tensor:
     """Add that of the sum of squared errors / `divisor` to every `.grad`, and return the sum."""
     total = torch.zeros((), dtype=torch.float64, device=obs.device)
+    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
     for rows, wanted in zip(
-        torch.split(obs, _CHUNK_ROWS), torch.split(targets, _CHUNK_ROWS), strict=True
+        torch.split(obs, chunk_rows), torch.split(targets, chunk_rows), strict=True
     ):
         loss = (value_function(rows) - wanted).square().sum() / divisor
         torch.autograd.backward(loss)
@@ -183,4 +186,5 @@ def _add_gradient(
 
 
 def _in_chunks(value_function: ValueFunction, obs: Tensor) -> Tensor:
-    return torch.cat([value_function(rows) for rows in torch.split(obs, _CHUNK_ROWS)])
+    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
+    return torch.cat([value_function(rows) for rows in torch.split(obs, chunk_rows)])

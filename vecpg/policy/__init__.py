@@ -11,13 +11,19 @@ from gymnasium.spaces import Box, MultiBinary, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vecpg import images
 from vecpg.policy.distributions import distribution_for
 from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
+# Numbers that an observation may have, whatever a file says: 4096 x 4096 grey ones.
+MOST_SEEN = 2**24
+
 
 class Policy(nn.Module):
     """pi(a|s): an encoder of observations, a fully connected network, a distribution over actions.
+
+    What the encoder does is said by `network`: see `vecpg.policy.network.Encoder`.
 
     Actions are categorical for `Discrete`, independently so for each component of a
     `MultiDiscrete` or `MultiBinary`, and Gaussian with a diagonal covariance for a `Box`.
@@ -33,9 +39,11 @@ class Policy(nn.Module):
         embedding_size: length of the learned vectors that stand for discrete observations.
         normalize_obs: shift and scale observations by their running statistics (`observe`).
         log_std: of a Gaussian: "parameter", the same everywhere, or from the "network".
+        network: what makes features of observations: "mlp", "cnn", "module:function" of the user's
+            own, which is imported, or "auto", which is "cnn" for images of uint8 and else "mlp".
 
     Raises:
-        ValueError: a space that is not supported.
+        ValueError: a space that is not supported, or a network that does not serve.
 
     Example:
         >>> from gymnasium import spaces
@@ -57,9 +65,10 @@ class Policy(nn.Module):
         embedding_size: int = 8,
         normalize_obs: bool = False,
         log_std: str = "parameter",
+        network: str = "auto",
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(observation_space, embedding_size, normalize_obs)
+        self.encoder = Encoder(observation_space, embedding_size, normalize_obs, network)
         self.distribution = distribution_for(action_space, log_std)
         self.hidden_sizes = tuple(hidden_sizes)
         self.activation = activation
@@ -81,6 +90,7 @@ class Policy(nn.Module):
             "embedding_size": embedding_size,
             "normalize_obs": normalize_obs,
             "log_std": log_std,
+            "network": self.encoder.network,
         }
 
     @property
@@ -95,7 +105,7 @@ class Policy(nn.Module):
 
     @property
     def obs_dtype(self) -> torch.dtype:
-        """float32 for a `Box` or `MultiBinary`, int64 for what is looked up."""
+        """float32 for a `Box` or `MultiBinary`, uint8 for a `Box` of uint8, else int64."""
         return self.encoder.dtype
 
     @property
@@ -122,7 +132,7 @@ class Policy(nn.Module):
         """The distribution's parameters: for categorical actions unnormalized log-probabilities.
 
         Args:
-            obs: (B, *obs_shape), float32 or int64 by `obs_dtype`.
+            obs: (B, *obs_shape), of `obs_dtype`, or float32 where that is uint8: 0 to 255 alike.
             dropout: (dropout_units, B) in [0, 1), which say what is dropped; None drops nothing.
 
         Returns:
@@ -208,11 +218,13 @@ class Policy(nn.Module):
         Raises:
             ValueError: a shape that is neither.
         """
+        # Numbers that a uint8 has not are not cut off to one that it has.
+        looked_up = self.obs_dtype == torch.int64
         if isinstance(obs, Tensor):
-            rows = obs.to(device=self.device, dtype=self.obs_dtype)
+            rows = obs.to(device=self.device, dtype=torch.int64 if looked_up else torch.float32)
         else:
             # A copy: torch takes neither reversed nor foreign-endian arrays.
-            kind = np.float32 if self.obs_dtype == torch.float32 else np.int64
+            kind = np.int64 if looked_up else np.float32
             rows = torch.from_numpy(np.array(obs, kind)).to(self.device)
         if rows.shape[rows.ndim - len(self.obs_shape) :] != self.obs_shape or rows.ndim not in (
             len(self.obs_shape),
@@ -245,15 +257,20 @@ class Policy(nn.Module):
         }
 
     @classmethod
-    def from_description(cls, description: Any, *, largest: int | None = None) -> "Policy":
+    def from_description(
+        cls, description: Any, *, largest: int | None = None, network: str | None = None
+    ) -> "Policy":
         """A policy of that shape, with fresh parameters.
 
         Args:
             description: may come from anywhere: all of it is checked before anything is built.
             largest: how many parameters it may have; None: any number.
+            network: as it is named by the user: a "module:function" is not imported because it
+                stands in a description. None: it has none.
 
         Raises:
-            ValueError: it describes no policy, with the first part that is wrong.
+            ValueError: it describes no policy, with the first part that is wrong; or its network is
+                another than the user's.
         """
         _check(isinstance(description, dict), "policy.description", "a dictionary", description)
         keys = {"observation_space", "action_space", *_SETTINGS}
@@ -264,11 +281,13 @@ class Policy(nn.Module):
                 holds(description[name]), f"policy.description.{name}", expected, description[name]
             )
         settings = dict(description)
+        described = settings["network"]
+        _check_named(described, network)
+        # Convolutions have few parameters for what they see.
+        seen = largest if largest is None or described == "mlp" else max(largest, MOST_SEEN)
         observations, actions = (
-            from_description(
-                settings.pop(name), largest=largest, where=f"policy.description.{name}"
-            )
-            for name in ("observation_space", "action_space")
+            from_description(settings.pop(name), largest=most, where=f"policy.description.{name}")
+            for name, most in (("observation_space", seen), ("action_space", largest))
         )
         if largest is not None:
             count = _num_parameters(observations, actions, settings)
@@ -277,18 +296,42 @@ class Policy(nn.Module):
         return cls(observations, actions, **settings)
 
 
+def _check_named(described: str, given: str | None) -> None:
+    """Refuse to import what only a description names, and another network than the user's."""
+    if ":" in described and given is None:
+        raise ValueError(
+            f"policy.description.network: expected mlp or cnn, got {ascii(described)[:200]}, which"
+            " is imported only if you name it too; if you trust it, pass"
+            f" network={ascii(described)[:200]}"
+        )
+    if given not in (None, "auto", described):
+        raise ValueError(
+            f"network: expected {ascii(described)[:200]}, with which the policy was trained, got"
+            f" {ascii(given)[:200]}"
+        )
+
+
 def _num_parameters(observations: Space[Any], actions: Space[Any], settings: dict[str, Any]) -> int:
-    """How many numbers are in the tables and layers of a network, without building it."""
-    tables, features = 0, math.prod(observations.shape or ())
-    if not isinstance(observations, Box | MultiBinary):
-        tables = _num_values(observations) * settings["embedding_size"]
+    """How many numbers are in the tables and layers of a network, without building it.
+
+    A network of the user's own is asked how many features it makes, and its parameters are not
+    counted.
+    """
+    network = settings["network"]
+    below, features = 0, math.prod(observations.shape or ())
+    if network == "cnn":
+        below, features = images.num_parameters(images.image_of(observations)), images.UNITS
+    elif network != "mlp":
+        features = Encoder(observations, network=network).features
+    elif not isinstance(observations, Box | MultiBinary):
+        below = _num_values(observations) * settings["embedding_size"]
         features *= settings["embedding_size"]
     outputs = _num_values(actions)
     if isinstance(actions, Box) and settings["log_std"] == "network":
         outputs *= 2
     widths = [features, *settings["hidden_sizes"], outputs]
     layers: int = sum(following * (width + 1) for width, following in pairwise(widths))
-    return tables + layers
+    return below + layers
 
 
 def _num_values(space: Any) -> int:
@@ -324,6 +367,10 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "log_std": (
         "parameter or network",
         lambda value: isinstance(value, str) and value in ("parameter", "network"),
+    ),
+    "network": (
+        "mlp, cnn or module:function",
+        lambda value: isinstance(value, str) and (value in ("mlp", "cnn") or ":" in value),
     ),
 }
 

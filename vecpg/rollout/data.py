@@ -37,7 +37,12 @@ NEXT: NDArray[np.int8] = np.array(
 )
 
 _FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
-_ON_HOST = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
+_ON_HOST = {
+    torch.float32: np.float32,
+    torch.int64: np.int64,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,9 @@ class Rollout:
     window, from their first action to their last. Everything else is masked: the step that only
     resets an environment, and whatever an environment does after its last counted episode.
 
-    obs:          (T, N, *obs_shape) float32   what the policy saw before acting; int64 where
-                                               observations are Discrete or MultiDiscrete
+    obs:          (T, N, *obs_shape) float32   what the policy saw before acting; uint8 where they
+                                               are a Box of uint8, int64 where they are Discrete or
+                                               MultiDiscrete
     actions:      (T, N) int64                 taken on `obs`; (T, N, A) int64 for MultiDiscrete
                                                and MultiBinary, and float32 for Box, as drawn,
                                                before any clipping
@@ -57,7 +63,7 @@ class Rollout:
     terminations: (T, N) bool                  the action ended the episode by the task's rule
     truncations:  (T, N) bool                  the action ended the episode by a limit
     mask:         (T, N) bool                  True = a real transition that counts
-    final_obs:    (K, *obs_shape) float32      the observation after each truncated action
+    final_obs:    (K, *obs_shape) as obs       the observation after each truncated action
     final_rows:   (K, 2) int64                 the (t, n) of each, t rising
     stream:       Stream                       what fixed every random number; None where nothing
                                                was drawn by one, and then nothing can be drawn again

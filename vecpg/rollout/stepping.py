@@ -4,6 +4,7 @@
 what it yields (`collect_by_stepping`); evaluation adds it up.
 """
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from vecpg.rollout.data import FINISHED, NEXT, PLAYING, Rollout, Rows
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
+# Of the observations that there is room for at first; there are 1024 rows at most.
+_MOST_BYTES = 2**28
 
 
 class Row(NamedTuple):
@@ -48,8 +51,10 @@ def collect_by_stepping(
         num_steps: the start window.
         stream: fixes the reset seeds.
     """
+    numbers = stream.num_envs * math.prod(policy.obs_shape)
+    most = max(1, _MOST_BYTES // (numbers * policy.obs_dtype.itemsize))
     rows = Rows(
-        min(num_steps, 1024) + 1,
+        min(num_steps, 1024, most) + 1,
         stream.num_envs,
         (policy.obs_shape, policy.obs_dtype),
         (policy.action_shape, policy.action_dtype),
@@ -235,6 +240,12 @@ def _check_observations(
                 f" ({_reset(seeds, index)}); expected one of {space}"
             )
         return
+    if space.dtype == np.uint8:
+        _check_bytes(obs, state, space, when, seeds)
+        return
+    # Whole numbers are finite, and their squares would go over their end.
+    if obs.dtype.kind in "biu":
+        return
     # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
     if float(np.vdot(obs, obs)) < _LARGEST_SQUARE:
         return
@@ -246,6 +257,29 @@ def _check_observations(
     if bad.any():
         index = int(bad.argmax())
         raise _not_finite("observation", values[index], index, when, seeds)
+
+
+def _check_bytes(
+    obs: NDArray[Any],
+    state: NDArray[np.int8],
+    space: spaces.Space[Any],
+    when: str,
+    seeds: int | list[int],
+) -> None:
+    """Of a space of uint8, whose observations stay that: none may be another number in it."""
+    if obs.dtype == np.uint8:
+        return
+    with np.errstate(invalid="ignore"):
+        outside = (obs != obs.astype(np.uint8)).reshape(len(state), -1)
+    bad = outside.any(axis=1) & (state != FINISHED)
+    if bad.any():
+        index = int(bad.argmax())
+        value = obs[index].reshape(-1)[outside[index]][0]
+        raise EnvironmentFailure(
+            f"environment {index} returned an observation with the number {value} at {when}"
+            f" ({_reset(seeds, index)}); expected whole numbers from 0 to 255, as its space"
+            f" has, of shape {space.shape} and uint8"
+        )
 
 
 def _not_finite(
