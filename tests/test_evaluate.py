@@ -2,6 +2,7 @@ import math
 import os
 from contextlib import closing
 
+import gymnasium
 import numpy as np
 import on_tensors  # noqa: F401 - registers its environments
 import pytest
@@ -12,7 +13,7 @@ from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from vecpg import envs as envs_module
 from vecpg import evaluate as evaluate_module
 from vecpg.config import Config, ConfigError
-from vecpg.envs import EnvironmentFailure
+from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.evaluate import EvalResult, evaluate, evaluate_in, make_judge
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
@@ -250,3 +251,46 @@ def test_no_episodes_are_refused():
         evaluate(policy(), "CartPole-v1", 0)
     with pytest.raises(ValueError, match="num_envs: expected at least 1, got 0"):
         evaluate(policy(), "CartPole-v1", 1, num_envs=0)
+
+
+def test_pictures_are_judged_as_the_policy_sees_them():
+    """As a plain loop over Gymnasium's own environment, and `Policy.act`, plays."""
+    envs = make_envs("environments:Catch-v0", 1)
+    torch.manual_seed(1)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    found = evaluate(policy, "environments:Catch-v0", 8, num_envs=4)
+    assert set(found.lengths) == {9}
+    seeds = Stream(1, 0, 0, 4).reset_seeds(Purpose.EVALUATION_RESET)
+    expected, taken = [], set()
+    for seed in seeds:
+        env = gymnasium.make("environments:Catch-v0")
+        obs, _ = env.reset(seed=seed)
+        for _ in range(2):
+            total, over = 0.0, False
+            while not over:
+                action = policy.act(obs)
+                taken.add(int(action))
+                obs, reward, over, _, _ = env.step(action)
+                total += reward
+            expected.append(total)
+            obs, _ = env.reset()
+    assert list(found.returns) == expected
+    assert len(taken) > 1
+
+
+def test_a_judge_of_real_numbers_shows_them_whole():
+    """A policy of uint8 pictures, judged where they are real: nothing is cut off."""
+    box = spaces.Box(0, 3, (9, 8), np.uint8)
+    torch.manual_seed(0)
+    policy = Policy(box, spaces.Discrete(30))
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    obs = np.random.default_rng(0).random((20, 9, 8)) * 3
+    act = evaluate_module._acting(policy, Stream(0, 0, 0, 20), Purpose.EVALUATION_RESET, True)
+    with torch.inference_mode():
+        assert np.array_equal(act(0, obs), policy.act(obs))
+        whole = obs.astype(np.uint8)
+        assert np.array_equal(act(0, whole), policy.act(whole))
+    assert not np.array_equal(policy.act(whole), policy.act(obs))

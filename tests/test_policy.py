@@ -126,3 +126,31 @@ def test_a_description_builds_the_same_network_again():
     obs = np.random.default_rng(0).normal(size=(50, 2, 2))
     assert np.array_equal(policy.act(obs), twin.act(obs))
     assert any(isinstance(layer, torch.nn.ReLU) for layer in twin.network)
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 8, 3), (3, 8, 9), (8, 8)])
+def test_uint8_observations_of_any_real_type_act_alike(shape):
+    torch.manual_seed(0)
+    space = spaces.Box(0, 255, shape, np.uint8)
+    policy = Policy(space, spaces.Discrete(50))
+    assert policy.obs_dtype == torch.uint8
+    assert policy.description()["network"] == ("mlp" if len(shape) == 1 else "cnn")
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    rng = np.random.default_rng(0)
+    obs = rng.integers(0, 256, (40, *shape)).astype(np.uint8)
+    expected = policy.act(obs)
+    assert len(set(expected.tolist())) > 5
+    for of in (np.int64, np.float32, np.float64, ">f4", np.uint16):
+        assert np.array_equal(policy.act(obs.astype(of)), expected)
+    assert torch.equal(policy.act(torch.from_numpy(obs)), torch.from_numpy(expected))
+    assert policy.act(obs[0]) == expected[0]
+    # What lies between two whole numbers is no whole number.
+    seen = []
+    policy.encoder.register_forward_hook(lambda module, given, output: seen.append(output))
+    for between in (obs - 0.4, obs.astype(np.float64) - 0.4, torch.from_numpy(obs) - 0.4):
+        policy.act(between)
+    policy.act(obs)
+    assert all(torch.equal(each, seen[0]) for each in seen[1:3])
+    assert not torch.equal(seen[3], seen[0])
+    torch.testing.assert_close(seen[3], seen[0], atol=0.2, rtol=0.2)

@@ -1,6 +1,7 @@
 import itertools
 import math
 import re
+import warnings
 
 import environments
 import gymnasium
@@ -13,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.rollout import collect, stepping
 from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, check_finite
 
 
@@ -460,3 +461,95 @@ def test_the_table_of_the_start_window_is_its_rule():
         else:
             expected = PLAYING
         assert NEXT[now, ends, more] == expected, (now, ends, more)
+
+
+# -- uint8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("room", [1, 2**28])
+def test_uint8_stays_what_the_environment_gave(monkeypatch, vectorization, room):
+    monkeypatch.setattr(stepping, "_MOST_BYTES", room)
+    capacities, real = [], stepping.Rows
+
+    def rows(capacity, *more):
+        capacities.append(capacity)
+        return real(capacity, *more)
+
+    monkeypatch.setattr(stepping, "Rows", rows)
+    settings = {"max_episode_steps": 6, "vectorization": vectorization}
+    envs = make_envs("environments:Catch-v0", 3, **settings)
+    try:
+        rollout = collect(envs, policy_for(envs), num_steps=8, seed=3, iteration=1)
+    finally:
+        envs.close()
+    assert capacities == [2 if room == 1 else 9]
+    assert rollout.obs.dtype == rollout.final_obs.dtype == torch.uint8
+    assert rollout.obs.nbytes == rollout.mask.numel() * 300
+    seeds = Stream(3, 1, 0, 3).reset_seeds(Purpose.TRAINING_RESET)
+    final = iter(rollout.final_obs)
+    expected = {}
+    for n, seed in enumerate(seeds):
+        env = gymnasium.make("environments:Catch-v0", max_episode_steps=6)
+        obs, _ = env.reset(seed=seed)
+        for t in range(len(rollout.mask)):
+            assert np.array_equal(rollout.obs[t, n].numpy(), obs)
+            if not rollout.mask[t, n]:
+                obs, _ = env.reset()
+                continue
+            obs, *_ = env.step(int(rollout.actions[t, n]))
+            if rollout.truncations[t, n]:
+                expected[t, n] = obs
+    assert len(expected) == 6
+    for row, found in zip(rollout.final_rows.tolist(), final, strict=True):
+        assert np.array_equal(found.numpy(), expected[tuple(row)])
+
+
+@pytest.mark.parametrize("value", [256.0, -1.0, 7.5, math.nan, math.inf, 300])
+def test_what_no_uint8_is_does_not_become_one(monkeypatch, value):
+    """Gymnasium's own copies make it one; others may not."""
+    envs = make_envs("environments:Catch-v0", 3, vectorization="sync")
+    real, kind = envs.step, np.int64 if isinstance(value, int) else np.float64
+
+    def step(actions):
+        obs, *rest = real(actions)
+        obs = obs.astype(kind)
+        obs[1, 2, 3, 0] = value
+        return obs, *rest
+
+    monkeypatch.setattr(envs, "step", step)
+    with pytest.raises(
+        EnvironmentFailure,
+        match=r"environment 1 returned an observation with the number .* at step 0 \(reset with"
+        r" seed \d+\); expected whole numbers from 0 to 255",
+    ):
+        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    value = 9
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert (rollout.obs[1:, 1, 2, 3, 0] == 9).all()
+
+
+class Integers(VectorEnv):
+    """Two environments of one step, whose observations' squares sum to more than int16 has."""
+
+    def __init__(self):
+        self.num_envs = 2
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space = spaces.Box(-(2**15), 2**15 - 1, (4,), np.int16)
+        self.single_action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.full((2, 4), -(2**15), np.int16), {}
+
+    def step(self, actions):
+        none = np.zeros(2, bool)
+        return np.full((2, 4), 2**15 - 1, np.int16), np.ones(2), ~none, none, {}
+
+
+def test_whole_numbers_of_other_types_become_float32():
+    envs = Integers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.obs.dtype == torch.float32
+    assert rollout.obs.unique().tolist() == [-(2**15)]

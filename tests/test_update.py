@@ -1,6 +1,9 @@
 import contextlib
+import copy
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -9,6 +12,7 @@ from vecpg import update as update_module
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
+from vecpg.policy import network as network_module
 from vecpg.rollout import Rollout, collect
 from vecpg.update import choose_learner, update
 
@@ -326,3 +330,34 @@ def test_memory_does_not_grow_with_the_rollout(backend):
         update(policy, optimizer, rollout, torch.ones(rows, 1), Config(ent_coef=0.1))
     assert max(kept, default=0) <= 16 * update_module.CHUNK_ROWS
     assert bool(kept) == (backend == "autograd")
+
+
+@pytest.mark.parametrize("most", [2**24, 40_000])
+def test_the_gradient_of_convolutions_is_that_of_single_rows(monkeypatch, most):
+    """Against the formula of each row in float64; in chunks that are small where pictures are."""
+    monkeypatch.setattr(network_module, "_MOST_KEPT", most)
+    torch.manual_seed(0)
+    policy = Policy(spaces.Box(0, 255, (8, 9, 3), np.uint8), spaces.Discrete(3), hidden_sizes=(6,))
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rollout, advantages = make_case()
+    g = torch.Generator().manual_seed(3)
+    obs = torch.randint(0, 256, (T, N, 8, 9, 3), generator=g).to(torch.uint8)
+    rollout = dataclasses.replace(rollout, obs=obs)
+    config, rows = Config(ent_coef=0.3), rollout.mask.nonzero().tolist()
+    exact = copy.deepcopy(policy).double()
+    for t, n in rows:
+        image = (obs[t, n].double() / 255)[None]
+        logits = exact.network(exact.encoder.body(image))[0]
+        p = torch.exp(logits - logits.max())
+        p = p / p.sum()
+        chosen = p[rollout.actions[t, n]].log()
+        loss = -chosen * advantages[t, n].double() / N
+        loss = loss + config.ent_coef / len(rows) * (p * p.log()).sum()
+        loss.backward()
+    asked = []
+    policy.encoder.register_forward_hook(lambda module, given, output: asked.append(len(output)))
+    update(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, advantages, config)
+    for ours, theirs in zip(policy.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)
+    assert max(asked) == (len(rows) if most == 2**24 else most // policy.encoder._kept)

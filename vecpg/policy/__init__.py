@@ -16,7 +16,7 @@ from vecpg.policy.distributions import distribution_for
 from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
-# Numbers that an observation may have, whatever a file says: 4096 x 4096 grey ones.
+# Numbers that an observation for a user's own network may have, whatever a file says.
 MOST_SEEN = 2**24
 
 
@@ -283,8 +283,10 @@ class Policy(nn.Module):
         settings = dict(description)
         described = settings["network"]
         _check_named(described, network)
-        # Convolutions have few parameters for what they see.
-        seen = largest if largest is None or described == "mlp" else max(largest, MOST_SEEN)
+        # Convolutions have few parameters for what they see, and what the user's has is not known.
+        seen = largest
+        if largest is not None and described != "mlp":
+            seen = 16 * largest if described == "cnn" else max(largest, MOST_SEEN)
         observations, actions = (
             from_description(settings.pop(name), largest=most, where=f"policy.description.{name}")
             for name, most in (("observation_space", seen), ("action_space", largest))

@@ -1,7 +1,6 @@
 """A network of the user's own, called by name, and tried before it is used."""
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +30,6 @@ _ROUNDING = 1e-3
 
 # The parameters of networks that are in use, by their identity.
 _in_use: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-_trying = threading.Lock()
 
 
 class Own(NamedTuple):
@@ -86,9 +84,12 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
     before = _copies(module)
     kept: dict[int, int] = {}
 
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        place = tensor.untyped_storage().data_ptr()
+        if place not in theirs:
+            kept[place] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -97,8 +98,8 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
     _check(
         name,
         torch.equal(first, second),
-        "the same features of the same observations at each call (in training there is no Dropout"
-        " in it; --dropout drops hidden units)",
+        "the same features of the same observations at each call (Dropout's are not; --dropout"
+        " drops hidden units)",
         "others",
     )
     after = _copies(module)
@@ -109,13 +110,13 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
         name,
         same,
         "parameters and buffers that no call changes, since the log-probabilities of the update are"
-        " those that acted (BatchNorm changes its own; use GroupNorm or LayerNorm)",
+        " those that acted (BatchNorm changes its buffers; use GroupNorm or LayerNorm)",
         "some that one changed",
     )
     alone = _features(name, module, obs[:1])
     right = alone.shape[1] == first.shape[1]
     _check(name, right, f"(1, {first.shape[1]}) features", tuple(alone.shape))
-    size = max(1.0, float(first.abs().max()))
+    size = max(1.0, first.detach().abs().max().item())
     near = torch.allclose(alone, first[:1], rtol=_ROUNDING, atol=_ROUNDING * size)
     _check(
         name,
@@ -123,8 +124,8 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
         "features of an observation that do not depend on the others beside it (BatchNorm's do)",
         "others beside another",
     )
-    own = {id(parameter) for parameter in module.parameters()}
-    others = [tuple(leaf.shape) for leaf in _leaves(first) if id(leaf) not in own]
+    known = {id(parameter) for parameter in module.parameters()}
+    others = [tuple(leaf.shape) for leaf in _leaves(first) if id(leaf) not in known]
     _check(
         name,
         not others,
@@ -192,14 +193,10 @@ def _check_kept(name: str, module: nn.Module) -> None:
         _check(name, right, f"{expected} too", found)
         right = bool(tensor.isfinite().all())
         _check(name, right, f"finite numbers in its state_dict, {key} too", "NaN or infinity")
-    with _trying:
-        for key, parameter in parameters.items():
-            known = _in_use.get(id(parameter)) is parameter
-            _check(
-                name, not known, "new parameters at each call", f"{key} of an earlier one's module"
-            )
-        for parameter in parameters.values():
-            _in_use[id(parameter)] = parameter
+    for key, parameter in parameters.items():
+        known = _in_use.get(id(parameter)) is parameter
+        _check(name, not known, "new parameters at each call", f"{key} of an earlier one's module")
+    _in_use.update({id(parameter): parameter for parameter in parameters.values()})
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -219,7 +216,7 @@ def _some(space: Any, rows: int) -> Tensor:
     """
     rng = np.random.default_rng(0)
     shape = rows, *(space.shape or ())
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
+    if isinstance(space, spaces.Box) and np.dtype(space.dtype).kind in "biu":
         low, high = (bound.astype(np.float64) for bound in (space.low, space.high))
         drawn = np.floor(low + rng.random(shape) * (high - low + 1)).clip(low, high)
         kind = np.uint8 if space.dtype == np.uint8 else np.float32
