@@ -91,6 +91,7 @@ def test_it_gets_numbers_of_the_space_int64_where_they_are_chosen_from(named, sp
     assert space.np_random.bit_generator.state == before
     obs = torch.as_tensor(np.stack([space.sample() for _ in range(3)])).to(encoder.dtype)
     assert torch.equal(encoder(obs), obs.reshape(3, -1).float())
+    assert encoder(obs[:0]).dtype == torch.float32
 
 
 class Normed(Flat):

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import about, digest
+from conftest import about, digest, save_policy
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
-from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError
+from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError, load_policy
 from vecpg.run.directory import TEMPORARY, WriteFailure
 
 CONFIG = about()["config"]
@@ -400,3 +400,17 @@ def test_load_policy_takes_a_run_directory_or_a_checkpoint(tmp_path):
     for path in (folder, str(folder / STATE)):
         assert checkpoint.load_policy(path).act(obs).tolist() == played[1]
     assert not checkpoint.load_policy(folder).training
+
+
+def test_load_policy_wants_a_network_of_the_users_own_by_name(tmp_path):
+    box = spaces.Box(-1, 1, (3,))
+    policy = Policy(box, spaces.Discrete(2), network="networks:small")
+    save_policy(tmp_path / "checkpoints" / "1", policy, network="networks:small")
+    with pytest.raises(ValueError, match=f"^{tmp_path}.*pass network='networks:small'"):
+        load_policy(tmp_path)
+    with pytest.raises(ValueError, match="expected 'networks:small', .* got 'networks:other'"):
+        load_policy(tmp_path, network="networks:other")
+    loaded = load_policy(tmp_path, network="networks:small")
+    assert not loaded.training
+    obs = np.random.default_rng(0).standard_normal((9, 3))
+    assert np.array_equal(loaded.act(obs), policy.act(obs))

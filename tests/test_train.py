@@ -215,6 +215,24 @@ KINDS = {
         "env_kwargs": {"of": "uint8"},
         "normalize_obs": False,
     },
+    "picture": {"env_id": "environments:Catch-v0", "max_episode_steps": 7},
+    "picture, channels first, real": {
+        "env_id": "environments:Catch-v0",
+        "env_kwargs": {"channels": "first", "of": "float32"},
+        "network": "cnn",
+    },
+    "uint8 without convolutions": {"env_id": "environments:Catch-v0", "network": "mlp"},
+    "network of the user's own": {
+        "env_id": "environments:Catch-v0",
+        "network": "networks:small",
+        "max_episode_steps": 7,
+    },
+    "discrete observation in a network of the user's own": {
+        "env_id": "environments:Offset-v0",
+        "env_kwargs": {"of": "uint8"},
+        "network": "networks:small",
+        "normalize_obs": False,
+    },
     "discrete observation, nothing truncated": {
         "env_id": "vecpg/LineWorld-v0",
         "normalize_obs": False,
@@ -239,7 +257,8 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
     points = EventAccumulator(str(runs[0].run_dir)).Reload().Scalars("losses/value_loss")
     assert [one.value for one in points] == pytest.approx([r["losses/value_loss"] for r in rows])
 
-    policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir)
+    network = settings.get("network")
+    policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir, network=network)
     saved = checkpoint.load(runs[0].run_dir)[1]["policy"]["parameters"]
     for name, value in saved.items():
         assert torch.equal(value, policy.state_dict()[name])
@@ -1025,6 +1044,23 @@ def test_checkpoints_come_as_often_as_asked_and_the_newest_stay(tmp_path, monkey
 def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
     for row in lines(train(short(tmp_path, num_envs=1, normalize=True)).run_dir):
         assert all(value is None or math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.slow
+def test_pictures_are_learnt(tmp_path):
+    """Of 10 x 10 x 3 in uint8, by convolutions: 5 of 5 seeds took 44 to 50 iterations."""
+    config = Config(
+        env_id="environments:Catch-v0",
+        vectorization="sync",
+        learning_rate=1e-3,
+        target_return=0.95,
+        total_timesteps=100_000,
+        progress=False,
+        out_dir=str(tmp_path),
+    )
+    result = train(config)
+    assert result.policy.encoder.network == "cnn"
+    assert result.summary["solved"]
 
 
 @pytest.mark.slow

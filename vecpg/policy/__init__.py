@@ -300,16 +300,16 @@ class Policy(nn.Module):
 
 def _check_named(described: str, given: str | None) -> None:
     """Refuse to import what only a description names, and another network than the user's."""
+    shown = ascii(described)[:120]
     if ":" in described and given is None:
         raise ValueError(
-            f"policy.description.network: expected mlp or cnn, got {ascii(described)[:200]}, which"
-            " is imported only if you name it too; if you trust it, pass"
-            f" network={ascii(described)[:200]}"
+            f"policy.description.network: expected mlp or cnn, got {shown}, which is imported only"
+            f" if you name it too; if you trust it, pass network={shown}"
         )
     if given not in (None, "auto", described):
         raise ValueError(
-            f"network: expected {ascii(described)[:200]}, with which the policy was trained, got"
-            f" {ascii(given)[:200]}"
+            f"network: expected {shown}, with which the policy was trained, got"
+            f" {ascii(given)[:120]}"
         )
 
 

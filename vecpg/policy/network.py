@@ -192,8 +192,9 @@ class Encoder(nn.Module):
             flat = entering.reshape(rows, math.prod(self.shape))
             entering = self.normalizer(flat).reshape(entering.shape)
         if self.body is not None:
-            # A user's module need not know what to do with no rows.
-            made: Tensor = self.body(entering) if rows else entering.new_zeros(0, self.features)
+            if rows == 0:  # with which a user's module need not know what to do
+                return torch.zeros(0, self.features, dtype=torch.float32, device=obs.device)
+            made: Tensor = self.body(entering)
             return made
         if self.dtype != torch.int64:
             return entering.reshape(rows, self.features)
