@@ -184,6 +184,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, stopped, wh
         assert again.run_dir == run_dir
         assert left_behind(again.run_dir) == expected
         assert not list(run_dir.glob("**/.tmp*"))
+    if which == "network of the user's own":  # what has come to its end asks for the name too
+        finished = train(stored_config(run_dir, **typed_again(config)))
+        assert finished.policy.encoder.network == config.network
+        with pytest.raises(ConfigError, match="pass network='networks:small'"):
+            train(stored_config(run_dir, env_id=config.env_id))
 
 
 def test_every_stop_of_many_leaves_the_same_run(tmp_path, stopped):

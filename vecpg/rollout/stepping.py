@@ -243,7 +243,7 @@ def _check_observations(
     if space.dtype == np.uint8:
         _check_bytes(obs, state, space, when, seeds)
         return
-    # Whole numbers are finite, and their squares would go over their end.
+    # Whole numbers are finite; a sum of their squares, which wraps around, would say nothing.
     if obs.dtype.kind in "biu":
         return
     # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
