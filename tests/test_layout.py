@@ -28,7 +28,7 @@ ALLOWED = {
     "vecpg.device": set(),
     "vecpg.shell": set(),
     "vecpg.machine": {"vecpg"},
-    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.noise"},
+    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.named", "vecpg.noise"},
     "vecpg.policy": {
         "vecpg.images",
         "vecpg.kernels",

@@ -1,7 +1,7 @@
 """Exactly K whole episodes under a frozen policy."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ def evaluate(
     num_envs: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
     greedy: bool = True,
     seed: int = 1,
@@ -80,6 +81,7 @@ def evaluate(
         num_envs: of training, as for `make_judge`.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `make_envs`.
         step_timeout: as for `make_envs`.
         greedy: True = the most probable action; False = draw actions.
         seed: with `purpose` and `draw` fixes start states and draws.
@@ -106,6 +108,7 @@ def evaluate(
         num_envs=num_envs,
         env_kwargs=env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         step_timeout=step_timeout,
     )
     try:
@@ -125,6 +128,7 @@ def make_judge(
     num_envs: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
 ) -> VectorEnv[Any, Any, Any]:
     """The environments that `evaluate` plays in, for any number of evaluations.
@@ -138,6 +142,7 @@ def make_judge(
             are no more of them here: a copy may be large. None: up to 128, as else.
         env_kwargs: as there.
         max_episode_steps: as there.
+        wrappers: as there.
         step_timeout: as there.
 
     Raises:
@@ -151,13 +156,14 @@ def make_judge(
         raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
     )
     judge, settings = judge_of(
         env_id,
         vectorization=vectorization,
         env_kwargs=env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
     )
     most = _MOST_ENVS
     if vectorization in ("sync", "async") and num_envs is not None:

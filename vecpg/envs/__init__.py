@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -23,6 +24,7 @@ from vecpg.envs.errors import (
 )
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.envs.workers import WorkerEnvs, check_process
+from vecpg.envs.wrappers import load_wrappers, make_wrapped
 from vecpg.kernels.announce import once
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "find_spec",
     "has_one_generator",
     "judge_of",
+    "load_wrappers",
     "make_envs",
+    "make_wrapped",
     "own_vectorization",
     "register",
     "resolve_vectorization",
@@ -46,6 +50,8 @@ _log = logging.getLogger(__name__)
 _ON_TENSORS = "vecpg.envs.tensor:TensorVectorEnv"
 # By the id of Gymnasium's own environment the id of what stands for it on tensors.
 _stand_ins: dict[str, str] = {}
+# The keyword by which Atari games end their episodes themselves.
+_LIMIT_OF_ATARI = "max_num_frames_per_episode"
 # What Gymnasium itself registers under the ids for which something of vecpg's stands.
 _CLASSES = {
     "CartPole-v1": ("CartPoleEnv", "CartPoleVectorEnv"),
@@ -151,6 +157,7 @@ def make_envs(
     device: str = "cpu",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
 ) -> VectorEnv:
     """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
@@ -165,14 +172,17 @@ def make_envs(
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
+        wrappers: "module:callable" of each, called as `callable(env) -> env`, in order, on every
+            copy. They go around single copies: only "sync" and "async" have them, and "auto" takes
+            "sync".
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
 
     Raises:
-        ValueError: an unknown id, an environment that has no time limit, or runs in another
-            autoreset mode.
-        EnvironmentNotMade: (a ValueError) its constructor raised, died or hung, or this process
-            can have no workers.
+        ValueError: an unknown id or wrapper, an environment that has no time limit, or runs in
+            another autoreset mode.
+        EnvironmentNotMade: (a ValueError) its constructor or a wrapper raised, died or hung, or
+            this process can have no workers.
 
     Example:
         >>> envs = make_envs("CartPole-v1", 3, vectorization="sync")
@@ -183,15 +193,16 @@ def make_envs(
     spec = find_spec(env_id)
     check_time_limit(spec, max_episode_steps)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
     )
+    around = load_wrappers(wrappers)
     if vectorization == "async":
         check_process()
     kwargs = _arguments(env_kwargs, max_episode_steps)
     try:
         # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
         makers = [
-            functools.partial(gymnasium.make, spec, disable_env_checker=index > 0, **kwargs)
+            functools.partial(make_wrapped, spec, around, disable_env_checker=index > 0, **kwargs)
             for index in range(num_envs)
         ]
         if vectorization == "sync":
@@ -269,14 +280,29 @@ def resolve_vectorization(
     env_kwargs: dict[str, Any] | None = None,
     *,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
 
     Raises:
         ValueError: a way of stepping that this environment does not have, or whose arguments it
-            does not take; "tensor" where what is registered is no longer what the environment on
+            does not take; wrappers, which go around single copies, where all are stepped at once;
+            "tensor" where what is registered is no longer what the environment on
             tensors stands for.
     """
+    if wrappers and vectorization not in ("sync", "async"):
+        if vectorization == "auto" and spec.entry_point is not None:
+            if _on_tensors(spec) is not None or spec.vector_entry_point is not None:
+                once(
+                    _log,
+                    f"{spec.id} is stepped one by one (sync): --wrappers go around single copies",
+                )
+            return "sync"
+        only = ", which has no single form" if spec.entry_point is None else ""
+        raise ValueError(
+            f"--wrappers: they go around single copies of {spec.id}{only}; expected"
+            f" --vectorization sync or async, got {vectorization}"
+        )
     changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
@@ -322,6 +348,7 @@ def judge_of(
     vectorization: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """What evaluation plays for an environment: its id, and settings for `make_envs`.
 
@@ -334,19 +361,20 @@ def judge_of(
         vectorization: of training.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `make_envs`.
 
     Raises:
         ValueError: an unknown id, or a way of stepping that the environment does not have.
 
     Example:
-        >>> judge_of("vecpg/Acrobot-v1")
-        ('Acrobot-v1', {'vectorization': 'sync', 'env_kwargs': None, 'max_episode_steps': 500})
+        >>> judge_of("vecpg/Acrobot-v1")[0]
+        'Acrobot-v1'
         >>> judge_of("Acrobot-v1", vectorization="async")[1]["vectorization"]
         'async'
     """
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
     )
     judge = spec
     if _on_tensors(spec) == spec.id:
@@ -367,6 +395,7 @@ def judge_of(
         "vectorization": vectorization,
         "env_kwargs": env_kwargs,
         "max_episode_steps": max_episode_steps,
+        "wrappers": wrappers,
     }
 
 
@@ -460,7 +489,8 @@ def _not_gymnasiums(spec: EnvSpec) -> str | None:
 
 def check_time_limit(spec: EnvSpec, max_episode_steps: int | None) -> None:
     """Refuse an environment whose episodes may never end."""
-    if max_episode_steps is None and spec.max_episode_steps is None:
+    limited = spec.max_episode_steps is not None or spec.kwargs.get(_LIMIT_OF_ATARI) is not None
+    if max_episode_steps is None and not limited:
         raise ValueError(
             f"{spec.id} has no time limit, and REINFORCE needs whole episodes;"
             " give one with --max-episode-steps"
