@@ -838,6 +838,17 @@ def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
         ({"env_id": "FrozenLake-v1", "normalize_obs": True}, r"expected a Box .*got Discrete\(16"),
         ({"device": "gpu"}, "--device"),
         ({"env_kwargs": {"no_such": 1}}, "could not be made"),
+        ({"network": "cnn"}, r"--network cnn: expected images, .* got a Box of shape \(4,\)"),
+        (
+            {"network": "networks:no_such"},
+            "--network networks:no_such: expected no_such in the mod",
+        ),
+        ({"network": "networks:colours"}, "--network networks:colours: expected it to work on obs"),
+        # The value function's is another than the policy's.
+        (
+            {"network": "networks:shared", "baseline": "value"},
+            "--network networks:shared: expected new parameters at each call, got layer.weight of",
+        ),
     ],
 )
 def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path, settings, message):
