@@ -282,6 +282,16 @@ def test_what_serves_is_taken(named, function):
     assert torch.equal(again(rows), policy(rows))
 
 
+def test_torchs_default_dtype_is_not_that_of_its_parameters(named):
+    torch.set_default_dtype(torch.float64)
+    try:
+        encoder = Encoder(BOX, network=named(lambda space: Lazy()))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {each.dtype for each in encoder.parameters()} == {torch.float32}
+
+
 def test_what_is_kept_of_an_observation_is_counted(named):
     class Wide(nn.Module):
         def __init__(self):

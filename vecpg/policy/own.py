@@ -2,7 +2,8 @@
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,18 +63,29 @@ def make(name: str, space: spaces.Space[Any], door: Callable[[Tensor], Tensor]) 
         ValueError: in one line, which begins with --network and the name.
     """
     function = named.load(name, "--network")
-    module = _called(name, lambda: function(space), f"on the space of shape {space.shape}")
-    _check(
-        name,
-        isinstance(module, nn.Module),
-        "function(observation_space) to return a torch.nn.Module",
-        type(module).__name__,
-    )
-    with torch.enable_grad():
+    with _in_float32(), torch.enable_grad():
+        module = _called(name, lambda: function(space), f"on the space of shape {space.shape}")
+        _check(
+            name,
+            isinstance(module, nn.Module),
+            "function(observation_space) to return a torch.nn.Module",
+            type(module).__name__,
+        )
         obs = door(_some(space, rows=2))
         features, kept = _tried(name, module, obs)
     _check_kept(name, module)
     return Own(module, features, kept)
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Parameters are made in float32, whatever torch's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
