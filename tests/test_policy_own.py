@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import nn
 
 from vecpg.policy import Policy, own
-from vecpg.policy.network import Encoder
+from vecpg.policy.network import Encoder, drawn_from
 
 BOX = spaces.Box(-np.inf, np.inf, (3, 2))
 PICTURE = spaces.Box(0, 255, (5, 5, 3), np.uint8)
@@ -280,6 +280,23 @@ def test_what_serves_is_taken(named, function):
     again.load_state_dict(policy.state_dict())
     rows = torch.from_numpy(obs).float()
     assert torch.equal(again(rows), policy(rows))
+
+
+def test_what_is_drawn_while_its_module_is_imported_changes_nothing(tmp_path, monkeypatch):
+    """A module is imported once in a process."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_drawing.py").write_text(
+        "import torch\n"
+        "one = torch.rand(3)\n"
+        "def f(space): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 2))\n"
+    )
+    drawn = []
+    for _ in range(2):
+        with drawn_from(3):
+            encoder = Encoder(BOX, network="own_drawing:f")
+            drawn.append([*encoder.parameters(), torch.rand(2)])
+    assert all(map(torch.equal, *drawn))
+    del sys.modules["own_drawing"]
 
 
 def test_torchs_default_dtype_is_not_that_of_its_parameters(named):

@@ -62,7 +62,9 @@ def make(name: str, space: spaces.Space[Any], door: Callable[[Tensor], Tensor]) 
     Raises:
         ValueError: in one line, which begins with --network and the name.
     """
-    function = named.load(name, "--network")
+    # What its module draws while it is imported, the first time, is not to change what is drawn next.
+    with torch.random.fork_rng(devices=[]):
+        function = named.load(name, "--network")
     with _in_float32(), torch.enable_grad():
         module = _called(name, lambda: function(space), f"on the space of shape {space.shape}")
         _check(
