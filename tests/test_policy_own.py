@@ -134,6 +134,14 @@ class Buffered(Flat):
         self.register_buffer("kept", buffer)
 
 
+class Stateful(Flat):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
 class Doubled(Flat):
     def __init__(self, space):
         super().__init__(space)
@@ -207,6 +215,10 @@ WRONG = {
         "dense tensors of real numbers, which a checkpoint holds, kept too, got complex64",
     ),
     "bool": (lambda s: Buffered(s, torch.zeros(2, dtype=bool)), "kept too, got bool"),
+    "a state that is no tensor": (
+        Stateful,
+        "dense tensors of real numbers, which a checkpoint holds, _extra_state too, got dict",
+    ),
     "not dense": (lambda s: Buffered(s, torch.zeros(1).expand(3)), "kept too, got float32"),
     "infinite": (
         lambda s: Buffered(s, torch.full((2, 2), -math.inf)),

@@ -854,6 +854,7 @@ def test_parameters_that_are_not_finite_are_no_policy():
         (spaces.Box(0, 255, (4, 40, 37), np.uint8), spaces.Discrete(2), {"hidden_sizes": ()}),
         (spaces.Box(0, 255, (9, 9), np.uint8), spaces.Discrete(2), {"network": "mlp"}),
         (spaces.Box(-1, 1, (2, 3)), spaces.Discrete(2), {"network": "cnn"}),
+        (spaces.MultiBinary((9, 8)), spaces.Discrete(2), {"network": "cnn"}),
         (spaces.Box(0, 1, (3,), bool), spaces.Discrete(2), {}),
         (spaces.MultiBinary(5), spaces.MultiBinary((2, 3)), {"normalize_obs": True}),
         (spaces.MultiBinary((3, 2)), spaces.Discrete(2), {"embedding_size": 3}),
