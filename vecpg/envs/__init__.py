@@ -14,6 +14,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from vecpg.envs.answers import mask_sizes
 from vecpg.envs.errors import (
     EnvironmentFailure,
     EnvironmentNotMade,
@@ -152,6 +153,7 @@ def make_envs(
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
     step_timeout: float = 60.0,
+    action_masks: bool = False,
 ) -> VectorEnv:
     """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
 
@@ -167,10 +169,14 @@ def make_envs(
         max_episode_steps: time limit in steps; None keeps the environment's own.
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
+        action_masks: whether every environment gives `info["action_mask"]`, as
+            `vecpg.envs.answers.read_action_mask` takes it, and infos are to have it as (N, A). Not
+            with "tensor", which "auto" takes no more; nor does it take a vectorized form that gives
+            none.
 
     Raises:
         ValueError: an unknown id, an environment that has no time limit, or runs in another
-            autoreset mode.
+            autoreset mode; action masks of actions that are neither Discrete nor MultiDiscrete.
         EnvironmentNotMade: (a ValueError) its constructor raised, died or hung, or this process
             can have no workers.
 
@@ -183,7 +189,11 @@ def make_envs(
     spec = find_spec(env_id)
     check_time_limit(spec, max_episode_steps)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+        spec,
+        vectorization,
+        env_kwargs,
+        max_episode_steps=max_episode_steps,
+        action_masks=action_masks,
     )
     if vectorization == "async":
         check_process()
@@ -195,7 +205,7 @@ def make_envs(
             for index in range(num_envs)
         ]
         if vectorization == "sync":
-            envs: VectorEnv = InProcessEnvs(makers)
+            envs: VectorEnv = InProcessEnvs(makers, action_masks)
         elif vectorization == "async":
             envs = WorkerEnvs(makers, step_timeout)
         elif vectorization == "tensor":
@@ -219,6 +229,12 @@ def make_envs(
             f"{env_id} could not be made: {in_words(error)}", trace_of_making(error)
         ) from error
     check_autoreset(envs)
+    if action_masks:
+        try:
+            mask_sizes(envs.single_action_space)
+        except ValueError:
+            envs.close()
+            raise
     return envs
 
 
@@ -245,6 +261,7 @@ def own_vectorization(
     env_kwargs: dict[str, Any] | None = None,
     *,
     max_episode_steps: int | None = None,
+    action_masks: bool = False,
 ) -> str:
     """How Gymnasium itself steps copies: by their vectorized form where it serves, else sync.
 
@@ -256,7 +273,7 @@ def own_vectorization(
     if spec.entry_point is None:
         return "vector_entry_point"
     given = _arguments(env_kwargs, max_episode_steps)
-    reason = _why_not_vectorized(spec, given) or _why_another(spec, given)
+    reason = _why_not_vectorized(spec, given) or _why_another(spec, given, action_masks)
     if reason is None:
         return "vector_entry_point"
     once(_log, f"{spec.id} is stepped one by one (sync): its vectorized form {reason}")
@@ -269,22 +286,32 @@ def resolve_vectorization(
     env_kwargs: dict[str, Any] | None = None,
     *,
     max_episode_steps: int | None = None,
+    action_masks: bool = False,
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
 
     Raises:
         ValueError: a way of stepping that this environment does not have, or whose arguments it
             does not take; "tensor" where what is registered is no longer what the environment on
-            tensors stands for.
+            tensors stands for, or with action masks.
     """
+    on_tensors_only = _on_tensors(spec) == spec.id
+    if action_masks and (vectorization == "tensor" or on_tensors_only):
+        remedy = "another environment" if on_tensors_only else "--vectorization auto, sync or async"
+        raise ValueError(
+            f"--action-masks: environments on tensors give no infos, and so no action_mask; use"
+            f" {remedy}, or --no-action-masks"
+        )
     changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
-        if _on_tensors(spec) is not None and not env_kwargs:
+        if _on_tensors(spec) is not None and not env_kwargs and not action_masks:
             if changed is None:
                 return "tensor"
             once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
-        return own_vectorization(spec, env_kwargs, max_episode_steps=max_episode_steps)
+        return own_vectorization(
+            spec, env_kwargs, max_episode_steps=max_episode_steps, action_masks=action_masks
+        )
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,
@@ -322,6 +349,7 @@ def judge_of(
     vectorization: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    action_masks: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """What evaluation plays for an environment: its id, and settings for `make_envs`.
 
@@ -334,6 +362,7 @@ def judge_of(
         vectorization: of training.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        action_masks: as for `make_envs`.
 
     Raises:
         ValueError: an unknown id, or a way of stepping that the environment does not have.
@@ -346,7 +375,11 @@ def judge_of(
     """
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps
+        spec,
+        vectorization,
+        env_kwargs,
+        max_episode_steps=max_episode_steps,
+        action_masks=action_masks,
     )
     judge = spec
     if _on_tensors(spec) == spec.id:
@@ -402,7 +435,7 @@ def _why_not_vectorized(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     return None
 
 
-def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
+def _why_another(spec: EnvSpec, given: dict[str, Any], action_masks: bool) -> str | None:
     """Why one copy by the vectorized form is not what a single one is."""
     try:
         envs = gymnasium.make_vec(spec, 1, vectorization_mode="vector_entry_point", **given)
@@ -412,7 +445,10 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     mode = envs.metadata.get("autoreset_mode")
     names = "single_observation_space", "single_action_space"
     found = [getattr(envs, name, None) for name in names]  # one that has none is no use
+    without = _why_no_masks(envs) if action_masks else None
     _close(envs)
+    if without is not None:
+        return without
     if mode != AutoresetMode.NEXT_STEP:
         return f"is in autoreset mode {mode}"
     try:
@@ -425,6 +461,16 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
         if theirs != single:
             return f"has {what} of {theirs}, and a single copy of {single}"
     return None
+
+
+def _why_no_masks(envs: Any) -> str | None:
+    """Why a copy by the vectorized form has no action masks, by its first reset."""
+    try:
+        _, infos = envs.reset(seed=0)
+    # Whatever its reset raises.
+    except (Exception, SystemExit) as error:
+        return f"could not be reset: {in_words(error)}"
+    return None if "action_mask" in infos else "gives no action_mask in its infos"
 
 
 def _close(envs: Any) -> None:

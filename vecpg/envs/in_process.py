@@ -11,22 +11,37 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 
-from vecpg.envs.answers import read_answer, with_typed_observations
+from vecpg.envs.answers import (
+    mask_sizes,
+    read_action_mask,
+    read_answer,
+    with_typed_observations,
+)
 from vecpg.envs.errors import SubEnvironmentError
 
 
 class InProcessEnvs(SyncVectorEnv):
     """N environments in this process, in NEXT_STEP mode.
 
+    Of their infos nothing is collected but the action masks, where they are asked for:
+    `infos["action_mask"]`, (N, A) bool, True = allowed, and True everywhere after an episode's end.
+
     Args:
         env_fns: one maker for each environment.
+        action_masks: whether the environments' infos have an `action_mask`, and it is wanted. Not
+            of environments whose actions `mask_sizes` refuses.
 
     Raises:
         SubEnvironmentError: from `reset`, `step` and making one: an environment raised. Those made
             before are closed.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env[Any, Any]]]) -> None:
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[[], gymnasium.Env[Any, Any]]],
+        action_masks: bool = False,
+    ) -> None:
+        self._with_masks, self._masks = action_masks, np.empty((0, 0), np.bool_)
         made: list[gymnasium.Env[Any, Any]] = []
         try:
             super().__init__(
@@ -40,15 +55,18 @@ class InProcessEnvs(SyncVectorEnv):
 
     def reset(self, **kwargs: Any) -> Any:
         """As `SyncVectorEnv.reset`."""
+        if self._with_masks:
+            self._masks = np.ones((self.num_envs, sum(mask_sizes(self.single_action_space))), bool)
         try:
-            return super().reset(**kwargs)
+            obs, _ = super().reset(**kwargs)
+            return obs, self._infos()
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
 
     def step(self, actions: Any) -> Any:
         """As `SyncVectorEnv.step`, with rewards and flags as `read_answer` takes them."""
         try:
-            infos = self._step_each(actions)
+            self._step_each(actions)
             self._observations = concatenate(
                 self.single_observation_space, self._env_obs, self._observations
             )
@@ -56,10 +74,18 @@ class InProcessEnvs(SyncVectorEnv):
             raise self._failure(error) from None
         self._autoreset_envs = np.logical_or(self._terminations, self._truncations)
         answers = self._rewards, self._terminations, self._truncations
-        return copy.deepcopy(self._observations), *map(np.copy, answers), infos
+        return copy.deepcopy(self._observations), *map(np.copy, answers), self._infos()
 
-    def _step_each(self, actions: Any) -> dict[str, Any]:
-        infos: dict[str, Any] = {}
+    def _infos(self) -> dict[str, Any]:
+        return {"action_mask": self._masks.copy()} if self._with_masks else {}
+
+    def _add_info(self, vector_infos: dict[str, Any], info: Any, i: int) -> dict[str, Any]:
+        """What Gymnasium's `reset` does with the info of environment `i`."""
+        if self._with_masks:
+            self._masks[i] = read_action_mask(info, self.single_action_space)
+        return vector_infos
+
+    def _step_each(self, actions: Any) -> None:
         rewards, terminations, truncations = self._rewards, self._terminations, self._truncations
         each = zip(iterate(self.action_space, actions), self.envs, strict=True)
         for i, (action, env) in enumerate(each):
@@ -71,8 +97,9 @@ class InProcessEnvs(SyncVectorEnv):
                 rewards[i], terminations[i], truncations[i] = read_answer(
                     reward, terminated, truncated
                 )
-            infos = self._add_info(infos, info, i)
-        return infos
+            if self._with_masks:
+                over = terminations[i] or truncations[i]
+                self._masks[i] = over or read_action_mask(info, self.single_action_space)
 
     def _failure(self, error: BaseException) -> BaseException:
         """`error` with the environment's index, which Gymnasium does not tell.
@@ -87,7 +114,7 @@ class InProcessEnvs(SyncVectorEnv):
                 if frame.f_locals.get("self") is env:
                     return SubEnvironmentError.raised(index, error)
             loop = frame if frame.f_code in _LOOPS else loop
-        if loop is not None and (loop is frame or loop.f_code is InProcessEnvs._step_each.__code__):
+        if loop is not None and (loop is frame or loop.f_code is not SyncVectorEnv.reset.__code__):
             index, verb, detail, trace = SubEnvironmentError.raised(loop.f_locals["i"], error).args[
                 0
             ]
@@ -107,7 +134,11 @@ class InProcessEnvs(SyncVectorEnv):
 
 
 # Where what environment `i` has returned is taken apart.
-_LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
+_LOOPS = (
+    InProcessEnvs._step_each.__code__,
+    InProcessEnvs._add_info.__code__,
+    SyncVectorEnv.reset.__code__,
+)
 _EXPECTED = (
     "expected an observation, then, of a step, a reward (a number) and two flags, then a dict"
 )
