@@ -87,7 +87,7 @@ def read_action_mask(info: Any, space: spaces.Space[Any]) -> NDArray[np.bool_]:
         >>> read_action_mask({}, spaces.Discrete(3))
         Traceback (most recent call last):
             ...
-        TypeError: expected an action_mask of 3 numbers, each 0 or 1, in the info, got none
+        TypeError: expected an action_mask of 3 numbers, each 0 or 1, in the info, got none; ...
     """
     sizes = mask_sizes(space)
     given = info.get("action_mask") if isinstance(info, dict) else None
@@ -98,9 +98,11 @@ def read_action_mask(info: Any, space: spaces.Space[Any]) -> NDArray[np.bool_]:
         allowed: NDArray[np.bool_] = numbers == 1
         if (allowed | (numbers == 0)).all():
             return allowed
-    got = "none" if given is None else f"{_shown(given)}, {type(given).__name__}"
+    got = f"{_shown(given)} ({type(given).__name__})"
     if isinstance(given, np.ndarray):
-        got += f" of shape {given.shape} and dtype {given.dtype}"
+        got = f"{_shown(given)} of shape {given.shape} and dtype {given.dtype}"
+    if given is None:
+        got = "none; without one, there is nothing to do for --action-masks"
     raise TypeError(
         f"expected an action_mask of {sum(sizes)} numbers, each 0 or 1, in the info, got {got}"
     )
@@ -160,7 +162,8 @@ def read_action_masks(
             masks[n] = read_action_mask({"action_mask": given[n]} if there[n] else {}, space)
         except TypeError as error:
             if needed[n]:
-                raise SubEnvironmentError.raised(int(n), error) from None
+                detail = f"TypeError: {error}"
+                raise SubEnvironmentError((int(n), "failed", detail, "")) from None
     starts = np.cumsum([0, *sizes[:-1]])
     none = ~np.logical_or.reduceat(masks, starts, axis=1)
     if not none.any():

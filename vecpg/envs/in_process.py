@@ -60,6 +60,8 @@ class InProcessEnvs(SyncVectorEnv):
         try:
             obs, _ = super().reset(**kwargs)
             return obs, self._infos()
+        except SubEnvironmentError:
+            raise
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
 
@@ -70,6 +72,8 @@ class InProcessEnvs(SyncVectorEnv):
             self._observations = concatenate(
                 self.single_observation_space, self._env_obs, self._observations
             )
+        except SubEnvironmentError:
+            raise
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
         self._autoreset_envs = np.logical_or(self._terminations, self._truncations)
@@ -79,11 +83,19 @@ class InProcessEnvs(SyncVectorEnv):
     def _infos(self) -> dict[str, Any]:
         return {"action_mask": self._masks.copy()} if self._with_masks else {}
 
-    def _add_info(self, vector_infos: dict[str, Any], info: Any, i: int) -> dict[str, Any]:
-        """What Gymnasium's `reset` does with the info of environment `i`."""
+    def _add_info(
+        self, vector_infos: dict[str, Any], env_info: Any, env_num: int
+    ) -> dict[str, Any]:
+        """What Gymnasium's `reset` does with the info of an environment."""
         if self._with_masks:
-            self._masks[i] = read_action_mask(info, self.single_action_space)
+            self._read_mask(env_num, env_info)
         return vector_infos
+
+    def _read_mask(self, index: int, info: Any) -> None:
+        try:
+            self._masks[index] = read_action_mask(info, self.single_action_space)
+        except TypeError as error:
+            raise SubEnvironmentError((index, "failed", f"TypeError: {error}", "")) from None
 
     def _step_each(self, actions: Any) -> None:
         rewards, terminations, truncations = self._rewards, self._terminations, self._truncations
@@ -98,8 +110,9 @@ class InProcessEnvs(SyncVectorEnv):
                     reward, terminated, truncated
                 )
             if self._with_masks:
-                over = terminations[i] or truncations[i]
-                self._masks[i] = over or read_action_mask(info, self.single_action_space)
+                self._masks[i] = True
+                if not (terminations[i] or truncations[i]):
+                    self._read_mask(i, info)
 
     def _failure(self, error: BaseException) -> BaseException:
         """`error` with the environment's index, which Gymnasium does not tell.
@@ -114,7 +127,7 @@ class InProcessEnvs(SyncVectorEnv):
                 if frame.f_locals.get("self") is env:
                     return SubEnvironmentError.raised(index, error)
             loop = frame if frame.f_code in _LOOPS else loop
-        if loop is not None and (loop is frame or loop.f_code is not SyncVectorEnv.reset.__code__):
+        if loop is not None and (loop is frame or loop.f_code is InProcessEnvs._step_each.__code__):
             index, verb, detail, trace = SubEnvironmentError.raised(loop.f_locals["i"], error).args[
                 0
             ]
@@ -134,11 +147,7 @@ class InProcessEnvs(SyncVectorEnv):
 
 
 # Where what environment `i` has returned is taken apart.
-_LOOPS = (
-    InProcessEnvs._step_each.__code__,
-    InProcessEnvs._add_info.__code__,
-    SyncVectorEnv.reset.__code__,
-)
+_LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
 _EXPECTED = (
     "expected an observation, then, of a step, a reward (a number) and two flags, then a dict"
 )

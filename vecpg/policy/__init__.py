@@ -11,7 +11,8 @@ from gymnasium.spaces import Box, MultiBinary, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vecpg.policy.distributions import distribution_for
+from vecpg.envs.answers import mask_sizes, read_action_mask
+from vecpg.policy.distributions import distribution_for, masked
 from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
@@ -118,12 +119,17 @@ class Policy(nn.Module):
         """How many uniform numbers the dropout of one observation takes; 0 without dropout."""
         return sum(self.hidden_sizes) if self.dropout > 0 else 0
 
-    def forward(self, obs: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def forward(
+        self, obs: Tensor, dropout: Tensor | None = None, action_mask: Tensor | None = None
+    ) -> Tensor:
         """The distribution's parameters: for categorical actions unnormalized log-probabilities.
 
         Args:
             obs: (B, *obs_shape), float32 or int64 by `obs_dtype`.
             dropout: (dropout_units, B) in [0, 1), which say what is dropped; None drops nothing.
+            action_mask: of `Discrete` and `MultiDiscrete` actions, (B, A) bool, True = allowed,
+                at least one of every component; the components of a `MultiDiscrete` stand one
+                behind the other. The parameters of the others are -inf. None allows all.
 
         Returns:
             (parameters, B) float32, rows contiguous.
@@ -133,27 +139,40 @@ class Policy(nn.Module):
             output: Tensor = self.network(features)
         else:
             output = through(self.network, features, self.dropout, dropout)
-        return output.t().contiguous()
+        output = output.t().contiguous()
+        return output if action_mask is None else masked(output, *self._columns(action_mask))
 
-    def sample(self, obs: Tensor, uniforms: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        obs: Tensor,
+        uniforms: Tensor,
+        dropout: Tensor | None = None,
+        action_mask: Tensor | None = None,
+    ) -> Tensor:
         """Draw actions.
 
         Args:
             obs: (B, *obs_shape).
             uniforms: (num_uniforms, B) in [0, 1).
             dropout: as in `forward`.
+            action_mask: as in `forward`. What it does not allow is never drawn.
 
         Returns:
             (B, *action_shape) actions; a Gaussian's may lie outside the environment's bounds.
         """
-        return self.distribution.sample(self._output(obs, dropout), uniforms)
+        columns = self._columns(action_mask)
+        return self.distribution.sample(self._output(obs, dropout), uniforms, *columns)
 
-    def mode(self, obs: Tensor) -> Tensor:
-        """The most probable actions, (B, *action_shape)."""
-        return self.distribution.mode(self(obs))
+    def mode(self, obs: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        """The most probable actions, (B, *action_shape), of those that a mask allows."""
+        return self.distribution.mode(self(obs), *self._columns(action_mask))
 
     def log_probs_and_entropy(
-        self, obs: Tensor, actions: Tensor, dropout: Tensor | None = None
+        self,
+        obs: Tensor,
+        actions: Tensor,
+        dropout: Tensor | None = None,
+        action_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities log pi(actions|obs), and the entropy of pi(.|obs) in nats.
 
@@ -161,16 +180,26 @@ class Policy(nn.Module):
             obs: (B, *obs_shape).
             actions: (B, *action_shape), as `sample` gave them.
             dropout: as in `forward`.
+            action_mask: as in `forward`.
 
         Returns:
             two (B,) float32 tensors; for `Box` actions a log-density and a differential entropy.
         """
-        return self.distribution.log_probs_and_entropy(self._output(obs, dropout), actions)
+        return self.distribution.log_probs_and_entropy(
+            self._output(obs, dropout), actions, *self._columns(action_mask)
+        )
 
     def _output(self, obs: Tensor, dropout: Tensor | None) -> Tensor:
         # A network of the user's own need not know of dropout.
         parameters: Tensor = self(obs) if dropout is None else self(obs, dropout)
         return parameters
+
+    def _columns(self, action_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The mask as the distribution takes it, or nothing: not every distribution takes one."""
+        if action_mask is None:
+            return ()
+        mask_sizes(self.distribution.space)
+        return (action_mask.t(),)
 
     def for_env(self, actions: Tensor | NDArray[Any]) -> NDArray[Any]:
         """Actions (B, *action_shape) as the environment takes them, a `Box`'s inside its bounds."""
@@ -193,6 +222,7 @@ class Policy(nn.Module):
         obs: NDArray[Any] | Tensor,
         greedy: bool = True,
         generator: torch.Generator | None = None,
+        action_mask: Any = None,
     ) -> Any:
         """Choose actions for one observation or a batch. Nothing is dropped.
 
@@ -200,13 +230,18 @@ class Policy(nn.Module):
             obs: (*obs_shape) or (B, *obs_shape), an array or a tensor of any real type.
             greedy: True = the most probable action; False = draw one.
             generator: where draws come from; torch's own when not given.
+            action_mask: of `Discrete` and `MultiDiscrete` actions, what is allowed: for one
+                observation what `info["action_mask"]` of an environment may be, for a batch (B, A),
+                an array or tensor of bools, or of 1 and 0. None allows all.
 
         Returns:
             what the environment takes, one action or (B, ...): an array (a NumPy integer for one
             action of a `Discrete` space) or a tensor as `obs`.
 
         Raises:
-            ValueError: a shape that is neither.
+            ValueError: a shape that is neither, or a mask that allows nothing or is of other
+                actions.
+            TypeError: a mask that cannot be read.
         """
         if isinstance(obs, Tensor):
             rows = obs.to(device=self.device, dtype=self.obs_dtype)
@@ -224,17 +259,38 @@ class Policy(nn.Module):
             )
         single = rows.ndim == len(self.obs_shape)
         rows = rows[None] if single else rows
+        given = [] if action_mask is None else [self._read_mask(action_mask, single, len(rows))]
         if greedy:
-            actions = self.mode(rows)
+            actions = self.mode(rows, *given)
         else:
             shape = self.num_uniforms, rows.shape[0]
             uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)
-            actions = self.sample(rows, uniforms.to(rows.device))
+            actions = self.sample(rows, uniforms.to(rows.device), None, *given)
         chosen = self.for_env(actions)
         chosen = chosen[0] if single else chosen
         if isinstance(obs, Tensor):
             return torch.as_tensor(chosen, device=obs.device)
         return chosen
+
+    def _read_mask(self, action_mask: Any, single: bool, count: int) -> Tensor:
+        """What `act` was given as (B, A), on the policy's device."""
+        space = self.distribution.space
+        sizes = mask_sizes(space)
+        if isinstance(action_mask, Tensor):
+            action_mask = action_mask.cpu().numpy()
+        each = [action_mask] if single else action_mask
+        if len(each) != count:
+            raise ValueError(f"action_mask: expected {count} rows, as of obs, got {len(each)}")
+        read = [read_action_mask({"action_mask": one}, space) for one in each]
+        masks = torch.from_numpy(np.array(read, np.bool_).reshape(count, sum(sizes)))
+        for component in torch.split(masks, sizes, dim=1):
+            if not (allows := component.any(dim=1)).all():
+                row = int(allows.int().argmin())
+                raise ValueError(
+                    f"action_mask: expected one that allows an action, got {action_mask}"
+                    + ("" if single else f", whose row {row} allows none")
+                )
+        return masks.to(self.device)
 
     def description(self) -> dict[str, Any]:
         """What `Policy.from_description` needs to build this network again, in plain types."""
