@@ -11,7 +11,6 @@ from gymnasium.spaces import Box, MultiBinary, MultiDiscrete, Space
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vecpg.envs.answers import mask_sizes, read_action_mask
 from vecpg.policy.distributions import distribution_for, masked
 from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
@@ -198,7 +197,11 @@ class Policy(nn.Module):
         """The mask as the distribution takes it, or nothing: not every distribution takes one."""
         if action_mask is None:
             return ()
-        mask_sizes(self.distribution.space)
+        if not self.distribution.mask_sizes:
+            raise ValueError(
+                "action_mask: expected none for actions that are neither Discrete nor"
+                f" MultiDiscrete, got one for {self.distribution.space}"
+            )
         return (action_mask.t(),)
 
     def for_env(self, actions: Tensor | NDArray[Any]) -> NDArray[Any]:
@@ -230,18 +233,17 @@ class Policy(nn.Module):
             obs: (*obs_shape) or (B, *obs_shape), an array or a tensor of any real type.
             greedy: True = the most probable action; False = draw one.
             generator: where draws come from; torch's own when not given.
-            action_mask: of `Discrete` and `MultiDiscrete` actions, what is allowed: for one
-                observation what `info["action_mask"]` of an environment may be, for a batch (B, A),
-                an array or tensor of bools, or of 1 and 0. None allows all.
+            action_mask: what is allowed, as in `forward`: (A,) for one observation or (B, A) for a
+                batch, an array or tensor of bools, or of 1 and 0, such as `info["action_mask"]` of
+                Taxi-v4. None allows all.
 
         Returns:
             what the environment takes, one action or (B, ...): an array (a NumPy integer for one
             action of a `Discrete` space) or a tensor as `obs`.
 
         Raises:
-            ValueError: a shape that is neither, or a mask that allows nothing or is of other
+            ValueError: a shape that is neither; a mask that allows nothing, or is of other
                 actions.
-            TypeError: a mask that cannot be read.
         """
         if isinstance(obs, Tensor):
             rows = obs.to(device=self.device, dtype=self.obs_dtype)
@@ -259,38 +261,39 @@ class Policy(nn.Module):
             )
         single = rows.ndim == len(self.obs_shape)
         rows = rows[None] if single else rows
-        given = [] if action_mask is None else [self._read_mask(action_mask, single, len(rows))]
+        masks = self._masks_of(action_mask, rows, single)
         if greedy:
-            actions = self.mode(rows, *given)
+            actions = self.mode(rows, *masks)
         else:
             shape = self.num_uniforms, rows.shape[0]
             uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)
-            actions = self.sample(rows, uniforms.to(rows.device), None, *given)
+            actions = self.sample(rows, uniforms.to(rows.device), None, *masks)
         chosen = self.for_env(actions)
         chosen = chosen[0] if single else chosen
         if isinstance(obs, Tensor):
             return torch.as_tensor(chosen, device=obs.device)
         return chosen
 
-    def _read_mask(self, action_mask: Any, single: bool, count: int) -> Tensor:
-        """What `act` was given as (B, A), on the policy's device."""
-        space = self.distribution.space
-        sizes = mask_sizes(space)
-        if isinstance(action_mask, Tensor):
-            action_mask = action_mask.cpu().numpy()
-        each = [action_mask] if single else action_mask
-        if len(each) != count:
-            raise ValueError(f"action_mask: expected {count} rows, as of obs, got {len(each)}")
-        read = [read_action_mask({"action_mask": one}, space) for one in each]
-        masks = torch.from_numpy(np.array(read, np.bool_).reshape(count, sum(sizes)))
-        for component in torch.split(masks, sizes, dim=1):
-            if not (allows := component.any(dim=1)).all():
-                row = int(allows.int().argmin())
+    def _masks_of(self, action_mask: Any, rows: Tensor, single: bool) -> tuple[Tensor, ...]:
+        """What `act` was given as (B, A) bool for these rows; nothing where that is None."""
+        if action_mask is None:
+            return ()
+        given = action_mask.cpu().numpy() if isinstance(action_mask, Tensor) else action_mask
+        numbers, sizes = np.asarray(given), self.distribution.mask_sizes
+        shape = (sum(sizes),) if single else (len(rows), sum(sizes))
+        mask: NDArray[np.bool_] = numbers == 1
+        if numbers.shape != shape or not (mask | (numbers == 0)).all():
+            raise ValueError(
+                f"action_mask: expected numbers 0 and 1, or bools, of shape {shape}, got"
+                f" {numbers.tolist()} of shape {numbers.shape}"
+            )
+        allowed = torch.from_numpy(mask.reshape(len(rows), sum(sizes)))
+        for component in torch.split(allowed, sizes, dim=1):
+            if not bool(component.any(dim=1).all()):
                 raise ValueError(
-                    f"action_mask: expected one that allows an action, got {action_mask}"
-                    + ("" if single else f", whose row {row} allows none")
+                    f"action_mask: expected one that allows an action, got {mask.tolist()}"
                 )
-        return masks.to(self.device)
+        return (allowed.to(self.device),)
 
     def description(self) -> dict[str, Any]:
         """What `Policy.from_description` needs to build this network again, in plain types."""

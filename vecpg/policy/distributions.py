@@ -33,6 +33,8 @@ class Categorical(nn.Module):
 
     num_parameters: how many numbers the network gives for an observation.
     num_uniforms:   how many uniform numbers a draw takes.
+    mask_sizes:     how many values a mask speaks of, for every component of an action; none where
+                    actions are not masked.
     shape, dtype:   of one action.
     """
 
@@ -42,6 +44,7 @@ class Categorical(nn.Module):
         self.num_actions = self.num_parameters = int(space.n)
         self.first_action = int(space.start)
         self.num_uniforms = 1
+        self.mask_sizes = [self.num_actions]
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.int64
 
@@ -107,6 +110,8 @@ class MultiCategorical(nn.Module):
         self.parts = [Categorical(spaces.Discrete(n, start=start)) for n, start in ranges]
         self.num_parameters = sum(part.num_actions for part in self.parts)
         self.num_uniforms = len(self.parts)
+        masks = isinstance(space, spaces.MultiDiscrete)
+        self.mask_sizes = [part.num_actions for part in self.parts] if masks else []
         self.shape: tuple[int, ...] = (len(self.parts),)
         self.dtype = torch.int64
 
@@ -168,6 +173,7 @@ class DiagonalGaussian(nn.Module):
         self.shape: tuple[int, ...] = (self.size,)
         self.dtype = torch.float32
         self.num_uniforms = 2 * math.ceil(self.size / 2)
+        self.mask_sizes: list[int] = []
         self.num_parameters = self.size * (2 if log_std == "network" else 1)
         self.low: Tensor
         self.high: Tensor
