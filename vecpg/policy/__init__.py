@@ -197,12 +197,16 @@ class Policy(nn.Module):
         """The mask as the distribution takes it, or nothing: not every distribution takes one."""
         if action_mask is None:
             return ()
+        self._mask_sizes()
+        return (action_mask.t(),)
+
+    def _mask_sizes(self) -> list[int]:
         if not self.distribution.mask_sizes:
             raise ValueError(
                 "action_mask: expected none for actions that are neither Discrete nor"
                 f" MultiDiscrete, got one for {self.distribution.space}"
             )
-        return (action_mask.t(),)
+        return self.distribution.mask_sizes
 
     def for_env(self, actions: Tensor | NDArray[Any]) -> NDArray[Any]:
         """Actions (B, *action_shape) as the environment takes them, a `Box`'s inside its bounds."""
@@ -279,7 +283,7 @@ class Policy(nn.Module):
         if action_mask is None:
             return ()
         given = action_mask.cpu().numpy() if isinstance(action_mask, Tensor) else action_mask
-        numbers, sizes = np.asarray(given), self.distribution.mask_sizes
+        numbers, sizes = np.asarray(given), self._mask_sizes()
         shape = (sum(sizes),) if single else (len(rows), sum(sizes))
         mask: NDArray[np.bool_] = numbers == 1
         if numbers.shape != shape or not (mask | (numbers == 0)).all():
