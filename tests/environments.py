@@ -389,17 +389,19 @@ class Masked(gymnasium.Env):
     Shows what is allowed, and pays for each component 1 / (1 + number of the action), so that the
     first that is allowed is the best. What `info` has of it is what `gives` makes of each
     component's numbers; after an end there is nothing in it, or something that allows nothing.
-    With a `fault` it is something else at step `at` of every fourth copy made in a process.
+    With a `fault` it is something else at step `at`, in the copy that is made after `after` others
+    in its process, and so on after four more.
     """
 
     made = 0
 
-    def __init__(self, of="Discrete", gives="int8", fault=None, at=2, after_end="nothing"):
+    def __init__(self, of="Discrete", gives="int8", fault=None, at=2, after=3, after_end="nothing"):
         self.action_space = MASKED[of]
         self.sizes = mask_sizes(self.action_space)
         self.observation_space = spaces.Box(0, 1, (sum(self.sizes),), np.float32)
         self.gives, self.fault, self.at, self.after_end = gives, fault, at, after_end
-        self.index, Masked.made = Masked.made, Masked.made + 1
+        self.guilty = Masked.made % 4 == after
+        Masked.made += 1
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -429,7 +431,7 @@ class Masked(gymnasium.Env):
 
     def _info(self):
         mask = np.concatenate(self.allowed)
-        if self.steps == self.at and self.fault is not None and self.index % 4 == 3:
+        if self.steps == self.at and self.fault is not None and self.guilty:
             return FAULTY_MASKS[self.fault](mask)
         return {"action_mask": GIVEN_MASKS[self.gives](mask, self.allowed), "other": {"a": 1}}
 
