@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import choose_collector, collect
@@ -596,3 +597,34 @@ def test_a_mask_that_is_none_is_named_with_environment_step_and_seed(vectorizati
     else:
         assert verb == "failed"
         assert "expected an action_mask of 5 numbers, each 0 or 1" in reason
+
+
+class Once(environments.Constant):
+    """Gives masks in its first episode, and then such as allow nothing; 2 to 9 steps."""
+
+    def reset(self, *, seed=None, options=None):
+        self.first = seed is not None
+        obs, _ = super().reset(seed=seed)
+        self.length = int(self.np_random.integers(2, 10))
+        return obs, self._info()
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        assert action == 1 or not self.first
+        return obs, reward, self.steps == self.length, False, self._info()
+
+    def _info(self):
+        return {"action_mask": np.array([0, int(self.first)])}
+
+
+def test_masks_of_environments_that_have_finished_are_no_matter():
+    envs = InProcessEnvs([Once] * 6, action_masks=True)
+    given = {"seed": 1, "iteration": 0, "action_masks": True}
+    rollout = collect(envs, policy_for(envs), num_steps=1, **given)
+    lengths = rollout.mask.sum(dim=0)
+    assert len(lengths.unique()) > 1
+    assert lengths.max() > lengths.min() + 2, "some go on with what allows nothing"
+    assert (rollout.actions[rollout.mask] == 1).all()
+    assert rollout.action_masks[~rollout.mask].all()
+    with pytest.raises(EnvironmentFailure, match=r"environment \d allows no action at step \d+ "):
+        collect(envs, policy_for(envs), num_steps=30, **given)
