@@ -464,6 +464,23 @@ FAULTY_MASKS = {
 }
 
 
+class Forbidding(gymnasium.Wrapper):
+    """Around CartPole: where the pole leans, the cart may only be pushed that way."""
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        return self.obs, info | self._mask()
+
+    def step(self, action):
+        assert self._mask()["action_mask"][action]
+        self.obs, *answer, info = self.env.step(action)
+        return self.obs, *answer, info | self._mask()
+
+    def _mask(self):
+        lean = self.obs[2]
+        return {"action_mask": np.array([lean < 0.03, lean > -0.03])}
+
+
 class Scribbling(Dials):
     """Writes into the action it is given."""
 
@@ -582,6 +599,25 @@ class Halving(gymnasium.RewardWrapper):
         return reward / 2
 
 
+class Nested(gymnasium.Env):
+    """Shows a dictionary of a tuple and a box."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        where = spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2)))
+        # Of its own: what it shows is drawn by the space.
+        self.observation_space = spaces.Dict({"where": where, "what": spaces.Box(-1, 1, (2, 2))})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), float(action), False, False, {}
+
+
 class Unused(gymnasium.vector.VectorEnv):
     """A vectorized form that nobody asked for."""
 
@@ -675,6 +711,7 @@ for _env, _limit in (
     (Offset, 10),
     (Plain, 10),
     (Pay, 10),
+    (Nested, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

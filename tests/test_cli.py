@@ -262,6 +262,7 @@ def test_evaluate_flags(capsys):
         ["train", "--env-id", "CartPol-v1"],
         ["train", "--env-id", "CliffWalking-v1"],
         ["train", "--out-dir", "file/runs"],
+        ["train", "--wrappers", "gymnasium.wrappers:Flat"],
         ["evaluate", "runs", "--episodes", "0"],
         ["benchmark", "--num-envs", "0"],
     ],
@@ -405,22 +406,24 @@ def save_some(folder, env_id="CartPole-v1", observations=4, **settings):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "env_kwargs"),
+    ("env_id", "settings"),
     [
         ("evil:CartPole-v1", {}),
         ("evil:Cart:Pole-v1", {}),
-        ("vecpg/CartPole-v1", {"definition": "evil:CartPole"}),
-        ("CartPole-v1", {"a": [{"b": "evil:CartPole"}]}),
+        ("vecpg/CartPole-v1", {"env_kwargs": {"definition": "evil:CartPole"}}),
+        ("CartPole-v1", {"env_kwargs": {"a": [{"b": "evil:CartPole"}]}}),
+        ("CartPole-v1", {"wrappers": ["evil:wrap"]}),
+        ("CartPole-v1", {"network": "evil:network"}),
     ],
 )
-def test_no_file_has_a_module_imported(here, tmp_path, env_id, env_kwargs):
+def test_no_file_has_a_module_imported(here, tmp_path, env_id, settings):
     (tmp_path / "evil.py").write_text("open('executed', 'w').close()")
-    save_some(tmp_path / "checkpoints" / "x", env_id, env_kwargs=env_kwargs)
+    save_some(tmp_path / "checkpoints" / "x", env_id, **settings)
     code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2, "--seed", 3)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("error: what a file names is imported or opened only if you name it too")
-    assert "evaluate checkpoints/x --episodes 2 --seed 3 --env-" in err
+    assert re.search("evaluate checkpoints/x --episodes 2 --seed 3 --(env|wrap|net)", err)
     assert not (tmp_path / "executed").exists()
     assert "evil" not in sys.modules
     # Another name is not taken for it, and not imported either.
@@ -549,6 +552,58 @@ def test_an_id_with_a_module_beside_the_user(here, tmp_path):
     code, out, err = here(*words[words.index("evaluate") :], "--episodes", 2)
     assert code == 0, err
     assert json.loads(out)["episodes"] == 2
+
+
+def test_wrappers_of_a_run_are_typed_again(here, tmp_path):
+    (tmp_path / "around.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.wrappers import TransformReward\n"
+        "def paid(env): return TransformReward(env, lambda reward: 7.0)\n"
+    )
+    args = ["--max-episode-steps", 1, "--num-envs", 4, "--total-iterations", 1]
+    code, out, err = here("train", "--wrappers", "around:paid", "around:paid", *args)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert (summary["eval_return_mean"], summary["vectorization"]) == (7.0, "sync")
+    run_dir = summary["run_dir"]
+    words = shlex.split(err.splitlines()[-1])
+    code, out, err = here(*words[words.index("evaluate") :], "--episodes", 2)
+    assert (code, json.loads(out)["return_mean"]) == (0, 7.0)
+    again = ["train", "--resume", run_dir, "--total-iterations", 2]
+    code, _, err = here(*again)
+    assert code == 2
+    assert err.endswith(
+        f"train --resume {run_dir} --total-iterations 2 --wrappers around:paid around:paid\n"
+    )
+    code, out, err = here(*again, "--wrappers", "around:paid")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --wrappers: expected around:paid around:paid, with which")
+    code, out, err = here(*again, "--wrappers", "around:paid", "around:paid")
+    assert code == 0, err
+    assert json.loads(out)["iterations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--wrappers", "around"], "--wrappers: expected module:callable, got around"),
+        (["--wrappers", "no_such:wrap"], "--wrappers no_such:wrap: expected a module that can be"),
+        (["--wrappers", "math:square"], "--wrappers math:square: expected square in the module"),
+        (["--wrappers", "math:pi"], "--wrappers math:pi: expected something that can be called"),
+        (["--network", "big"], "--network: expected auto, mlp, cnn or module:function, got big"),
+        (["--envs-per-worker", "0"], "--envs-per-worker: expected at least 1, or none, got 0"),
+        (
+            ["--wrappers", "math:sqrt", "--vectorization", "tensor"],
+            "--wrappers: they go around single copies of CartPole-v1; expected --vectorization sync"
+            " or async, got tensor",
+        ),
+    ],
+)
+def test_a_wrong_name_is_one_line(here, args, said):
+    code, out, err = here("train", *args)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
 
 
 def test_a_faulty_environment_is_status_1_with_one_traceback(here):
@@ -813,6 +868,8 @@ def test_no_run_that_goes_on_has_a_module_imported(here, tmp_path):
     for name, value in (
         ("env_id", "evil_run:CartPole-v1"),
         ("env_kwargs", {"definition": "evil_run:CartPole"}),
+        ("wrappers", ["evil_run:wrap"]),
+        ("network", "evil_run:network"),
     ):
         path = tmp_path / run_dir / "config.json"
         before = path.read_text()
@@ -821,7 +878,7 @@ def test_no_run_that_goes_on_has_a_module_imported(here, tmp_path):
         path.write_text(before)
         assert (code, out) == (2, "")
         assert err.startswith("error: what a file names is imported or opened only if you name it")
-        assert f"train --resume {run_dir} --total-iterations 3 --env-" in err
+        assert f"train --resume {run_dir} --total-iterations 3 --{name.replace('_', '-')} " in err
         assert not (tmp_path / "executed").exists()
 
 

@@ -97,3 +97,22 @@ def test_the_readmes_examples_run_and_its_summary_has_every_number(tmp_path, mon
         following = torch.where(dones[t], 0.0, following)
         following = torch.where(mask[t], names["rewards"][t] + 0.99 * following, 0.0)
         torch.testing.assert_close(returns[t].double(), following, rtol=1e-5, atol=1e-6)
+
+
+def test_the_examples_of_training_from_python_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    first, stopping, logging, steps = blocks(ROOT / "docs" / "python.md", "python")
+    exec(first, names)
+    assert names["result"].summary["iterations"] == 10
+    exec(stopping, names)
+    summary = names["result"].summary
+    assert summary["iterations"] < 60
+    assert summary["solved"] is None
+    assert names["since"] == 5
+    exec(logging, names)
+    header, *rows = (tmp_path / "run.csv").read_text().splitlines()
+    assert header.startswith("iteration,env_steps,")
+    assert [row.partition(",")[0] for row in rows] == ["1", "2", "3"]
+    exec(steps, names)
+    assert names["stats"].grad_norm > 0

@@ -10,7 +10,7 @@ import on_tensors  # noqa: F401 - registers its environments before a test's reg
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
-from gymnasium.envs.registration import WrapperSpec
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from pairs import pairwise
 
@@ -18,6 +18,7 @@ from vecpg import envs as module
 from vecpg.envs import (
     SubEnvironmentError,
     check_autoreset,
+    check_time_limit,
     find_spec,
     has_one_generator,
     judge_of,
@@ -495,6 +496,16 @@ def test_a_copy_that_returns_what_cannot_be_used_says_which_it_is(vectorization,
         assert caught.value.index == index
     finally:
         envs.close()
+
+
+def test_a_limit_that_atari_games_keep_themselves_counts():
+    spec = EnvSpec("Game-v0", "environments:CoinLength", kwargs={"max_num_frames_per_episode": 9})
+    check_time_limit(spec, None)
+    for kwargs in ({}, {"max_num_frames_per_episode": None}):
+        spec = EnvSpec("Game-v0", "environments:CoinLength", kwargs=kwargs)
+        with pytest.raises(ValueError, match="Game-v0 has no time limit"):
+            check_time_limit(spec, None)
+        check_time_limit(spec, 9)
 
 
 # -- Action masks --------------------------------------------------------------------------------

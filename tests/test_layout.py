@@ -22,11 +22,12 @@ ALLOWED = {
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},
     "vecpg.advantage": {"vecpg.kernels", "vecpg.returns"},
+    "vecpg.named": set(),
     "vecpg.noise": set(),
     "vecpg.device": set(),
     "vecpg.shell": set(),
     "vecpg.machine": {"vecpg"},
-    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.noise"},
+    "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.named", "vecpg.noise"},
     "vecpg.policy": {"vecpg.kernels", "vecpg.noise", "vecpg.policy"},
     "vecpg.rollout": {
         "vecpg.envs",

@@ -16,6 +16,7 @@ from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.rollout import choose_collector, collect
 from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, check_finite
+from vecpg.rollout.stepping import seeds_of
 
 
 def policy_for(envs):
@@ -329,7 +330,7 @@ def test_a_column_of_numbers_is_read_whatever_its_kind(part, change):
 )
 def test_a_column_that_is_none_is_named_with_step_and_seed(part, change, message):
     envs = Together(5, part, change)
-    seed = Stream(1, 0, 0, 5).common_seed(Purpose.TRAINING_RESET)
+    seed = seeds_of(envs, Stream(1, 0, 0, 5), Purpose.TRAINING_RESET)
     message = rf"returned {message} at step 0 \(all reset together with seed {seed}\); expected"
     with pytest.raises(EnvironmentFailure, match=message):
         collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
@@ -461,6 +462,15 @@ def test_the_table_of_the_start_window_is_its_rule():
         else:
             expected = PLAYING
         assert NEXT[now, ends, more] == expected, (now, ends, more)
+
+
+def test_a_common_seed_is_what_an_int_of_32_bits_holds():
+    """Of 64 runs half would get one that is none."""
+    envs = make_envs("CartPole-v1", 2, vectorization="vector_entry_point")
+    seeds = [seeds_of(envs, Stream(s, 0, 0, 2), Purpose.TRAINING_RESET) for s in range(64)]
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert len(set(seeds)) == 64
+    assert max(seeds) > 2**30
 
 
 # -- Action masks --------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import pytest
 from vecpg.config import Config, ConfigError, to_dict
 from vecpg.run.stored import config_of, names_to_type, read_object, trusted_names
 
+# Settings that name nothing.
+PLAIN = {"wrappers": [], "network": "mlp"}
+
 
 def test_what_was_stored_is_what_is_read():
     config = Config(env_kwargs={"a": [1, {"b": None}]}, hidden_sizes=(3, 4), target_return=None)
@@ -108,40 +111,67 @@ def test_what_is_no_json_object_is_one_error(data):
     ],
 )
 def test_what_may_import_or_open_something_has_to_be_typed(env_id, env_kwargs, names):
-    stored = {"env_id": env_id, "env_kwargs": env_kwargs}
+    stored = PLAIN | {"env_id": env_id, "env_kwargs": env_kwargs}
     assert names_to_type(stored) == names
     typed = {"env_id": env_id, "env_kwargs": json.loads(json.dumps(env_kwargs))}
-    trusted_names(stored, *typed.values(), "vecpg evaluate x")
+    trusted_names(stored, typed, "vecpg evaluate x")
     for name in typed:
         given = typed | {name: None}
         if name in names:
             with pytest.raises(ConfigError, match="imported or opened only if you name it too"):
-                trusted_names(stored, *given.values(), "vecpg evaluate x")
+                trusted_names(stored, given, "vecpg evaluate x")
         else:
-            trusted_names(stored, *given.values(), "vecpg evaluate x")
+            trusted_names(stored, given, "vecpg evaluate x")
 
 
 def test_the_command_is_what_a_shell_needs():
-    stored = {"env_id": "my mod:$(x)'", "env_kwargs": {"b": "~", "a": 'x:"y"'}}
+    stored = PLAIN | {"env_id": "my mod:$(x)'", "env_kwargs": {"b": "~", "a": 'x:"y"'}}
     with pytest.raises(ConfigError) as caught:
-        trusted_names(stored, None, None, "vecpg evaluate x")
+        trusted_names(stored, {}, "vecpg evaluate x")
     _, command = str(caught.value).split(", type: ")
     *called, first, env_id, second, env_kwargs = shlex.split(command)
     assert (called, first, second) == (["vecpg", "evaluate", "x"], "--env-id", "--env-kwargs")
     assert env_id == stored["env_id"]
     assert json.loads(env_kwargs) == stored["env_kwargs"]
     with pytest.raises(ConfigError) as caught:
-        trusted_names(stored, stored["env_id"], None, "vecpg evaluate x")
+        trusted_names(stored, {"env_id": stored["env_id"]}, "vecpg evaluate x")
     assert "--env-id" not in str(caught.value)
 
 
 def test_what_differs_is_named_with_both():
-    stored = {"env_id": "mine:Ball-v0", "env_kwargs": {"a": 1}}
+    stored = PLAIN | {"env_id": "mine:Ball-v0", "env_kwargs": {"a": 1}}
     with pytest.raises(ConfigError) as caught:
-        trusted_names(stored, "yours:Ball-v0", None, "vecpg evaluate x")
+        trusted_names(stored, {"env_id": "yours:Ball-v0"}, "vecpg evaluate x")
     assert str(caught.value) == (
         "--env-id: expected mine:Ball-v0, with which it was trained, got yours:Ball-v0"
     )
     for other in ({}, {"a": 2}, {"a": True}, {"a": 1.0}, {"a": 1, "b": None}):
         with pytest.raises(ConfigError, match=r'--env-kwargs: expected {"a": 1}, .*, got {'):
-            trusted_names(stored, "mine:Ball-v0", other, "vecpg evaluate x")
+            typed = {"env_id": "mine:Ball-v0", "env_kwargs": other}
+            trusted_names(stored, typed, "vecpg evaluate x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words", "others"),
+    [
+        (
+            "wrappers",
+            ["mine:a", "mine:b"],
+            ["mine:a", "mine:b"],
+            [["mine:b", "mine:a"], ["mine:a"], []],
+        ),
+        ("network", "mine:net", ["mine:net"], ["mine:other", "cnn", "auto"]),
+    ],
+)
+def test_wrappers_and_networks_have_to_be_typed(name, value, words, others):
+    stored = PLAIN | {"env_id": "Ball-v0", "env_kwargs": {}, name: value}
+    assert names_to_type(stored) == [name]
+    typed = {name: tuple(value) if name == "wrappers" else value}
+    trusted_names(stored, typed, "vecpg evaluate x")
+    with pytest.raises(ConfigError) as caught:
+        trusted_names(stored, {}, "vecpg evaluate x")
+    command = shlex.split(str(caught.value).partition(", type: ")[2])
+    assert command == ["vecpg", "evaluate", "x", f"--{name}", *words]
+    for other in others:
+        with pytest.raises(ConfigError, match=f"--{name}: expected {' '.join(words)}, with which"):
+            trusted_names(stored, {name: other}, "vecpg evaluate x")

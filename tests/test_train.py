@@ -1201,6 +1201,21 @@ def test_taxi_is_trained_under_its_own_masks(tmp_path, caplog):
         assert 0 < row["losses/entropy"] < math.log(5)
 
 
+@pytest.mark.parametrize("vectorization", ["auto", "async"])
+def test_a_wrapper_may_give_masks(tmp_path, vectorization):
+    """Pushed where it leans, a pole stands for some hundreds of steps whatever else is done."""
+    config = short(
+        tmp_path,
+        wrappers=("environments:Forbidding",),
+        action_masks=True,
+        vectorization=vectorization,
+    )
+    result = train(config)
+    assert result.summary["vectorization"] == {"auto": "sync"}.get(vectorization, vectorization)
+    assert all(row["charts/episodic_return"] > 30 for row in lines(result.run_dir))
+    assert result.summary["eval_return_mean"] > 30
+
+
 def test_an_environment_that_allows_nothing_ends_the_run_with_a_checkpoint(tmp_path):
     environments.Masked.made = 0
     config = short(

@@ -186,6 +186,7 @@ def evaluate_main(args: Sequence[str]) -> None:
                 settings: dict[str, Any] = {
                     "env_kwargs": stored["env_kwargs"],
                     "max_episode_steps": stored["max_episode_steps"],
+                    "wrappers": stored["wrappers"],
                     "greedy": not config.stochastic,
                     "seed": config.seed,
                     "action_masks": stored["action_masks"],
@@ -422,7 +423,7 @@ def fail(message: str) -> NoReturn:
 
 def _check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
-    from vecpg.envs import check_time_limit, find_spec, resolve_vectorization
+    from vecpg.envs import check_time_limit, find_spec, load_wrappers, resolve_vectorization
     from vecpg.memory import check_room
 
     if (run_dir := find_run(config)) is not None:
@@ -431,10 +432,14 @@ def _check_cheaply(config: Config) -> None:
         spec = find_spec(config.env_id)
         check_time_limit(spec, config.max_episode_steps)
         if config.vectorization != "auto":  # what that is the run settles, and says
-            limit = config.max_episode_steps
             resolve_vectorization(
-                spec, config.vectorization, config.env_kwargs, max_episode_steps=limit
+                spec,
+                config.vectorization,
+                config.env_kwargs,
+                max_episode_steps=config.max_episode_steps,
+                wrappers=config.wrappers,
             )
+        load_wrappers(config.wrappers)
         # Else on a GPU, perhaps.
         if config.device == "cpu" or config.vectorization in ("sync", "async"):
             check_room(config, config.vectorization)

@@ -153,7 +153,7 @@ class Config:
     """Go on with a run: its directory or a checkpoint in it, with every setting from there. auto:
     the newest unfinished run in --out-dir with this --env-id, --exp-name and --seed; a new one
     where there is none."""
-    progress: bool = field(default_factory=lambda: sys.stderr is not None and sys.stderr.isatty())
+    progress: bool = field(default_factory=lambda: _shows_a_line())
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0
     """Seconds between plain progress lines."""
@@ -265,6 +265,12 @@ class Config:
     def resolved_shards(self) -> int:
         """`shards`, or 1 where none are asked for."""
         return self.shards or 1
+
+
+def _shows_a_line() -> bool:
+    """Whether stderr is a terminal, or a notebook, where a line can be written anew."""
+    notebook = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
+    return notebook or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def flag(name: str) -> str:

@@ -1,7 +1,7 @@
 """Exactly K whole episodes under a frozen policy."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ def evaluate(
     num_envs: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
     greedy: bool = True,
     seed: int = 1,
@@ -81,6 +82,7 @@ def evaluate(
         num_envs: of training, as for `make_judge`.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `make_envs`.
         step_timeout: as for `make_envs`.
         greedy: True = the most probable action; False = draw actions.
         seed: with `purpose` and `draw` fixes start states and draws.
@@ -109,6 +111,7 @@ def evaluate(
         num_envs=num_envs,
         env_kwargs=env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         step_timeout=step_timeout,
         action_masks=action_masks,
     )
@@ -136,6 +139,7 @@ def make_judge(
     num_envs: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
     action_masks: bool = False,
 ) -> VectorEnv[Any, Any, Any]:
@@ -150,6 +154,7 @@ def make_judge(
             are no more of them here: a copy may be large. None: up to 128, as else.
         env_kwargs: as there.
         max_episode_steps: as there.
+        wrappers: as there.
         step_timeout: as there.
         action_masks: as there.
 
@@ -168,6 +173,7 @@ def make_judge(
         vectorization,
         env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         action_masks=action_masks,
     )
     judge, settings = judge_of(
@@ -175,6 +181,7 @@ def make_judge(
         vectorization=vectorization,
         env_kwargs=env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         action_masks=action_masks,
     )
     most = _MOST_ENVS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
+import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
@@ -48,6 +49,8 @@ from vecpg.run.stopping import Stopping
 from vecpg.update import Learner, UpdateStats, choose_learner, update
 from vecpg.value import Critic, ValueFunction, fit, predict
 
+OnIteration = Callable[[dict[str, float | None], Policy], bool | None]
+
 _log = logging.getLogger(__name__)
 # Before so many copies are made, one is, to see whether the spaces of all of them will fit.
 _MANY_ENVS = 1_000_000
@@ -66,7 +69,7 @@ class TrainResult:
 @threads.torch_using(1)
 @torch.inference_mode(False)
 @torch.enable_grad()
-def train(config: Config) -> TrainResult:
+def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
 
     An iteration computes what follows from the state in a draft of it, and commits it at its end:
@@ -75,6 +78,11 @@ def train(config: Config) -> TrainResult:
 
     Args:
         config: every setting.
+        on_iteration: called as `on_iteration(row, policy)` after each commit: the line of
+            metrics.jsonl as a dictionary of the caller's own, and the policy that will act next,
+            which is not to be changed. Where it returns False the run ends there, solved or not by
+            its own rule; any other answer goes on. What it raises ends the run, saved. Its time
+            counts as the run's.
 
     Returns:
         the best policy, the run directory, and the summary.
@@ -94,6 +102,10 @@ def train(config: Config) -> TrainResult:
         >>> result = train(Config(num_envs=8, total_iterations=2, out_dir=out_dir, progress=False))
         >>> result.summary["iterations"]
         2
+        >>> config = Config(num_envs=8, out_dir=out_dir, progress=False)
+        >>> result = train(config, lambda row, policy: row["iteration"] < 3)
+        >>> result.summary["iterations"], result.summary["solved"]
+        (3, False)
     """
     if (finished := _finished(config)) is not None:
         return finished
@@ -131,11 +143,16 @@ def train(config: Config) -> TrainResult:
                 row = _row(draft, clock, episodes, stats, value_loss, evaluation)
                 run.files.metrics.log(row)
                 state.commit(draft)
-                ending = _is_over(config, state.counters, state.stopping.solved)
+            del rollout, weights, values  # there is never more than one
+            # Signals reach it: it may take its time, and the iteration is committed.
+            stopped = on_iteration is not None and _is_false(on_iteration(dict(row), state.policy))
+            ending = stopped or _is_over(config, state.counters, state.stopping.solved)
+            with interrupts.held():
                 progress.show(row, last=ending)
-                del rollout, weights, values  # there is never more than one
                 if not ending:
                     run.files.saver.save_if_due(state)
+            if stopped:
+                break
         wall_seconds = clock.without_evaluations()
         final = state.stopping.evaluation
         if final is None:
@@ -216,6 +233,7 @@ def _begin(config: Config) -> Run:
                 device=str(device),
                 env_kwargs=config.env_kwargs,
                 max_episode_steps=config.max_episode_steps,
+                wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
                 action_masks=config.action_masks,
             )
@@ -226,6 +244,7 @@ def _begin(config: Config) -> Run:
                     config.env_id,
                     env_kwargs=config.env_kwargs,
                     max_episode_steps=config.max_episode_steps,
+                    wrappers=config.wrappers,
                 )
             policy, critic = _make_networks(config, envs, device)
             _log.info(
@@ -257,6 +276,7 @@ def _begin(config: Config) -> Run:
                 num_envs=config.num_envs,
                 env_kwargs=config.env_kwargs,
                 max_episode_steps=config.max_episode_steps,
+                wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
                 action_masks=config.action_masks,
             )
@@ -304,6 +324,7 @@ def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str,
         config.vectorization if before is None else before["vectorization"],
         config.env_kwargs,
         max_episode_steps=config.max_episode_steps,
+        wrappers=config.wrappers,
         action_masks=config.action_masks,
     )
     if before is None:
@@ -333,6 +354,7 @@ def _check_room(
             vectorization=vectorization,
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
             step_timeout=config.step_timeout,
             action_masks=config.action_masks,
         )
@@ -442,6 +464,11 @@ def _is_over(config: Config, counters: Counters, solved: bool) -> bool:
     return solved or reached
 
 
+def _is_false(answer: Any) -> bool:
+    """Also NumPy's; not 0 or None, which many a function returns that means nothing by it."""
+    return isinstance(answer, bool | np.bool_) and not answer
+
+
 def _count(draft: TrainState, rollout: Rollout, episodes: Episodes, clock: Clock) -> None:
     draft.counters.iteration += 1
     draft.counters.env_steps += int(rollout.mask.sum())
@@ -523,6 +550,7 @@ def _film(config: Config, policy: Policy, path: Path) -> None:
             path,
             env_kwargs=config.env_kwargs,
             max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
             seed=config.seed,
             action_masks=config.action_masks,
         )

@@ -8,13 +8,15 @@ import functools
 import importlib
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from vecpg.envs.answers import mask_sizes
+from vecpg.envs.answers import mask_sizes, read_action_masks
 from vecpg.envs.errors import (
     EnvironmentFailure,
     EnvironmentNotMade,
@@ -24,6 +26,7 @@ from vecpg.envs.errors import (
 )
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.envs.workers import WorkerEnvs, check_process
+from vecpg.envs.wrappers import load_wrappers, make_wrapped
 from vecpg.kernels.announce import once
 
 __all__ = [
@@ -35,7 +38,9 @@ __all__ = [
     "find_spec",
     "has_one_generator",
     "judge_of",
+    "load_wrappers",
     "make_envs",
+    "make_wrapped",
     "own_vectorization",
     "register",
     "resolve_vectorization",
@@ -47,6 +52,8 @@ _log = logging.getLogger(__name__)
 _ON_TENSORS = "vecpg.envs.tensor:TensorVectorEnv"
 # By the id of Gymnasium's own environment the id of what stands for it on tensors.
 _stand_ins: dict[str, str] = {}
+# The keyword by which Atari games end their episodes themselves.
+_LIMIT_OF_ATARI = "max_num_frames_per_episode"
 # What Gymnasium itself registers under the ids for which something of vecpg's stands.
 _CLASSES = {
     "CartPole-v1": ("CartPoleEnv", "CartPoleVectorEnv"),
@@ -152,6 +159,7 @@ def make_envs(
     device: str = "cpu",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
     action_masks: bool = False,
 ) -> VectorEnv:
@@ -167,6 +175,9 @@ def make_envs(
         device: where "tensor" keeps its state.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit in steps; None keeps the environment's own.
+        wrappers: "module:callable" of each, called as `callable(env) -> env`, in order, on every
+            copy. They go around single copies: only "sync" and "async" have them, and "auto" takes
+            "sync".
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
         action_masks: whether every environment gives `info["action_mask"]`, as
@@ -175,10 +186,11 @@ def make_envs(
             none.
 
     Raises:
-        ValueError: an unknown id, an environment that has no time limit, or runs in another
-            autoreset mode; action masks of actions that are neither Discrete nor MultiDiscrete.
-        EnvironmentNotMade: (a ValueError) its constructor raised, died or hung, or this process
-            can have no workers.
+        ValueError: an unknown id or wrapper, an environment that has no time limit, or runs in
+            another autoreset mode; action masks of actions that are neither Discrete nor
+            MultiDiscrete.
+        EnvironmentNotMade: (a ValueError) its constructor or a wrapper raised, died or hung, or
+            this process can have no workers.
 
     Example:
         >>> envs = make_envs("CartPole-v1", 3, vectorization="sync")
@@ -193,15 +205,17 @@ def make_envs(
         vectorization,
         env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         action_masks=action_masks,
     )
+    around = load_wrappers(wrappers)
     if vectorization == "async":
         check_process()
     kwargs = _arguments(env_kwargs, max_episode_steps)
     try:
         # Gymnasium's checker costs time on every step; one checked copy gives the same warnings.
         makers = [
-            functools.partial(gymnasium.make, spec, disable_env_checker=index > 0, **kwargs)
+            functools.partial(make_wrapped, spec, around, disable_env_checker=index > 0, **kwargs)
             for index in range(num_envs)
         ]
         if vectorization == "sync":
@@ -286,13 +300,15 @@ def resolve_vectorization(
     env_kwargs: dict[str, Any] | None = None,
     *,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     action_masks: bool = False,
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
 
     Raises:
         ValueError: a way of stepping that this environment does not have, or whose arguments it
-            does not take; "tensor" where what is registered is no longer what the environment on
+            does not take; wrappers, which go around single copies, where all are stepped at once;
+            "tensor" where what is registered is no longer what the environment on
             tensors stands for, or with action masks.
     """
     on_tensors_only = _on_tensors(spec) == spec.id
@@ -301,6 +317,19 @@ def resolve_vectorization(
         raise ValueError(
             f"--action-masks: environments on tensors give no infos, and so no action_mask; use"
             f" {remedy}, or --no-action-masks"
+        )
+    if wrappers and vectorization not in ("sync", "async"):
+        if vectorization == "auto" and spec.entry_point is not None:
+            if _on_tensors(spec) is not None or spec.vector_entry_point is not None:
+                once(
+                    _log,
+                    f"{spec.id} is stepped one by one (sync): --wrappers go around single copies",
+                )
+            return "sync"
+        only = ", which has no single form" if spec.entry_point is None else ""
+        raise ValueError(
+            f"--wrappers: they go around single copies of {spec.id}{only}; expected"
+            f" --vectorization sync or async, got {vectorization}"
         )
     changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
@@ -349,6 +378,7 @@ def judge_of(
     vectorization: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     action_masks: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """What evaluation plays for an environment: its id, and settings for `make_envs`.
@@ -362,14 +392,15 @@ def judge_of(
         vectorization: of training.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `make_envs`.
         action_masks: as for `make_envs`.
 
     Raises:
         ValueError: an unknown id, or a way of stepping that the environment does not have.
 
     Example:
-        >>> judge_of("vecpg/Acrobot-v1")
-        ('Acrobot-v1', {'vectorization': 'sync', 'env_kwargs': None, 'max_episode_steps': 500})
+        >>> judge_of("vecpg/Acrobot-v1")[0]
+        'Acrobot-v1'
         >>> judge_of("Acrobot-v1", vectorization="async")[1]["vectorization"]
         'async'
     """
@@ -379,6 +410,7 @@ def judge_of(
         vectorization,
         env_kwargs,
         max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
         action_masks=action_masks,
     )
     judge = spec
@@ -400,6 +432,7 @@ def judge_of(
         "vectorization": vectorization,
         "env_kwargs": env_kwargs,
         "max_episode_steps": max_episode_steps,
+        "wrappers": wrappers,
     }
 
 
@@ -465,12 +498,16 @@ def _why_another(spec: EnvSpec, given: dict[str, Any], action_masks: bool) -> st
 
 def _why_no_masks(envs: Any) -> str | None:
     """Why a copy by the vectorized form has no action masks, by its first reset."""
+    one, none = np.ones(1, np.bool_), np.zeros(1, np.bool_)
     try:
         _, infos = envs.reset(seed=0)
+        read_action_masks(infos, envs.single_action_space, needed=one, ended=none)
+    except SubEnvironmentError as error:
+        return f"gives no action masks at its reset: {error.detail}"
     # Whatever its reset raises.
     except (Exception, SystemExit) as error:
         return f"could not be reset: {in_words(error)}"
-    return None if "action_mask" in infos else "gives no action_mask in its infos"
+    return None
 
 
 def _close(envs: Any) -> None:
@@ -506,7 +543,8 @@ def _not_gymnasiums(spec: EnvSpec) -> str | None:
 
 def check_time_limit(spec: EnvSpec, max_episode_steps: int | None) -> None:
     """Refuse an environment whose episodes may never end."""
-    if max_episode_steps is None and spec.max_episode_steps is None:
+    limited = spec.max_episode_steps is not None or spec.kwargs.get(_LIMIT_OF_ATARI) is not None
+    if max_episode_steps is None and not limited:
         raise ValueError(
             f"{spec.id} has no time limit, and REINFORCE needs whole episodes;"
             " give one with --max-episode-steps"

@@ -6,7 +6,7 @@ It is played apart from training and evaluation, in one copy of the environment 
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,13 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.wrappers import HumanRendering
 from numpy.typing import NDArray
 
-from vecpg.envs import EnvironmentFailure, check_time_limit, find_spec
+from vecpg.envs import (
+    EnvironmentFailure,
+    check_time_limit,
+    find_spec,
+    load_wrappers,
+    make_wrapped,
+)
 from vecpg.envs.answers import mask_sizes, read_action_mask
 from vecpg.noise import Purpose, Stream
 
@@ -43,6 +49,7 @@ def record(
     *,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     greedy: bool = True,
     seed: int = 1,
     draw: int = 0,
@@ -60,6 +67,7 @@ def record(
         path: ends in .mp4, in a directory that exists. A file that is there is replaced.
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `vecpg.envs.make_envs`.
         greedy: True = the most probable action; False = draw actions.
         seed: with `draw` fixes the start state and the draws; it is none of the start states of
             training, confirmation or evaluation.
@@ -83,7 +91,7 @@ def record(
     """
     check_recording(env_id, path)
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
-    started = _started(env_id, "rgb_array", env_kwargs, max_episode_steps, seeds[0])
+    started = _started(env_id, "rgb_array", env_kwargs, max_episode_steps, wrappers, seeds[0])
     with started as (env, obs, info):
         frame = _frame(env)
         fps = env.metadata.get("render_fps") or _FRAMES_PER_SECOND
@@ -98,6 +106,7 @@ def show(
     *,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
     greedy: bool = True,
     seed: int = 1,
     draw: int = 0,
@@ -110,6 +119,7 @@ def show(
         env_id: as there.
         env_kwargs: as there.
         max_episode_steps: as there.
+        wrappers: as there.
         greedy: as there.
         seed: as there.
         draw: as there.
@@ -128,7 +138,7 @@ def show(
         >>> show(policy, "CartPole-v1", max_episode_steps=9)
     """
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
-    started = _started(env_id, "human", env_kwargs, max_episode_steps, seeds[0])
+    started = _started(env_id, "human", env_kwargs, max_episode_steps, wrappers, seeds[0])
     with started as (env, obs, info):
         _play(env, obs, info, policy, greedy, seeds, None, action_masks)
 
@@ -167,6 +177,7 @@ def check_filming(
     *,
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    wrappers: Sequence[str] = (),
 ) -> None:
     """Refuse what `record` could not film, by rendering one frame.
 
@@ -174,7 +185,7 @@ def check_filming(
         ValueError: no frames of the environment, or no moviepy.
     """
     _check_moviepy()
-    with _started(env_id, "rgb_array", env_kwargs, max_episode_steps, 0):
+    with _started(env_id, "rgb_array", env_kwargs, max_episode_steps, wrappers, 0):
         pass
 
 
@@ -214,6 +225,7 @@ def _started(
     mode: str,
     env_kwargs: dict[str, Any] | None,
     max_episode_steps: int | None,
+    wrappers: Sequence[str],
     seed: int,
 ) -> "Iterator[tuple[gymnasium.Env[Any, Any], Any, Any]]":
     """One copy that renders in `mode`, just reset, its observation and its info.
@@ -222,14 +234,15 @@ def _started(
     """
     spec = find_spec(env_id)
     check_time_limit(spec, max_episode_steps)
-    made = _mode_to_make(spec, mode)
+    made, around = _mode_to_make(spec, mode), load_wrappers(wrappers)
     with ExitStack() as stack:
         if mode == "rgb_array":
             stack.enter_context(_no_display())
         try:
             # Training and evaluation have had it checked.
-            env = gymnasium.make(
+            env = make_wrapped(
                 spec,
+                around,
                 max_episode_steps=max_episode_steps,
                 disable_env_checker=True,
                 **{**(env_kwargs or {}), "render_mode": made},

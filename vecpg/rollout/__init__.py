@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorWrapper
 
 from vecpg.envs import check_autoreset, has_one_generator
 from vecpg.envs.answers import mask_sizes
@@ -19,6 +19,12 @@ from vecpg.rollout.stepping import collect_by_stepping, play
 from vecpg.rollout.tensor import collect_on_device
 
 __all__ = ["Collector", "Rollout", "choose_collector", "collect", "play"]
+
+# Wrappers that turn one kind of arrays into another.
+_CONVERSIONS = {
+    f"gymnasium.wrappers.vector.{name}"
+    for name in ("array_conversion", "jax_to_numpy", "jax_to_torch", "numpy_to_torch")
+}
 
 BACKENDS = ("auto", "reference", "cpu")
 
@@ -127,7 +133,8 @@ def collect(
 
     Raises:
         ValueError: environments in another autoreset mode, or on another device than the policy;
-            an unknown backend; "cpu" where it does not serve; shards that do not divide N; a
+            a wrapper of Gymnasium's that computes with NumPy around environments on tensors; an
+            unknown backend; "cpu" where it does not serve; shards that do not divide N; a
             `first_env` for environments that have one generator together; action masks of
             environments on tensors, or of actions that are neither Discrete nor MultiDiscrete.
         EnvironmentFailure: an environment raised or returned a number that is not finite, or no
@@ -165,6 +172,7 @@ def choose_collector(
         ValueError: as `collect`, for what can be known before the first reset.
     """
     check_autoreset(envs)
+    _check_wrappers(envs)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if action_masks:
@@ -181,3 +189,33 @@ def choose_collector(
         return Collector("cpu", None, draws_on_host=True)
     on_host = not action_masks and policy_cpu.why_not(policy) is None
     return Collector("reference", reason, draws_on_host=on_host, action_masks=action_masks)
+
+
+def _check_wrappers(envs: Any) -> None:
+    """Refuse wrappers of Gymnasium's that would compute with NumPy on tensors."""
+    if isinstance(envs, TensorVectorEnv) or not isinstance(envs.unwrapped, TensorVectorEnv):
+        return
+    from gymnasium.wrappers import vector
+
+    on_numpy = (
+        vector.VectorizeTransformObservation,
+        vector.VectorizeTransformAction,
+        vector.VectorizeTransformReward,
+        vector.NormalizeObservation,
+        vector.NormalizeReward,
+        vector.RecordEpisodeStatistics,
+    )
+    found: list[str] = []
+    layer = envs
+    while isinstance(layer, VectorWrapper):
+        if type(layer).__module__ in _CONVERSIONS:
+            found.clear()
+        elif isinstance(layer, on_numpy):
+            found.append(type(layer).__name__)
+        layer = layer.env
+    if found:
+        raise ValueError(
+            f"{found[0]} computes with NumPy, and these environments are on tensors: put it around"
+            ' make_envs(..., vectorization="sync"), "async" or "vector_entry_point", or put'
+            " gymnasium.wrappers.vector.ArrayConversion between"
+        )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
 from vecpg.envs.answers import mask_sizes, read_action_masks
+from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels.jit import jit
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
@@ -96,9 +97,11 @@ def collect_by_stepping(
 
 def seeds_of(envs: VectorEnv, stream: Stream, purpose: Purpose) -> int | list[int]:
     """What `reset` takes of a stream: a seed for each copy, or one where they share a generator."""
-    if has_one_generator(envs):
-        return stream.common_seed(purpose)
-    return stream.reset_seeds(purpose)
+    if not has_one_generator(envs):
+        return stream.reset_seeds(purpose)
+    seed = stream.common_seed(purpose)
+    # Those of others may be written in C++, and take what an `int` holds.
+    return seed if isinstance(envs.unwrapped, TensorVectorEnv) else seed >> 1
 
 
 def play(

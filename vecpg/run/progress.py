@@ -5,14 +5,18 @@ Where stderr is closed, or nobody reads it any more, nothing is shown, and the r
 
 import sys
 import time
+import warnings
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import TqdmWarning, tqdm
 
 from vecpg.config import Config
+
+# In a notebook it would advise a package that is not used here.
+with warnings.catch_warnings(action="ignore", category=TqdmWarning):
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Progress:
