@@ -448,9 +448,9 @@ def test_before_and_after_the_run_torch_is_on_one_thread_too(tmp_path, monkeypat
     numbers = []
 
     def noting(real):
-        def call(*args):
+        def call(*args, **kwargs):
             numbers.append(torch.get_num_threads())
-            return real(*args)
+            return real(*args, **kwargs)
 
         return call
 
@@ -649,7 +649,13 @@ def test_a_video_of_the_best_policy_is_recorded_at_the_end(tmp_path, monkeypatch
     ((policy, env_id, path), rest) = recorded[0]
     assert policy is result.policy
     assert (env_id, path) == ("CartPole-v1", result.run_dir / "videos" / "best.mp4")
-    assert rest == {"env_kwargs": {}, "max_episode_steps": 7, "seed": config.seed}
+    assert rest == {
+        "env_kwargs": {},
+        "max_episode_steps": 7,
+        "seed": config.seed,
+        "wrappers": (),
+        "action_masks": False,
+    }
     train(short(tmp_path / "without", total_iterations=1))
     assert len(recorded) == 1
 
