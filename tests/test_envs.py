@@ -27,6 +27,7 @@ from vecpg.envs import (
     register,
     resolve_vectorization,
 )
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import evaluate
 from vecpg.kernels.announce import anew
 from vecpg.policy import Policy
@@ -547,6 +548,32 @@ def test_nothing_of_an_info_is_collected_but_masks():
         if action_masks:
             assert not np.array_equal(collected[0]["action_mask"], collected[1]["action_mask"])
             assert any(each["action_mask"].all(axis=1).any() for each in collected)
+
+
+class NoDict(environments.Constant):
+    """Gives an info that is no dictionary, at the step `at`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs, None if self.at == 0 else info
+
+    def step(self, action):
+        *answer, info = super().step(action)
+        return *answer, ["no", "dict"] if self.steps == self.at else info
+
+
+@pytest.mark.parametrize(("at", "shown"), [(0, "None"), (2, r"\['no', 'dict'\]")])
+def test_an_info_that_is_no_dictionary_is_named(at, shown):
+    envs = InProcessEnvs([environments.Constant, lambda: NoDict(at)])
+    message = f"environment 1 failed: TypeError: expected an info that is a dict, got {shown}"
+    with pytest.raises(SubEnvironmentError, match=message):
+        envs.reset(seed=1)
+        for _ in range(2):
+            envs.step(np.zeros(2, np.int64))
 
 
 def test_with_masks_auto_takes_what_gives_them(registered, caplog):

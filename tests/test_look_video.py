@@ -217,7 +217,7 @@ def test_only_what_is_allowed_is_filmed(tmp_path, greedy):
     ("fault", "message"),
     [
         ("masks nothing", "the environment allows no action at step 1 "),
-        ("masks missing", "the environment failed at step 1 .*: expected an action_mask of 2 numb"),
+        ("masks missing", "the environment failed at step 1 .*: expected info.* of 2 booleans"),
     ],
 )
 def test_a_mask_that_is_none_is_named_with_its_step_and_seed(tmp_path, fault, message):

@@ -834,11 +834,11 @@ def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
         ({"env_kwargs": {"no_such": 1}}, "could not be made"),
         (
             {"env_id": "environments:Constant-v0", "action_masks": True},
-            "environment 0 failed at its reset .*expected an action_mask of 2 .*got none; wi",
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
         ),
         (
             {"env_id": "environments:Constant-v0", "vectorization": "async", "action_masks": True},
-            "environment 0 failed at its reset .*expected an action_mask of 2 .*got none; wi",
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
         ),
         (
             {"env_id": "Pendulum-v1", "action_masks": True},

@@ -87,7 +87,7 @@ def read_action_mask(info: Any, space: spaces.Space[Any]) -> NDArray[np.bool_]:
         >>> read_action_mask({}, spaces.Discrete(3))
         Traceback (most recent call last):
             ...
-        TypeError: expected an action_mask of 3 numbers, each 0 or 1, in the info, got none; ...
+        TypeError: expected info["action_mask"] of 3 booleans, got none; ...
     """
     sizes = mask_sizes(space)
     given = info.get("action_mask") if isinstance(info, dict) else None
@@ -102,10 +102,11 @@ def read_action_mask(info: Any, space: spaces.Space[Any]) -> NDArray[np.bool_]:
     if isinstance(given, np.ndarray):
         got = f"{_shown(given)} of shape {given.shape} and dtype {given.dtype}"
     if given is None:
-        got = "none; without one, there is nothing to do for --action-masks"
-    raise TypeError(
-        f"expected an action_mask of {sum(sizes)} numbers, each 0 or 1, in the info, got {got}"
-    )
+        got = "none; --action-masks is for environments, or wrappers, that give one"
+    kind = f"{sum(sizes)} booleans"
+    if isinstance(space, spaces.MultiDiscrete):
+        kind += f", or a tuple of {sizes}"
+    raise TypeError(f'expected info["action_mask"] of {kind}, got {got}')
 
 
 def _array(given: Any, sizes: list[int]) -> NDArray[Any] | None:

@@ -87,6 +87,8 @@ class InProcessEnvs(SyncVectorEnv):
         self, vector_infos: dict[str, Any], env_info: Any, env_num: int
     ) -> dict[str, Any]:
         """What Gymnasium's `reset` does with the info of an environment."""
+        if not isinstance(env_info, dict):
+            raise _no_dict(env_num, env_info)
         if self._with_masks:
             self._read_mask(env_num, env_info)
         return vector_infos
@@ -109,6 +111,8 @@ class InProcessEnvs(SyncVectorEnv):
                 rewards[i], terminations[i], truncations[i] = read_answer(
                     reward, terminated, truncated
                 )
+            if not isinstance(info, dict):
+                raise _no_dict(i, info)
             if self._with_masks:
                 self._masks[i] = True
                 if not (terminations[i] or truncations[i]):
@@ -151,6 +155,11 @@ _LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
 _EXPECTED = (
     "expected an observation, then, of a step, a reward (a number) and two flags, then a dict"
 )
+
+
+def _no_dict(index: int, info: Any) -> SubEnvironmentError:
+    detail = f"TypeError: expected an info that is a dict, got {info!r}"
+    return SubEnvironmentError((index, "failed", detail, ""))
 
 
 def _make(
