@@ -973,7 +973,7 @@ def test_what_comes_between_still_saves_and_closes(tmp_path, monkeypatch, when):
 
         def late(interrupts):
             calls.append(True)
-            if len(calls) == 4:  # after three iterations
+            if len(calls) == 7:  # after three iterations, of two each
                 os.kill(os.getpid(), signal.SIGTERM)
             return held(interrupts)
 
