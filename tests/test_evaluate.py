@@ -2,6 +2,7 @@ import math
 import os
 from contextlib import closing
 
+import environments
 import gymnasium
 import numpy as np
 import on_tensors  # noqa: F401 - registers its environments
@@ -14,6 +15,7 @@ from vecpg import envs as envs_module
 from vecpg import evaluate as evaluate_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs.answers import mask_sizes
 from vecpg.evaluate import EvalResult, evaluate, evaluate_in, make_judge
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
@@ -253,6 +255,52 @@ def test_no_episodes_are_refused():
         evaluate(policy(), "CartPole-v1", 1, num_envs=0)
 
 
+# -- Action masks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
+def test_evaluation_takes_only_what_is_allowed(of, greedy, vectorization):
+    """The environment raises for anything else; it pays most for the first that is allowed."""
+    space = environments.MASKED[of]
+    sizes = mask_sizes(space)
+    torch.manual_seed(0)
+    first = Policy(spaces.Box(0, 1, (sum(sizes),)), space)
+    with torch.no_grad():
+        first.network[-1].weight.zero_()
+        falling = [-3.0 * number for size in sizes for number in range(size)]
+        first.network[-1].bias.copy_(torch.tensor(falling))
+    settings = {"env_kwargs": {"of": of}, "vectorization": vectorization, "num_envs": 3}
+    found = evaluate(
+        first, "environments:Masked-v0", 30, greedy=greedy, action_masks=True, **settings
+    )
+    assert len(found.returns) == 30
+    best = 0.0
+    stream = Stream(1, 0, 0, 3)
+    for seed in stream.reset_seeds(Purpose.EVALUATION_RESET):
+        env = environments.Masked(of=of)
+        env.reset(seed=seed)
+        for _ in range(10):
+            over = False
+            while not over:
+                numbers = [int(each.argmax()) for each in env.allowed]
+                action = np.array(numbers) + space.start if of != "Discrete" else numbers[0] - 1
+                _, reward, over, _, _ = env.step(action)
+                best += reward
+            env.reset()
+    assert sum(found.returns) == pytest.approx(best) if greedy else sum(found.returns) < best
+
+
+def test_a_judge_without_masks_is_known_before_the_first_step():
+    inputs = policy(inputs=1)
+    given = {"vectorization": "sync", "action_masks": True}
+    with pytest.raises(EnvironmentFailure, match="environment 0 failed at its reset .* got none"):
+        make_judge(inputs, "environments:Constant-v0", 2, **given)
+    with pytest.raises(ValueError, match="--action-masks: environments on tensors"):
+        evaluate(policy(inputs=4), "CartPole-v1", 2, vectorization="tensor", action_masks=True)
+
+
 def test_pictures_are_judged_as_the_policy_sees_them():
     """As a plain loop over Gymnasium's own environment, and `Policy.act`, plays."""
     envs = make_envs("environments:Catch-v0", 1)
@@ -288,7 +336,9 @@ def test_a_judge_of_real_numbers_shows_them_whole():
     for parameter in policy.network.parameters():
         torch.nn.init.normal_(parameter)
     obs = np.random.default_rng(0).random((20, 9, 8)) * 3
-    act = evaluate_module._acting(policy, Stream(0, 0, 0, 20), Purpose.EVALUATION_RESET, True)
+    act = evaluate_module._acting(
+        policy, Stream(0, 0, 0, 20), Purpose.EVALUATION_RESET, True, False
+    )
     with torch.inference_mode():
         assert np.array_equal(act(0, obs), policy.act(obs))
         whole = obs.astype(np.uint8)

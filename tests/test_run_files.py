@@ -159,6 +159,7 @@ CASES = {
         "baseline": "value",
         "value_steps": 2,
     },
+    "masked": {"env_id": "Masked-v0", "action_masks": True, "num_steps": 20, "ent_coef": 0.01},
     # Reached by the window of several iterations, some of them before the stop and some after.
     "solved": {"target_return": 30.0, "return_window": 20, "total_iterations": 60},
 }

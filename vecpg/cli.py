@@ -190,6 +190,7 @@ def evaluate_main(args: Sequence[str]) -> None:
                     "wrappers": stored["wrappers"],
                     "greedy": not config.stochastic,
                     "seed": config.seed,
+                    "action_masks": stored["action_masks"],
                 }
                 # What cannot be shown or recorded is found out before anything is played.
                 if config.video is not None:

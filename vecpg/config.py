@@ -55,7 +55,7 @@ class Config:
     one that needs arguments is a function of your own."""
     action_masks: bool = False
     """Never take an action that info["action_mask"] of the environment says is invalid, for
-    Discrete and MultiDiscrete actions."""
+    Discrete and MultiDiscrete actions. They are drawn and differentiated in torch then."""
     num_envs: int = 64
     """Parallel copies of the environment, N. At least 1."""
     num_steps: int = 1

@@ -235,6 +235,7 @@ def _begin(config: Config) -> Run:
                 max_episode_steps=config.max_episode_steps,
                 wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
+                action_masks=config.action_masks,
             )
             unless_all_is_well.callback(envs.close)
             _check_room(config, vectorization, device, envs)
@@ -249,7 +250,8 @@ def _begin(config: Config) -> Run:
             _log.info(
                 "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
             )
-            collector, learner = choose_collector(envs, policy), choose_learner(policy)
+            collector = choose_collector(envs, policy, action_masks=config.action_masks)
+            learner = choose_learner(policy, action_masks=config.action_masks)
             if threads.torch_has_one() and (wanted := _torch_threads(config, learner)) > 1:
                 raise ConfigError(
                     "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
@@ -264,7 +266,8 @@ def _begin(config: Config) -> Run:
                 learner.prepare(policy)
                 prepare_advantages(device)
                 prepare_statistics(device)
-                prepare_evaluation(policy)
+                if not config.action_masks:  # what masks them is in torch
+                    prepare_evaluation(policy)
             judge = make_judge(
                 policy,
                 config.env_id,
@@ -275,6 +278,7 @@ def _begin(config: Config) -> Run:
                 max_episode_steps=config.max_episode_steps,
                 wrappers=config.wrappers,
                 step_timeout=config.step_timeout,
+                action_masks=config.action_masks,
             )
             unless_all_is_well.callback(judge.close)
             target = config.target_return
@@ -321,6 +325,7 @@ def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str,
         config.env_kwargs,
         max_episode_steps=config.max_episode_steps,
         wrappers=config.wrappers,
+        action_masks=config.action_masks,
     )
     if before is None:
         return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
@@ -351,6 +356,7 @@ def _check_room(
             max_episode_steps=config.max_episode_steps,
             wrappers=config.wrappers,
             step_timeout=config.step_timeout,
+            action_masks=config.action_masks,
         )
         with contextlib.closing(one):
             _check_room(config, vectorization, device, one)
@@ -413,6 +419,7 @@ def _confirmation(
             seed=config.seed,
             purpose=Purpose.CONFIRMATION_RESET,
             draw=iteration,
+            action_masks=config.action_masks,
         )
 
     return confirm
@@ -546,6 +553,7 @@ def _film(config: Config, policy: Policy, path: Path) -> None:
             max_episode_steps=config.max_episode_steps,
             wrappers=config.wrappers,
             seed=config.seed,
+            action_masks=config.action_masks,
         )
     except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
         _log.warning("no film: %s", error)

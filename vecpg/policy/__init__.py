@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vecpg import images
-from vecpg.policy.distributions import distribution_for
+from vecpg.policy.distributions import distribution_for, masked
 from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
@@ -128,12 +128,17 @@ class Policy(nn.Module):
         """How many uniform numbers the dropout of one observation takes; 0 without dropout."""
         return sum(self.hidden_sizes) if self.dropout > 0 else 0
 
-    def forward(self, obs: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def forward(
+        self, obs: Tensor, dropout: Tensor | None = None, action_mask: Tensor | None = None
+    ) -> Tensor:
         """The distribution's parameters: for categorical actions unnormalized log-probabilities.
 
         Args:
             obs: (B, *obs_shape), of `obs_dtype`, or float32 where that is uint8: 0 to 255 alike.
             dropout: (dropout_units, B) in [0, 1), which say what is dropped; None drops nothing.
+            action_mask: of `Discrete` and `MultiDiscrete` actions, (B, A) bool, True = allowed,
+                at least one of every component; the components of a `MultiDiscrete` stand one
+                behind the other. The parameters of the others are -inf. None allows all.
 
         Returns:
             (parameters, B) float32, rows contiguous.
@@ -143,27 +148,40 @@ class Policy(nn.Module):
             output: Tensor = self.network(features)
         else:
             output = through(self.network, features, self.dropout, dropout)
-        return output.t().contiguous()
+        output = output.t().contiguous()
+        return output if action_mask is None else masked(output, *self._columns(action_mask))
 
-    def sample(self, obs: Tensor, uniforms: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        obs: Tensor,
+        uniforms: Tensor,
+        dropout: Tensor | None = None,
+        action_mask: Tensor | None = None,
+    ) -> Tensor:
         """Draw actions.
 
         Args:
             obs: (B, *obs_shape).
             uniforms: (num_uniforms, B) in [0, 1).
             dropout: as in `forward`.
+            action_mask: as in `forward`. What it does not allow is never drawn.
 
         Returns:
             (B, *action_shape) actions; a Gaussian's may lie outside the environment's bounds.
         """
-        return self.distribution.sample(self._output(obs, dropout), uniforms)
+        columns = self._columns(action_mask)
+        return self.distribution.sample(self._output(obs, dropout), uniforms, *columns)
 
-    def mode(self, obs: Tensor) -> Tensor:
-        """The most probable actions, (B, *action_shape)."""
-        return self.distribution.mode(self(obs))
+    def mode(self, obs: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        """The most probable actions, (B, *action_shape), of those that a mask allows."""
+        return self.distribution.mode(self(obs), *self._columns(action_mask))
 
     def log_probs_and_entropy(
-        self, obs: Tensor, actions: Tensor, dropout: Tensor | None = None
+        self,
+        obs: Tensor,
+        actions: Tensor,
+        dropout: Tensor | None = None,
+        action_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities log pi(actions|obs), and the entropy of pi(.|obs) in nats.
 
@@ -171,16 +189,34 @@ class Policy(nn.Module):
             obs: (B, *obs_shape).
             actions: (B, *action_shape), as `sample` gave them.
             dropout: as in `forward`.
+            action_mask: as in `forward`.
 
         Returns:
             two (B,) float32 tensors; for `Box` actions a log-density and a differential entropy.
         """
-        return self.distribution.log_probs_and_entropy(self._output(obs, dropout), actions)
+        return self.distribution.log_probs_and_entropy(
+            self._output(obs, dropout), actions, *self._columns(action_mask)
+        )
 
     def _output(self, obs: Tensor, dropout: Tensor | None) -> Tensor:
         # A network of the user's own need not know of dropout.
         parameters: Tensor = self(obs) if dropout is None else self(obs, dropout)
         return parameters
+
+    def _columns(self, action_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The mask as the distribution takes it, or nothing: not every distribution takes one."""
+        if action_mask is None:
+            return ()
+        self._mask_sizes()
+        return (action_mask.t(),)
+
+    def _mask_sizes(self) -> list[int]:
+        if not self.distribution.mask_sizes:
+            raise ValueError(
+                "action_mask: expected none for actions that are neither Discrete nor"
+                f" MultiDiscrete, got one for {self.distribution.space}"
+            )
+        return self.distribution.mask_sizes
 
     def for_env(self, actions: Tensor | NDArray[Any]) -> NDArray[Any]:
         """Actions (B, *action_shape) as the environment takes them, a `Box`'s inside its bounds."""
@@ -203,6 +239,7 @@ class Policy(nn.Module):
         obs: NDArray[Any] | Tensor,
         greedy: bool = True,
         generator: torch.Generator | None = None,
+        action_mask: Any = None,
     ) -> Any:
         """Choose actions for one observation or a batch. Nothing is dropped.
 
@@ -210,13 +247,17 @@ class Policy(nn.Module):
             obs: (*obs_shape) or (B, *obs_shape), an array or a tensor of any real type.
             greedy: True = the most probable action; False = draw one.
             generator: where draws come from; torch's own when not given.
+            action_mask: what is allowed, as in `forward`: (A,) for one observation or (B, A) for a
+                batch, an array or tensor of bools, or of 1 and 0, such as `info["action_mask"]` of
+                Taxi-v4. None allows all.
 
         Returns:
             what the environment takes, one action or (B, ...): an array (a NumPy integer for one
             action of a `Discrete` space) or a tensor as `obs`.
 
         Raises:
-            ValueError: a shape that is neither.
+            ValueError: a shape that is neither; a mask that allows nothing, or is of other
+                actions.
         """
         # Numbers that a uint8 has not are not cut off to one that it has.
         looked_up = self.obs_dtype == torch.int64
@@ -236,17 +277,39 @@ class Policy(nn.Module):
             )
         single = rows.ndim == len(self.obs_shape)
         rows = rows[None] if single else rows
+        masks = self._masks_of(action_mask, rows, single)
         if greedy:
-            actions = self.mode(rows)
+            actions = self.mode(rows, *masks)
         else:
             shape = self.num_uniforms, rows.shape[0]
             uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)
-            actions = self.sample(rows, uniforms.to(rows.device))
+            actions = self.sample(rows, uniforms.to(rows.device), None, *masks)
         chosen = self.for_env(actions)
         chosen = chosen[0] if single else chosen
         if isinstance(obs, Tensor):
             return torch.as_tensor(chosen, device=obs.device)
         return chosen
+
+    def _masks_of(self, action_mask: Any, rows: Tensor, single: bool) -> tuple[Tensor, ...]:
+        """What `act` was given as (B, A) bool for these rows; nothing where that is None."""
+        if action_mask is None:
+            return ()
+        given = action_mask.cpu().numpy() if isinstance(action_mask, Tensor) else action_mask
+        numbers, sizes = np.asarray(given), self._mask_sizes()
+        shape = (sum(sizes),) if single else (len(rows), sum(sizes))
+        mask: NDArray[np.bool_] = numbers == 1
+        if numbers.shape != shape or not (mask | (numbers == 0)).all():
+            raise ValueError(
+                f"action_mask: expected numbers 0 and 1, or bools, of shape {shape}, got"
+                f" {numbers.tolist()} of shape {numbers.shape}"
+            )
+        allowed = torch.from_numpy(mask.reshape(len(rows), sum(sizes)))
+        for component in torch.split(allowed, sizes, dim=1):
+            if not bool(component.any(dim=1).all()):
+                raise ValueError(
+                    f"action_mask: expected one that allows an action, got {mask.tolist()}"
+                )
+        return (allowed.to(self.device),)
 
     def description(self) -> dict[str, Any]:
         """What `Policy.from_description` needs to build this network again, in plain types."""

@@ -62,7 +62,7 @@ def make(name: str, space: spaces.Space[Any], door: Callable[[Tensor], Tensor]) 
     Raises:
         ValueError: in one line, which begins with --network and the name.
     """
-    # What is drawn while its module is imported, the first time, does not change what is drawn next.
+    # What its module draws while it is imported, the first time, does not change what comes next.
     with torch.random.fork_rng(devices=[]):
         function = named.load(name, "--network")
     with _in_float32(), torch.enable_grad():

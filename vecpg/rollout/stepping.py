@@ -16,6 +16,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
+from vecpg.envs.answers import mask_sizes, read_action_masks
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels.jit import jit
 from vecpg.noise import Purpose, Stream
@@ -39,7 +40,13 @@ class Row(NamedTuple):
 
 
 def collect_by_stepping(
-    envs: VectorEnv, policy: Policy, draw: Draw, *, num_steps: int, stream: Stream
+    envs: VectorEnv,
+    policy: Policy,
+    draw: Draw,
+    *,
+    num_steps: int,
+    stream: Stream,
+    action_masks: bool = False,
 ) -> Rollout:
     """As `collect`, from any vector environment on the host.
 
@@ -51,6 +58,7 @@ def collect_by_stepping(
         draw: as `sampler` gives it.
         num_steps: the start window.
         stream: fixes the reset seeds.
+        action_masks: whether the environments' infos say which actions are allowed.
     """
     numbers = stream.num_envs * math.prod(policy.obs_shape)
     most = max(1, _MOST_BYTES // (numbers * policy.obs_dtype.itemsize))
@@ -59,25 +67,33 @@ def collect_by_stepping(
         stream.num_envs,
         (policy.obs_shape, policy.obs_dtype),
         (policy.action_shape, policy.action_dtype),
+        action_masks=sum(mask_sizes(envs.single_action_space)) if action_masks else None,
     )
     host = rows.host
 
-    def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
+    def act(t: int, obs: NDArray[Any], *masks: NDArray[np.bool_]) -> NDArray[Any]:
         rows.make_room(t + 1)
         host.obs[t] = obs
         actions: NDArray[Any] = host.actions[t]
+        for mask in masks:
+            host.action_masks[t] = mask
+        given = map(torch.from_numpy, masks)
         # Indexing NumPy's array costs half of indexing torch's.
-        draw(t, torch.from_numpy(host.obs[t]), torch.from_numpy(actions))
+        draw(t, torch.from_numpy(host.obs[t]), torch.from_numpy(actions), *given)
         return policy.for_env(actions)
 
     seeds = seeds_of(envs, stream, Purpose.TRAINING_RESET)
     length = 0
     with torch.inference_mode():
-        for row, following in play(envs, act, num_steps=num_steps, seeds=seeds):
+        for row, following in play(
+            envs, act, num_steps=num_steps, seeds=seeds, action_masks=action_masks
+        ):
             host.rewards[length] = row.rewards
             host.terminations[length] = row.terminations
             host.truncations[length] = row.truncations
             host.mask[length] = row.mask
+            if action_masks:
+                host.action_masks[length, ~row.mask] = True
             length += 1
             last_obs = following
     host.obs[length] = last_obs
@@ -95,11 +111,12 @@ def seeds_of(envs: VectorEnv, stream: Stream, purpose: Purpose) -> int | list[in
 
 def play(
     envs: VectorEnv,
-    act: Callable[[int, NDArray[Any]], NDArray[Any]],
+    act: Callable[..., NDArray[Any]],
     *,
     num_steps: int | None = None,
     quotas: NDArray[np.int64] | None = None,
     seeds: int | list[int],
+    action_masks: bool = False,
 ) -> Iterator[tuple[Row, NDArray[Any]]]:
     """Reset, then step until every episode that counts has ended.
 
@@ -108,10 +125,13 @@ def play(
 
     Args:
         envs: N environments in NEXT_STEP mode.
-        act: from the step number and the observations to the actions.
+        act: from the step number and the observations to the actions; with `action_masks` also
+            from (N, A) bool, True = allowed.
         num_steps: the start window in real steps, counted from the reset. None = no end.
         quotas: (N,) episodes. None = no end.
         seeds: as the environments' `reset` takes them.
+        action_masks: whether infos say which actions are allowed. What is ignored, the action after
+            an episode's end, may be any.
 
     Yields:
         each row, and the observations that follow it (after an end, the final one). A row's arrays
@@ -119,7 +139,7 @@ def play(
     """
     try:
         # VectorEnv annotates one integer; Sync and Async document the list.
-        obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]
+        obs, infos = envs.reset(seed=seeds)  # type: ignore[arg-type]
     except (Exception, SystemExit) as error:
         raise _failure(error, "its reset", seeds) from error
     num_envs = envs.num_envs
@@ -132,11 +152,15 @@ def play(
     obs = np.asarray(obs)
     space = envs.single_observation_space
     _check_observations(obs, state, space, "its reset", seeds)
+    masks: tuple[NDArray[np.bool_], ...] = ()
+    if action_masks:
+        none_ended = np.zeros(num_envs, np.bool_)
+        masks = (_masks(envs, infos, state, none_ended, "its reset", seeds),)
     t, playing = 0, num_envs
     while playing:
-        actions = act(t, obs)
+        actions = act(t, obs, *masks)
         try:
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            obs, rewards, terminations, truncations, infos = envs.step(actions)
         except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
         # Environments on tensors, on the CPU, are stepped like any other.
@@ -150,8 +174,27 @@ def play(
         )
         if bad >= 0:
             raise _not_finite("reward", rewards[bad], bad, f"step {t}", seeds)
+        if action_masks:
+            ended = terminations | truncations
+            masks = (_masks(envs, infos, state, ended, f"step {t}", seeds),)
         yield row, obs
         t += 1
+
+
+def _masks(
+    envs: VectorEnv,
+    infos: Any,
+    state: NDArray[np.int8],
+    ended: NDArray[np.bool_],
+    when: str,
+    seeds: int | list[int],
+) -> NDArray[np.bool_]:
+    """(N, A) of what `infos` allow: where an episode goes on, or begins, that is something."""
+    space = envs.single_action_space
+    try:
+        return read_action_masks(infos, space, needed=state == PLAYING, ended=ended)
+    except SubEnvironmentError as error:
+        raise _failure(error, when, seeds) from error
 
 
 def _column(
