@@ -834,6 +834,17 @@ def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
     assert without_clock(lines(one.run_dir)) == without_clock(lines(none.run_dir))
 
 
+def test_convolutions_at_a_step_size_that_is_too_long_for_them_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    settings = {"env_id": "environments:Catch-v0", "num_envs": 2, "total_iterations": 1}
+    said = "network cnn: convolutions seldom learn at --learning-rate 0.012; try 1e-3"
+    train(short(tmp_path, **settings))
+    assert caplog.text.count(said) == 1
+    train(short(tmp_path, learning_rate=1e-3, **settings))
+    train(short(tmp_path, network="mlp", **settings))
+    assert caplog.text.count("seldom learn") == 1
+
+
 def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
     result = train(short(tmp_path, return_window=10**6))
     assert result.summary["best_return"] is None

@@ -52,6 +52,8 @@ from vecpg.value import Critic, ValueFunction, fit, predict
 OnIteration = Callable[[dict[str, float | None], Policy], bool | None]
 
 _log = logging.getLogger(__name__)
+# Of an image game of 10 x 10 pixels 5 of 5 seeds were solved at 1e-3, and 1 of 5 at 1.2e-2.
+_MOST_OF_CONVOLUTIONS = 5e-3
 # Before so many copies are made, one is, to see whether the spaces of all of them will fit.
 _MANY_ENVS = 1_000_000
 
@@ -310,6 +312,11 @@ def _begin(config: Config) -> Run:
     _log.info("run directory: %s", run_files.run_dir)
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
+    if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
+        _log.info(
+            "network cnn: convolutions seldom learn at --learning-rate %g; try 1e-3",
+            config.learning_rate,
+        )
     return Run(
         vectorization, device, envs, judge, collector, learner, compilation, state, run_files
     )
