@@ -10,6 +10,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from vecpg.envs.answers import mask_sizes
+
 
 class Counting(gymnasium.Env):
     """Observation (episode, step), reward = the action taken.
@@ -106,6 +108,41 @@ class Constant(gymnasium.Env):
     def step(self, action):
         self.steps += 1
         return np.zeros(1, np.float32), -1.0, self.steps == 5, False, {}
+
+
+class Catch(gymnasium.Env):
+    """A ball falls through a picture of 10 x 10 x 3, and a paddle of 3 below has to be under it.
+
+    Actions: left, stay, right. It takes 9 steps; the reward at the end is 1 or -1. `channels` says
+    where those are, "last" or "first", and `of` in what the picture is: "uint8" or "float32".
+    """
+
+    def __init__(self, channels="last", of="uint8"):
+        self.first, self.dtype = channels == "first", np.dtype(of)
+        self.bright = 255 if of == "uint8" else 1
+        shape = (3, 10, 10) if self.first else (10, 10, 3)
+        self.observation_space = spaces.Box(0, self.bright, shape, self.dtype.type)
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.column = 0, int(self.np_random.integers(10))
+        self.paddle = int(self.np_random.integers(1, 9))
+        return self._picture(), {}
+
+    def step(self, action):
+        self.paddle = min(8, max(1, self.paddle + int(action) - 1))
+        self.row += 1
+        over = self.row == 9
+        caught = abs(self.column - self.paddle) <= 1
+        return self._picture(), (1.0 if caught else -1.0) if over else 0.0, over, False, {}
+
+    def _picture(self):
+        picture = np.zeros((10, 10, 3), self.dtype)
+        picture[9, self.paddle - 1 : self.paddle + 2, 1] = self.bright
+        picture[self.row, self.column, 0] = self.bright
+        picture[9, :, 2] = self.bright  # the ground
+        return picture.transpose(2, 0, 1).copy() if self.first else picture
 
 
 class Bandit(gymnasium.Env):
@@ -381,6 +418,104 @@ class Switches(gymnasium.Env):
         return self.shown
 
 
+class Masked(gymnasium.Env):
+    """Allows at each step other actions, and raises when another one is taken.
+
+    Shows what is allowed, and pays for each component 1 / (1 + number of the action), so that the
+    first that is allowed is the best. What `info` has of it is what `gives` makes of each
+    component's numbers; after an end there is nothing in it, or something that allows nothing.
+    With a `fault` it is something else at step `at`, in the copy that is made after `after` others
+    in its process, and so on after four more.
+    """
+
+    made = 0
+
+    def __init__(self, of="Discrete", gives="int8", fault=None, at=2, after=3, after_end="nothing"):
+        self.action_space = MASKED[of]
+        self.sizes = mask_sizes(self.action_space)
+        self.observation_space = spaces.Box(0, 1, (sum(self.sizes),), np.float32)
+        self.gives, self.fault, self.at, self.after_end = gives, fault, at, after_end
+        self.guilty = Masked.made % 4 == after
+        Masked.made += 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.length = int(self.np_random.integers(3, 9))
+        return self._obs(), self._info()
+
+    def step(self, action):
+        numbers = np.ravel(action) - np.ravel(self.action_space.start)
+        for number, allowed in zip(numbers, self.allowed, strict=True):
+            assert allowed[number], f"{action} is not allowed: {self.allowed}"
+        self.steps += 1
+        over = self.steps == self.length
+        obs, info = self._obs(), self._info()
+        if over:
+            nothing = {"action_mask": np.zeros_like(np.concatenate(self.allowed))}
+            info = nothing if self.after_end == "all False" else {}
+        return obs, float((1 / (1 + numbers)).mean()), over, False, info
+
+    def _obs(self):
+        self.allowed = []
+        for size in self.sizes:
+            allowed = self.np_random.random(size) < 0.4
+            allowed[self.np_random.integers(size)] = True
+            self.allowed.append(allowed)
+        return np.concatenate(self.allowed).astype(np.float32)
+
+    def _info(self):
+        mask = np.concatenate(self.allowed)
+        if self.steps == self.at and self.fault is not None and self.guilty:
+            return FAULTY_MASKS[self.fault](mask)
+        return {"action_mask": GIVEN_MASKS[self.gives](mask, self.allowed), "other": {"a": 1}}
+
+
+MASKED = {
+    "Discrete": spaces.Discrete(5, start=-1),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3, 4], start=[1, -1, 5]),
+}
+GIVEN_MASKS = {
+    "int8": lambda mask, _: mask.astype(np.int8),
+    "bool": lambda mask, _: mask,
+    "float64": lambda mask, _: mask.astype(np.float64),
+    "list": lambda mask, _: [int(each) for each in mask],
+    "components": lambda _, allowed: tuple(each.astype(np.int8) for each in allowed),
+    "lists of components": lambda _, allowed: [list(each) for each in allowed],
+}
+FAULTY_MASKS = {
+    "nothing allowed": lambda mask: {"action_mask": np.zeros_like(mask)},
+    "missing": lambda _: {},
+    "None": lambda _: {"action_mask": None},
+    "too long": lambda mask: {"action_mask": np.append(mask, True)},
+    "2-d": lambda mask: {"action_mask": mask[None]},
+    "NaN": lambda mask: {"action_mask": np.where(mask, 1.0, np.nan)},
+    "a half": lambda mask: {"action_mask": np.where(mask, 0.5, 0.0)},
+    "two": lambda mask: {"action_mask": 2 * mask.astype(np.int8)},
+    "negative": lambda mask: {"action_mask": -mask.astype(np.int8)},
+    "text": lambda _: {"action_mask": "all"},
+    "texts": lambda mask: {"action_mask": ["1"] * len(mask)},
+    "complex": lambda mask: {"action_mask": mask * 1j},
+}
+
+
+class Forbidding(gymnasium.Wrapper):
+    """Around CartPole: where the pole leans, the cart may only be pushed that way."""
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        return self.obs, info | self._mask()
+
+    def step(self, action):
+        assert self._mask()["action_mask"][action]
+        self.obs, *answer, info = self.env.step(action)
+        return self.obs, *answer, info | self._mask()
+
+    def _mask(self):
+        lean = self.obs[2]
+        return {"action_mask": np.array([lean < 0.03, lean > -0.03])}
+
+
 class Scribbling(Dials):
     """Writes into the action it is given."""
 
@@ -591,6 +726,7 @@ for _env, _limit in (
     (Faulty, 10),
     (Constant, 10),
     (Bandit, 10),
+    (Catch, 10),
     (Misbehaving, 100),
     (Stillborn, 10),
     (Simulated, 10),
@@ -605,6 +741,7 @@ for _env, _limit in (
     (Paid, 10),
     (Dials, 10),
     (Switches, 10),
+    (Masked, 20),
     (Scribbling, 20),
     (Unsigned, 10),
     (Offset, 10),

@@ -4,7 +4,7 @@ The expectation is by dynamic programming over the states and the steps that are
 nothing of vecpg is used here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium
 import numpy as np
@@ -25,6 +25,7 @@ class World:
     limit:               an episode of this many steps is cut
     logits:   (S, A)     pi(a|s) = softmax(logits[s])[a]
     values:   (S,)       any numbers, for a baseline that knows nothing
+    allowed:  (S, A) bool, or None where all is: pi is the softmax over what is allowed
     """
 
     start: np.ndarray
@@ -34,11 +35,14 @@ class World:
     limit: int
     logits: np.ndarray
     values: np.ndarray
+    allowed: np.ndarray | None = None
 
     @property
     def policy(self):
         """(S, A) probabilities."""
         odds = np.exp(self.logits)
+        if self.allowed is not None:
+            odds = np.where(self.allowed | self.terminal[:, None], odds, 0.0)
         return odds / odds.sum(axis=1, keepdims=True)
 
 
@@ -76,10 +80,24 @@ def slip_world():
     return World(start, moves, rewards, np.arange(5) == 4, 12, logits, values)
 
 
+def fenced_world():
+    """The world that slips, but not every move is allowed: in one state two are, in one a single.
+
+    What is forbidden would pay best, and the network wants it most. Where an episode is over
+    nothing is allowed.
+    """
+    world = slip_world()
+    allowed = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
+    forbidden = ~allowed & ~world.terminal[:, None]
+    rewards = world.rewards + 50.0 * forbidden[:, :, None]
+    return replace(world, rewards=rewards, logits=world.logits + 3.0 * forbidden, allowed=allowed)
+
+
 def exact_gradient(world, weights, gamma):
     """(S, A): E sum over t of grad log pi(a_t|s_t) w_t over one episode.
 
-    The gradient of log pi(a|s) in logits[s, b] is (a == b) - pi(b|s). Given the state and the steps
+    The gradient of log pi(a|s) in logits[s, b] is (a == b) - pi(b|s), with pi(b|s) = 0 where b is
+    not allowed. Given the state and the steps
     that are left, what is expected of its product with the rewards from here on is therefore
     pi(b|s) (Q(s, b) - V(s)); with what was paid before, 0. In the full return the rewards from age
     t on are discounted by gamma^t more than in the reward-to-go.
@@ -128,14 +146,20 @@ class Tables(gymnasium.vector.VectorEnv):
         self.single_action_space = spaces.Discrete(actions)
         self.thresholds = world.moves.cumsum(axis=2)
 
+    def _infos(self):
+        allowed = self.world.allowed
+        return {} if allowed is None else {"action_mask": allowed[self.state]}
+
     def reset(self, *, seed=None, options=None):
         self.rng = np.random.default_rng(seed)
         self.state, self.age = self._starts(), np.zeros(self.num_envs, int)
         self.over = np.zeros(self.num_envs, bool)
-        return self.state.copy(), {}
+        return self.state.copy(), self._infos()
 
     def step(self, actions):
         resets, state = self.over, self.state
+        if self.world.allowed is not None:
+            assert (self.world.allowed[state, actions] | resets).all()
         draws = self.rng.random(self.num_envs)
         following = (self.thresholds[state, actions] <= draws[:, None]).sum(axis=1)
         # The last threshold of a row may be 1 - 1e-16; a terminal state has none.
@@ -146,7 +170,7 @@ class Tables(gymnasium.vector.VectorEnv):
         terminations = ~resets & self.world.terminal[self.state]
         truncations = ~resets & (self.age == self.world.limit)
         self.over = terminations | truncations
-        return self.state.copy(), rewards, terminations, truncations, {}
+        return self.state.copy(), rewards, terminations, truncations, self._infos()
 
     def _starts(self):
         return self.rng.choice(len(self.world.start), self.num_envs, p=self.world.start)

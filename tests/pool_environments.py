@@ -66,7 +66,7 @@ class Keyed(Sleeping):
         self.observation_space = spaces.Dict({"x": spaces.Discrete(3)})
 
 
-class Masked(gymnasium.Env):
+class Blocked(gymnasium.Env):
     """Allows all but one action, which moves with the steps; an episode has three.
 
     `how` says what is wrong with the mask after the second step, or at the end.
@@ -100,7 +100,7 @@ class Masked(gymnasium.Env):
         return {"action_mask": (mask[:2], mask[2:] == 1) if self.multi else mask}
 
 
-for _env in (Walk, Sleeping, Keyed, Masked):
+for _env in (Walk, Sleeping, Keyed, Blocked):
     gymnasium.register(
         f"{_env.__name__}-v0", f"pool_environments:{_env.__name__}", max_episode_steps=50
     )

@@ -435,6 +435,24 @@ def test_no_file_has_a_module_imported(here, tmp_path, env_id, settings):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_network_of_the_users_own_is_evaluated_if_it_is_typed(here, tmp_path):
+    policy = Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2), network="networks:small")
+    folder = tmp_path / "checkpoints" / "x"
+    save_policy(folder, policy, env_id="CartPole-v1", network="networks:small")
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2)
+    assert (code, out) == (2, "")
+    assert "evaluate checkpoints/x --episodes 2 --network networks:small" in err
+    typed = ["--network", "networks:small"]
+    code, out, err = here("evaluate", "checkpoints/x", "--episodes", 2, *typed)
+    assert code == 0, err
+    assert json.loads(out)["episodes"] == 2
+    code, out, err = here("evaluate", "checkpoints/x", "--network", "networks:other")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: --network: expected networks:small, with which it was trained, got networks:other\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "vectorization", "step_timeout"),
     [

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import environments
 import gymnasium
 import numpy as np
 import on_tensors  # noqa: F401 - registers its environments before a test's registry is put up
@@ -26,6 +27,7 @@ from vecpg.envs import (
     register,
     resolve_vectorization,
 )
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import evaluate
 from vecpg.kernels.announce import anew
 from vecpg.policy import Policy
@@ -505,3 +507,108 @@ def test_a_limit_that_atari_games_keep_themselves_counts():
         with pytest.raises(ValueError, match="Game-v0 has no time limit"):
             check_time_limit(spec, None)
         check_time_limit(spec, 9)
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+class MaskedTogether(gymnasium.vector.VectorEnv):
+    """A vectorized form of `environments:Masked-v0` that answers resets alone."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(self, num_envs, max_episode_steps=None, masks=True):
+        single = environments.Masked()
+        self.num_envs, self.masks = num_envs, masks
+        self.single_observation_space = single.observation_space
+        self.single_action_space = single.action_space
+
+    def reset(self, *, seed=None, options=None):
+        obs = np.ones((self.num_envs, 5), np.float32)
+        return obs, {"action_mask": obs.astype(bool)} if self.masks else {}
+
+
+def test_nothing_of_an_info_is_collected_but_masks():
+    for action_masks in (False, True):
+        envs = make_envs(
+            "environments:Masked-v0", 3, vectorization="sync", action_masks=action_masks
+        )
+        _, infos = envs.reset(seed=[1, 2, 3])
+        collected = [infos]
+        for _ in range(25):
+            allowed = np.stack([np.concatenate(env.unwrapped.allowed) for env in envs.envs])
+            if action_masks:
+                mask = infos["action_mask"]
+                assert mask.dtype == np.bool_
+                over = envs._autoreset_envs
+                assert np.array_equal(mask, allowed | over[:, None])
+            *_, infos = envs.step(allowed.argmax(axis=1) - 1)
+            collected.append(infos)
+        assert all(set(each) == ({"action_mask"} if action_masks else set()) for each in collected)
+        if action_masks:
+            assert not np.array_equal(collected[0]["action_mask"], collected[1]["action_mask"])
+            assert any(each["action_mask"].all(axis=1).any() for each in collected)
+
+
+class NoDict(environments.Constant):
+    """Gives an info that is no dictionary, at the step `at`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs, None if self.at == 0 else info
+
+    def step(self, action):
+        *answer, info = super().step(action)
+        return *answer, ["no", "dict"] if self.steps == self.at else info
+
+
+@pytest.mark.parametrize(("at", "shown"), [(0, "None"), (2, r"\['no', 'dict'\]")])
+def test_an_info_that_is_no_dictionary_is_named(at, shown):
+    envs = InProcessEnvs([environments.Constant, lambda: NoDict(at)])
+    message = f"environment 1 failed: TypeError: expected an info that is a dict, got {shown}"
+    with pytest.raises(SubEnvironmentError, match=message):
+        envs.reset(seed=1)
+        for _ in range(2):
+            envs.step(np.zeros(2, np.int64))
+
+
+def test_with_masks_auto_takes_what_gives_them(registered, caplog):
+    spec = gymnasium.spec("Masked-v0")
+    assert resolve_vectorization(spec, "auto", action_masks=True) == "sync"
+    for masks, expected in ((True, "vector_entry_point"), (False, "sync")):
+        gymnasium.register(
+            f"Both{masks}-v0",
+            "environments:Masked",
+            vector_entry_point=lambda num_envs, masks=masks, **_: MaskedTogether(
+                num_envs, masks=masks
+            ),
+            max_episode_steps=20,
+        )
+        with anew(), caplog.at_level(logging.INFO, "vecpg"):
+            both = gymnasium.spec(f"Both{masks}-v0")
+            assert resolve_vectorization(both, "auto", action_masks=True) == expected
+            assert resolve_vectorization(both, "auto") == "vector_entry_point"
+    assert "BothFalse-v0 is stepped one by one (sync): its vectorized form gives no" in caplog.text
+    cartpole = gymnasium.spec("CartPole-v1")
+    assert resolve_vectorization(cartpole, "auto") == "tensor"
+    assert resolve_vectorization(cartpole, "auto", action_masks=True) == "sync"
+
+
+@pytest.mark.parametrize(
+    ("env_id", "vectorization", "message"),
+    [
+        ("CartPole-v1", "tensor", "on tensors give no infos.*; use --vectorization auto, sync or"),
+        ("vecpg/CartPole-v1", "auto", "on tensors give no infos.*; use another environment"),
+        ("vecpg/CartPole-v1", "tensor", "on tensors give no infos.*; use another environment"),
+        ("Pendulum-v1", "auto", r"expected actions that are Discrete, .* got Box\(-2.0"),
+        ("environments:Switches-v0", "sync", "expected actions that are Discrete, .* got MultiB"),
+        ("environments:Switches-v0", "async", "expected actions that are Discrete, .* got MultiB"),
+    ],
+)
+def test_environments_without_masks_are_refused_with_the_reason(env_id, vectorization, message):
+    with pytest.raises(ValueError, match=f"^--action-masks: .*{message}"):
+        make_envs(env_id, 2, vectorization=vectorization, action_masks=True)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from vecpg.envs import EnvironmentFailure, make_envs
-from vecpg.envs.answers import read_action_mask, read_answer
+from vecpg.envs import EnvironmentFailure, SubEnvironmentError, make_envs
+from vecpg.envs.answers import mask_sizes, read_action_mask, read_action_masks, read_answer
 from vecpg.policy import Policy
 from vecpg.rollout import collect
 
@@ -108,57 +108,178 @@ def test_a_number_that_is_none_is_left_to_those_who_know_the_step():
     assert read_answer(np.array([-np.inf]), False, False)[0] == -np.inf
 
 
-FIVE, TWO_AND_THREE = spaces.Discrete(5, start=3), spaces.MultiDiscrete([2, 3], start=[1, -1])
-MASK = [True, False, True, True, False]
+# -- Action masks --------------------------------------------------------------------------------
+
+FIVE = spaces.Discrete(5, start=-1)
+DIALS = spaces.MultiDiscrete([2, 3], start=[4, -1])
+MASKS = {
+    "int8": np.array([1, 0, 0, 1, 1], np.int8),
+    "uint8": np.array([1, 0, 0, 1, 1], np.uint8),
+    "bool": np.array([True, False, False, True, True]),
+    "float64": np.array([1.0, -0.0, 0.0, 1.0, 1.0]),
+    "reversed": np.array([1, 1, 0, 0, 1], np.int8)[::-1],
+    "big-endian": np.array([1, 0, 0, 1, 1], ">i4"),
+    "list": [1, 0, 0, 1, 1],
+    "tuple of bools": (True, False, False, True, True),
+    "tensor": torch.tensor([1, 0, 0, 1, 1]),
+}
+COMPONENTS = {
+    "tuple": (np.array([1, 0], np.int8), np.array([0, 1, 1], np.int8)),
+    "list of lists": [[1, 0], [0, 1, 1]],
+    "mixed": (np.array([True, False]), [0, 1, 1]),
+    "tensors": (torch.tensor([1, 0]), torch.tensor([0, 1, 1])),
+}
+
+
+def objects(*each):
+    """An array of objects, as Gymnasium puts infos of unknown types together."""
+    array = np.full(len(each), None, object)
+    for i, one in enumerate(each):
+        array[i] = one
+    return array
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("space", [FIVE, DIALS], ids=["Discrete", "MultiDiscrete"])
+def test_a_mask_of_any_kind_of_numbers_is_read(space, mask):
+    read = read_action_mask({"action_mask": mask, "other": 3}, space)
+    assert read.dtype == np.bool_
+    assert read.tolist() == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("mask", COMPONENTS.values(), ids=COMPONENTS)
+def test_the_masks_of_components_are_put_together(mask):
+    for given in (mask, objects(*mask)):
+        read = read_action_mask({"action_mask": given}, DIALS)
+        assert read.tolist() == [True, False, False, True, True]
+
+
+def test_one_component_is_one_too():
+    space = spaces.MultiDiscrete([3])
+    for mask in ([1, 0, 1], [[1, 0, 1]], (np.array([1, 0, 1]),)):
+        assert read_action_mask({"action_mask": mask}, space).tolist() == [True, False, True]
+    same = spaces.MultiDiscrete([2, 2])
+    for mask in ([1, 0, 1, 1], [[1, 0], [1, 1]]):
+        assert read_action_mask({"action_mask": mask}, same).tolist() == [True, False, True, True]
+
+
+class Unreadable:
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("no")
 
 
 @pytest.mark.parametrize(
-    ("given", "space"),
+    "info",
     [
-        (np.array(MASK), FIVE),
-        (np.array(MASK, np.int8), FIVE),
-        (MASK, FIVE),
-        (torch.tensor(MASK), FIVE),
-        (np.array(MASK, np.int64), TWO_AND_THREE),
-        ((np.array(MASK[:2], np.int8), np.array(MASK[2:])), TWO_AND_THREE),
-        ((MASK[:2], MASK[2:]), TWO_AND_THREE),
+        None,
+        {},
+        {"action_masks": [1] * 5},
+        {"action_mask": None},
+        {"action_mask": np.ones(4)},
+        {"action_mask": np.ones(6)},
+        {"action_mask": np.ones((1, 5))},
+        {"action_mask": np.ones((5, 1))},
+        {"action_mask": 1},
+        {"action_mask": [1, 0, 0, 1, np.nan]},
+        {"action_mask": [1, 0, 0, 1, 0.5]},
+        {"action_mask": [1, 0, 0, 1, 2]},
+        {"action_mask": [1, 0, 0, 1, -1]},
+        {"action_mask": [1, 0, 0, 1, np.inf]},
+        {"action_mask": [1, 0, 0, 1, None]},
+        {"action_mask": ["1", "0", "0", "1", "1"]},
+        {"action_mask": "11011"},
+        {"action_mask": np.ones(5) * 1j},
+        {"action_mask": ([1, 0, 0], [1, 1])},
+        {"action_mask": ([1, 0], [1, 1, 1], [1])},
+        {"action_mask": ([[1, 0]], [[1, 1, 1]])},
+        {"action_mask": ()},
+        {"action_mask": Unreadable()},
+        {"action_mask": [Unreadable()] * 5},
     ],
     ids=repr,
 )
-def test_a_mask_is_read_in_every_form_that_gymnasium_samples_with(given, space):
-    found = read_action_mask({"other": 1, "action_mask": given}, space)
-    assert found.dtype == np.bool_
-    assert found.tolist() == MASK
+@pytest.mark.parametrize("space", [FIVE, DIALS], ids=["Discrete", "MultiDiscrete"])
+def test_what_is_no_mask_is_named(space, info):
+    with pytest.raises(TypeError, match=r'^expected info\["action_mask"\] of 5 booleans.*, got '):
+        read_action_mask(info, space)
 
 
 @pytest.mark.parametrize(
-    ("given", "space"),
+    "space",
     [
-        (None, FIVE),
-        (MASK[1:], FIVE),
-        (np.array([MASK]), FIVE),
-        (np.array(MASK, float), FIVE),
-        (np.array([1, 0, 1, 2, 0]), FIVE),
-        (np.array([-1, 0, 1, 1, 0]), FIVE),
-        (True, FIVE),
-        ([[1], [1, 0]], FIVE),
-        ({"a": 1}, FIVE),
-        ((MASK[:3], MASK[3:]), TWO_AND_THREE),
-        ((MASK[:2],), TWO_AND_THREE),
-        ((MASK[:2], None), TWO_AND_THREE),
-        (MASK[1:], TWO_AND_THREE),
+        spaces.Box(-1, 1, (5,)),
+        spaces.MultiBinary(5),
+        spaces.MultiDiscrete([[2, 3]]),
+        spaces.Tuple([FIVE]),
     ],
-    ids=repr,
+    ids=str,
 )
-def test_a_mask_of_another_form_is_refused_by_name(given, space):
-    message = r'expected info\["action_mask"\] of 5 booleans.*, got '
-    with pytest.raises(TypeError, match=message):
-        read_action_mask({"action_mask": given}, space)
-    with pytest.raises(TypeError, match=f"{message}none$"):
-        read_action_mask({"mask": given}, space)
+def test_actions_that_are_not_masked_are_refused(space):
+    with pytest.raises(ValueError, match="--action-masks: expected actions that are Discrete, or"):
+        mask_sizes(space)
 
 
-def test_there_are_masks_of_choices_only():
-    for space in (spaces.Box(-1, 1, (5,)), spaces.MultiBinary(5)):
-        with pytest.raises(TypeError, match="action_mask: expected actions of Discrete or Multi"):
-            read_action_mask({"action_mask": MASK}, space)
+NEEDED, ENDED = np.array([True, True, False, False]), np.array([False, False, False, True])
+WANTED = [[1, 0, 0, 1, 1], [0, 1, 0, 1, 0], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "infos",
+    [
+        {"action_mask": np.array(WANTED, bool)},
+        {"action_mask": np.array(WANTED, np.float32)},
+        {"action_mask": objects(*WANTED)},
+        {"action_mask": objects(*(np.array(row) for row in WANTED[:3]), None)},
+        {"action_mask": objects(*((row[:2], row[2:]) for row in WANTED))},
+        # What has just ended may have anything.
+        {"action_mask": np.array([*WANTED[:3], [np.nan] * 5])},
+        {"action_mask": np.array([*WANTED[:3], [0] * 5]), "_action_mask": ~ENDED},
+    ],
+)
+def test_masks_of_vector_infos_are_read(infos):
+    read = read_action_masks(infos, DIALS, needed=NEEDED, ended=ENDED)
+    assert read.dtype == np.bool_
+    assert read.tolist() == [[bool(each) for each in row] for row in WANTED]
+
+
+def test_what_nobody_needs_allows_all_where_it_allows_nothing():
+    for third in ([0, 0, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [1, 2, 3, 4, 5]):
+        given = np.array([*WANTED[:2], third, [0] * 5])
+        read = read_action_masks({"action_mask": given}, DIALS, needed=NEEDED, ended=ENDED)
+        assert read[2:].all()
+        assert read[:2].tolist() == [[bool(each) for each in row] for row in WANTED[:2]]
+    nobody = np.zeros(4, bool)
+    assert read_action_masks({}, DIALS, needed=nobody, ended=ENDED).all()
+    assert read_action_masks([{}] * 4, DIALS, needed=nobody, ended=ENDED).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda masks: {}, r"environment 0 failed: .* got none"),
+        (lambda masks: [{}] * 4, r"environment 0 failed: .* got none"),
+        (lambda masks: {"action_mask": masks[:3]}, "environment 0 failed: .* got none"),
+        (lambda masks: {"action_mask": masks[:, :4]}, r"environment 0 failed: .* shape \(4,\)"),
+        (lambda masks: {"action_mask": masks.astype(str)}, "environment 0 failed: .* dtype <U"),
+        (
+            lambda masks: {"action_mask": masks, "_action_mask": np.array([1, 0, 1, 1])},
+            "environment 1 failed: .* got none",
+        ),
+        (
+            lambda masks: {"action_mask": masks * np.array([[1], [2], [3], [4]])},
+            r"environment 1 failed: .* got array\(\[0, 2, 0, 2, 0\]\)",
+        ),
+        (
+            lambda masks: {"action_mask": masks * [[1], [0], [1], [1]]},
+            "environment 1 allows no action: no value of component 0 is 1",
+        ),
+        (
+            lambda masks: {"action_mask": masks * [1, 1, 0, 0, 0]},
+            "environment 0 allows no action: no value of component 1 is 1",
+        ),
+    ],
+)
+def test_vector_infos_without_masks_are_named(change, message):
+    infos = change(np.array(WANTED))
+    with pytest.raises(SubEnvironmentError, match=message):
+        read_action_masks(infos, DIALS, needed=NEEDED, ended=ENDED)

@@ -19,20 +19,20 @@ def memory():
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 63])
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("flags", [0, 9])
 @pytest.mark.parametrize("observation", [IMAGE, spaces.Discrete(3), spaces.MultiBinary((2, 3))])
 def test_both_sides_see_every_array_whole_and_nothing_overlaps(
-    memory, num_envs, masks, observation
+    memory, num_envs, flags, observation
 ):
     shared.positions(memory, 3)[:] = 7, 8, 9
     ours, theirs = (
-        shared.SharedRows(memory, 3, num_envs, observation, CHOICES, masks) for _ in range(2)
+        shared.SharedRows(memory, 3, num_envs, observation, CHOICES, flags) for _ in range(2)
     )
     assert ours.obs.shape == (num_envs, *observation.shape)
     assert ours.obs.dtype == observation.dtype
     assert (ours.actions.shape, ours.actions.dtype) == ((num_envs, 3), np.int32)
     assert ours.rewards.dtype == np.float64
-    assert ours.action_masks.shape == (num_envs, 9 if masks else 0)
+    assert ours.action_masks.shape == (num_envs, flags)
     # Every byte of each is a number of its own.
     for number, name in enumerate(NAMES, 1):
         getattr(ours, name).view(np.uint8)[...] = number

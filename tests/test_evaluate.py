@@ -2,6 +2,8 @@ import math
 import os
 from contextlib import closing
 
+import environments
+import gymnasium
 import numpy as np
 import on_tensors  # noqa: F401 - registers its environments
 import pytest
@@ -12,7 +14,8 @@ from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from vecpg import envs as envs_module
 from vecpg import evaluate as evaluate_module
 from vecpg.config import Config, ConfigError
-from vecpg.envs import EnvironmentFailure
+from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs.answers import mask_sizes
 from vecpg.evaluate import EvalResult, evaluate, evaluate_in, make_judge
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
@@ -250,3 +253,94 @@ def test_no_episodes_are_refused():
         evaluate(policy(), "CartPole-v1", 0)
     with pytest.raises(ValueError, match="num_envs: expected at least 1, got 0"):
         evaluate(policy(), "CartPole-v1", 1, num_envs=0)
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
+def test_evaluation_takes_only_what_is_allowed(of, greedy, vectorization):
+    """The environment raises for anything else; it pays most for the first that is allowed."""
+    space = environments.MASKED[of]
+    sizes = mask_sizes(space)
+    torch.manual_seed(0)
+    first = Policy(spaces.Box(0, 1, (sum(sizes),)), space)
+    with torch.no_grad():
+        first.network[-1].weight.zero_()
+        falling = [-3.0 * number for size in sizes for number in range(size)]
+        first.network[-1].bias.copy_(torch.tensor(falling))
+    settings = {"env_kwargs": {"of": of}, "vectorization": vectorization, "num_envs": 3}
+    found = evaluate(
+        first, "environments:Masked-v0", 30, greedy=greedy, action_masks=True, **settings
+    )
+    assert len(found.returns) == 30
+    best = 0.0
+    stream = Stream(1, 0, 0, 3)
+    for seed in stream.reset_seeds(Purpose.EVALUATION_RESET):
+        env = environments.Masked(of=of)
+        env.reset(seed=seed)
+        for _ in range(10):
+            over = False
+            while not over:
+                numbers = [int(each.argmax()) for each in env.allowed]
+                action = np.array(numbers) + space.start if of != "Discrete" else numbers[0] - 1
+                _, reward, over, _, _ = env.step(action)
+                best += reward
+            env.reset()
+    assert sum(found.returns) == pytest.approx(best) if greedy else sum(found.returns) < best
+
+
+def test_a_judge_without_masks_is_known_before_the_first_step():
+    inputs = policy(inputs=1)
+    given = {"vectorization": "sync", "action_masks": True}
+    with pytest.raises(EnvironmentFailure, match="environment 0 failed at its reset .* got none"):
+        make_judge(inputs, "environments:Constant-v0", 2, **given)
+    with pytest.raises(ValueError, match="--action-masks: environments on tensors"):
+        evaluate(policy(inputs=4), "CartPole-v1", 2, vectorization="tensor", action_masks=True)
+
+
+def test_pictures_are_judged_as_the_policy_sees_them():
+    """As a plain loop over Gymnasium's own environment, and `Policy.act`, plays."""
+    envs = make_envs("environments:Catch-v0", 1)
+    torch.manual_seed(1)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    found = evaluate(policy, "environments:Catch-v0", 8, num_envs=4)
+    assert set(found.lengths) == {9}
+    seeds = Stream(1, 0, 0, 4).reset_seeds(Purpose.EVALUATION_RESET)
+    expected, taken = [], set()
+    for seed in seeds:
+        env = gymnasium.make("environments:Catch-v0")
+        obs, _ = env.reset(seed=seed)
+        for _ in range(2):
+            total, over = 0.0, False
+            while not over:
+                action = policy.act(obs)
+                taken.add(int(action))
+                obs, reward, over, _, _ = env.step(action)
+                total += reward
+            expected.append(total)
+            obs, _ = env.reset()
+    assert list(found.returns) == expected
+    assert len(taken) > 1
+
+
+def test_a_judge_of_real_numbers_shows_them_whole():
+    """A policy of uint8 pictures, judged where they are real: nothing is cut off."""
+    box = spaces.Box(0, 3, (9, 8), np.uint8)
+    torch.manual_seed(0)
+    policy = Policy(box, spaces.Discrete(30))
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    obs = np.random.default_rng(0).random((20, 9, 8)) * 3
+    act = evaluate_module._acting(
+        policy, Stream(0, 0, 0, 20), Purpose.EVALUATION_RESET, True, False
+    )
+    with torch.inference_mode():
+        assert np.array_equal(act(0, obs), policy.act(obs))
+        whole = obs.astype(np.uint8)
+        assert np.array_equal(act(0, whole), policy.act(whole))
+    assert not np.array_equal(policy.act(whole), policy.act(obs))

@@ -12,7 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from exact import Noise, Tables, exact_gradient, expected_return, line_world, slip_world
+from exact import (
+    Noise,
+    Tables,
+    exact_gradient,
+    expected_return,
+    fenced_world,
+    line_world,
+    slip_world,
+)
 from gymnasium import spaces
 from pairs import pairs, short
 from torch import nn
@@ -28,7 +36,7 @@ from vecpg.run.checkpoint import folders, load_policy
 from vecpg.train import train
 from vecpg.update import update
 
-WORLDS = {"line": line_world(), "slip": slip_world()}
+WORLDS = {"line": line_world(), "slip": slip_world(), "fenced": fenced_world()}
 # The line on tensors, collected on the device.
 ON_TENSORS = {"tensor": WORLDS["line"]}
 EPISODES = 20_000
@@ -116,7 +124,7 @@ def of_many_environments(name, num_steps):
     rollouts, episodes = [], 0
     while episodes < EPISODES:
         given = {"num_steps": num_steps, "seed": 5, "iteration": len(rollouts)}
-        rollout = collect(envs, policy, **given)
+        rollout = collect(envs, policy, **given, action_masks=world.allowed is not None)
         if name == "tensor":
             numbers = rollout.obs[..., 0].masked_fill(~rollout.mask, 0).long()
             rollout = replace(rollout, obs=numbers)
@@ -144,8 +152,13 @@ def dealt(rollout, num_envs):
             rollout,
             final_obs=rollout.final_obs[inside],
             final_rows=rollout.final_rows[inside] - torch.tensor([0, start]),
-            **{name: getattr(rollout, name)[:length, of] for name in FIELDS},
+            **{name: getattr(rollout, name)[:length, of] for name in fields(rollout)},
         )
+
+
+def fields(rollout):
+    """What there is for every row."""
+    return FIELDS if rollout.action_masks is None else (*FIELDS, "action_masks")
 
 
 FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
@@ -173,7 +186,10 @@ def gradients(world, rollouts, weights, chunk_rows=499):
     policy = Tabular(np.tile(world.logits, (len(rollouts), 1)))
     moved = [replace(r, obs=r.obs + i * states) for i, r in enumerate(rollouts)]
     joined = Rollout(
-        **{name: torch.cat([getattr(rollout, name) for rollout in moved]) for name in FIELDS},
+        **{
+            name: torch.cat([getattr(rollout, name) for rollout in moved])
+            for name in fields(moved[0])
+        },
         final_obs=torch.zeros(0, dtype=torch.int64),
         final_rows=torch.zeros(0, 2, dtype=torch.int64),
     )
@@ -222,7 +238,10 @@ def test_the_target_is_the_slope_of_the_expected_return(world, gamma):
     np.testing.assert_allclose(exact_gradient(world, "full_return", gamma), slope, atol=1e-8)
     same = np.allclose(exact_gradient(world, "reward_to_go", gamma), slope, atol=1e-8)
     assert same == (gamma == 1.0), "at a smaller gamma the reward-to-go follows no such slope"
-    assert (np.abs(slope[~world.terminal]) > 0.01).all(), "every number should be of consequence"
+    alone = np.isclose(world.policy, 1) | np.isclose(world.policy, 0)
+    of_consequence = ~world.terminal[:, None] & ~alone
+    assert (np.abs(slope[of_consequence]) > 0.01).all(), "every number should be of consequence"
+    assert (slope[alone] == 0).all()
 
 
 def test_limits_are_reached_sometimes():
@@ -242,9 +261,20 @@ def in_full(*values):
 
 
 # Every pair of two of them; in short every estimator once, where episodes are collected soonest.
-IN_FULL = pairs(UNBIASED, ["line", "slip", "tensor"], [(4, 16), (4, 1), (64, 1)], [0.9, 1.0])
+IN_FULL = pairs(
+    UNBIASED, ["line", "slip", "fenced", "tensor"], [(4, 16), (4, 1), (64, 1)], [0.9, 1.0]
+)
 IN_SHORT = [
     (estimator, ("line", "tensor")[i % 2], (4, 16), 0.9) for i, estimator in enumerate(UNBIASED)
+]
+IN_SHORT += [
+    ((weights, baseline), "fenced", (4, 16), 0.9)
+    for weights, baseline in (
+        ("reward_to_go", "none"),
+        ("reward_to_go", "leave_one_out"),
+        ("reward_to_go", "value"),
+        ("gae", "value"),
+    )
 ]
 
 
@@ -263,7 +293,9 @@ def test_the_estimator_is_exact(estimator, name, size, gamma):
     off = deviations(estimates, rollouts, exact_gradient(world, weights, gamma))
     assert np.abs(off).max() < BOUND, off.round(1)
     assert (estimates[:, world.terminal] == 0).all()
-    assert (estimates[:, ~world.terminal].std(axis=0) > 0).all()
+    fixed = np.isclose(world.policy, 1) | np.isclose(world.policy, 0)
+    assert (estimates[:, fixed] == 0).all(), "what is not allowed, or all that is, has no gradient"
+    assert (estimates[:, ~world.terminal[:, None] & ~fixed].std(axis=0) > 0).all()
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -350,6 +382,34 @@ def one_each(name):
     """Rollouts of 4 environments with the first episode of each: an episode's age is the row."""
     rollouts = collected(name, 4, 16)
     return [only(r, r.dones.cumsum(dim=0) - r.dones.int() == 0) for r in rollouts]
+
+
+def test_masks_forgotten_in_the_update_are_found():
+    world, rollouts = WORLDS["fenced"], collected("fenced", 4, 16)
+    unmasked = [replace(rollout, action_masks=None) for rollout in rollouts]
+    config = Config(baseline="value", gamma=0.9)
+    weights = list(weigh(world, rollouts, config))
+    target = exact_gradient(world, "reward_to_go", 0.9)
+    assert largest(world, unmasked, weights, target) > FAR
+
+
+def test_the_entropys_gradient_is_that_of_the_masked_distribution():
+    """d H(s) / d logits[s, b] = -pi(b|s) (log pi(b|s) + H(s)), in float64, over counted rows."""
+    world, rollout = WORLDS["fenced"], collected("fenced", 4, 16)[0]
+    policy = Tabular(world.logits)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    nothing = torch.zeros(rollout.mask.shape)
+    stats = update(policy, optimizer, rollout, nothing, Config(ent_coef=1.0))
+    pi = world.policy
+    log_pi = np.log(pi, out=np.zeros_like(pi), where=pi > 0)
+    entropy = -(pi * log_pi).sum(axis=1)
+    states = rollout.obs[rollout.mask].numpy()
+    shares = np.bincount(states, minlength=len(pi)) / len(states)
+    expected = -shares[:, None] * pi * (log_pi + entropy[:, None])
+    np.testing.assert_allclose(-policy.network.weight.grad.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(stats.entropy.item(), (shares * entropy).sum(), rtol=1e-5)
+    assert (policy.network.weight.grad.numpy()[~world.allowed] == 0).all()
+    assert np.abs(expected).max() > 0.01
 
 
 in_both = pytest.mark.parametrize("name", ["line", in_full("slip")])

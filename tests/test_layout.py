@@ -17,7 +17,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "vecpg.adam": set(),
     "vecpg.config": set(),
-    "vecpg.memory": {"vecpg.config"},
+    "vecpg.images": set(),
+    "vecpg.memory": {"vecpg.config", "vecpg.images"},
     "vecpg.recipes": {"vecpg.config"},
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},
@@ -28,7 +29,13 @@ ALLOWED = {
     "vecpg.shell": set(),
     "vecpg.machine": {"vecpg"},
     "vecpg.envs": {"vecpg.envs", "vecpg.kernels", "vecpg.named", "vecpg.noise"},
-    "vecpg.policy": {"vecpg.kernels", "vecpg.noise", "vecpg.policy"},
+    "vecpg.policy": {
+        "vecpg.images",
+        "vecpg.kernels",
+        "vecpg.named",
+        "vecpg.noise",
+        "vecpg.policy",
+    },
     "vecpg.rollout": {
         "vecpg.envs",
         "vecpg.kernels",

@@ -22,7 +22,10 @@ STEP_OF_GREY = 16
 
 
 class Painted(gymnasium.Env):
-    """Paints the number of steps in grey; 1 to 14 of them by the reset seed. Keeps a record."""
+    """Paints the number of steps in grey; 1 to 14 of them by the reset seed. Keeps a record.
+
+    By its masks action 3 is allowed at every third step, and at the others action 4.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}  # noqa: RUF012
     record = []  # noqa: RUF012
@@ -32,6 +35,14 @@ class Painted(gymnasium.Env):
         self.action_space = spaces.Discrete(2, start=3)
         self.render_mode, self.fault, self.size = render_mode, fault, size
 
+    def _info(self):
+        mask = np.array([self.steps % 3 == 0, self.steps % 3 != 0])
+        if self.fault == "masks nothing" and self.steps == 2:
+            mask[:] = False
+        if self.fault == "masks missing" and self.steps == 2:
+            return {}
+        return {"action_mask": mask}
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
@@ -40,7 +51,7 @@ class Painted(gymnasium.Env):
         Painted.record.append(("reset", seed))
         if self.fault == "reset":
             raise OSError("the simulator did not start")
-        return np.zeros(1, np.float32), {}
+        return np.zeros(1, np.float32), self._info()
 
     def step(self, action):
         Painted.record.append(("step", action))
@@ -49,7 +60,7 @@ class Painted(gymnasium.Env):
         if self.fault == "leave":
             sys.exit(0)
         self.steps += 1
-        return np.zeros(1, np.float32), 1.0, self.steps == self.length, False, {}
+        return np.zeros(1, np.float32), 1.0, self.steps == self.length, False, self._info()
 
     def render(self):
         if self.fault == "frame":
@@ -179,6 +190,48 @@ def test_greedy_plays_the_most_probable_action(tmp_path):
         sure.network[-1].bias.copy_(torch.tensor([0.0, 1.0]))
     video.record(sure, "Painted-v0", tmp_path / "x.mp4")
     assert {action for what, action in Painted.record if what == "step"} == {4}
+
+
+LONG = next(s for s in range(99) if video_seed(s) % 14 == 13)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_only_what_is_allowed_is_filmed(tmp_path, greedy):
+    wanted = policy()
+    with torch.no_grad():
+        wanted.network[-1].bias.copy_(torch.tensor([9.0, 0.0]))
+    for action_masks, expected in ((True, [3, 4, 4] * 4 + [3, 4]), (False, [3] * 14)):
+        Painted.record.clear()
+        video.record(
+            wanted,
+            "Painted-v0",
+            tmp_path / "x.mp4",
+            greedy=greedy,
+            seed=LONG,
+            action_masks=action_masks,
+        )
+        assert [action for what, action in Painted.record if what == "step"] == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("masks nothing", "the environment allows no action at step 1 "),
+        ("masks missing", "the environment failed at step 1 .*: expected info.* of 2 booleans"),
+    ],
+)
+def test_a_mask_that_is_none_is_named_with_its_step_and_seed(tmp_path, fault, message):
+    seed = video_seed(LONG)
+    with pytest.raises(EnvironmentFailure, match=message) as caught:
+        video.record(
+            policy(),
+            "Painted-v0",
+            tmp_path / "x.mp4",
+            env_kwargs={"fault": fault},
+            seed=LONG,
+            action_masks=True,
+        )
+    assert f"(reset with seed {seed})" in str(caught.value)
 
 
 def test_cartpole_is_filmed_as_it_is_rendered(tmp_path):
@@ -335,6 +388,25 @@ def test_the_script_records_and_says_where(saved, capfd):
     assert sorted(resets[2:5]) == sorted(evaluation)
     assert resets[0] == resets[1]
     assert resets[0] not in evaluation
+
+
+def test_the_script_takes_masks_from_the_stored_settings(tmp_path, capfd):
+    wanted = policy()
+    with torch.no_grad():
+        wanted.network[-1].bias.copy_(torch.tensor([9.0, 0.0]))
+    for action_masks in (True, False):
+        folder = tmp_path / str(action_masks)
+        folder.mkdir()
+        save_policy(
+            folder / "checkpoints" / "7", wanted, env_id="Painted-v0", action_masks=action_masks
+        )
+        for more in ([], ["--stochastic"]):
+            Painted.record.clear()
+            video_file = ["--video", str(folder / "x.mp4"), "--render", "human"]
+            evaluate_main([str(folder), "--episodes", "9", "--seed", str(LONG), *video_file, *more])
+            taken = {action for what, action in Painted.record if what == "step"}
+            assert taken == ({3, 4} if action_masks else {3})
+    assert capfd.readouterr().out.count("return_mean") == 4
 
 
 @pytest.mark.parametrize("args", [["--video", "no/x.mp4"], ["--video", "x.mp4"]])

@@ -58,6 +58,13 @@ BEYOND = {
         (),
         "--eval-episodes: expected at most {}, got 1,000,000,000,000, which take at least 40.0 TB",
     ),
+    # 84 x 84 x 4 bytes, and four for what the space keeps of each.
+    "pictures": (
+        {"num_envs": 10**5},
+        "tensor",
+        (spaces.Box(0, 255, (84, 84, 4), np.uint8), TWO),
+        "--num-envs: expected at most {}, got 100,000, which take at least 14.1 GB; there is 1.0",
+    ),
     "table": (
         {"embedding_size": 10**9},
         "sync",
@@ -96,6 +103,24 @@ def test_layers_between_zeros_and_ones_are_counted():
     message = "--hidden-sizes: expected smaller ones than 10000000: 150,000,010 parameters"
     with pytest.raises(ConfigError, match=message):
         check_room(Config(hidden_sizes=(10**7,)), "sync", *known, have=GB)
+
+
+def test_convolutions_are_counted():
+    known = spaces.Box(0, 255, (1000, 1000, 3), np.uint8), TWO
+    message = (
+        r"--network cnn: expected smaller images than \(1000, 1000, 3\): its 479,832,736 parameters"
+        " take at least 13.4 GB; there is 8.0 GB"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_room(Config(num_envs=1), "tensor", *known, have=8e9)
+    check_room(Config(num_envs=1), "tensor", *known, have=14e9)
+    # The layers above them are counted with them, and those of a user's network are not known.
+    known = spaces.Box(0, 255, (84, 84, 4), np.uint8), TWO
+    with pytest.raises(ConfigError, match="smaller ones than 100000: 53,184,130 parameters"):
+        check_room(Config(hidden_sizes=(10**5,)), "tensor", *known, have=GB)
+    check_room(Config(network="mine:f"), "tensor", *known, have=GB)
+    with pytest.raises(ValueError, match="--network cnn: expected images"):
+        check_room(Config(network="cnn"), "tensor", BOX, TWO, have=GB)
 
 
 def test_layers_that_cannot_fit_are_answered_with_their_size():
@@ -227,7 +252,15 @@ def test_a_worker_takes_more():
         envs.close()
 
 
-@pytest.mark.parametrize("space", [BOX, spaces.MultiDiscrete([5, 7]), spaces.MultiBinary(9)])
+@pytest.mark.parametrize(
+    "space",
+    [
+        BOX,
+        spaces.MultiDiscrete([5, 7]),
+        spaces.MultiBinary(9),
+        spaces.Box(0, 255, (40, 36, 3), np.uint8),
+    ],
+)
 def test_the_tensors_of_a_state_and_its_draft_take_more(space):
     policy = Policy(space, TWO, hidden_sizes=(30, 20))
     state = TrainState(policy, Adam(policy.parameters()), None, Stopping(None, 10))

@@ -126,3 +126,129 @@ def test_a_description_builds_the_same_network_again():
     obs = np.random.default_rng(0).normal(size=(50, 2, 2))
     assert np.array_equal(policy.act(obs), twin.act(obs))
     assert any(isinstance(layer, torch.nn.ReLU) for layer in twin.network)
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+def masks_of(rows, actions, seed=1):
+    """(rows, actions) bool that allow something each; the last rows a single action."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((rows, actions)) < 0.5
+    masks[rows // 2 :] = False
+    masks[np.arange(rows), rng.integers(actions, size=rows)] = True
+    return masks
+
+
+def test_act_takes_the_most_probable_action_that_is_allowed():
+    policy = make_policy(5, start=-2)
+    obs, masks = np.random.default_rng(0).normal(size=(40, 2, 2)), masks_of(40, 5)
+    odds = probabilities(policy, torch.tensor(obs, dtype=torch.float32)).detach().numpy()
+    best = np.where(masks, odds, -1.0).argmax(axis=1) - 2
+    assert not np.array_equal(best, odds.argmax(axis=1) - 2)
+    for given in (masks, masks.astype(np.int8), masks.astype(float), masks.tolist()):
+        assert np.array_equal(policy.act(obs, action_mask=given), best)
+    reversed_rows = masks[:, ::-1].copy()[:, ::-1]
+    assert np.array_equal(policy.act(obs, action_mask=reversed_rows), best)
+    of_tensors = policy.act(torch.tensor(obs), action_mask=torch.tensor(masks))
+    assert np.array_equal(of_tensors.numpy(), best)
+    for one, mask, expected in zip(obs, masks, best, strict=True):
+        chosen = policy.act(one, action_mask=mask)
+        assert isinstance(chosen, np.integer)
+        assert chosen == expected
+    assert policy.act(obs[:0], action_mask=masks[:0]).shape == (0,)
+
+
+def test_act_draws_only_what_is_allowed_and_all_of_it():
+    policy = make_policy(5, start=-2)
+    masks = np.repeat(masks_of(6, 5, seed=2), 500, axis=0)
+    obs = np.repeat(np.random.default_rng(0).normal(size=(6, 2, 2)), 500, axis=0)
+    drawn = policy.act(
+        obs, greedy=False, generator=torch.Generator().manual_seed(0), action_mask=masks
+    )
+    for number in range(6):
+        of_these = slice(500 * number, 500 * (number + 1))
+        allowed = np.flatnonzero(masks[of_these][0]) - 2
+        assert set(drawn[of_these]) == set(allowed)
+    alone = policy.act(obs, False, torch.Generator().manual_seed(0), np.ones_like(masks))
+    assert np.array_equal(alone, policy.act(obs, False, torch.Generator().manual_seed(0)))
+
+
+def test_masks_of_components_stand_one_behind_the_other():
+    policy = Policy(spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 3], start=[5, -1]))
+    mask = np.array([0, 1, 1, 0, 0])
+    assert policy.act(np.zeros(2), action_mask=mask).tolist() == [6, -1]
+    assert policy.act(np.zeros((3, 2)), action_mask=mask[None].repeat(3, 0)).shape == (3, 2)
+
+
+def test_the_parameters_of_a_masked_policy_are_minus_infinity_elsewhere():
+    policy = make_policy(3)
+    obs, mask = torch.randn(7, 2, 2), torch.from_numpy(masks_of(7, 3))
+    logits, masked = policy(obs), policy(obs, action_mask=mask)
+    assert torch.equal(masked, torch.where(mask.t(), logits, -math.inf))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones(2), r"of shape \(3,\), got .* of shape \(2,\)"),
+        (np.ones((1, 3)), r"of shape \(3,\), got .* of shape \(1, 3\)"),
+        (np.array([1, 0, 2]), r"numbers 0 and 1, or bools, .* got \[1, 0, 2\]"),
+        (np.array([1, 0, np.nan]), "numbers 0 and 1"),
+        (np.array([1, 0, 0.5]), "numbers 0 and 1"),
+        (["1", "0", "0"], "numbers 0 and 1"),
+        (np.zeros(3), r"expected one that allows an action, got \[False, False, False\]"),
+    ],
+)
+def test_act_refuses_what_is_no_mask_for_it(mask, message):
+    with pytest.raises(ValueError, match=f"action_mask: expected .*{message}|{message}"):
+        make_policy(3).act(np.zeros((2, 2)), action_mask=mask)
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.MultiBinary(2)], ids=["Box", "MultiBinary"])
+def test_actions_that_are_not_masked_are_refused(space):
+    policy, obs, mask = Policy(BOX, space), torch.zeros(1, 2), torch.ones(1, 4, dtype=torch.bool)
+    uniforms = torch.zeros(policy.num_uniforms, 1)
+    for masked in (
+        lambda: policy(obs, action_mask=mask),
+        lambda: policy.mode(obs, mask),
+        lambda: policy.sample(obs, uniforms, None, mask),
+        lambda: policy.log_probs_and_entropy(obs, policy.mode(obs), None, mask),
+        lambda: policy.act(obs[0], action_mask=mask[0]),
+    ):
+        with pytest.raises(ValueError, match="action_mask: expected none for actions that are nei"):
+            masked()
+
+
+def test_one_component_that_allows_nothing_is_refused():
+    policy = Policy(BOX, spaces.MultiDiscrete([2, 3]))
+    with pytest.raises(ValueError, match="expected one that allows an action"):
+        policy.act(np.zeros((2, 2)), action_mask=np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 8, 3), (3, 8, 9), (8, 8)])
+def test_uint8_observations_of_any_real_type_act_alike(shape):
+    torch.manual_seed(0)
+    space = spaces.Box(0, 255, shape, np.uint8)
+    policy = Policy(space, spaces.Discrete(50))
+    assert policy.obs_dtype == torch.uint8
+    assert policy.description()["network"] == ("mlp" if len(shape) == 1 else "cnn")
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter)
+    rng = np.random.default_rng(0)
+    obs = rng.integers(0, 256, (40, *shape)).astype(np.uint8)
+    expected = policy.act(obs)
+    assert len(set(expected.tolist())) > 5
+    for of in (np.int64, np.float32, np.float64, ">f4", np.uint16):
+        assert np.array_equal(policy.act(obs.astype(of)), expected)
+    assert torch.equal(policy.act(torch.from_numpy(obs)), torch.from_numpy(expected))
+    assert policy.act(obs[0]) == expected[0]
+    # What lies between two whole numbers is no whole number.
+    seen = []
+    policy.encoder.register_forward_hook(lambda module, given, output: seen.append(output))
+    for between in (obs - 0.4, obs.astype(np.float64) - 0.4, torch.from_numpy(obs) - 0.4):
+        policy.act(between)
+    policy.act(obs)
+    assert all(torch.equal(each, seen[0]) for each in seen[1:3])
+    assert not torch.equal(seen[3], seen[0])
+    torch.testing.assert_close(seen[3], seen[0], atol=0.2, rtol=0.2)

@@ -162,6 +162,15 @@ def test_what_is_not_served_is_told():
     assert policy_cpu.why_not(make_policy(2, (3,), 2).double()) == "the parameters are not float32"
     assert "more than" in policy_cpu.why_not(make_policy(2, (5000,), 2))
     assert policy_cpu.why_not(policy.to("meta")) == "the policy is on meta"
+    for shape, of, reason in (
+        ((3,), np.uint8, "its observations are uint8"),
+        ((9, 9), np.uint8, "its network is cnn"),
+        ((9, 9), np.float32, None),
+    ):
+        box = spaces.Box(0, 1, shape, of)
+        assert policy_cpu.why_not(Policy(box, spaces.Discrete(2))) == reason
+    policy = Policy(box, spaces.Discrete(2), network="networks:small")
+    assert policy_cpu.why_not(policy) == "its network is networks:small"
 
 
 def test_policies_that_compute_something_else_are_not_served():

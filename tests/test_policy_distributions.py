@@ -380,3 +380,155 @@ def test_a_gaussian_action_that_is_not_finite_is_named_and_passed_to_no_environm
 def test_another_space_is_refused_with_what_is_supported(space, message):
     with pytest.raises(ValueError, match=f"action space .* is not supported; {message}"):
         distribution_for(space, "parameter")
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+def masks_of(sizes, rows, seed=3):
+    """(A, rows) bool: each component allows something, and some rows a single value of each."""
+    g = torch.Generator().manual_seed(seed)
+    parts = []
+    for size in sizes:
+        allowed = torch.rand(size, rows, generator=g) < 0.4
+        allowed[torch.randint(size, (rows,), generator=g), torch.arange(rows)] = True
+        parts.append(allowed)
+    return torch.cat(parts)
+
+
+def over_the_allowed(logits, mask):
+    """Of each row the log-probabilities of the allowed values alone, in float64, and which."""
+    for n in range(logits.shape[1]):
+        kept = mask[:, n].nonzero()[:, 0]
+        yield kept, torch.log_softmax(logits[kept, n].double(), dim=0)
+
+
+@pytest.mark.parametrize("scale", [3.0, 300.0, 1e30])
+@pytest.mark.parametrize("start", [0, -3])
+@pytest.mark.parametrize("actions", [1, 2, 9])
+def test_a_masked_categorical_is_one_over_the_allowed_alone(actions, start, scale):
+    distribution = Categorical(spaces.Discrete(actions, start=start))
+    logits, mask = scale * randn(actions, 60), masks_of([actions], 60)
+    each = [*over_the_allowed(logits, mask)]
+    taken = torch.stack([kept[n % len(kept)] for n, (kept, _) in enumerate(each)])
+    log_probs, entropy = distribution.log_probs_and_entropy(logits, taken + start, mask)
+    close(log_probs, torch.stack([own[n % len(own)] for n, (_, own) in enumerate(each)]))
+    close(entropy, torch.stack([-(own.exp() * own).sum() for _, own in each]))
+    best = torch.stack([kept[own.argmax()] for kept, own in each])
+    assert torch.equal(distribution.mode(logits, mask), best + start)
+
+
+def test_masks_of_components_are_their_own():
+    distribution = MultiCategorical(DIALS)
+    sizes = distribution.mask_sizes
+    assert sizes == [2, 3, 1, 5]
+    logits, mask, uniforms = 3 * randn(11, 40), masks_of(sizes, 40), rand(4, 40)
+    drawn = distribution.sample(logits, uniforms, mask)
+    log_probs, entropy = distribution.log_probs_and_entropy(logits, drawn, mask)
+    best = distribution.mode(logits, mask)
+    expected = torch.zeros(2, 40)
+    cut = zip(*(torch.split(each, sizes) for each in (logits, mask)), strict=True)
+    for i, (own, own_mask) in enumerate(cut):
+        part = Categorical(spaces.Discrete(sizes[i], start=int(DIALS.start[i])))
+        assert torch.equal(drawn[:, i], part.sample(own, uniforms[i : i + 1], own_mask))
+        assert torch.equal(best[:, i], part.mode(own, own_mask))
+        expected += torch.stack(part.log_probs_and_entropy(own, drawn[:, i], own_mask))
+    torch.testing.assert_close(torch.stack([log_probs, entropy]), expected)
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(7, start=2), DIALS], ids=str)
+def test_a_mask_that_allows_all_changes_no_bit(space):
+    distribution = distribution_for(space, "parameter")
+    logits = 3 * randn(distribution.num_parameters, 500)
+    mask = torch.ones(logits.shape, dtype=torch.bool)
+    uniforms = rand(distribution.num_uniforms, 500)
+    drawn = distribution.sample(logits, uniforms)
+    assert torch.equal(distribution.sample(logits, uniforms, mask), drawn)
+    assert torch.equal(distribution.mode(logits, mask), distribution.mode(logits))
+    for one, other in zip(
+        distribution.log_probs_and_entropy(logits, drawn, mask),
+        distribution.log_probs_and_entropy(logits, drawn),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def uniforms_at_the_edges(logits, mask):
+    """Both ends, and around every sum of probabilities the neighbouring numbers of both kinds."""
+    sums = torch.softmax(torch.where(mask, logits, -math.inf), dim=0).cumsum(dim=0)
+    for shift in range(-3, 4):
+        yield sums.clamp(0, LAST) + shift * 2.0**-24
+        moved = sums.clone()
+        for _ in range(abs(shift)):
+            moved = torch.nextafter(moved, torch.full_like(moved, 2.0 * (shift > 0)))
+        yield moved
+    yield torch.zeros_like(sums)
+    yield torch.full_like(sums, LAST)
+
+
+@pytest.mark.parametrize("allowed", ["any", "first", "last", "middle", "ends", "one"])
+@pytest.mark.parametrize("actions", [2, 3, 10, 300])
+def test_no_number_draws_what_is_not_allowed(actions, allowed):
+    """Also where sums end below 1 by rounding, and the number lies beyond the last of them."""
+    rows = 100
+    distribution = Categorical(spaces.Discrete(actions, start=-2))
+    place = torch.arange(actions)[:, None].expand(actions, rows)
+    some = max(1, actions // 3)
+    mask = {
+        "any": masks_of([actions], rows),
+        "first": place < some,
+        "last": place >= actions - some,
+        "middle": (place > 0) & (place < actions - 1) if actions > 2 else place == 1,
+        "ends": (place == 0) | (place == actions - 1),
+        "one": place == torch.arange(rows) % actions,
+    }[allowed].clone()
+    beyond = 0
+    for scale in (0.0, 1e-6, 1.0, 5.0, 60.0):
+        logits = scale * randn(actions, rows)
+        # What may not be taken may be what the network wants most.
+        logits = torch.where(mask, logits, 100 * randn(actions, rows, seed=1).abs())
+        sums = torch.softmax(torch.where(mask, logits, -math.inf), dim=0).cumsum(dim=0)
+        for numbers in uniforms_at_the_edges(logits, mask):
+            for row in numbers.clamp(0, LAST)[:: max(1, actions // 12)]:
+                drawn = distribution.sample(logits, row[None], mask) + 2
+                assert mask.gather(0, drawn[None]).all()
+                beyond += (sums[-1] <= row).sum().item()
+    if actions > 9 and allowed != "one":
+        assert beyond > 0, "no number was beyond the last sum"
+
+
+def test_draws_are_as_frequent_as_the_masked_distribution_says():
+    rows = 40_000
+    distribution = Categorical(spaces.Discrete(6, start=1))
+    mask = torch.tensor([False, True, False, True, True, False])
+    logits = randn(6)
+    drawn = distribution.sample(
+        logits[:, None].expand(6, rows), rand(1, rows), mask[:, None].expand(6, rows)
+    )
+    odds = torch.where(mask, logits.double().exp(), 0.0)
+    for number, p in enumerate((odds / odds.sum()).tolist()):
+        share = (drawn == number + 1).double().mean().item()
+        assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / rows)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e30])
+@pytest.mark.parametrize("what", [0, 1], ids=["log-probability", "entropy"])
+def test_the_gradient_is_that_of_the_masked_distribution_and_never_nan(what, scale):
+    """In float64, of the allowed logits alone; exactly 0 for the rest and where one is alone."""
+    logits = (scale * randn(6, 80)).requires_grad_()
+    mask = masks_of([6], 80)
+    taken = torch.stack([kept[-1] for kept, _ in over_the_allowed(logits.detach(), mask)])
+    found = Categorical(spaces.Discrete(6)).log_probs_and_entropy(logits, taken, mask)
+    found[what].sum().backward()
+    own = logits.detach().double().requires_grad_()
+    total = sum(
+        (each[-1] if what == 0 else -(each.exp() * each).sum())
+        for _, each in over_the_allowed(own, mask)
+    )
+    total.backward()
+    torch.testing.assert_close(logits.grad.double(), own.grad, rtol=1e-4, atol=1e-5)
+    assert (logits.grad[~mask] == 0).all()
+    alone = mask.sum(dim=0) == 1
+    assert alone.sum() >= 5
+    assert (logits.grad[:, alone] == 0).all()
+    assert (found[what][alone] == 0).all()

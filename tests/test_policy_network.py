@@ -107,6 +107,92 @@ def test_only_a_box_can_be_normalized(space):
         Encoder(space, normalize=True)
 
 
+# -- uint8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("high", "largest"), [(255, 255), (10, 10), (1, 1), (0, 1), ([3, 200], 200)], ids=str
+)
+def test_uint8_is_divided_by_the_largest_that_the_space_allows(high, largest):
+    bounds = np.zeros(2, np.uint8), np.broadcast_to(high, 2).astype(np.uint8)
+    space = spaces.Box(*bounds, dtype=np.uint8)
+    encoder = Encoder(space)
+    assert (encoder.dtype, encoder.network) == (torch.uint8, "mlp")
+    obs = torch.tensor([[0, 1], [3, 200], [255, 7]], dtype=torch.uint8)
+    expected = [[np.float32(value) / np.float32(largest) for value in row] for row in obs.tolist()]
+    found = encoder(obs)
+    assert found.dtype == torch.float32
+    assert found.tolist() == expected
+    # Real numbers are scaled alike, and not cut off to whole ones.
+    assert torch.equal(encoder(obs.float()), found)
+    halves = encoder(torch.tensor([[0.5, -2.0], [300.0, 1e6]]))
+    assert halves.tolist() == (torch.tensor([[0.5, -2.0], [300.0, 1e6]]) / largest).tolist()
+
+
+def test_only_uint8_is_scaled():
+    for of in (np.int8, np.uint16, np.float32):
+        encoder = Encoder(spaces.Box(0, 100, (2,), of))
+        assert encoder.dtype == torch.float32
+        assert encoder(torch.tensor([[50.0, 100.0]])).tolist() == [[50.0, 100.0]]
+
+
+@pytest.mark.parametrize("block", [1, 50, 2**16])
+def test_statistics_of_uint8_are_of_scaled_numbers(monkeypatch, block):
+    monkeypatch.setattr(network_module, "_ROWS", block)
+    encoder = Encoder(spaces.Box(0, 50, (3, 2), np.uint8), normalize=True)
+    g = generator()
+    obs = torch.randint(0, 51, (40, 5, 3, 2), generator=g).to(torch.uint8)
+    mask = torch.rand(40, 5, generator=g) < 0.6
+    obs[~mask] = 255
+    encoder.observe(obs, mask)
+    whole = obs[mask].double().reshape(-1, 6).numpy() / 50
+    expected = (whole - whole.mean(axis=0)) / whole.std(axis=0)
+    np.testing.assert_allclose(encoder(obs[mask]).numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected).max() > 1
+
+
+def test_images_are_normalized_pixel_by_pixel():
+    space = spaces.Box(0, 255, (9, 8, 3), np.uint8)
+    encoder = Encoder(space, normalize=True)
+    assert encoder.network == "cnn"
+    obs = torch.randint(0, 256, (6, 4, 9, 8, 3), generator=generator()).to(torch.uint8)
+    encoder.observe(obs, torch.ones(6, 4, dtype=bool))
+    numbers = obs.reshape(24, -1).double() / 255
+    scaled = (numbers - numbers.mean(dim=0)) / numbers.std(dim=0, correction=0)
+    expected = encoder.body(scaled.float().reshape(24, 9, 8, 3))
+    torch.testing.assert_close(encoder(obs[0]), expected[:4], rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_large_observations_are_taken_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(network_module, "_MOST_OBSERVED", 30)
+    encoder = Encoder(spaces.Box(-1, 1, (7,)), normalize=True)
+    seen, real = [], encoder.normalizer.observe
+    monkeypatch.setattr(encoder.normalizer, "observe", lambda x: seen.append(len(x)) or real(x))
+    obs = torch.randn(5, 3, 7, generator=generator())
+    encoder.observe(obs, torch.ones(5, 3, dtype=bool))
+    assert max(seen) == 4
+    flat = obs.reshape(15, 7).double()
+    torch.testing.assert_close(encoder.normalizer.mean, flat.mean(dim=0))
+
+
+def test_fewer_images_go_through_at_once():
+    atari = Encoder(spaces.Box(0, 255, (210, 160, 3), np.uint8))
+    # The image, and twice what comes out of 32, 64 and 64 channels.
+    kept = 210 * 160 * 3 + 2 * (32 * 51 * 39 + 64 * 24 * 18 + 64 * 22 * 16)
+    assert atari.rows_at_once(4096) == 2**24 // kept == 51
+    assert atari.rows_at_once(10) == 10
+    assert Encoder(spaces.Box(0, 255, (10, 10, 3), np.uint8)).rows_at_once(4096) > 1000
+    assert Encoder(spaces.Box(-1, 1, (4096,))).rows_at_once(4096) == 4096
+    assert Encoder(spaces.Box(-1, 1, (2**25,))).rows_at_once(4096) == 1
+    assert Encoder(spaces.Discrete(5), embedding_size=100).rows_at_once(4096) == 4096
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(5), spaces.Box(-1, 1, (4,))], ids=str)
+def test_convolutions_are_for_images(space):
+    with pytest.raises(ValueError, match="--network cnn: expected images, a Box of shape"):
+        Encoder(space, network="cnn")
+
+
 # -- Normalization -------------------------------------------------------------------------------
 
 

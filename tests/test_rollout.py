@@ -1,6 +1,7 @@
 import itertools
 import math
 import re
+import warnings
 
 import environments
 import gymnasium
@@ -11,9 +12,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs.in_process import InProcessEnvs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.rollout import choose_collector, collect, stepping
 from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, check_finite
 from vecpg.rollout.stepping import seeds_of
 
@@ -103,7 +105,7 @@ def test_a_rollout_is_a_function_of_seed_and_iteration(vectorization):
     one = rollout(1, 4)
     same = rollout(1, 4, warm_up=3)
     assert one.stream == same.stream == Stream(1, 4, 0, one.mask.shape[1])
-    for name in set(one.__slots__) - {"stream"}:
+    for name in set(one.__slots__) - {"stream", "action_masks"}:
         counted = (one.mask, same.mask) if name in ("obs", "actions") else (..., ...)
         assert torch.equal(getattr(one, name)[counted[0]], getattr(same, name)[counted[1]])
     for other in (rollout(1, 5), rollout(2, 4)):
@@ -470,3 +472,262 @@ def test_a_common_seed_is_what_an_int_of_32_bits_holds():
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(set(seeds)) == 64
     assert max(seeds) > 2**30
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+def masked(num_envs=4, vectorization="sync", **kwargs):
+    environments.Masked.made = 0
+    return make_envs(
+        "environments:Masked-v0",
+        num_envs,
+        vectorization=vectorization,
+        env_kwargs=kwargs,
+        action_masks=True,
+    )
+
+
+def collect_masked(num_steps=20, iteration=0, **settings):
+    envs = masked(**settings)
+    try:
+        given = {"num_steps": num_steps, "seed": 3, "iteration": iteration, "action_masks": True}
+        return collect(envs, policy_for(envs), **given)
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("after_end", ["nothing", "all False"])
+@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
+@pytest.mark.parametrize("num_steps", [1, 20, 3000])
+def test_a_rollout_has_what_was_allowed_and_nothing_else_was_taken(num_steps, of, after_end):
+    """The environment shows what it allows, and raises for anything else, when nobody counts too.
+
+    3000 steps are more than there is room for at first.
+    """
+    rollout = collect_masked(num_steps, of=of, after_end=after_end)
+    masks, counted = rollout.action_masks, rollout.mask
+    assert masks.dtype == torch.bool
+    assert masks.shape == (*counted.shape, 5 if of == "Discrete" else 9)
+    assert torch.equal(masks[counted], rollout.obs[counted] == 1)
+    assert not masks[counted].all()
+    assert masks[~counted].all()
+    assert (~counted).any()
+    space = environments.MASKED[of]
+    numbers = (rollout.actions - torch.as_tensor(space.start)).reshape(*counted.shape, -1)
+    sizes = [5] if of == "Discrete" else [2, 3, 4]
+    for i, own in enumerate(torch.split(masks, sizes, dim=2)):
+        taken = own.gather(2, numbers[..., i : i + 1])[..., 0]
+        assert taken[counted].all()
+        everything = {tuple(row) for row in own[counted].int().tolist()}
+        assert len(everything) >= 2 * sizes[i] - 1, "there should be masks of many kinds"
+
+
+@pytest.mark.parametrize(
+    ("vectorization", "gives"),
+    [
+        *(("sync", gives) for gives in environments.GIVEN_MASKS),
+        *(("async", gives) for gives in ("int8", "components")),
+    ],
+)
+def test_masks_of_any_kind_give_the_same_rollout(vectorization, gives):
+    plain = collect_masked(of="MultiDiscrete")
+    other = collect_masked(of="MultiDiscrete", vectorization=vectorization, gives=gives)
+    for name in set(plain.__slots__) - {"stream"}:
+        assert torch.equal(getattr(other, name), getattr(plain, name)), name
+
+
+def test_masks_of_gymnasiums_own_vector_environments_are_read():
+    """With a wrapper of Gymnasium's around them, whose infos have more in them."""
+    envs = gymnasium.make_vec("environments:Masked-v0", 4, vectorization_mode="sync")
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
+    given = {"num_steps": 20, "seed": 3, "iteration": 0, "action_masks": True}
+    rollout, plain = collect(envs, policy_for(envs), **given), collect_masked()
+    for name in set(plain.__slots__) - {"stream"}:
+        assert torch.equal(getattr(rollout, name), getattr(plain, name)), name
+
+
+def test_without_masks_there_are_none_and_the_way_is_the_same():
+    envs = make_envs("environments:Constant-v0", 2)
+    policy = policy_for(envs)
+    assert collect(envs, policy, num_steps=1, seed=3, iteration=0).action_masks is None
+    assert str(choose_collector(envs, policy)).startswith("by stepping: ")
+
+
+def test_actions_are_masked_in_torch_and_the_reason_is_said():
+    envs = masked()
+    policy = policy_for(envs)
+    chosen = choose_collector(envs, policy, action_masks=True)
+    assert str(chosen) == "by stepping, actions drawn in torch: its actions are masked"
+    with pytest.raises(ValueError, match='backend="cpu": its actions are masked'):
+        choose_collector(envs, policy, "cpu", action_masks=True)
+    on_tensors = make_envs("CartPole-v1", 2)
+    with pytest.raises(ValueError, match="action_masks: environments on tensors give no infos"):
+        choose_collector(on_tensors, policy_for(on_tensors), action_masks=True)
+    boxes = make_envs("Pendulum-v1", 2, vectorization="sync")
+    with pytest.raises(ValueError, match="expected actions that are Discrete, or MultiDiscrete"):
+        choose_collector(boxes, policy_for(boxes), action_masks=True)
+
+
+@pytest.mark.parametrize(
+    ("vectorization", "at", "fault"),
+    [
+        *(("sync", at, fault) for at in (0, 2) for fault in environments.FAULTY_MASKS),
+        *(("async", 2, fault) for fault in ("nothing allowed", "missing", "NaN")),
+        # It makes numbers of the first mask's type of others, or raises.
+        *(("gymnasium", 2, fault) for fault in ("nothing allowed", "missing", "two")),
+    ],
+)
+def test_a_mask_that_is_none_is_named_with_environment_step_and_seed(vectorization, at, fault):
+    seeds = Stream(1, 0, 0, 4).reset_seeds(Purpose.TRAINING_RESET)
+    if vectorization == "gymnasium":
+        environments.Masked.made = 0
+        envs = gymnasium.make_vec(
+            "environments:Masked-v0",
+            4,
+            vectorization_mode="sync",
+            fault=fault,
+            at=at,
+        )
+    else:
+        # In each of the processes the first is the only one.
+        after = 0 if vectorization == "async" else 3
+        envs = masked(vectorization=vectorization, fault=fault, at=at, after=after)
+    guilty = "0" if vectorization == "async" else "3"
+    when = "its reset" if at == 0 else f"step {at - 1}"
+    named = rf"^environment ({guilty}) (\w.*) at {when} \(reset with seed (\d+)\): (.*)$"
+    try:
+        with pytest.raises(EnvironmentFailure, match=named) as caught:
+            collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0, action_masks=True)
+    finally:
+        envs.close()
+    index, verb, seed, reason = re.match(named, str(caught.value)).groups()
+    assert int(seed) == seeds[int(index)]
+    if fault == "nothing allowed":
+        assert (verb, reason) == ("allows no action", "no value is 1 in its action_mask")
+    else:
+        assert verb == "failed"
+        assert 'TypeError: expected info["action_mask"] of 5 booleans, got ' in reason
+
+
+class Once(environments.Constant):
+    """Gives masks in its first episode, and then such as allow nothing; 2 to 9 steps."""
+
+    def reset(self, *, seed=None, options=None):
+        self.first = seed is not None
+        obs, _ = super().reset(seed=seed)
+        self.length = int(self.np_random.integers(2, 10))
+        return obs, self._info()
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        assert action == 1 or not self.first
+        return obs, reward, self.steps == self.length, False, self._info()
+
+    def _info(self):
+        return {"action_mask": np.array([0, int(self.first)])}
+
+
+def test_masks_of_environments_that_have_finished_are_no_matter():
+    envs = InProcessEnvs([Once] * 6, action_masks=True)
+    given = {"seed": 1, "iteration": 0, "action_masks": True}
+    rollout = collect(envs, policy_for(envs), num_steps=1, **given)
+    lengths = rollout.mask.sum(dim=0)
+    assert len(lengths.unique()) > 1
+    assert lengths.max() > lengths.min() + 2, "some go on with what allows nothing"
+    assert (rollout.actions[rollout.mask] == 1).all()
+    assert rollout.action_masks[~rollout.mask].all()
+    with pytest.raises(EnvironmentFailure, match=r"environment \d allows no action at step \d+ "):
+        collect(envs, policy_for(envs), num_steps=30, **given)
+
+
+# -- uint8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("room", [1, 2**28])
+def test_uint8_stays_what_the_environment_gave(monkeypatch, vectorization, room):
+    monkeypatch.setattr(stepping, "_MOST_BYTES", room)
+    capacities, real = [], stepping.Rows
+
+    def rows(capacity, *more, **others):
+        capacities.append(capacity)
+        return real(capacity, *more, **others)
+
+    monkeypatch.setattr(stepping, "Rows", rows)
+    settings = {"max_episode_steps": 6, "vectorization": vectorization}
+    envs = make_envs("environments:Catch-v0", 3, **settings)
+    try:
+        rollout = collect(envs, policy_for(envs), num_steps=8, seed=3, iteration=1)
+    finally:
+        envs.close()
+    assert capacities == [2 if room == 1 else 9]
+    assert rollout.obs.dtype == rollout.final_obs.dtype == torch.uint8
+    assert rollout.obs.nbytes == rollout.mask.numel() * 300
+    seeds = Stream(3, 1, 0, 3).reset_seeds(Purpose.TRAINING_RESET)
+    final = iter(rollout.final_obs)
+    expected = {}
+    for n, seed in enumerate(seeds):
+        env = gymnasium.make("environments:Catch-v0", max_episode_steps=6)
+        obs, _ = env.reset(seed=seed)
+        for t in range(len(rollout.mask)):
+            assert np.array_equal(rollout.obs[t, n].numpy(), obs)
+            if not rollout.mask[t, n]:
+                obs, _ = env.reset()
+                continue
+            obs, *_ = env.step(int(rollout.actions[t, n]))
+            if rollout.truncations[t, n]:
+                expected[t, n] = obs
+    assert len(expected) == 6
+    for row, found in zip(rollout.final_rows.tolist(), final, strict=True):
+        assert np.array_equal(found.numpy(), expected[tuple(row)])
+
+
+@pytest.mark.parametrize("value", [256.0, -1.0, 7.5, math.nan, math.inf, 300])
+def test_what_no_uint8_is_does_not_become_one(monkeypatch, value):
+    """Gymnasium's own copies make it one; others may not."""
+    envs = make_envs("environments:Catch-v0", 3, vectorization="sync")
+    real, kind = envs.step, np.int64 if isinstance(value, int) else np.float64
+
+    def step(actions):
+        obs, *rest = real(actions)
+        obs = obs.astype(kind)
+        obs[1, 2, 3, 0] = value
+        return obs, *rest
+
+    monkeypatch.setattr(envs, "step", step)
+    with pytest.raises(
+        EnvironmentFailure,
+        match=r"environment 1 returned an observation with the number .* at step 0 \(reset with"
+        r" seed \d+\); expected whole numbers from 0 to 255",
+    ):
+        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    value = 9
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert (rollout.obs[1:, 1, 2, 3, 0] == 9).all()
+
+
+class Integers(VectorEnv):
+    """Two environments of one step, whose observations' squares sum to more than int16 has."""
+
+    def __init__(self):
+        self.num_envs = 2
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space = spaces.Box(-(2**15), 2**15 - 1, (4,), np.int16)
+        self.single_action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.full((2, 4), -(2**15), np.int16), {}
+
+    def step(self, actions):
+        none = np.zeros(2, bool)
+        return np.full((2, 4), 2**15 - 1, np.int16), np.ones(2), ~none, none, {}
+
+
+def test_whole_numbers_of_other_types_become_float32():
+    envs = Integers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert rollout.obs.dtype == torch.float32
+    assert rollout.obs.unique().tolist() == [-(2**15)]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import about, digest
+from conftest import about, digest, save_policy
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vecpg.policy import Policy
 from vecpg.run import checkpoint
-from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError
+from vecpg.run.checkpoint import BEST, MANIFEST, STATE, CheckpointError, load_policy
 from vecpg.run.directory import TEMPORARY, WriteFailure
 
 CONFIG = about()["config"]
@@ -184,9 +184,9 @@ def rewritten(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 4, got 99; use a newer vecpg, 7.8"),
-        ({"format": 3}, "format 4, got 3; use the vecpg that wrote it"),
-        ({"format": "4"}, "format 4, got 4; use the vecpg that wrote it"),
+        ({"format": 99, "versions": {"vecpg": "7.8"}}, "format 5, got 99; use a newer vecpg, 7.8"),
+        ({"format": 4}, "format 5, got 4; use the vecpg that wrote it"),
+        ({"format": "5"}, "format 5, got 5; use the vecpg that wrote it"),
         ({"counters": []}, "counters: expected dict, got list"),
         ({"counters": {"iteration": 1.5}}, r"counters\.iteration: expected int, got float"),
         ({"counters": about()["counters"] | {"x": 1}}, r"counters\.'x' is not known"),
@@ -270,7 +270,7 @@ def test_a_run_of_an_older_version_is_named(tmp_path):
     for name in ("last.pt", "best.pt"):
         torch.save({"kind": "vecpg checkpoint", "format": 2}, tmp_path / "checkpoints" / name)
     for path in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"format 4, got that of vecpg 0\.1; use the vec"):
+        with pytest.raises(CheckpointError, match=r"format 5, got that of vecpg 0\.1; use the vec"):
             checkpoint.load(path)
 
 
@@ -400,3 +400,17 @@ def test_load_policy_takes_a_run_directory_or_a_checkpoint(tmp_path):
     for path in (folder, str(folder / STATE)):
         assert checkpoint.load_policy(path).act(obs).tolist() == played[1]
     assert not checkpoint.load_policy(folder).training
+
+
+def test_load_policy_wants_a_network_of_the_users_own_by_name(tmp_path):
+    box = spaces.Box(-1, 1, (3,))
+    policy = Policy(box, spaces.Discrete(2), network="networks:small")
+    save_policy(tmp_path / "checkpoints" / "1", policy, network="networks:small")
+    with pytest.raises(ValueError, match=f"^{tmp_path}.*pass network='networks:small'"):
+        load_policy(tmp_path)
+    with pytest.raises(ValueError, match="expected 'networks:small', .* got 'networks:other'"):
+        load_policy(tmp_path, network="networks:other")
+    loaded = load_policy(tmp_path, network="networks:small")
+    assert not loaded.training
+    obs = np.random.default_rng(0).standard_normal((9, 3))
+    assert np.array_equal(loaded.act(obs), policy.act(obs))

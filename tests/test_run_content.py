@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run_state import SPACE, advance, digest, make_state
 
+from vecpg import named
 from vecpg.adam import Adam
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
@@ -683,6 +684,14 @@ def described(**changes):
     return content
 
 
+def picture(**changes):
+    """A small network's parameters, with the description of one of convolutions."""
+    return described(
+        network="cnn",
+        observation_space={"kind": "Box", "dtype": "uint8", "low": 0, "high": 255} | changes,
+    )
+
+
 BOX = {"kind": "Box", "dtype": "float32", "low": -1.0, "high": 1.0, "shape": [3]}
 MANY = {"kind": "MultiDiscrete", "dtype": "int64", "nvec": [2, 3], "start": [0, 0]}
 
@@ -721,6 +730,17 @@ MANY = {"kind": "MultiDiscrete", "dtype": "int64", "nvec": [2, 3], "start": [0, 
         (described(embedding_size=0), "embedding_size: expected a whole number of at least 1"),
         (described(normalize_obs=1), "normalize_obs: expected true or false, got 1"),
         (described(normalize_obs=True), 'parameters["encoder.normalizer.count"]: expected a value'),
+        (described(network="auto"), "network: expected mlp, cnn or module:function, got 'auto'"),
+        (described(network=["cnn"]), "network: expected mlp, cnn or module:function, got ['cnn']"),
+        (described(network="os:abort"), "network: expected mlp or cnn, got 'os:abort', which is"),
+        (described(network=":" * 9999), "network: expected mlp or cnn, got '::::"),
+        (described(network="cnn"), "--network cnn: expected images, a Box of shape (H, W), (H"),
+        (picture(shape=[10**9, 10]), '["shape"]: expected at most 416, got 1000000000'),
+        (picture(shape=[400, 400]), '["shape"]: expected at most 416 numbers, got [400, 400]'),
+        (picture(shape=[-8, 8]), '["shape"]: expected a whole number of at least 0, got -8'),
+        (picture(shape=[0, 8, 3]), "policy.description: expected sizes that make at most 26 param"),
+        (picture(shape=[20, 20]), "expected sizes that make at most 26 parameters, got 877518"),
+        (picture(shape=[1, 1, 400]), "expected sizes that make at most 26 parameters, got 3335118"),
         (described(log_std="x"), "log_std: expected parameter or network, got 'x'"),
         (described(observation_space=None), "observation_space: expected a dictionary, got None"),
         (described(observation_space={}), 'observation_space["kind"]: expected Box or Discrete'),
@@ -830,6 +850,11 @@ def test_parameters_that_are_not_finite_are_no_policy():
         (spaces.Discrete(5, start=-3), spaces.MultiDiscrete([2, 3], start=[1, 2]), {}),
         (spaces.MultiDiscrete([[2, 3], [4, 5]]), spaces.Discrete(2), {"embedding_size": 3}),
         (spaces.Box(0, 255, (4, 4, 3), np.uint8), spaces.Discrete(255, dtype=np.uint8), {}),
+        (spaces.Box(0, 255, (9, 8, 3), np.uint8), spaces.Box(-1, 1, (2,)), {"normalize_obs": True}),
+        (spaces.Box(0, 255, (4, 40, 37), np.uint8), spaces.Discrete(2), {"hidden_sizes": ()}),
+        (spaces.Box(0, 255, (9, 9), np.uint8), spaces.Discrete(2), {"network": "mlp"}),
+        (spaces.Box(-1, 1, (2, 3)), spaces.Discrete(2), {"network": "cnn"}),
+        (spaces.MultiBinary((9, 8)), spaces.Discrete(2), {"network": "cnn"}),
         (spaces.Box(0, 1, (3,), bool), spaces.Discrete(2), {}),
         (spaces.MultiBinary(5), spaces.MultiBinary((2, 3)), {"normalize_obs": True}),
         (spaces.MultiBinary((3, 2)), spaces.Discrete(2), {"embedding_size": 3}),
@@ -853,6 +878,90 @@ def test_every_policy_that_was_saved_is_built_again(observations, actions, shape
     with torch.no_grad():
         next(loaded.parameters()).fill_(0)
     assert same(content["policy"]["parameters"], dict(policy.state_dict()))
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+@pytest.mark.parametrize("shape", [(6, 6, 2), (2, 36, 37), (9, 8)])
+@pytest.mark.parametrize("hidden_sizes", [(), (5, 3)])
+def test_the_parameters_of_a_description_are_counted_exactly(network, shape, hidden_sizes):
+    space = spaces.Box(0, 255, shape, np.uint8)
+    policy = Policy(space, spaces.Discrete(3), hidden_sizes=hidden_sizes, network=network)
+    has = sum(parameter.numel() for parameter in policy.parameters())
+    Policy.from_description(policy.description(), largest=has)
+    with pytest.raises(ValueError, match=f"at most {has - 1} parameters, got {has}$"):
+        Policy.from_description(policy.description(), largest=has - 1)
+
+
+# A network of the user's own.
+
+
+SEEN = spaces.Box(0, 255, (30, 40, 3), np.uint8)
+
+
+def of_users(network="networks:small", space=SEEN, **changes):
+    torch.manual_seed(0)
+    policy = Policy(space, spaces.Discrete(2), hidden_sizes=(4,), network=network)
+    content = copy.deepcopy({"policy": policy_state(policy)})
+    content["policy"]["description"] |= changes
+    return policy, unpickle(saved(content), "best.pt")
+
+
+def test_a_network_of_the_users_own_is_wanted_by_name_and_never_imported_before(monkeypatch):
+    policy, content = of_users()
+    loaded = policy_of(content, "best.pt", network="networks:small")
+    assert same(dict(loaded.state_dict()), dict(policy.state_dict()))
+    assert "encoder.body.shift" in loaded.state_dict()
+    obs = np.stack([SEEN.sample() for _ in range(9)])
+    assert np.array_equal(loaded.act(obs), policy.act(obs))
+
+    def load(name, flag):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(named, "load", load)
+    message = r"best.pt: policy.description.network: .*'networks:small', which is imported only if"
+    with pytest.raises(ValueError, match=f"{message} you name it too; .* network='networks:small'"):
+        policy_of(content, "best.pt")
+    for other in ("networks:other", "cnn", "mlp"):
+        with pytest.raises(ValueError, match=f"network: expected 'networks:small', .* '{other}'"):
+            policy_of(content, "best.pt", network=other)
+    _, plain = of_users("cnn")
+    for other in ("networks:small", "mlp"):
+        with pytest.raises(ValueError, match=f"network: expected 'cnn', .*, got '{other}'"):
+            policy_of(plain, "best.pt", network=other)
+    for same_one in (None, "auto", "cnn"):
+        assert policy_of(plain, "best.pt", network=same_one).encoder.network == "cnn"
+
+
+def test_a_network_of_the_users_own_may_have_few_parameters_for_what_it_sees():
+    """The mean of a picture's colours: six thousand numbers, and 21 parameters."""
+    policy, content = of_users("networks:colours")
+    assert sum(each.numel() for each in policy.encoder.parameters()) == 0
+    loaded = policy_of(content, "best.pt", network="networks:colours")
+    assert same(dict(loaded.state_dict()), dict(policy.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_sizes": [10**9]}, "expected sizes that make at most 18044 parameters, got 8000"),
+        ({"hidden_sizes": [3]}, 'parameters["network.0.weight"]: expected (3, 5) float32'),
+        ({"network": "networks:other"}, "network: expected 'networks:other', with which"),
+    ],
+)
+def test_what_is_above_a_network_of_the_users_own_is_counted(changes, message):
+    _, content = of_users(**changes)
+    with pytest.raises(ValueError) as caught:
+        policy_of(content, "best.pt", network="networks:small")
+    assert message in str(caught.value)
+
+
+def test_what_the_users_network_makes_now_is_named():
+    """Under the same name there are other parameters than in the file."""
+    _, content = of_users("networks:other")
+    content["policy"]["description"]["network"] = "networks:small"
+    match = r'best.pt: policy.parameters\["encoder.body.shift"\]: expected \(5,\) int64, got \(6,\)'
+    with pytest.raises(ValueError, match=match):
+        policy_of(content, "best.pt", network="networks:small")
 
 
 def test_tensors_are_compared_wherever_they_are():

@@ -81,6 +81,12 @@ def left_behind(run_dir):
     return digest(state), digest(best), rows(run_dir), curves(run_dir), summary
 
 
+def typed_again(config):
+    """Names of modules, which no file is trusted with."""
+    names = {"env_id": config.env_id, "network": config.network}
+    return {name: value for name, value in names.items() if ":" in value}
+
+
 def the_run(out_dir):
     (run_dir,) = out_dir.iterdir()
     return run_dir
@@ -138,6 +144,22 @@ CASES = {
     },
     "async": {"vectorization": "async", "num_envs": 2},
     "discrete, some steps": {"env_id": "FrozenLake-v1", "num_steps": 30},
+    "pictures, value": {
+        "env_id": "environments:Catch-v0",
+        "max_episode_steps": 7,
+        "normalize_obs": True,
+        "baseline": "value",
+        "bootstrap_truncations": True,
+        "value_steps": 2,
+        "shards": 2,
+    },
+    "network of the user's own": {
+        "env_id": "environments:Catch-v0",
+        "network": "networks:small",
+        "baseline": "value",
+        "value_steps": 2,
+    },
+    "masked": {"env_id": "Masked-v0", "action_masks": True, "num_steps": 20, "ent_coef": 0.01},
     # Reached by the window of several iterations, some of them before the stop and some after.
     "solved": {"target_return": 30.0, "return_window": 20, "total_iterations": 60},
 }
@@ -159,10 +181,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, stopped, wh
         stopped(dataclasses.replace(config, out_dir=str(out_dir)), at, how)
         run_dir = the_run(out_dir)
         assert len(rows(run_dir)) == at
-        again = train(stored_config(run_dir))
+        again = train(stored_config(run_dir, **typed_again(config)))
         assert again.run_dir == run_dir
         assert left_behind(again.run_dir) == expected
         assert not list(run_dir.glob("**/.tmp*"))
+    if which == "network of the user's own":  # what has come to its end asks for the name too
+        finished = train(stored_config(run_dir, **typed_again(config)))
+        assert finished.policy.encoder.network == config.network
+        with pytest.raises(ConfigError, match="pass network='networks:small'"):
+            train(stored_config(run_dir, env_id=config.env_id))
 
 
 def test_every_stop_of_many_leaves_the_same_run(tmp_path, stopped):

@@ -53,7 +53,11 @@ WAYS = {
     ),
     "MultiDiscrete, dropout": ("environments:Dials-v0", 24, "sync", {"dropout": 0.3}),
     "Discrete observations": ("vecpg/LineWorld-v0", 16, "sync", {}),
+    "pictures": ("environments:Catch-v0", 16, "sync", {}),
+    "masked": ("environments:Masked-v0", 24, "sync", {"dropout": 0.2}),
 }
+# Those whose environments say which actions are allowed.
+MASKED = ("masked",)
 # Those whose policy is a plain network: its gradient goes in machine code, or by autograd.
 SERVED = ("sync", "async", "tensor", "tensor, one each")
 every_way = pytest.mark.parametrize("way", WAYS)
@@ -61,7 +65,13 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 def environments(way, num_envs):
     env_id, _, vectorization, _ = WAYS[way]
-    return make_envs(env_id, num_envs, vectorization=vectorization, max_episode_steps=12)
+    return make_envs(
+        env_id,
+        num_envs,
+        vectorization=vectorization,
+        max_episode_steps=12,
+        action_masks=way in MASKED,
+    )
 
 
 @functools.cache
@@ -93,6 +103,7 @@ def collect_part(way, policy, iteration, first, count, shards):
             iteration=iteration,
             first_env=first,
             shards=shards,
+            action_masks=way in MASKED,
         )
     finally:
         envs.close()
@@ -143,9 +154,13 @@ def test_a_shard_is_collected_as_if_it_were_alone(way):
     for ours, alone in zip(whole.shards(SHARDS), parts, strict=True):
         for name in (*FIELDS, "final_obs", "final_rows"):
             assert bits(getattr(ours, name)) == bits(getattr(alone, name)), name
+        assert (ours.action_masks is None) == (way not in MASKED)
+        if ours.action_masks is not None:
+            assert bits(ours.action_masks) == bits(alone.action_masks)
         assert ours.stream == alone.stream
     lengths = {len(part.mask) for part in parts}
-    assert len(lengths) > 1 or "Gaussian" in way  # their episodes are all of one length
+    # The episodes of some are all of one length.
+    assert len(lengths) > 1 or "Gaussian" in way or way == "pictures"
     assert len(whole.mask) == max(lengths)
 
 
@@ -733,7 +748,7 @@ def rows_of(result):
     ]
 
 
-@pytest.mark.parametrize("way", ["tensor", "Gaussian in torch"])
+@pytest.mark.parametrize("way", ["tensor", "Gaussian in torch", "masked"])
 def test_a_run_is_that_of_the_shards_one_by_one(tmp_path, monkeypatch, way):
     """Its metrics too, whatever is paid."""
     env_id, num_envs, vectorization, settings = WAYS[way]
@@ -755,6 +770,7 @@ def test_a_run_is_that_of_the_shards_one_by_one(tmp_path, monkeypatch, way):
         eval_episodes=1,
         progress=False,
         out_dir=str(tmp_path),
+        action_masks=way in MASKED,
         **settings,
     )
 

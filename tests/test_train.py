@@ -12,6 +12,7 @@ import threading
 import time
 import types
 
+import environments
 import gymnasium
 import numpy as np
 import psutil
@@ -215,6 +216,29 @@ KINDS = {
         "env_kwargs": {"of": "uint8"},
         "normalize_obs": False,
     },
+    "picture": {"env_id": "environments:Catch-v0", "max_episode_steps": 7},
+    "picture, channels first, real": {
+        "env_id": "environments:Catch-v0",
+        "env_kwargs": {"channels": "first", "of": "float32"},
+        "network": "cnn",
+    },
+    "uint8 without convolutions": {"env_id": "environments:Catch-v0", "network": "mlp"},
+    "network of the user's own": {
+        "env_id": "environments:Catch-v0",
+        "network": "networks:small",
+        "max_episode_steps": 7,
+    },
+    "discrete observation in a network of the user's own": {
+        "env_id": "environments:Offset-v0",
+        "env_kwargs": {"of": "uint8"},
+        "network": "networks:small",
+        "normalize_obs": False,
+    },
+    "masked action": {
+        "env_id": "environments:Masked-v0",
+        "env_kwargs": {"of": "MultiDiscrete", "gives": "components"},
+        "action_masks": True,
+    },
     "discrete observation, nothing truncated": {
         "env_id": "vecpg/LineWorld-v0",
         "normalize_obs": False,
@@ -239,7 +263,8 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
     points = EventAccumulator(str(runs[0].run_dir)).Reload().Scalars("losses/value_loss")
     assert [one.value for one in points] == pytest.approx([r["losses/value_loss"] for r in rows])
 
-    policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir)
+    network = settings.get("network")
+    policy, again = runs[0].policy, checkpoint.load_policy(runs[1].run_dir, network=network)
     saved = checkpoint.load(runs[0].run_dir)[1]["policy"]["parameters"]
     for name, value in saved.items():
         assert torch.equal(value, policy.state_dict()[name])
@@ -269,6 +294,7 @@ def test_every_kind_of_space_is_trained_saved_and_evaluated(tmp_path, kind):
         env_kwargs=settings["env_kwargs"],
         max_episode_steps=settings.get("max_episode_steps"),
         greedy=False,
+        action_masks=settings.get("action_masks", False),
     )
     assert len(played.returns) == 4
     assert runs[0].summary["eval_episodes"] == 4
@@ -459,9 +485,9 @@ def test_before_and_after_the_run_torch_is_on_one_thread_too(tmp_path, monkeypat
     numbers = []
 
     def noting(real):
-        def call(*args):
+        def call(*args, **kwargs):
             numbers.append(torch.get_num_threads())
-            return real(*args)
+            return real(*args, **kwargs)
 
         return call
 
@@ -664,7 +690,13 @@ def test_a_video_of_the_best_policy_is_recorded_at_the_end(tmp_path, monkeypatch
     ((policy, env_id, path), rest) = recorded[0]
     assert policy is result.policy
     assert (env_id, path) == ("CartPole-v1", result.run_dir / "videos" / "best.mp4")
-    assert rest == {"env_kwargs": {}, "max_episode_steps": 7, "seed": config.seed}
+    assert rest == {
+        "env_kwargs": {},
+        "max_episode_steps": 7,
+        "seed": config.seed,
+        "wrappers": (),
+        "action_masks": False,
+    }
     train(short(tmp_path / "without", total_iterations=1))
     assert len(recorded) == 1
 
@@ -824,6 +856,17 @@ def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
     assert without_clock(lines(one.run_dir)) == without_clock(lines(none.run_dir))
 
 
+def test_convolutions_at_a_step_size_that_is_too_long_for_them_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    settings = {"env_id": "environments:Catch-v0", "num_envs": 2, "total_iterations": 1}
+    said = "network cnn: convolutions seldom learn at --learning-rate 0.012; try 1e-3"
+    train(short(tmp_path, **settings))
+    assert caplog.text.count(said) == 1
+    train(short(tmp_path, learning_rate=1e-3, **settings))
+    train(short(tmp_path, network="mlp", **settings))
+    assert caplog.text.count("seldom learn") == 1
+
+
 def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
     result = train(short(tmp_path, return_window=10**6))
     assert result.summary["best_return"] is None
@@ -841,6 +884,46 @@ def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
         ({"env_id": "FrozenLake-v1", "normalize_obs": True}, r"expected a Box .*got Discrete\(16"),
         ({"device": "gpu"}, "--device"),
         ({"env_kwargs": {"no_such": 1}}, "could not be made"),
+        ({"network": "cnn"}, r"--network cnn: expected images, .* got a Box of shape \(4,\)"),
+        (
+            {"network": "networks:no_such"},
+            "--network networks:no_such: expected no_such in the mod",
+        ),
+        ({"network": "networks:colours"}, "--network networks:colours: expected it to work on obs"),
+        # The value function's is another than the policy's.
+        (
+            {"network": "networks:shared", "baseline": "value"},
+            "--network networks:shared: expected new parameters at each call, got layer.weight of",
+        ),
+        (
+            {"env_id": "environments:Constant-v0", "action_masks": True},
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
+        ),
+        (
+            {"env_id": "environments:Constant-v0", "vectorization": "async", "action_masks": True},
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
+        ),
+        (
+            {"env_id": "Pendulum-v1", "action_masks": True},
+            r"--action-masks: expected actions that are Discrete, .* got Box",
+        ),
+        (
+            {"env_id": "environments:Switches-v0", "action_masks": True},
+            r"--action-masks: expected actions that are Discrete, .* got MultiBinary",
+        ),
+        (
+            {"vectorization": "tensor", "action_masks": True},
+            "--action-masks: environments on tensors give no infos",
+        ),
+        (
+            {
+                "env_id": "environments:Masked-v0",
+                "env_kwargs": {"fault": "nothing allowed", "at": 0, "after": 0},
+                "action_masks": True,
+                "vectorization": "async",
+            },
+            "environment 0 allows no action at its reset",
+        ),
     ],
 )
 def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path, settings, message):
@@ -953,7 +1036,7 @@ def test_what_comes_between_still_saves_and_closes(tmp_path, monkeypatch, when):
 
         def late(interrupts):
             calls.append(True)
-            if len(calls) == 4:  # after three iterations
+            if len(calls) == 7:  # after three iterations, of two each
                 os.kill(os.getpid(), signal.SIGTERM)
             return held(interrupts)
 
@@ -1047,6 +1130,23 @@ def test_checkpoints_come_as_often_as_asked_and_the_newest_stay(tmp_path, monkey
 def test_numbers_that_are_no_numbers_stay_out_of_the_metrics(tmp_path):
     for row in lines(train(short(tmp_path, num_envs=1, normalize=True)).run_dir):
         assert all(value is None or math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.slow
+def test_pictures_are_learnt(tmp_path):
+    """Of 10 x 10 x 3 in uint8, by convolutions: 5 of 5 seeds took 44 to 50 iterations."""
+    config = Config(
+        env_id="environments:Catch-v0",
+        vectorization="sync",
+        learning_rate=1e-3,
+        target_return=0.95,
+        total_timesteps=100_000,
+        progress=False,
+        out_dir=str(tmp_path),
+    )
+    result = train(config)
+    assert result.policy.encoder.network == "cnn"
+    assert result.summary["solved"]
 
 
 @pytest.mark.slow
@@ -1166,3 +1266,86 @@ def test_a_hundred_trainings_in_one_process_leave_nothing_behind(tmp_path):
     memory_now, now = held()
     assert {k: (before.get(k), n) for k, n in now.items() if n != before.get(k)} == {}
     assert memory_now - memory < 20 * 2**20
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+def test_taxi_is_trained_under_its_own_masks(tmp_path, caplog):
+    taxi = max(env_id for env_id in gymnasium.registry if env_id.startswith("Taxi-v"))
+    config = short(tmp_path, env_id=taxi, action_masks=True, total_iterations=2, save_every=1e-9)
+    with caplog.at_level(logging.INFO, "vecpg"):
+        result = train(config)
+    assert "actions drawn in torch: its actions are masked" in caplog.text
+    assert "gradient: by autograd: its actions are masked" in caplog.text
+    assert result.summary["iterations"] == 2
+    assert result.summary["vectorization"] == "sync"
+    stored = json.loads((result.run_dir / "config.json").read_text())
+    assert stored["action_masks"] is True
+    # Of six actions four and fewer are allowed: a uniform draw of them has no more entropy.
+    for row in lines(result.run_dir):
+        assert 0 < row["losses/entropy"] < math.log(5)
+
+
+@pytest.mark.parametrize("vectorization", ["auto", "async"])
+def test_a_wrapper_may_give_masks(tmp_path, vectorization):
+    """Pushed where it leans, a pole stands for some hundreds of steps whatever else is done."""
+    config = short(
+        tmp_path,
+        wrappers=("environments:Forbidding",),
+        action_masks=True,
+        vectorization=vectorization,
+    )
+    result = train(config)
+    assert result.summary["vectorization"] == {"auto": "sync"}.get(vectorization, vectorization)
+    assert all(row["charts/episodic_return"] > 30 for row in lines(result.run_dir))
+    assert result.summary["eval_return_mean"] > 30
+
+
+def test_an_environment_that_allows_nothing_ends_the_run_with_a_checkpoint(tmp_path):
+    environments.Masked.made = 0
+    config = short(
+        tmp_path,
+        env_id="environments:Masked-v0",
+        env_kwargs={"fault": "nothing allowed", "at": 2},
+        action_masks=True,
+        vectorization="sync",
+        eval_episodes=1,
+    )
+    named = r"^environment 3 allows no action at step 1 \(reset with seed \d+\): no value is 1 in"
+    with pytest.raises(EnvironmentFailure, match=named):
+        train(config)
+    (run_dir,) = tmp_path.iterdir()
+    assert last(run_dir)["counters"]["iteration"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
+def test_a_masked_world_is_learnt(tmp_path, of):
+    """The first of what is allowed is best, which is another one at each step."""
+    config = Config(
+        env_id="environments:Masked-v0",
+        env_kwargs={"of": of},
+        action_masks=True,
+        total_timesteps=100_000,
+        target_return=None,
+        eval_episodes=400,
+        out_dir=str(tmp_path),
+        progress=False,
+    )
+    result = train(config)
+    rows = lines(result.run_dir)
+    best, length, env = [], [], environments.Masked(of=of)
+    for seed in range(400):
+        env.reset(seed=seed)
+        paid, over = 0.0, False
+        while not over:
+            numbers = [int(each.argmax()) for each in env.allowed]
+            action = numbers[0] - 1 if of == "Discrete" else env.action_space.start + numbers
+            _, reward, over, _, _ = env.step(action)
+            paid += reward
+        best.append(paid)
+        length.append(env.steps)
+    error = np.std(best) / 20 * 2**0.5
+    assert rows[0]["charts/episodic_return"] < np.mean(best) - 6 * error
+    assert abs(result.summary["eval_return_mean"] - np.mean(best)) < 4 * error

@@ -1,6 +1,9 @@
 import contextlib
+import copy
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -8,9 +11,11 @@ from gymnasium import spaces
 from vecpg import update as update_module
 from vecpg.config import Config
 from vecpg.envs import make_envs
+from vecpg.noise import Purpose
 from vecpg.policy import Policy
+from vecpg.policy import network as network_module
 from vecpg.rollout import Rollout, collect
-from vecpg.update import choose_learner, update
+from vecpg.update import Learner, choose_learner, update
 
 T, N = 37, 5
 
@@ -326,3 +331,118 @@ def test_memory_does_not_grow_with_the_rollout(backend):
         update(policy, optimizer, rollout, torch.ones(rows, 1), Config(ent_coef=0.1))
     assert max(kept, default=0) <= 16 * update_module.CHUNK_ROWS
     assert bool(kept) == (backend == "autograd")
+
+
+# -- Action masks --------------------------------------------------------------------------------
+
+
+def collected_under_masks(of, dropout=0.0):
+    envs = make_envs(
+        "environments:Masked-v0",
+        12,
+        vectorization="sync",
+        env_kwargs={"of": of},
+        action_masks=True,
+    )
+    torch.manual_seed(1)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, dropout=dropout)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rollout = collect(envs, policy, num_steps=8, seed=1, iteration=3, action_masks=True)
+    return policy, rollout
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 4096])
+@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
+def test_the_gradient_is_that_of_the_masked_distribution(monkeypatch, of, chunk_rows):
+    """By a plain sum over rows and components, of the allowed logits alone, in float64."""
+    monkeypatch.setattr(update_module, "CHUNK_ROWS", chunk_rows)
+    policy, rollout = collected_under_masks(of)
+    space, sizes = policy.distribution.space, policy.distribution.mask_sizes
+    advantages = torch.randn(rollout.mask.shape).masked_fill(~rollout.mask, torch.nan)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    stats = update(policy, optimizer, rollout, advantages, Config(ent_coef=0.3))
+    exact = copy.deepcopy(policy).double()
+    total, entropies = 0.0, 0.0
+    counted = rollout.mask.nonzero().tolist()
+    for t, n in counted:
+        logits = exact.network(rollout.obs[t, n].double())
+        taken = (rollout.actions[t, n] - torch.as_tensor(space.start)).reshape(-1).tolist()
+        cut = torch.split(logits, sizes), torch.split(rollout.action_masks[t, n], sizes)
+        for number, own, allowed in zip(taken, *cut, strict=True):
+            assert allowed[number]
+            log_z = torch.logsumexp(own[allowed], dim=0)
+            log_probs = own[allowed] - log_z
+            entropies = entropies - (log_probs.exp() * log_probs).sum()
+            total = total - (own[number] - log_z) * advantages[t, n].double() / 12
+    exact.zero_grad()
+    (total - 0.3 * entropies / len(counted)).backward()
+    for ours, theirs in zip(policy.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+    assert stats.entropy.item() == pytest.approx(entropies.item() / len(counted), rel=1e-5)
+    assert stats.policy_loss.item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_masks_are_learnt_from_by_autograd_and_the_reason_is_said():
+    policy, rollout = collected_under_masks("Discrete")
+    learner = choose_learner(policy, action_masks=True)
+    assert str(learner) == "by autograd: its actions are masked"
+    with pytest.raises(ValueError, match='backend="cpu": its actions are masked'):
+        choose_learner(policy, "cpu", action_masks=True)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    given = optimizer, rollout, torch.ones(rollout.mask.shape), Config()
+    with pytest.raises(ValueError, match='backend="cpu": its actions are masked'):
+        update(policy, *given, backend="cpu")
+    with pytest.raises(ValueError, match="rollout.action_masks: expected None for a learner in"):
+        update(policy, *given, backend=Learner("cpu", None))
+
+
+def test_masks_and_what_was_dropped_act_together(monkeypatch):
+    policy, rollout = collected_under_masks("MultiDiscrete", dropout=0.5)
+    found, real = [], policy.log_probs_and_entropy
+
+    def log_probs_and_entropy(obs, actions, dropout, action_mask):
+        assert dropout is not None
+        found.append(real(obs, actions, dropout, action_mask)[0].detach())
+        return real(obs, actions, dropout, action_mask)
+
+    monkeypatch.setattr(policy, "log_probs_and_entropy", log_probs_and_entropy)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    update(policy, optimizer, rollout, torch.ones(rollout.mask.shape), Config())
+    steps, envs = rollout.mask.nonzero().t()
+    dropped = rollout.stream.uniforms_at(steps, envs, Purpose.DROPOUT, policy.dropout_units)
+    own = (each[rollout.mask] for each in (rollout.obs, rollout.actions))
+    expected = real(*own, dropped, rollout.action_masks[rollout.mask])[0]
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-5, atol=1e-5)
+    assert torch.cat(found).isfinite().all()
+
+
+@pytest.mark.parametrize("most", [2**24, 40_000])
+def test_the_gradient_of_convolutions_is_that_of_single_rows(monkeypatch, most):
+    """Against the formula of each row in float64; in chunks that are small where pictures are."""
+    monkeypatch.setattr(network_module, "_MOST_KEPT", most)
+    torch.manual_seed(0)
+    policy = Policy(spaces.Box(0, 255, (8, 9, 3), np.uint8), spaces.Discrete(3), hidden_sizes=(6,))
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rollout, advantages = make_case()
+    g = torch.Generator().manual_seed(3)
+    obs = torch.randint(0, 256, (T, N, 8, 9, 3), generator=g).to(torch.uint8)
+    rollout = dataclasses.replace(rollout, obs=obs)
+    config, rows = Config(ent_coef=0.3), rollout.mask.nonzero().tolist()
+    exact = copy.deepcopy(policy).double()
+    for t, n in rows:
+        image = (obs[t, n].double() / 255)[None]
+        logits = exact.network(exact.encoder.body(image))[0]
+        p = torch.exp(logits - logits.max())
+        p = p / p.sum()
+        chosen = p[rollout.actions[t, n]].log()
+        loss = -chosen * advantages[t, n].double() / N
+        loss = loss + config.ent_coef / len(rows) * (p * p.log()).sum()
+        loss.backward()
+    asked = []
+    policy.encoder.register_forward_hook(lambda module, given, output: asked.append(len(output)))
+    update(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, advantages, config)
+    for ours, theirs in zip(policy.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)
+    assert max(asked) == (len(rows) if most == 2**24 else most // policy.encoder._kept)

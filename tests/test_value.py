@@ -12,6 +12,7 @@ from vecpg import value as value_module
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
+from vecpg.policy import network as network_module
 from vecpg.rollout import Rollout, collect
 from vecpg.train import train
 from vecpg.update import update
@@ -161,6 +162,38 @@ def test_chunks_change_nothing_but_rounding(monkeypatch, rows):
         results.append((values, final_values, loss, *parameters))
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_change_nothing_but_their_chunks(monkeypatch):
+    """Of uint8 in a convolutional network, against real numbers of the same in one chunk."""
+    rollout = make_rollout()
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (7, 4, 8, 9, 3), generator=g).to(torch.uint8)
+    final = torch.randint(0, 256, (3, 8, 9, 3), generator=g).to(torch.uint8)
+    parts = {name: getattr(rollout, name) for name in Rollout.__slots__}
+    config = Config(baseline="value", value_steps=3, bootstrap_truncations=True)
+    results, asked, real = [], [], ValueFunction.forward
+
+    def forward(self, obs):
+        asked.append(len(obs))
+        return real(self, obs)
+
+    monkeypatch.setattr(ValueFunction, "forward", forward)
+    for of, most in ((np.float32, 2**24), (np.uint8, 30_000)):
+        monkeypatch.setattr(network_module, "_MOST_KEPT", most)
+        space = spaces.Box(0, 255 if of == np.uint8 else 1, (8, 9, 3), of)
+        critic = make_critic(space, network="cnn")
+        obs = [each if of == np.uint8 else each / 255 for each in (pictures, final)]
+        given = Rollout(**parts | {"obs": obs[0], "final_obs": obs[1]})
+        asked.clear()
+        values, final_values = predict(critic, given)
+        loss = fit(critic, given, final_values, config)
+        parameters = [p.detach() for p in critic.value_function.parameters()]
+        results.append((values, final_values, loss, *parameters))
+    assert set(asked) == {3}  # of 18 rows that count, and of 3 final ones
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-4)
+    assert (results[0][0][rollout.mask] != 0).all()
 
 
 def test_memory_does_not_grow_with_the_rollout(monkeypatch):

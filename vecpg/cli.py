@@ -182,13 +182,15 @@ def evaluate_main(args: Sequence[str]) -> None:
                 stored = found.manifest["config"]
                 command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
                 trusted_names(stored, {name: getattr(config, name) for name in NAMES}, command)
-                policy, env_id = policy_of(content, found.folder), stored["env_id"]
+                policy = policy_of(content, found.folder, network=config.network)
+                env_id = stored["env_id"]
                 settings: dict[str, Any] = {
                     "env_kwargs": stored["env_kwargs"],
                     "max_episode_steps": stored["max_episode_steps"],
                     "wrappers": stored["wrappers"],
                     "greedy": not config.stochastic,
                     "seed": config.seed,
+                    "action_masks": stored["action_masks"],
                 }
                 # What cannot be shown or recorded is found out before anything is played.
                 if config.video is not None:

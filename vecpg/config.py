@@ -55,7 +55,7 @@ class Config:
     one that needs arguments is a function of your own."""
     action_masks: bool = False
     """Never take an action that info["action_mask"] of the environment says is invalid, for
-    Discrete and MultiDiscrete actions."""
+    Discrete and MultiDiscrete actions. They are drawn and differentiated in torch then."""
     num_envs: int = 64
     """Parallel copies of the environment, N. At least 1."""
     num_steps: int = 1
@@ -88,7 +88,7 @@ class Config:
     """What makes features of observations, before the hidden layers: mlp (they are taken as they
     are), cnn (the convolutions of Mnih et al. 2015, for images), or module:function of your own,
     called as function(observation_space) -> torch.nn.Module. auto: cnn for uint8 images, else
-    mlp."""
+    mlp. Convolutions want a smaller --learning-rate than the default, such as 1e-3."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "tanh"

@@ -18,7 +18,7 @@ from vecpg.policy.sampling import greedily
 from vecpg.rollout import play
 from vecpg.rollout.stepping import seeds_of
 
-Act = Callable[[int, NDArray[Any]], NDArray[Any]]
+Act = Callable[..., NDArray[Any]]
 # One episode each for the usual hundred; more copies only cost time to make.
 _MOST_ENVS = 128
 
@@ -65,6 +65,7 @@ def evaluate(
     seed: int = 1,
     purpose: Purpose = Purpose.EVALUATION_RESET,
     draw: int = 0,
+    action_masks: bool = False,
 ) -> EvalResult:
     """Play whole episodes in the environment itself, stepped as in training.
 
@@ -89,11 +90,13 @@ def evaluate(
         seed: with `purpose` and `draw` fixes start states and draws.
         purpose: which stream of start states; training's is never used here.
         draw: a further number for another set of episodes.
+        action_masks: as for `make_envs`; only what the masks allow is taken.
 
     Raises:
         ValueError: an environment that cannot be made, or has other spaces than the policy; or
             `episodes` below 1.
-        EnvironmentFailure: an environment raised or returned a number that is not finite.
+        EnvironmentFailure: an environment raised or returned a number that is not finite, or no
+            mask that allows something where it is asked for one.
 
     Example:
         >>> from vecpg.envs import make_envs
@@ -112,11 +115,19 @@ def evaluate(
         max_episode_steps=max_episode_steps,
         wrappers=wrappers,
         step_timeout=step_timeout,
+        action_masks=action_masks,
         envs_per_worker=envs_per_worker,
     )
     try:
         return evaluate_in(
-            judge, policy, episodes, greedy=greedy, seed=seed, purpose=purpose, draw=draw
+            judge,
+            policy,
+            episodes,
+            greedy=greedy,
+            seed=seed,
+            purpose=purpose,
+            draw=draw,
+            action_masks=action_masks,
         )
     finally:
         judge.close()
@@ -133,6 +144,7 @@ def make_judge(
     max_episode_steps: int | None = None,
     wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
+    action_masks: bool = False,
     envs_per_worker: int | None = None,
 ) -> VectorEnv[Any, Any, Any]:
     """The environments that `evaluate` plays in, for any number of evaluations.
@@ -148,12 +160,13 @@ def make_judge(
         max_episode_steps: as there.
         wrappers: as there.
         step_timeout: as there.
+        action_masks: as there.
         envs_per_worker: as there.
 
     Raises:
         ValueError: as `evaluate`.
-        EnvironmentFailure: where training is in another environment than this, it is tried: it
-            failed at its reset or first step.
+        EnvironmentFailure: where training is in another environment than this, or actions are
+            masked, it is tried: it failed at its reset or first step.
     """
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
@@ -161,7 +174,12 @@ def make_judge(
         raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
+        spec,
+        vectorization,
+        env_kwargs,
+        max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
+        action_masks=action_masks,
     )
     judge, settings = judge_of(
         env_id,
@@ -169,6 +187,7 @@ def make_judge(
         env_kwargs=env_kwargs,
         max_episode_steps=max_episode_steps,
         wrappers=wrappers,
+        action_masks=action_masks,
     )
     most = _MOST_ENVS
     if vectorization in ("sync", "async") and num_envs is not None:
@@ -177,14 +196,16 @@ def make_judge(
         judge,
         min(episodes, most),
         step_timeout=step_timeout,
+        action_masks=action_masks,
         envs_per_worker=envs_per_worker,
         **settings,
     )
     try:
         _check_spaces(policy, envs, env_id)
         trained = spec.id, vectorization, env_kwargs
-        if (judge, settings["vectorization"], settings["env_kwargs"]) != trained:
-            _try_out(envs, policy)
+        found = judge, settings["vectorization"], settings["env_kwargs"]
+        if found != trained or action_masks:
+            _try_out(envs, policy, action_masks)
     except BaseException:
         envs.close()
         raise
@@ -200,6 +221,7 @@ def evaluate_in(
     seed: int = 1,
     purpose: Purpose = Purpose.EVALUATION_RESET,
     draw: int = 0,
+    action_masks: bool = False,
 ) -> EvalResult:
     """As `evaluate`, in environments that are there already, and stay.
 
@@ -211,6 +233,7 @@ def evaluate_in(
         seed: as there.
         purpose: as there.
         draw: as there.
+        action_masks: as there.
 
     Raises:
         EnvironmentFailure: as there.
@@ -227,14 +250,14 @@ def evaluate_in(
     quotas = np.full(num_envs, episodes // num_envs)
     quotas[: episodes % num_envs] += 1
     stream = Stream(seed, draw, 0, num_envs)
-    act = _acting(policy, stream, purpose, greedy)
+    act = _acting(policy, stream, purpose, greedy, action_masks)
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total = np.zeros(num_envs)
     length = np.zeros(num_envs, np.int64)
     with torch.inference_mode():
         seeds = seeds_of(judge, stream, purpose)
-        for row, _ in play(judge, act, quotas=quotas, seeds=seeds):
+        for row, _ in play(judge, act, quotas=quotas, seeds=seeds, action_masks=action_masks):
             total += row.rewards
             length += row.mask
             for n in np.flatnonzero(row.terminations | row.truncations):
@@ -254,26 +277,35 @@ def prepare_evaluation(policy: Policy) -> None:
         greedily(policy)(obs)
 
 
-def _acting(policy: Policy, stream: Stream, purpose: Purpose, greedy: bool) -> Act:
-    """From the step number and the observations to actions. The policy is read at this call."""
-    if greedy and policy_cpu.why_not(policy) is None:
+def _acting(
+    policy: Policy, stream: Stream, purpose: Purpose, greedy: bool, action_masks: bool
+) -> Act:
+    """What `play` takes. The policy is read at this call."""
+    if greedy and not action_masks and policy_cpu.why_not(policy) is None:
         most_probable = greedily(policy)
         return lambda t, obs: policy.for_env(most_probable(obs))
     noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)
 
-    def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
-        rows = torch.from_numpy(np.asarray(obs)).to(policy.device, policy.obs_dtype)
-        return policy.for_env(policy.mode(rows) if greedy else policy.sample(rows, noise(t)))
+    def act(t: int, obs: NDArray[Any], *masks: NDArray[np.bool_]) -> NDArray[Any]:
+        rows = torch.from_numpy(np.asarray(obs))
+        # What is not uint8 here would be cut off to it.
+        whole = policy.obs_dtype == torch.uint8 and rows.dtype != torch.uint8
+        rows = rows.to(policy.device, torch.float32 if whole else policy.obs_dtype)
+        allowed = [torch.from_numpy(mask).to(policy.device) for mask in masks]
+        if greedy:
+            return policy.for_env(policy.mode(rows, *allowed))
+        return policy.for_env(policy.sample(rows, noise(t), None, *allowed))
 
     return act
 
 
-def _try_out(judge: VectorEnv[Any, Any, Any], policy: Policy) -> None:
+def _try_out(judge: VectorEnv[Any, Any, Any], policy: Policy, action_masks: bool) -> None:
     """Reset, and step once."""
     stream, purpose = Stream(0, 0, 0, judge.num_envs), Purpose.EVALUATION_RESET
-    act = _acting(policy, stream, purpose, greedy=True)
+    act = _acting(policy, stream, purpose, greedy=True, action_masks=action_masks)
     with torch.inference_mode():
-        next(play(judge, act, num_steps=1, seeds=seeds_of(judge, stream, purpose)))
+        seeds = seeds_of(judge, stream, purpose)
+        next(play(judge, act, num_steps=1, seeds=seeds, action_masks=action_masks))
 
 
 def _check_spaces(policy: Policy, envs: VectorEnv[Any, Any, Any], env_id: str) -> None:

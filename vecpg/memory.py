@@ -17,15 +17,16 @@ from typing import Any
 from gymnasium import spaces
 
 from vecpg.config import Config, ConfigError, flag
+from vecpg.images import UNITS, image_of, num_parameters, resolve_network
 
 # What a copy of an environment takes at the very least: objects of an environment with its wrappers
 # (CartPole-v1 takes 5 KB); and a process, forked from one with Gymnasium loaded (6 MB of its own).
 _BYTES_OF_A_COPY = {"sync": 2_000, "async": 2_000}
 _BYTES_OF_A_WORKER = 2_000_000
-# Of a row the reward, three flags and one number of an action; and of each number of an observation
-# the number itself, and what the space of all copies keeps of it: two bounds, and whether they are.
+# Of a row the reward, three flags and one number of an action. Of each number of an observation
+# there is the number itself, and what the space of all copies keeps of it: two bounds, and whether
+# they are.
 _BYTES_OF_A_ROW = 4 + 3 + 4
-_BYTES_OF_A_NUMBER, _BYTES_OF_BOUNDS = 4, 4 + 4 + 1 + 1
 # Every parameter is there in the state and in the draft of an iteration, and has a gradient; and
 # Adam keeps two averages of it, in the state and in the draft.
 _BYTES_OF_A_PARAMETER = 4 * 7
@@ -125,6 +126,7 @@ at least 2.0 GB; there is 1.0 GB
     """
     have = there_is() if have is None else have
     seen = 1 if observation_space is None else _numbers(observation_space)
+    number = 4 if observation_space is None else _bytes_of_a_number(observation_space)
     copy = _BYTES_OF_A_COPY.get(vectorization, 0)
     workers = 0
     if vectorization == "async":
@@ -133,8 +135,8 @@ at least 2.0 GB; there is 1.0 GB
         if config.envs_per_worker is not None:
             workers, copy = 0, copy + _BYTES_OF_A_WORKER // config.envs_per_worker
     if observation_space is None or isinstance(observation_space, spaces.Box):
-        copy += _BYTES_OF_BOUNDS * seen
-    row = _BYTES_OF_A_NUMBER * seen + _BYTES_OF_A_ROW
+        copy += 2 * (number + 1) * seen
+    row = number * seen + _BYTES_OF_A_ROW
     _check(config, "num_envs", copy + row, workers, have)
     # A copy begins episodes until it has made --num-steps steps.
     _check(config, "num_steps", config.num_envs * row, config.num_envs * copy + workers, have)
@@ -142,8 +144,13 @@ at least 2.0 GB; there is 1.0 GB
     supported = spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete
     if not isinstance(observation_space, supported):
         return  # not known yet, or refused where the network is made
-    inputs = seen
-    if not isinstance(observation_space, spaces.Box | spaces.MultiBinary):
+    inputs, below = seen, 0
+    network = resolve_network(config.network, observation_space)
+    if network == "cnn":
+        below, inputs = num_parameters(image_of(observation_space)), UNITS
+    elif network != "mlp":
+        inputs = 1  # at least: it is not asked yet
+    elif not isinstance(observation_space, spaces.Box | spaces.MultiBinary):
         table = _categories(observation_space)
         _check(config, "embedding_size", table * _BYTES_OF_A_PARAMETER, 0, have)
         inputs = seen * config.embedding_size
@@ -155,8 +162,16 @@ at least 2.0 GB; there is 1.0 GB
     elif isinstance(action_space, spaces.Box):
         outputs = _numbers(action_space)
     widths = [inputs, *config.hidden_sizes, outputs]
-    parameters = sum(above * (below + 1) for below, above in itertools.pairwise(widths))
+    parameters = below + sum(
+        following * (width + 1) for width, following in itertools.pairwise(widths)
+    )
     need = parameters * _BYTES_OF_A_PARAMETER
+    if below * _BYTES_OF_A_PARAMETER > have:
+        raise ConfigError(
+            f"--network cnn: expected smaller images than {observation_space.shape}: its"
+            f" {below:,} parameters take at least {in_words(below * _BYTES_OF_A_PARAMETER)}; there"
+            f" is {in_words(have)}"
+        )
     if need > have:
         raise ConfigError(
             f"--hidden-sizes: expected smaller ones than {' '.join(map(str, config.hidden_sizes))}:"
@@ -174,6 +189,13 @@ def _check(config: Config, name: str, each: int, beside: int, have: float) -> No
             f"{flag(name)}: expected {expected}, got {number:,}, which take at least"
             f" {in_words(number * each + beside)}; there is {in_words(have)}"
         )
+
+
+def _bytes_of_a_number(space: spaces.Space[Any]) -> int:
+    """As a rollout has it: float32, but uint8 stays what it is, and what is looked up is int64."""
+    if isinstance(space, spaces.Box):
+        return 1 if space.dtype == "uint8" else 4
+    return 8 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 4
 
 
 def _numbers(space: spaces.Space[Any]) -> int:

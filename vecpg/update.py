@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "reference", "cpu")
 
 # Rows of one forward and backward pass. Measured on two cores: 2048 to 8192 are equally fast, and
-# at 4096 the activations of a 64-wide network stay in the cache.
+# at 4096 the activations of a 64-wide network stay in the cache. Of images it is fewer.
 CHUNK_ROWS = 4096
 # Rows that one thread differentiates before it takes others; and into how many such slabs a rollout
 # is divided at most, and what their gradients, of which each has one, hold together.
@@ -99,6 +99,11 @@ class Learner:
             "sum": 1,
         }
         divisor = divisors[config.reduction]
+        if self.backend == "cpu" and rollout.action_masks is not None:
+            raise ValueError(
+                "rollout.action_masks: expected None for a learner in machine code, which knows of"
+                " no masks; choose one with action_masks=True"
+            )
         differentiate = by_machine_code if self.backend == "cpu" else by_autograd
         surrogate, entropy = differentiate(
             policy,
@@ -139,13 +144,14 @@ class Learner:
             policy_cpu.prepare(policy)
 
 
-def choose_learner(policy: Policy, backend: str = "auto") -> Learner:
+def choose_learner(policy: Policy, backend: str = "auto", *, action_masks: bool = False) -> Learner:
     """The way that `update` goes; it holds as long as the policy keeps its kind.
 
     Args:
         policy: on any device.
         backend: "reference" differentiates by torch's autograd, any policy on any device; "cpu" in
             machine code, a plain network on the CPU; "auto" takes "cpu" where it serves.
+        action_masks: whether rollouts have them; autograd alone serves those.
 
     Raises:
         ValueError: an unknown backend; "cpu" where it does not serve.
@@ -160,7 +166,8 @@ def choose_learner(policy: Policy, backend: str = "auto") -> Learner:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = "as asked" if backend == "reference" else policy_cpu.why_not(policy)
+    masked = "its actions are masked" if action_masks else None
+    reason = "as asked" if backend == "reference" else masked or policy_cpu.why_not(policy)
     if backend == "cpu" and reason is not None:
         raise ValueError(
             f'backend="cpu": {reason}; use backend="reference" or "auto", which differentiate any'
@@ -192,7 +199,8 @@ def update(
     Args:
         policy: its gradients are overwritten and left in place.
         optimizer: over the policy's parameters.
-        rollout: T steps of N environments, collected by this policy.
+        rollout: T steps of N environments, collected by this policy. Where it has `action_masks`,
+            pi is the distribution over what they allow.
         advantages: (T, N) float32.
         config: `reduction`, `ent_coef`, `max_grad_norm` and `resolved_shards` are read.
         backend: as `choose_learner` takes it; a `Learner` was chosen before, and nothing is asked
@@ -206,7 +214,9 @@ def update(
             parameter is not finite after the step.
         ValueError: as `choose_learner`.
     """
-    chosen = backend if isinstance(backend, Learner) else choose_learner(policy, backend)
+    chosen = backend
+    if not isinstance(chosen, Learner):
+        chosen = choose_learner(policy, chosen, action_masks=rollout.action_masks is not None)
     return chosen.update(policy, optimizer, rollout, advantages, config)
 
 
@@ -287,12 +297,13 @@ def _add_gradient(
     mask = rollout.mask.reshape(rows)
     obs = rollout.obs.reshape(rows, *policy.obs_shape)
     actions = rollout.actions.reshape(rows, *policy.action_shape)
+    masks = [] if rollout.action_masks is None else [rollout.action_masks.reshape(rows, -1)]
     weights = advantages.reshape(rows)
     surrogate_sum = torch.zeros((), dtype=torch.float64, device=obs.device)
     entropy_sum = torch.zeros_like(surrogate_sum)
-    chunk_rows = CHUNK_ROWS
+    chunk_rows = policy.encoder.rows_at_once(CHUNK_ROWS)
     if policy.dropout_units:
-        chunk_rows = max(1, min(CHUNK_ROWS, _MOST_DROPOUT // policy.dropout_units))
+        chunk_rows = max(1, min(chunk_rows, _MOST_DROPOUT // policy.dropout_units))
     for start in range(0, rows, chunk_rows):
         chunk = slice(start, start + chunk_rows)
         counted = mask[chunk]
@@ -301,7 +312,10 @@ def _add_gradient(
             index = start + counted.nonzero()[:, 0]
             dropout = _dropout(policy, rollout, index)
         log_probs, entropies = policy.log_probs_and_entropy(
-            obs[chunk][counted], actions[chunk][counted], dropout
+            obs[chunk][counted],
+            actions[chunk][counted],
+            dropout,
+            *(each[chunk][counted] for each in masks),
         )
         surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
         entropy = entropies.sum()

@@ -1,5 +1,6 @@
 """The learned baseline V(s): predicted before the policy's step, fitted after it."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from vecpg.rollout.data import Rollout, when
 if TYPE_CHECKING:
     from vecpg.config import Config
 
-# Rows of one forward pass.
+# Rows of one forward pass; of images fewer.
 _CHUNK_ROWS = 4096
 
 
@@ -29,6 +30,7 @@ class ValueFunction(nn.Module):
         activation: "tanh" or "relu".
         embedding_size: length of the learned vectors that stand for discrete observations.
         normalize_obs: shift and scale observations by their running statistics.
+        network: as `Policy` takes it; its parameters are this function's own.
 
     Example:
         >>> value_function = ValueFunction(spaces.Box(-1, 1, (4,)))
@@ -46,9 +48,10 @@ class ValueFunction(nn.Module):
         activation: str = "tanh",
         embedding_size: int = 8,
         normalize_obs: bool = False,
+        network: str = "auto",
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(observation_space, embedding_size, normalize_obs)
+        self.encoder = Encoder(observation_space, embedding_size, normalize_obs, network)
         self.network = fully_connected(
             self.encoder.features, hidden_sizes, 1, activation, last_gain=1.0
         )
@@ -94,9 +97,10 @@ def predict(
     parts = rollout.shards(shards)
     for shard in parts:
         own = torch.zeros_like(shard.rewards)
-        own[shard.mask] = _in_chunks(critic.value_function, shard.obs[shard.mask])
+        own[shard.mask] = _in_chunks(critic.value_function, shard.obs, _counted(shard))
         values.append(own)
-        final_values.append(_in_chunks(critic.value_function, shard.final_obs))
+        final = torch.arange(len(shard.final_obs), device=own.device)
+        final_values.append(_in_chunks(critic.value_function, shard.final_obs, (final,)))
     return rollout.join(values), rollout.join_final(final_values)
 
 
@@ -139,8 +143,8 @@ def fit(
     value_function, optimizer = critic.value_function, critic.optimizer
 
     def differentiate(shard: int) -> Tensor:
-        obs, targets = examples[shard]
-        return _add_gradient(value_function, obs, targets, rows)
+        at, targets = examples[shard]
+        return _add_gradient(value_function, shards[shard].obs, at, targets, rows)
 
     before = None
     try:
@@ -161,20 +165,32 @@ def fit(
     return before
 
 
-def _examples(rollout: Rollout, continued: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
-    """Observation and target of every counted row."""
+def _counted(rollout: Rollout) -> tuple[Tensor, ...]:
+    """The t and n of every counted row."""
+    return rollout.mask.nonzero().unbind(dim=1)
+
+
+def _examples(
+    rollout: Rollout, continued: Tensor | None, gamma: float
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The place of every counted row, and its target."""
     mask = rollout.mask
     targets = reward_to_go(rollout.rewards, rollout.dones, gamma, final_values=continued, mask=mask)
-    return rollout.obs[mask], targets[mask]
+    return _counted(rollout), targets[mask]
 
 
 def _add_gradient(
-    value_function: ValueFunction, obs: Tensor, targets: Tensor, divisor: int
+    value_function: ValueFunction,
+    obs: Tensor,
+    at: tuple[Tensor, ...],
+    targets: Tensor,
+    divisor: int,
 ) -> Tensor:
     """Add that of the sum of squared errors / `divisor` to every `.grad`, and return the sum."""
     total = torch.zeros((), dtype=torch.float64, device=obs.device)
+    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
     for rows, wanted in zip(
-        torch.split(obs, _CHUNK_ROWS), torch.split(targets, _CHUNK_ROWS), strict=True
+        _chunks(obs, at, chunk_rows), torch.split(targets, chunk_rows), strict=True
     ):
         loss = (value_function(rows) - wanted).square().sum() / divisor
         torch.autograd.backward(loss)
@@ -182,5 +198,12 @@ def _add_gradient(
     return total
 
 
-def _in_chunks(value_function: ValueFunction, obs: Tensor) -> Tensor:
-    return torch.cat([value_function(rows) for rows in torch.split(obs, _CHUNK_ROWS)])
+def _in_chunks(value_function: ValueFunction, obs: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
+    return torch.cat([value_function(rows) for rows in _chunks(obs, at, chunk_rows)])
+
+
+def _chunks(obs: Tensor, at: tuple[Tensor, ...], chunk_rows: int) -> Iterator[Tensor]:
+    """The observations at these places, so many at a time: all of them may be large."""
+    for places in zip(*(torch.split(each, chunk_rows) for each in at), strict=True):
+        yield obs[places]

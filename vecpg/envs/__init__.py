@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from vecpg.envs.answers import mask_sizes, read_action_masks
 from vecpg.envs.errors import (
     EnvironmentFailure,
     EnvironmentNotMade,
@@ -160,6 +162,7 @@ def make_envs(
     max_episode_steps: int | None = None,
     wrappers: Sequence[str] = (),
     step_timeout: float = 60.0,
+    action_masks: bool = False,
     envs_per_worker: int | None = None,
 ) -> VectorEnv:
     """N copies of a Gymnasium environment as one vector environment in NEXT_STEP mode.
@@ -179,13 +182,18 @@ def make_envs(
             "sync".
         step_timeout: seconds after which an async environment that has not answered counts as hung,
             its constructor included. The others run in this process, which they may block.
+        action_masks: whether every environment gives `info["action_mask"]`, as
+            `vecpg.envs.answers.read_action_mask` takes it, and infos are to have it as (N, A). Not
+            with "tensor", which "auto" takes no more; nor does it take a vectorized form that gives
+            none.
         envs_per_worker: how many async copies are stepped in one process, one after the other; None
             divides them over the cores. 1 where they wait for something else than a core, or a
             process can have one only.
 
     Raises:
         ValueError: an unknown id or wrapper, an environment that has no time limit, or runs in
-            another autoreset mode.
+            another autoreset mode; action masks of actions that are neither Discrete nor
+            MultiDiscrete.
         EnvironmentNotMade: (a ValueError) its constructor or a wrapper raised, died or hung, or
             this process can have no workers.
 
@@ -200,7 +208,12 @@ def make_envs(
     spec = find_spec(env_id)
     check_time_limit(spec, max_episode_steps)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
+        spec,
+        vectorization,
+        env_kwargs,
+        max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
+        action_masks=action_masks,
     )
     around = load_wrappers(wrappers)
     if vectorization == "async":
@@ -213,9 +226,9 @@ def make_envs(
             for index in range(num_envs)
         ]
         if vectorization == "sync":
-            envs: VectorEnv = InProcessEnvs(makers)
+            envs: VectorEnv = InProcessEnvs(makers, action_masks)
         elif vectorization == "async":
-            envs = WorkerEnvs(makers, step_timeout, envs_per_worker)
+            envs = WorkerEnvs(makers, step_timeout, envs_per_worker, action_masks)
         elif vectorization == "tensor":
             # The limit is that of what was named.
             kwargs.setdefault("max_episode_steps", spec.max_episode_steps)
@@ -237,6 +250,12 @@ def make_envs(
             f"{env_id} could not be made: {in_words(error)}", trace_of_making(error)
         ) from error
     check_autoreset(envs)
+    if action_masks:
+        try:
+            mask_sizes(envs.single_action_space)
+        except ValueError:
+            envs.close()
+            raise
     return envs
 
 
@@ -263,6 +282,7 @@ def own_vectorization(
     env_kwargs: dict[str, Any] | None = None,
     *,
     max_episode_steps: int | None = None,
+    action_masks: bool = False,
 ) -> str:
     """How Gymnasium itself steps copies: by their vectorized form where it serves, else sync.
 
@@ -274,7 +294,7 @@ def own_vectorization(
     if spec.entry_point is None:
         return "vector_entry_point"
     given = _arguments(env_kwargs, max_episode_steps)
-    reason = _why_not_vectorized(spec, given) or _why_another(spec, given)
+    reason = _why_not_vectorized(spec, given) or _why_another(spec, given, action_masks)
     if reason is None:
         return "vector_entry_point"
     once(_log, f"{spec.id} is stepped one by one (sync): its vectorized form {reason}")
@@ -288,6 +308,7 @@ def resolve_vectorization(
     *,
     max_episode_steps: int | None = None,
     wrappers: Sequence[str] = (),
+    action_masks: bool = False,
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
 
@@ -295,8 +316,15 @@ def resolve_vectorization(
         ValueError: a way of stepping that this environment does not have, or whose arguments it
             does not take; wrappers, which go around single copies, where all are stepped at once;
             "tensor" where what is registered is no longer what the environment on
-            tensors stands for.
+            tensors stands for, or with action masks.
     """
+    on_tensors_only = _on_tensors(spec) == spec.id
+    if action_masks and (vectorization == "tensor" or on_tensors_only):
+        remedy = "another environment" if on_tensors_only else "--vectorization auto, sync or async"
+        raise ValueError(
+            f"--action-masks: environments on tensors give no infos, and so no action_mask; use"
+            f" {remedy}, or --no-action-masks"
+        )
     if wrappers and vectorization not in ("sync", "async"):
         if vectorization == "auto" and spec.entry_point is not None:
             if _on_tensors(spec) is not None or spec.vector_entry_point is not None:
@@ -313,11 +341,13 @@ def resolve_vectorization(
     changed = None if _on_tensors(spec) in (None, spec.id) else _not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
-        if _on_tensors(spec) is not None and not env_kwargs:
+        if _on_tensors(spec) is not None and not env_kwargs and not action_masks:
             if changed is None:
                 return "tensor"
             once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
-        return own_vectorization(spec, env_kwargs, max_episode_steps=max_episode_steps)
+        return own_vectorization(
+            spec, env_kwargs, max_episode_steps=max_episode_steps, action_masks=action_masks
+        )
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,
@@ -356,6 +386,7 @@ def judge_of(
     env_kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
     wrappers: Sequence[str] = (),
+    action_masks: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """What evaluation plays for an environment: its id, and settings for `make_envs`.
 
@@ -369,6 +400,7 @@ def judge_of(
         env_kwargs: keyword arguments of the environment.
         max_episode_steps: time limit; None keeps the environment's own.
         wrappers: as for `make_envs`.
+        action_masks: as for `make_envs`.
 
     Raises:
         ValueError: an unknown id, or a way of stepping that the environment does not have.
@@ -381,7 +413,12 @@ def judge_of(
     """
     spec = find_spec(env_id)
     vectorization = resolve_vectorization(
-        spec, vectorization, env_kwargs, max_episode_steps=max_episode_steps, wrappers=wrappers
+        spec,
+        vectorization,
+        env_kwargs,
+        max_episode_steps=max_episode_steps,
+        wrappers=wrappers,
+        action_masks=action_masks,
     )
     judge = spec
     if _on_tensors(spec) == spec.id:
@@ -438,7 +475,7 @@ def _why_not_vectorized(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     return None
 
 
-def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
+def _why_another(spec: EnvSpec, given: dict[str, Any], action_masks: bool) -> str | None:
     """Why one copy by the vectorized form is not what a single one is."""
     try:
         envs = gymnasium.make_vec(spec, 1, vectorization_mode="vector_entry_point", **given)
@@ -448,7 +485,10 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     mode = envs.metadata.get("autoreset_mode")
     names = "single_observation_space", "single_action_space"
     found = [getattr(envs, name, None) for name in names]  # one that has none is no use
+    without = _why_no_masks(envs) if action_masks else None
     _close(envs)
+    if without is not None:
+        return without
     if mode != AutoresetMode.NEXT_STEP:
         return f"is in autoreset mode {mode}"
     try:
@@ -460,6 +500,20 @@ def _why_another(spec: EnvSpec, given: dict[str, Any]) -> str | None:
     for what, theirs, single in zip(("observations", "actions"), found, own, strict=True):
         if theirs != single:
             return f"has {what} of {theirs}, and a single copy of {single}"
+    return None
+
+
+def _why_no_masks(envs: Any) -> str | None:
+    """Why a copy by the vectorized form has no action masks, by its first reset."""
+    one, none = np.ones(1, np.bool_), np.zeros(1, np.bool_)
+    try:
+        _, infos = envs.reset(seed=0)
+        read_action_masks(infos, envs.single_action_space, needed=one, ended=none)
+    except SubEnvironmentError as error:
+        return f"gives no action masks at its reset: {error.detail}"
+    # Whatever its reset raises.
+    except (Exception, SystemExit) as error:
+        return f"could not be reset: {in_words(error)}"
     return None
 
 

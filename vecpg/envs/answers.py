@@ -1,13 +1,14 @@
 """What an environment answered, as numbers of the types that Gymnasium puts together."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+
+from vecpg.envs.errors import SubEnvironmentError
 
 _FLAGS = (bool, np.bool_)
 
@@ -42,76 +43,139 @@ def read_answer(reward: Any, terminated: Any, truncated: Any) -> tuple[float, bo
     return float(reward), bool(terminated), bool(truncated)
 
 
-def num_choices(space: spaces.Space[Any]) -> list[int]:
-    """How many values each component of an action has: what a mask of actions has flags for.
+def mask_sizes(space: spaces.Space[Any]) -> list[int]:
+    """Of every component of an action, how many values a mask says something about.
 
     Raises:
-        TypeError: neither a `Discrete` nor a `MultiDiscrete` space.
+        ValueError: actions that are not masked.
 
     Example:
-        >>> num_choices(spaces.Discrete(3)), num_choices(spaces.MultiDiscrete([3, 2]))
-        ([3], [3, 2])
+        >>> mask_sizes(spaces.MultiDiscrete([2, 3]))
+        [2, 3]
     """
     if isinstance(space, spaces.Discrete):
         return [int(space.n)]
-    if isinstance(space, spaces.MultiDiscrete):
-        return [int(size) for size in space.nvec.flat]
-    raise TypeError(f"action_mask: expected actions of Discrete or MultiDiscrete, got {space}")
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return [int(size) for size in space.nvec]
+    raise ValueError(
+        f"--action-masks: expected actions that are Discrete, or MultiDiscrete of one dimension,"
+        f" got {space}"
+    )
 
 
-def read_action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> NDArray[np.bool_]:
-    """Which actions `info["action_mask"]` allows: (A,) bool, True = allowed.
+def read_action_mask(info: Any, space: spaces.Space[Any]) -> NDArray[np.bool_]:
+    """Which actions of `space` `info["action_mask"]` allows: (A,) bool, True = allowed.
 
-    A is n of a `Discrete` space, and the sum of nvec of a `MultiDiscrete` one, whose components
-    follow each other.
+    A is the number of actions of a `Discrete` space; for a `MultiDiscrete` the components stand one
+    behind the other.
 
     Args:
-        info: as an environment returned it. The mask is an array of A booleans, or zeros and ones;
-            or, for `MultiDiscrete`, a tuple of one such array for each component.
+        info: as an environment's `reset` or `step` gave it. The mask in it is A numbers or bools, 1
+            or True = allowed; for a `MultiDiscrete` it may be a tuple or list of an array for each
+            component.
         space: of the actions.
 
     Raises:
-        TypeError: there is no mask, or it is none of the kind.
+        TypeError: there is no mask, or one of another shape, or with other values than 0 and 1. One
+            that allows nothing is returned as it is.
 
     Example:
         >>> read_action_mask({"action_mask": np.array([1, 0, 1], np.int8)}, spaces.Discrete(3))
         array([ True, False,  True])
-        >>> read_action_mask({"action_mask": ([True, False], [0, 1, 1])},
-        ...                  spaces.MultiDiscrete([2, 3]))
-        array([ True, False, False,  True,  True])
+        >>> read_action_mask({"action_mask": ([1, 0], [True])}, spaces.MultiDiscrete([2, 1]))
+        array([ True, False,  True])
         >>> read_action_mask({}, spaces.Discrete(3))
         Traceback (most recent call last):
             ...
-        TypeError: expected info["action_mask"] of 3 booleans, got none
+        TypeError: expected info["action_mask"] of 3 booleans, got none; ...
     """
-    sizes = num_choices(space)
+    sizes = mask_sizes(space)
+    given = info.get("action_mask") if isinstance(info, dict) else None
+    numbers = given if isinstance(given, np.ndarray) else _array(given, sizes)
+    if numbers is not None and numbers.dtype == object:
+        numbers = _array(given, sizes)
+    if numbers is not None and numbers.shape == (sum(sizes),) and numbers.dtype.kind in "biuf":
+        allowed: NDArray[np.bool_] = numbers == 1
+        if (allowed | (numbers == 0)).all():
+            return allowed
+    got = f"{_shown(given)} ({type(given).__name__})"
+    if isinstance(given, np.ndarray):
+        got = f"{_shown(given)} of shape {given.shape} and dtype {given.dtype}"
+    if given is None:
+        got = "none; --action-masks is for environments, or wrappers, that give one"
     kind = f"{sum(sizes)} booleans"
     if isinstance(space, spaces.MultiDiscrete):
         kind += f", or a tuple of {sizes}"
-    expected = f'expected info["action_mask"] of {kind}'
-    if "action_mask" not in info:
-        raise TypeError(f"{expected}, got none")
-    given = info["action_mask"]
-    parts, lengths = [given], [sum(sizes)]
-    if isinstance(given, tuple) and isinstance(space, spaces.MultiDiscrete):
-        parts, lengths = list(given), sizes
-    found = [flags for part in parts if (flags := _flags(part)) is not None]
-    if [len(flags) for flags in found] != lengths:
-        raise TypeError(f"{expected}, got {_shown(given)}")
-    return np.concatenate(found)
+    raise TypeError(f'expected info["action_mask"] of {kind}, got {got}')
 
 
-def _flags(given: Any) -> NDArray[np.bool_] | None:
-    """(n,) bool of a row of booleans, or zeros and ones; None of anything else."""
+def _array(given: Any, sizes: list[int]) -> NDArray[Any] | None:
+    """What was given as one array, or None. What is an array for each component is put together."""
+    if given is None:
+        return None
     try:
-        found = np.asarray(given)
+        listed = isinstance(given, list | tuple | np.ndarray) and len(given) > 0
+        if listed and all(np.ndim(each) == 1 for each in given):
+            if [len(each) for each in given] != sizes:
+                return None
+            return np.concatenate([np.asarray(each) for each in given])
+        return np.asarray(given)
     # Whatever objects of others raise where they are asked for an array.
     except Exception:
         return None
-    if found.ndim != 1 or found.dtype.kind not in "biu":
-        return None
-    flags = found.astype(np.bool_)
-    return flags if (flags == found).all() else None
+
+
+def read_action_masks(
+    infos: Any,
+    space: spaces.Space[Any],
+    *,
+    needed: NDArray[np.bool_],
+    ended: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """What a vector environment's infos allow every copy: (N, A) bool, True = allowed.
+
+    Args:
+        infos: `infos["action_mask"]` is (N, A), or N of what `read_action_mask` takes; Gymnasium's
+            `infos["_action_mask"]`, where there is one, says which copies have given one.
+        space: of one copy's actions.
+        needed: (N,) the copies whose next action counts.
+        ended: (N,) the copies whose episode has just ended: their next action is ignored, and all
+            is allowed.
+
+    Raises:
+        SubEnvironmentError: a copy whose mask is needed has none, has one that cannot be read, or
+            allows no action.
+    """
+    sizes, num_envs = mask_sizes(space), len(needed)
+    masks = np.ones((num_envs, sum(sizes)), np.bool_)
+    given: Any = infos.get("action_mask") if isinstance(infos, dict) else None
+    there = np.full(num_envs, isinstance(given, np.ndarray) and given.shape[:1] == (num_envs,))
+    if there.any() and "_action_mask" in infos:
+        there &= np.asarray(infos["_action_mask"], np.bool_)
+    read = ended.copy()
+    if there.any() and given.shape == masks.shape and given.dtype.kind in "biuf":
+        allowed = given == 1
+        read |= there & (allowed | (given == 0)).all(axis=1)
+        masks = np.where((read & ~ended)[:, None], allowed, True)
+    # One by one, what is none of this, or has to be named.
+    for n in np.flatnonzero(~read):
+        try:
+            masks[n] = read_action_mask({"action_mask": given[n]} if there[n] else {}, space)
+        except TypeError as error:
+            if needed[n]:
+                detail = f"TypeError: {error}"
+                raise SubEnvironmentError((int(n), "failed", detail, "")) from None
+    starts = np.cumsum([0, *sizes[:-1]])
+    none = ~np.logical_or.reduceat(masks, starts, axis=1)
+    if not none.any():
+        return masks
+    for n, component in np.argwhere(none):
+        if needed[n]:
+            of = f" of component {component}" if len(sizes) > 1 else ""
+            reason = f"no value{of} is 1 in its action_mask"
+            raise SubEnvironmentError((int(n), "allows no action", reason, ""))
+    masks[none.any(axis=1)] = True
+    return masks
 
 
 def with_typed_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:

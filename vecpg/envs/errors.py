@@ -39,7 +39,7 @@ class SubEnvironmentError(RuntimeError):
     (index, verb, detail, trace), and one can be made from another.
 
     index: which copy.
-    verb: "failed", "died" or "hung".
+    verb: "failed", "died", "hung" or "allows no action".
     detail: the exception, the exit status, or the time it was given.
     trace: the environment's own traceback, or "".
     """

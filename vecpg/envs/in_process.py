@@ -11,22 +11,37 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 
-from vecpg.envs.answers import read_answer, with_typed_observations
+from vecpg.envs.answers import (
+    mask_sizes,
+    read_action_mask,
+    read_answer,
+    with_typed_observations,
+)
 from vecpg.envs.errors import SubEnvironmentError
 
 
 class InProcessEnvs(SyncVectorEnv):
     """N environments in this process, in NEXT_STEP mode.
 
+    Of their infos nothing is collected but the action masks, where they are asked for:
+    `infos["action_mask"]`, (N, A) bool, True = allowed, and True everywhere after an episode's end.
+
     Args:
         env_fns: one maker for each environment.
+        action_masks: whether the environments' infos have an `action_mask`, and it is wanted. Not
+            of environments whose actions `mask_sizes` refuses.
 
     Raises:
         SubEnvironmentError: from `reset`, `step` and making one: an environment raised. Those made
             before are closed.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env[Any, Any]]]) -> None:
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[[], gymnasium.Env[Any, Any]]],
+        action_masks: bool = False,
+    ) -> None:
+        self._with_masks, self._masks = action_masks, np.empty((0, 0), np.bool_)
         made: list[gymnasium.Env[Any, Any]] = []
         try:
             super().__init__(
@@ -40,26 +55,51 @@ class InProcessEnvs(SyncVectorEnv):
 
     def reset(self, **kwargs: Any) -> Any:
         """As `SyncVectorEnv.reset`."""
+        if self._with_masks:
+            self._masks = np.ones((self.num_envs, sum(mask_sizes(self.single_action_space))), bool)
         try:
-            return super().reset(**kwargs)
+            obs, _ = super().reset(**kwargs)
+            return obs, self._infos()
+        except SubEnvironmentError:
+            raise
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
 
     def step(self, actions: Any) -> Any:
         """As `SyncVectorEnv.step`, with rewards and flags as `read_answer` takes them."""
         try:
-            infos = self._step_each(actions)
+            self._step_each(actions)
             self._observations = concatenate(
                 self.single_observation_space, self._env_obs, self._observations
             )
+        except SubEnvironmentError:
+            raise
         except (Exception, SystemExit) as error:
             raise self._failure(error) from None
         self._autoreset_envs = np.logical_or(self._terminations, self._truncations)
         answers = self._rewards, self._terminations, self._truncations
-        return copy.deepcopy(self._observations), *map(np.copy, answers), infos
+        return copy.deepcopy(self._observations), *map(np.copy, answers), self._infos()
 
-    def _step_each(self, actions: Any) -> dict[str, Any]:
-        infos: dict[str, Any] = {}
+    def _infos(self) -> dict[str, Any]:
+        return {"action_mask": self._masks.copy()} if self._with_masks else {}
+
+    def _add_info(
+        self, vector_infos: dict[str, Any], env_info: Any, env_num: int
+    ) -> dict[str, Any]:
+        """What Gymnasium's `reset` does with the info of an environment."""
+        if not isinstance(env_info, dict):
+            raise _no_dict(env_num, env_info)
+        if self._with_masks:
+            self._read_mask(env_num, env_info)
+        return vector_infos
+
+    def _read_mask(self, index: int, info: Any) -> None:
+        try:
+            self._masks[index] = read_action_mask(info, self.single_action_space)
+        except TypeError as error:
+            raise SubEnvironmentError((index, "failed", f"TypeError: {error}", "")) from None
+
+    def _step_each(self, actions: Any) -> None:
         rewards, terminations, truncations = self._rewards, self._terminations, self._truncations
         each = zip(iterate(self.action_space, actions), self.envs, strict=True)
         for i, (action, env) in enumerate(each):
@@ -71,8 +111,12 @@ class InProcessEnvs(SyncVectorEnv):
                 rewards[i], terminations[i], truncations[i] = read_answer(
                     reward, terminated, truncated
                 )
-            infos = self._add_info(infos, info, i)
-        return infos
+            if not isinstance(info, dict):
+                raise _no_dict(i, info)
+            if self._with_masks:
+                self._masks[i] = True
+                if not (terminations[i] or truncations[i]):
+                    self._read_mask(i, info)
 
     def _failure(self, error: BaseException) -> BaseException:
         """`error` with the environment's index, which Gymnasium does not tell.
@@ -111,6 +155,11 @@ _LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
 _EXPECTED = (
     "expected an observation, then, of a step, a reward (a number) and two flags, then a dict"
 )
+
+
+def _no_dict(index: int, info: Any) -> SubEnvironmentError:
+    detail = f"TypeError: expected an info that is a dict, got {info!r}"
+    return SubEnvironmentError((index, "failed", detail, ""))
 
 
 def _make(

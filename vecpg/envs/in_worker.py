@@ -191,18 +191,18 @@ class _Copies:
         self.ended = [False] * len(self.envs)
         return packed(known)
 
-    def share(self, num_envs: int, action_masks: bool) -> None:
+    def share(self, num_envs: int, flags: int) -> None:
         """Find the rows of all environments in the memory, and keep this worker's."""
         env = self.envs[0]
         self.observation_space, self.action_space = env.observation_space, env.action_space
         rows = SharedRows(
-            self.memory, self.of, num_envs, self.observation_space, self.action_space, action_masks
+            self.memory, self.of, num_envs, self.observation_space, self.action_space, flags
         )
         os.close(self.memory)
         own = slice(self.first, self.first + len(self.envs))
         self.actions, self.obs, self.rewards = rows.actions[own], rows.obs[own], rows.rewards[own]
         self.terminations, self.truncations = rows.terminations[own], rows.truncations[own]
-        self.masks = rows.action_masks[own] if action_masks else None
+        self.masks = rows.action_masks[own] if flags else None
 
     def reset(
         self, seeds: list[int | None], options: dict[str, Any] | None, chosen: list[bool]
@@ -266,11 +266,8 @@ class _Copies:
         if not isinstance(info, dict):
             raise TypeError(f"expected an info that is a dict, got {info!r}")
         if self.masks is not None:
-            # After an end no action is taken, and the environment need not say which it would be.
-            if self.ended[k] and "action_mask" not in info:
-                self.masks[k] = True
-            else:
-                self.masks[k] = read_action_mask(info, self.action_space)
+            # After an end no action is taken.
+            self.masks[k] = self.ended[k] or read_action_mask(info, self.action_space)
 
 
 def _check_observation(space: Any, obs: Any) -> None:

@@ -13,8 +13,6 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from vecpg.envs.answers import num_choices
-
 _SUPPORTED = spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete
 # What every processor's lines of cache are a multiple of: two workers never write to one.
 _ALIGNMENT = 64
@@ -58,7 +56,7 @@ class SharedRows:
     obs: (N, ...) of the observation space's shape and dtype.
     rewards: (N,) float64.
     terminations, truncations: (N,) bool.
-    action_masks: (N, A) bool, True = allowed, A = the sum of `num_choices`; or (N, 0).
+    action_masks: (N, A) bool, True = allowed, A = the sum of `mask_sizes`; or (N, 0).
 
     Args:
         memory: as `create` gives it; grows to hold the rows.
@@ -66,12 +64,12 @@ class SharedRows:
         num_envs: N.
         observation_space: of one environment, one that `can_be_shared`.
         action_space: likewise.
-        action_masks: whether there are any.
+        flags: A; 0 = there are no masks.
 
     Example:
         >>> memory = create(1)
         >>> box, discrete = spaces.Box(0, 1, (2,)), spaces.Discrete(3)
-        >>> ours, theirs = (SharedRows(memory, 1, 4, box, discrete, False) for _ in range(2))
+        >>> ours, theirs = (SharedRows(memory, 1, 4, box, discrete, 0) for _ in range(2))
         >>> ours.actions[3] = 2
         >>> theirs.actions
         array([0, 0, 0, 2])
@@ -85,9 +83,8 @@ class SharedRows:
         num_envs: int,
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
-        action_masks: bool,
+        flags: int,
     ) -> None:
-        flags = sum(num_choices(action_space)) if action_masks else 0
         forms: dict[str, tuple[tuple[int, ...], Any]] = {
             "actions": (action_space.shape or (), action_space.dtype),
             "obs": (observation_space.shape or (), observation_space.dtype),

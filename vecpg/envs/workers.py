@@ -28,6 +28,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from vecpg.envs import fork_server, in_worker, shared
+from vecpg.envs.answers import mask_sizes
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 from vecpg.envs.in_worker import END_SECONDS, Failure, Known
 
@@ -57,8 +58,8 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             this process may use. 1 where they wait for something else than a core, or a process can
             have one only.
         action_masks: whether `reset` and `step` give `infos["action_mask"]`, (N, A) bool, as
-            `read_action_mask` finds it. Where an episode has ended and there is none, all is True.
-            No other info leaves a worker.
+            `read_action_mask` finds it, and True everywhere after an episode's end. No other info
+            leaves a worker. Not of environments whose actions `mask_sizes` refuses.
 
     Raises:
         SubEnvironmentError: from `reset`, `step`, `call` and making one: an environment raised,
@@ -83,7 +84,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         self.num_envs, self.step_timeout = len(env_fns), step_timeout
         self._look_seconds = min(_LOOK_SECONDS, step_timeout / 4)
-        self._masked = action_masks
+        self._with_masks, self._flags = action_masks, 0
         each = envs_per_worker or -(-self.num_envs // _cores())
         firsts = range(0, self.num_envs, each)
         self._blocks = [slice(first, min(first + each, self.num_envs)) for first in firsts]
@@ -267,10 +268,14 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
     def _share(self, memory: int) -> None:
         """Make the rows of all environments, if their spaces are such that there are any."""
         spaces = self.single_observation_space, self.single_action_space
+        if self._with_masks:
+            # Whoever asks for masks of others refuses them.
+            with contextlib.suppress(ValueError):
+                self._flags = sum(mask_sizes(spaces[1]))
         if all(map(shared.can_be_shared, spaces)):
             number = len(self._pipes)
-            self._rows = shared.SharedRows(memory, number, self.num_envs, *spaces, self._masked)
-            self._ask(in_worker.SHARE, [(self.num_envs, self._masked)] * number)
+            self._rows = shared.SharedRows(memory, number, self.num_envs, *spaces, self._flags)
+            self._ask(in_worker.SHARE, [(self.num_envs, self._flags)] * number)
 
     # -- Asking them -------------------------------------------------------------------------------
 
@@ -303,7 +308,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         return mask.tolist(), others
 
     def _infos(self, rows: shared.SharedRows) -> dict[str, Any]:
-        return {"action_mask": rows.action_masks.copy()} if self._masked else {}
+        return {"action_mask": rows.action_masks.copy()} if self._with_masks else {}
 
     def _call(
         self, name: str, args: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]

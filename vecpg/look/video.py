@@ -25,6 +25,7 @@ from vecpg.envs import (
     load_wrappers,
     make_wrapped,
 )
+from vecpg.envs.answers import mask_sizes, read_action_mask
 from vecpg.noise import Purpose, Stream
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def record(
     greedy: bool = True,
     seed: int = 1,
     draw: int = 0,
+    action_masks: bool = False,
 ) -> None:
     """Play one whole episode and write it to `path`, an mp4 file, whole or not at all.
 
@@ -70,6 +72,7 @@ def record(
         seed: with `draw` fixes the start state and the draws; it is none of the start states of
             training, confirmation or evaluation.
         draw: a further number for another episode.
+        action_masks: take only what `info["action_mask"]` of the environment allows.
 
     Raises:
         ValueError: what can be known before the first step: an environment that cannot be made or
@@ -88,15 +91,13 @@ def record(
     """
     check_recording(env_id, path)
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
-    with _started(env_id, "rgb_array", env_kwargs, max_episode_steps, wrappers, seeds[0]) as (
-        env,
-        obs,
-    ):
+    started = _started(env_id, "rgb_array", env_kwargs, max_episode_steps, wrappers, seeds[0])
+    with started as (env, obs, info):
         frame = _frame(env)
         fps = env.metadata.get("render_fps") or _FRAMES_PER_SECOND
         with _film(Path(path), frame.shape, fps) as add:
             add(frame)
-            _play(env, obs, policy, greedy, seeds, add)
+            _play(env, obs, info, policy, greedy, seeds, add, action_masks)
 
 
 def show(
@@ -109,6 +110,7 @@ def show(
     greedy: bool = True,
     seed: int = 1,
     draw: int = 0,
+    action_masks: bool = False,
 ) -> None:
     """Play on the screen the episode that `record` writes for the same arguments.
 
@@ -121,6 +123,7 @@ def show(
         greedy: as there.
         seed: as there.
         draw: as there.
+        action_masks: as there.
 
     Raises:
         ValueError: what can be known before the first step; there may be no display.
@@ -135,8 +138,9 @@ def show(
         >>> show(policy, "CartPole-v1", max_episode_steps=9)
     """
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
-    with _started(env_id, "human", env_kwargs, max_episode_steps, wrappers, seeds[0]) as (env, obs):
-        _play(env, obs, policy, greedy, seeds, None)
+    started = _started(env_id, "human", env_kwargs, max_episode_steps, wrappers, seeds[0])
+    with started as (env, obs, info):
+        _play(env, obs, info, policy, greedy, seeds, None, action_masks)
 
 
 def check_recording(env_id: str, path: str | Path) -> None:
@@ -223,8 +227,8 @@ def _started(
     max_episode_steps: int | None,
     wrappers: Sequence[str],
     seed: int,
-) -> "Iterator[tuple[gymnasium.Env[Any, Any], Any]]":
-    """One copy that renders in `mode`, just reset, and its observation.
+) -> "Iterator[tuple[gymnasium.Env[Any, Any], Any, Any]]":
+    """One copy that renders in `mode`, just reset, its observation and its info.
 
     Whatever fails up to its first frame is known before the first step.
     """
@@ -247,7 +251,7 @@ def _started(
             if made != mode:
                 env = HumanRendering(env)
                 stack.callback(env.close)
-            obs, _ = env.reset(seed=seed)
+            obs, info = env.reset(seed=seed)
             if mode == "rgb_array":
                 _frame(env)
             else:
@@ -255,7 +259,7 @@ def _started(
         # Its constructor, its reset and its renderer may raise anything.
         except Exception as error:
             raise ValueError(f"{env_id} cannot be rendered: {_words(error, mode)}") from error
-        yield env, obs
+        yield env, obs, info
 
 
 @contextmanager
@@ -300,10 +304,12 @@ def _frame(env: "gymnasium.Env[Any, Any]") -> NDArray[np.uint8]:
 def _play(
     env: "gymnasium.Env[Any, Any]",
     obs: Any,
+    info: Any,
     policy: "Policy",
     greedy: bool,
     seeds: list[int],
     add: Callable[[NDArray[np.uint8]], None] | None,
+    action_masks: bool,
 ) -> None:
     """Play to the end of the episode; hand the frame after each step to `add`.
 
@@ -313,9 +319,13 @@ def _play(
         torch.manual_seed(seeds[1])
         step, over = 0, False
         while not over:
-            action = policy.act(obs, greedy=greedy)
+            given: dict[str, Any] = {}
+            if action_masks:
+                when = f"step {step - 1}" if step else "its reset"
+                given["action_mask"] = _mask(info, env, f"{when} (reset with seed {seeds[0]})")
+            action = policy.act(obs, greedy=greedy, **given)
             try:
-                obs, _, terminated, truncated, _ = env.step(action)
+                obs, _, terminated, truncated, info = env.step(action)
                 frame = None if add is None else _frame(env)
             # It may raise anything, or leave the process with a status that means success.
             except (Exception, SystemExit) as error:
@@ -327,6 +337,18 @@ def _play(
             if add is not None and frame is not None:
                 add(frame)
             step, over = step + 1, terminated or truncated
+
+
+def _mask(info: Any, env: "gymnasium.Env[Any, Any]", when: str) -> NDArray[np.bool_]:
+    """What an info allows: something of every component."""
+    try:
+        mask = read_action_mask(info, env.action_space)
+    except TypeError as error:
+        raise EnvironmentFailure(f"the environment failed at {when}: {error}") from None
+    last = np.cumsum(mask_sizes(env.action_space))[:-1]
+    if not all(component.any() for component in np.split(mask, last)):
+        raise EnvironmentFailure(f"the environment allows no action at {when}")
+    return mask
 
 
 @contextmanager

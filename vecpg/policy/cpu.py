@@ -66,6 +66,10 @@ def why_not_network(policy: Policy) -> str | None:
         return f"{type(policy).__name__} may compute something else"
     if policy.device.type != "cpu":
         return f"the policy is on {policy.device}"
+    if policy.encoder.network != "mlp":
+        return f"its network is {policy.encoder.network}"
+    if policy.obs_dtype == torch.uint8:
+        return "its observations are uint8"
     if policy.obs_dtype != torch.float32:
         return "its observations are looked up"
     if policy.encoder.normalizer is not None:

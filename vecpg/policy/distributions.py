@@ -2,6 +2,10 @@
 
 Parameters are (P, B): one contiguous row for each parameter, because reductions over two or three
 adjacent numbers are slow on a CPU. Draws are functions of uniform numbers that the caller gives.
+
+An action mask is bool in the shape of the logits, True = allowed, with at least one True for every
+component of an action. The distribution is then the one over what is allowed: the logits of the
+rest count as minus infinity.
 """
 
 import math
@@ -19,11 +23,18 @@ from vecpg.policy.network import check_numbers
 LOG_STD_RANGE = (-5.0, 2.0)
 
 
+def masked(logits: Tensor, action_mask: Tensor | None) -> Tensor:
+    """The logits, minus infinity where the mask is False. None allows everything."""
+    return logits if action_mask is None else torch.where(action_mask, logits, -math.inf)
+
+
 class Categorical(nn.Module):
     """pi(a) = softmax(logits)[a], for `Discrete` actions.
 
     num_parameters: how many numbers the network gives for an observation.
     num_uniforms:   how many uniform numbers a draw takes.
+    mask_sizes:     how many values a mask speaks of, for every component of an action; none where
+                    actions are not masked.
     shape, dtype:   of one action.
     """
 
@@ -33,22 +44,41 @@ class Categorical(nn.Module):
         self.num_actions = self.num_parameters = int(space.n)
         self.first_action = int(space.start)
         self.num_uniforms = 1
+        self.mask_sizes = [self.num_actions]
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.int64
 
-    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniforms: Tensor, action_mask: Tensor | None = None) -> Tensor:
         """Draw by inverting the distribution function: (actions, B) and (1, B) to (B,) int64."""
+        if action_mask is not None:
+            return self._sample_allowed(logits, uniforms, action_mask)
         below = torch.softmax(logits, dim=0)[:-1].cumsum(dim=0)
         return (below <= uniforms).sum(dim=0) + self.first_action
 
-    def mode(self, logits: Tensor) -> Tensor:
-        """The most probable action."""
-        return logits.argmax(dim=0) + self.first_action
+    def _sample_allowed(self, logits: Tensor, uniforms: Tensor, action_mask: Tensor) -> Tensor:
+        below = torch.softmax(masked(logits, action_mask), dim=0).cumsum(dim=0)
+        # Counted among the allowed alone: whatever rounding has made of the sums, of which the last
+        # may be less than the number, it is one of them.
+        passed = (action_mask & (below <= uniforms)).sum(dim=0)
+        number = action_mask.cumsum(dim=0)
+        passed = torch.minimum(passed, number[-1] - 1)
+        return (number <= passed).sum(dim=0) + self.first_action
 
-    def log_probs_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def mode(self, logits: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        """The most probable action."""
+        return masked(logits, action_mask).argmax(dim=0) + self.first_action
+
+    def log_probs_and_entropy(
+        self, logits: Tensor, actions: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The logarithm of pi(actions), and the entropy in nats, (B,) each."""
-        log_probs = torch.log_softmax(logits, dim=0)
+        log_probs = torch.log_softmax(masked(logits, action_mask), dim=0)
         taken = log_probs.gather(0, (actions - self.first_action)[None])[0]
+        if action_mask is not None:
+            # The limit of p log p is 0; 0 times infinity would be NaN, in the gradient too.
+            log_probs = log_probs.masked_fill(~action_mask, 0.0)
+            probs = log_probs.exp().masked_fill(~action_mask, 0.0)
+            return taken, -(probs * log_probs).sum(dim=0)
         return taken, -(log_probs.exp() * log_probs).sum(dim=0)
 
     def for_env(self, actions: NDArray[Any]) -> NDArray[Any]:
@@ -80,26 +110,31 @@ class MultiCategorical(nn.Module):
         self.parts = [Categorical(spaces.Discrete(n, start=start)) for n, start in ranges]
         self.num_parameters = sum(part.num_actions for part in self.parts)
         self.num_uniforms = len(self.parts)
+        masks = isinstance(space, spaces.MultiDiscrete)
+        self.mask_sizes = [part.num_actions for part in self.parts] if masks else []
         self.shape: tuple[int, ...] = (len(self.parts),)
         self.dtype = torch.int64
 
-    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniforms: Tensor, action_mask: Tensor | None = None) -> Tensor:
         """(sum of actions, B) and (components, B) to (B, components) int64."""
         drawn = [
-            part.sample(own, uniforms[i : i + 1])
-            for i, (part, own) in enumerate(self._split(logits))
+            part.sample(own, uniforms[i : i + 1], mask)
+            for i, (part, own, mask) in enumerate(self._split(logits, action_mask))
         ]
         return torch.stack(drawn, dim=1)
 
-    def mode(self, logits: Tensor) -> Tensor:
+    def mode(self, logits: Tensor, action_mask: Tensor | None = None) -> Tensor:
         """The most probable action."""
-        return torch.stack([part.mode(own) for part, own in self._split(logits)], dim=1)
+        best = [part.mode(own, mask) for part, own, mask in self._split(logits, action_mask)]
+        return torch.stack(best, dim=1)
 
-    def log_probs_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs_and_entropy(
+        self, logits: Tensor, actions: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The logarithm of pi(actions), and the entropy in nats, summed over the components."""
         pairs = [
-            part.log_probs_and_entropy(own, actions[:, i])
-            for i, (part, own) in enumerate(self._split(logits))
+            part.log_probs_and_entropy(own, actions[:, i], mask)
+            for i, (part, own, mask) in enumerate(self._split(logits, action_mask))
         ]
         log_probs, entropies = zip(*pairs, strict=True)
         return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
@@ -112,9 +147,10 @@ class MultiCategorical(nn.Module):
         """The same for an environment on tensors."""
         return actions
 
-    def _split(self, logits: Tensor) -> Any:
+    def _split(self, logits: Tensor, action_mask: Tensor | None) -> Any:
         sizes = [part.num_actions for part in self.parts]
-        return zip(self.parts, torch.split(logits, sizes), strict=True)
+        masks = [None] * len(sizes) if action_mask is None else torch.split(action_mask, sizes)
+        return zip(self.parts, torch.split(logits, sizes), masks, strict=True)
 
 
 class DiagonalGaussian(nn.Module):
@@ -137,6 +173,7 @@ class DiagonalGaussian(nn.Module):
         self.shape: tuple[int, ...] = (self.size,)
         self.dtype = torch.float32
         self.num_uniforms = 2 * math.ceil(self.size / 2)
+        self.mask_sizes: list[int] = []
         self.num_parameters = self.size * (2 if log_std == "network" else 1)
         self.low: Tensor
         self.high: Tensor

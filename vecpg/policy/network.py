@@ -16,14 +16,21 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from vecpg.images import UNITS, image_of, outputs_of, resolve_network
 from vecpg.kernels import threads
+from vecpg.policy import own
+from vecpg.policy.convolutions import Convolutions
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 # A normalized observation is cut off here: one that was never seen before may be far away.
 _MOST_DEVIATIONS = 10.0
-# Rows that are taken into the statistics at once.
+# Rows that are taken into the statistics at once, and the numbers in them.
 _ROWS = 2**16
+_MOST_OBSERVED = 2**25
+# Numbers that one pass forwards and backwards keeps of the observations and their features; see
+# `Encoder.rows_at_once`.
+_MOST_KEPT = 2**24
 # Torch's own generator is there once.
 _drawing = threading.RLock()
 
@@ -87,18 +94,25 @@ def check_numbers(what: str, space: spaces.Space[Any]) -> None:
 class Encoder(nn.Module):
     """Observations as features: (B, *obs_shape) to (B, features) float32.
 
-    A `Box` is flattened, and normalized on request, and so is a `MultiBinary`, whose numbers are 0
-    and 1; a `Discrete` is looked up in a table of learned vectors, and so is every component of a
-    `MultiDiscrete`.
+    The numbers of a `Box` or `MultiBinary` are taken as float32. Those of a `Box` of uint8 are
+    divided by the largest that the space allows (255 for images): before that they stay uint8. They
+    are normalized on request. The network "mlp" takes them flattened, and looks up what is
+    `Discrete` in a table of learned vectors, and so every component of a `MultiDiscrete`; "cnn"
+    convolves images, see `vecpg.policy.convolutions`; and a user's own is called with them, with
+    int64 ones where they are `Discrete` or `MultiDiscrete`, see `vecpg.policy.own`.
 
     Args:
         space: of one environment's observations.
         embedding_size: length of the learned vectors.
         normalize: subtract the running mean and divide by the running standard deviation; for a
             `Box` or `MultiBinary` only.
+        network: "auto", "mlp", "cnn", or "module:function", which is imported, called as
+            function(space) and returns a `torch.nn.Module`. "auto": see
+            `vecpg.images.resolve_network`.
 
     Raises:
-        ValueError: a space that is not supported, or cannot be normalized.
+        ValueError: a space that is not supported, cannot be normalized, or is not for the network;
+            or a network of the user's own that does not serve.
 
     Example:
         >>> encoder = Encoder(spaces.Discrete(5, start=1), embedding_size=3)
@@ -107,29 +121,56 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, space: spaces.Space[Any], embedding_size: int = 8, normalize: bool = False
+        self,
+        space: spaces.Space[Any],
+        embedding_size: int = 8,
+        normalize: bool = False,
+        network: str = "auto",
     ) -> None:
         super().__init__()
         self.space = space
         self.shape: tuple[int, ...] = space.shape or ()
+        self.network = resolve_network(network, space)
         self.normalizer: Normalizer | None = None
+        # What stands for 1 among uint8 numbers.
+        self._largest = 1.0
         check_numbers("observation", space)
         if isinstance(space, spaces.Box | spaces.MultiBinary):
             self.features = math.prod(self.shape)
             self.dtype = torch.float32
+            if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+                self.dtype = torch.uint8
+                self._largest = max(1.0, float(space.high.max()))
             if normalize:
                 self.normalizer = Normalizer(self.features)
-            return
-        if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        elif isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            if normalize:
+                raise ValueError(
+                    f"normalize_obs: expected a Box or MultiBinary observation space, got {space}"
+                )
+            self.dtype = torch.int64
+            if self.network == "mlp":
+                self._make_table(space, embedding_size)
+        else:
             raise ValueError(
                 f"observation space {space} is not supported; supported: Box, Discrete,"
                 " MultiBinary, MultiDiscrete; many others become a Box by --wrappers"
                 " gymnasium.wrappers:FlattenObservation"
             )
-        if normalize:
-            raise ValueError(
-                f"normalize_obs: expected a Box or MultiBinary observation space, got {space}"
-            )
+        self.body: nn.Module | None = None
+        # Numbers that are kept of one observation until its gradient is formed.
+        self._kept = self.features if self.network == "mlp" else 0
+        if self.network == "cnn":
+            image = image_of(space)
+            self.body, self.features = Convolutions(image), UNITS
+            # What goes into a layer, and what comes out of it before the ReLU.
+            self._kept = math.prod(self.shape) + 2 * sum(map(math.prod, outputs_of(image)))
+        elif self.network != "mlp":
+            self.body, self.features, self._kept = own.make(self.network, space, self._entering)
+
+    def _make_table(
+        self, space: "spaces.Discrete | spaces.MultiDiscrete", embedding_size: int
+    ) -> None:
         sizes = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         sizes = sizes.astype(np.int64)  # unsigned ones would become floats below
         starts = np.broadcast_to(space.start, sizes.shape).astype(np.int64)
@@ -139,16 +180,41 @@ class Encoder(nn.Module):
         self.register_buffer("first", torch.from_numpy(first), persistent=False)
         self.table = nn.Embedding(int(sizes.sum()), embedding_size, dtype=torch.float32)
         self.features = sizes.size * embedding_size
-        self.dtype = torch.int64
 
     def forward(self, obs: Tensor) -> Tensor:
-        """(B, *obs_shape), float32 or int64 by the space, to (B, features)."""
+        """(B, *obs_shape) to (B, features).
+
+        Observations are of `dtype`, or float32 where that is uint8.
+        """
         rows = obs.shape[0]
-        if self.dtype == torch.float32:
-            flat = obs.reshape(rows, self.features)
-            return flat if self.normalizer is None else self.normalizer(flat)
-        found: Tensor = self.table(obs.reshape(rows, len(self.first)) + self.first)
+        entering = self._entering(obs)
+        if self.normalizer is not None:
+            flat = entering.reshape(rows, math.prod(self.shape))
+            entering = self.normalizer(flat).reshape(entering.shape)
+        if self.body is not None:
+            if rows == 0:  # with which a user's module need not know what to do
+                return torch.zeros(0, self.features, dtype=torch.float32, device=obs.device)
+            made: Tensor = self.body(entering)
+            return made
+        if self.dtype != torch.int64:
+            return entering.reshape(rows, self.features)
+        found: Tensor = self.table(entering.reshape(rows, len(self.first)) + self.first)
         return found.reshape(rows, self.features)
+
+    def _entering(self, obs: Tensor) -> Tensor:
+        """Observations as they enter the network: those of uint8 scaled, as real numbers."""
+        if self.dtype != torch.uint8:
+            return obs
+        numbers = obs if obs.is_floating_point() else obs.to(torch.float32)
+        return numbers / self._largest
+
+    def rows_at_once(self, most: int) -> int:
+        """How many observations, at most so many, go through forwards and backwards together.
+
+        All of them where one takes up to 4096 numbers; fewer of images, so that what is kept of
+        them until the gradient is formed does not grow with their size.
+        """
+        return max(1, min(most, _MOST_KEPT // max(1, self._kept)))
 
     def observe(self, obs: Tensor, mask: Tensor) -> None:
         """Take the counted rows of (T, N, *obs_shape) into the running statistics, where kept.
@@ -157,9 +223,13 @@ class Encoder(nn.Module):
         """
         if self.normalizer is None:
             return
-        flat, counted = obs.reshape(mask.numel(), self.features), mask.reshape(-1)
-        for rows, kept in zip(torch.split(flat, _ROWS), torch.split(counted, _ROWS), strict=True):
-            self.normalizer.observe(rows[kept])
+        numbers = math.prod(self.shape)
+        flat, counted = obs.reshape(mask.numel(), numbers), mask.reshape(-1)
+        at_once = max(1, min(_ROWS, _MOST_OBSERVED // numbers))
+        for rows, kept in zip(
+            torch.split(flat, at_once), torch.split(counted, at_once), strict=True
+        ):
+            self.normalizer.observe(self._entering(rows[kept]))
 
 
 class Normalizer(nn.Module):

@@ -14,8 +14,9 @@ from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, exponentials, forward
 
-# Writes, at step t, actions (N, *action_shape) for observations (N, *obs_shape).
-Draw = Callable[[int, Tensor, Tensor], None]
+# Writes, at step t, actions (N, *action_shape) for observations (N, *obs_shape). In torch it also
+# takes masks (N, A), which say what is allowed.
+Draw = Callable[..., None]
 
 
 def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code: bool) -> Draw:
@@ -43,12 +44,15 @@ def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code:
     size = stream.num_envs // shards
     parts = [slice(first, first + size) for first in range(0, stream.num_envs, size)]
 
-    def draw(t: int, obs: Tensor, actions: Tensor) -> None:
+    def draw(t: int, obs: Tensor, actions: Tensor, *masks: Tensor) -> None:
         seen = obs.to(policy.device, non_blocking=True)
+        allowed = [mask.to(policy.device, non_blocking=True) for mask in masks]
         numbers, dropped = noise(t), dropout(t) if policy.dropout_units else None
         for part in parts:
             units = None if dropped is None else dropped[:, part].contiguous()
-            drawn = policy.sample(seen[part], numbers[:, part].contiguous(), units)
+            drawn = policy.sample(
+                seen[part], numbers[:, part].contiguous(), units, *(mask[part] for mask in allowed)
+            )
             actions[part].copy_(drawn)
 
     return draw

@@ -6,6 +6,7 @@ from typing import Any
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from vecpg.envs import check_autoreset, has_one_generator
+from vecpg.envs.answers import mask_sizes
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.noise import Stream
 from vecpg.policy import Policy, sampling
@@ -35,11 +36,13 @@ class Collector:
     backend:       "reference" or "cpu".
     reason:        why it is not "cpu"; None if it is.
     draws_on_host: actions are drawn in machine code (always so where the backend is "cpu").
+    action_masks:  infos say which actions are allowed, and the others are not taken.
     """
 
     backend: str
     reason: str | None
     draws_on_host: bool
+    action_masks: bool = False
 
     def __str__(self) -> str:
         if self.backend == "cpu":
@@ -70,9 +73,17 @@ class Collector:
         if self.backend == "cpu":
             return collect_in_blocks(envs, policy, num_steps=num_steps, stream=stream)
         draw = sampler(policy, stream, shards=shards, in_machine_code=self.draws_on_host)
+        if on_tensors:
+            return collect_on_device(envs, policy, draw, num_steps=num_steps, stream=stream)
         # A wrapper around environments on tensors is stepped like any other.
-        step = collect_on_device if on_tensors else collect_by_stepping
-        return step(envs, policy, draw, num_steps=num_steps, stream=stream)
+        return collect_by_stepping(
+            envs,
+            policy,
+            draw,
+            num_steps=num_steps,
+            stream=stream,
+            action_masks=self.action_masks,
+        )
 
     def prepare(self, envs: Any, policy: Policy) -> None:
         """Compile, or load, the kernels that collecting this way, and evaluating, will need."""
@@ -93,6 +104,7 @@ def collect(
     first_env: int = 0,
     shards: int = 1,
     backend: str | Collector = "auto",
+    action_masks: bool = False,
 ) -> Rollout:
     """Whole episodes from a fresh reset, with the start window.
 
@@ -113,6 +125,8 @@ def collect(
         backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
             machine code, of environments on tensors on the CPU under a plain network; "auto" takes
             "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
+        action_masks: take only actions that `infos["action_mask"]` of the environments, (N, A),
+            allows; the rollout has them as `action_masks`. A `Collector` knows by itself.
 
     Returns:
         a `Rollout` on the policy's device.
@@ -121,9 +135,11 @@ def collect(
         ValueError: environments in another autoreset mode, or on another device than the policy;
             a wrapper of Gymnasium's that computes with NumPy around environments on tensors; an
             unknown backend; "cpu" where it does not serve; shards that do not divide N; a
-            `first_env` for environments that have one generator together.
-        EnvironmentFailure: an environment raised or returned a number that is not finite; the
-            message has its index, the step and the seed.
+            `first_env` for environments that have one generator together; action masks of
+            environments on tensors, or of actions that are neither Discrete nor MultiDiscrete.
+        EnvironmentFailure: an environment raised or returned a number that is not finite, or no
+            action mask, or one that allows nothing; the message has its index, the step and the
+            seed.
 
     Example:
         >>> from vecpg.envs import make_envs
@@ -133,7 +149,9 @@ def collect(
         >>> rollout.dones.sum().item()
         4
     """
-    chosen = backend if isinstance(backend, Collector) else choose_collector(envs, policy, backend)
+    chosen = backend
+    if not isinstance(chosen, Collector):
+        chosen = choose_collector(envs, policy, chosen, action_masks=action_masks)
     return chosen.collect(
         envs,
         policy,
@@ -145,7 +163,9 @@ def collect(
     )
 
 
-def choose_collector(envs: Any, policy: Policy, backend: str = "auto") -> Collector:
+def choose_collector(
+    envs: Any, policy: Policy, backend: str = "auto", *, action_masks: bool = False
+) -> Collector:
     """The way that `collect` goes; it holds as long as environments and policy keep their kind.
 
     Raises:
@@ -155,14 +175,20 @@ def choose_collector(envs: Any, policy: Policy, backend: str = "auto") -> Collec
     _check_wrappers(envs)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = "as asked" if backend == "reference" else cpu.why_not(envs, policy)
+    if action_masks:
+        mask_sizes(policy.distribution.space)
+        if isinstance(envs, TensorVectorEnv):
+            raise ValueError("action_masks: environments on tensors give no infos")
+    masked = "its actions are masked" if action_masks else None
+    reason = "as asked" if backend == "reference" else masked or cpu.why_not(envs, policy)
     if backend == "cpu" and reason is not None:
         raise ValueError(
             f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
         )
     if reason is None:
         return Collector("cpu", None, draws_on_host=True)
-    return Collector("reference", reason, draws_on_host=policy_cpu.why_not(policy) is None)
+    on_host = not action_masks and policy_cpu.why_not(policy) is None
+    return Collector("reference", reason, draws_on_host=on_host, action_masks=action_masks)
 
 
 def _check_wrappers(envs: Any) -> None:

@@ -37,7 +37,12 @@ NEXT: NDArray[np.int8] = np.array(
 )
 
 _FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
-_ON_HOST = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
+_ON_HOST = {
+    torch.float32: np.float32,
+    torch.int64: np.int64,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,9 @@ class Rollout:
     window, from their first action to their last. Everything else is masked: the step that only
     resets an environment, and whatever an environment does after its last counted episode.
 
-    obs:          (T, N, *obs_shape) float32   what the policy saw before acting; int64 where
-                                               observations are Discrete or MultiDiscrete
+    obs:          (T, N, *obs_shape) float32   what the policy saw before acting; uint8 where they
+                                               are a Box of uint8, int64 where they are Discrete or
+                                               MultiDiscrete
     actions:      (T, N) int64                 taken on `obs`; (T, N, A) int64 for MultiDiscrete
                                                and MultiBinary, and float32 for Box, as drawn,
                                                before any clipping
@@ -57,10 +63,14 @@ class Rollout:
     terminations: (T, N) bool                  the action ended the episode by the task's rule
     truncations:  (T, N) bool                  the action ended the episode by a limit
     mask:         (T, N) bool                  True = a real transition that counts
-    final_obs:    (K, *obs_shape) float32      the observation after each truncated action
+    final_obs:    (K, *obs_shape) as obs       the observation after each truncated action
     final_rows:   (K, 2) int64                 the (t, n) of each, t rising
     stream:       Stream                       what fixed every random number; None where nothing
                                                was drawn by one, and then nothing can be drawn again
+    action_masks: (T, N, A) bool               True = the environment allows the action; True where
+                                               masked. None where actions are not masked. Of
+                                               MultiDiscrete the components stand one behind the
+                                               other
     """
 
     obs: Tensor
@@ -72,6 +82,7 @@ class Rollout:
     final_obs: Tensor
     final_rows: Tensor
     stream: Stream | None = None
+    action_masks: Tensor | None = None
 
     @property
     def dones(self) -> Tensor:
@@ -95,7 +106,7 @@ class Rollout:
 
         Sums are formed for each of them and added in this order; see `docs/semantics.md`. Each has
         rows up to its own last one that counts. One shard is the rollout itself, and costs nothing;
-        of several, `obs` and `actions` lie in the rollout's memory.
+        of several, `obs`, `actions` and `action_masks` lie in the rollout's memory.
 
         Raises:
             ValueError: a count that does not divide the number of environments.
@@ -117,6 +128,7 @@ class Rollout:
             name: getattr(self, name)[:length, envs].contiguous()
             for name in ("rewards", "terminations", "truncations", "mask")
         }
+        masks = self.action_masks
         shift = torch.tensor([0, first], device=n.device)
         return Rollout(
             # Only what counts of them is looked at, and it is gathered first.
@@ -126,6 +138,7 @@ class Rollout:
             final_obs=self.final_obs[own],
             final_rows=self.final_rows[own] - shift,
             stream=None if self.stream is None else self.stream.part(first, size),
+            action_masks=None if masks is None else masks[:length, envs],
         )
 
     def split(self, values: Tensor, shards: list["Rollout"]) -> list[Tensor]:
@@ -187,6 +200,7 @@ class Rows:
     terminations: Tensor
     truncations: Tensor
     mask: Tensor
+    action_masks: Tensor
 
     def __init__(
         self,
@@ -195,8 +209,11 @@ class Rows:
         obs: tuple[tuple[int, ...], torch.dtype],
         actions: tuple[tuple[int, ...], torch.dtype],
         device: torch.device | str = "cpu",
+        action_masks: int | None = None,
     ) -> None:
         """Room for `capacity` rows; `obs` and `actions` are shape and dtype of one.
+
+        `action_masks` is how many actions there are to be masked; None: there are no masks.
 
         Raises:
             MemoryError: with what they take; from `make_room` too.
@@ -207,12 +224,14 @@ class Rows:
             name: ((num_envs, *shape), dtype)
             for name, (shape, dtype) in zip(_FIELDS, each, strict=True)
         }
+        if action_masks is not None:
+            self._rows["action_masks"] = (num_envs, action_masks), torch.bool
         self._device = torch.device(device)
         self.capacity = capacity
         self.host: Any = SimpleNamespace() if self._device.type == "cpu" else None
         # Rows made while somebody only infers are differentiated later.
         with torch.inference_mode(False):
-            for name in _FIELDS:
+            for name in self._rows:
                 self._make(name)
 
     def _make(self, name: str) -> None:
@@ -245,7 +264,7 @@ class Rows:
             return False
         self.capacity = max(length, 2 * self.capacity)
         with torch.inference_mode(False):
-            for name in _FIELDS:
+            for name in self._rows:
                 old = getattr(self, name)
                 self._make(name)
                 getattr(self, name)[: len(old)] = old
@@ -254,13 +273,13 @@ class Rows:
     def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
         """The first `length` rows, on a device."""
         if self.host is not None:
-            arrays = {name: getattr(self.host, name)[:length] for name in _FIELDS}
+            arrays = {name: getattr(self.host, name)[:length] for name in self._rows}
             t, n = np.nonzero(arrays["truncations"])
             arrays |= {"final_obs": self.host.obs[t + 1, n], "final_rows": np.stack([t, n], axis=1)}
             with torch.inference_mode(False):
                 rows = {name: torch.from_numpy(each) for name, each in arrays.items()}
         else:
-            rows = {name: getattr(self, name)[:length] for name in _FIELDS}
+            rows = {name: getattr(self, name)[:length] for name in self._rows}
             final_rows = self.truncations[:length].nonzero()
             final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
             rows |= {"final_obs": final_obs, "final_rows": final_rows}

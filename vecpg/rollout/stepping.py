@@ -4,6 +4,7 @@
 what it yields (`collect_by_stepping`); evaluation adds it up.
 """
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from vecpg.envs import EnvironmentFailure, SubEnvironmentError, has_one_generator
+from vecpg.envs.answers import mask_sizes, read_action_masks
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels.jit import jit
 from vecpg.noise import Purpose, Stream
@@ -24,6 +26,8 @@ from vecpg.rollout.data import FINISHED, NEXT, PLAYING, Rollout, Rows
 
 # The square of the largest float32.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
+# Of the observations that there is room for at first; there are 1024 rows at most.
+_MOST_BYTES = 2**28
 
 
 class Row(NamedTuple):
@@ -36,7 +40,13 @@ class Row(NamedTuple):
 
 
 def collect_by_stepping(
-    envs: VectorEnv, policy: Policy, draw: Draw, *, num_steps: int, stream: Stream
+    envs: VectorEnv,
+    policy: Policy,
+    draw: Draw,
+    *,
+    num_steps: int,
+    stream: Stream,
+    action_masks: bool = False,
 ) -> Rollout:
     """As `collect`, from any vector environment on the host.
 
@@ -48,31 +58,42 @@ def collect_by_stepping(
         draw: as `sampler` gives it.
         num_steps: the start window.
         stream: fixes the reset seeds.
+        action_masks: whether the environments' infos say which actions are allowed.
     """
+    numbers = stream.num_envs * math.prod(policy.obs_shape)
+    most = max(1, _MOST_BYTES // (numbers * policy.obs_dtype.itemsize))
     rows = Rows(
-        min(num_steps, 1024) + 1,
+        min(num_steps, 1024, most) + 1,
         stream.num_envs,
         (policy.obs_shape, policy.obs_dtype),
         (policy.action_shape, policy.action_dtype),
+        action_masks=sum(mask_sizes(envs.single_action_space)) if action_masks else None,
     )
     host = rows.host
 
-    def act(t: int, obs: NDArray[Any]) -> NDArray[Any]:
+    def act(t: int, obs: NDArray[Any], *masks: NDArray[np.bool_]) -> NDArray[Any]:
         rows.make_room(t + 1)
         host.obs[t] = obs
         actions: NDArray[Any] = host.actions[t]
+        for mask in masks:
+            host.action_masks[t] = mask
+        given = map(torch.from_numpy, masks)
         # Indexing NumPy's array costs half of indexing torch's.
-        draw(t, torch.from_numpy(host.obs[t]), torch.from_numpy(actions))
+        draw(t, torch.from_numpy(host.obs[t]), torch.from_numpy(actions), *given)
         return policy.for_env(actions)
 
     seeds = seeds_of(envs, stream, Purpose.TRAINING_RESET)
     length = 0
     with torch.inference_mode():
-        for row, following in play(envs, act, num_steps=num_steps, seeds=seeds):
+        for row, following in play(
+            envs, act, num_steps=num_steps, seeds=seeds, action_masks=action_masks
+        ):
             host.rewards[length] = row.rewards
             host.terminations[length] = row.terminations
             host.truncations[length] = row.truncations
             host.mask[length] = row.mask
+            if action_masks:
+                host.action_masks[length, ~row.mask] = True
             length += 1
             last_obs = following
     host.obs[length] = last_obs
@@ -90,11 +111,12 @@ def seeds_of(envs: VectorEnv, stream: Stream, purpose: Purpose) -> int | list[in
 
 def play(
     envs: VectorEnv,
-    act: Callable[[int, NDArray[Any]], NDArray[Any]],
+    act: Callable[..., NDArray[Any]],
     *,
     num_steps: int | None = None,
     quotas: NDArray[np.int64] | None = None,
     seeds: int | list[int],
+    action_masks: bool = False,
 ) -> Iterator[tuple[Row, NDArray[Any]]]:
     """Reset, then step until every episode that counts has ended.
 
@@ -103,10 +125,13 @@ def play(
 
     Args:
         envs: N environments in NEXT_STEP mode.
-        act: from the step number and the observations to the actions.
+        act: from the step number and the observations to the actions; with `action_masks` also
+            from (N, A) bool, True = allowed.
         num_steps: the start window in real steps, counted from the reset. None = no end.
         quotas: (N,) episodes. None = no end.
         seeds: as the environments' `reset` takes them.
+        action_masks: whether infos say which actions are allowed. What is ignored, the action after
+            an episode's end, may be any.
 
     Yields:
         each row, and the observations that follow it (after an end, the final one). A row's arrays
@@ -114,7 +139,7 @@ def play(
     """
     try:
         # VectorEnv annotates one integer; Sync and Async document the list.
-        obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]
+        obs, infos = envs.reset(seed=seeds)  # type: ignore[arg-type]
     except (Exception, SystemExit) as error:
         raise _failure(error, "its reset", seeds) from error
     num_envs = envs.num_envs
@@ -127,11 +152,15 @@ def play(
     obs = np.asarray(obs)
     space = envs.single_observation_space
     _check_observations(obs, state, space, "its reset", seeds)
+    masks: tuple[NDArray[np.bool_], ...] = ()
+    if action_masks:
+        none_ended = np.zeros(num_envs, np.bool_)
+        masks = (_masks(envs, infos, state, none_ended, "its reset", seeds),)
     t, playing = 0, num_envs
     while playing:
-        actions = act(t, obs)
+        actions = act(t, obs, *masks)
         try:
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            obs, rewards, terminations, truncations, infos = envs.step(actions)
         except (Exception, SystemExit) as error:
             raise _failure(error, f"step {t}", seeds) from error
         # Environments on tensors, on the CPU, are stepped like any other.
@@ -145,8 +174,27 @@ def play(
         )
         if bad >= 0:
             raise _not_finite("reward", rewards[bad], bad, f"step {t}", seeds)
+        if action_masks:
+            ended = terminations | truncations
+            masks = (_masks(envs, infos, state, ended, f"step {t}", seeds),)
         yield row, obs
         t += 1
+
+
+def _masks(
+    envs: VectorEnv,
+    infos: Any,
+    state: NDArray[np.int8],
+    ended: NDArray[np.bool_],
+    when: str,
+    seeds: int | list[int],
+) -> NDArray[np.bool_]:
+    """(N, A) of what `infos` allow: where an episode goes on, or begins, that is something."""
+    space = envs.single_action_space
+    try:
+        return read_action_masks(infos, space, needed=state == PLAYING, ended=ended)
+    except SubEnvironmentError as error:
+        raise _failure(error, when, seeds) from error
 
 
 def _column(
@@ -238,6 +286,12 @@ def _check_observations(
                 f" ({_reset(seeds, index)}); expected one of {space}"
             )
         return
+    if space.dtype == np.uint8:
+        _check_bytes(obs, state, space, when, seeds)
+        return
+    # Whole numbers are finite; a sum of their squares, which wraps around, would say nothing.
+    if obs.dtype.kind in "biu":
+        return
     # What passes this, in a single fast sum, is finite; what does not is looked at one by one.
     if float(np.vdot(obs, obs)) < _LARGEST_SQUARE:
         return
@@ -249,6 +303,29 @@ def _check_observations(
     if bad.any():
         index = int(bad.argmax())
         raise _not_finite("observation", values[index], index, when, seeds)
+
+
+def _check_bytes(
+    obs: NDArray[Any],
+    state: NDArray[np.int8],
+    space: spaces.Space[Any],
+    when: str,
+    seeds: int | list[int],
+) -> None:
+    """Of a space of uint8, whose observations stay that: none may be another number in it."""
+    if obs.dtype == np.uint8:
+        return
+    with np.errstate(invalid="ignore"):
+        outside = (obs != obs.astype(np.uint8)).reshape(len(state), -1)
+    bad = outside.any(axis=1) & (state != FINISHED)
+    if bad.any():
+        index = int(bad.argmax())
+        value = obs[index].reshape(-1)[outside[index]][0]
+        raise EnvironmentFailure(
+            f"environment {index} returned an observation with the number {value} at {when}"
+            f" ({_reset(seeds, index)}); expected whole numbers from 0 to 255, as its space"
+            f" has, of shape {space.shape} and uint8"
+        )
 
 
 def _not_finite(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vecpg.run.metrics import Metrics
     from vecpg.run.state import TrainState
 
-FORMAT = 4
+FORMAT = 5
 # So many of a run are kept, the newest.
 KEPT = 3
 MANIFEST, STATE, BEST = "manifest.json", "state.pt", "best.pt"
@@ -324,18 +324,26 @@ def others(folder: Path) -> str:
     return f"; {', '.join(map(str, good))} can be loaded" if good else ""
 
 
-def load_policy(run_or_checkpoint: str | Path, device: torch.device | str = "cpu") -> Policy:
+def load_policy(
+    run_or_checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    network: str | None = None,
+) -> Policy:
     """The trained policy of a run directory (its best) or of one checkpoint.
 
     Args:
         run_or_checkpoint: such as `runs/CartPole-v1__reinforce__1__1795310000`.
         device: where the policy should be.
+        network: that of `--network`, where it is "module:function": what a file names is imported
+            only if it is named here too.
 
     Raises:
         CheckpointError: a `ValueError`: no checkpoint there, or a damaged one.
+        ValueError: the policy has another network, which is to be named.
     """
     checkpoint, content = load(run_or_checkpoint)
-    return policy_of(content, checkpoint.folder, device)
+    return policy_of(content, checkpoint.folder, device, network)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:

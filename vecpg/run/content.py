@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vecpg.adam import Adam
 from vecpg.config import flag
-from vecpg.policy import Policy
+from vecpg.policy import MOST_SEEN, Policy
 from vecpg.policy.network import drawn_from
 from vecpg.policy.spaces import from_description
 
@@ -327,7 +327,12 @@ def _is_dense(size: list[int], stride: list[int]) -> bool:
     return True
 
 
-def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu") -> Policy:
+def policy_of(
+    content: Any,
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    network: str | None = None,
+) -> Policy:
     """The policy that `policy_state` wrote, in evaluation mode, with parameters of its own.
 
     The network is built only after its description was found to fit the parameters that there are.
@@ -336,6 +341,8 @@ def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu"
         content: holds "policy".
         path: for messages.
         device: where the policy should be.
+        network: as `Policy.from_description` takes it: a network of the user's own is imported only
+            if it is named here too.
 
     Raises:
         ValueError: it holds no such thing, with the file and the first part that is wrong.
@@ -346,7 +353,9 @@ def policy_of(content: Any, path: Path | str, device: torch.device | str = "cpu"
         parameters = _tensors(saved["parameters"], "policy.parameters")
         _check_plain(saved["description"], "policy.description")
         with drawn_from(0):  # whose fresh parameters are thrown away
-            policy = Policy.from_description(saved["description"], largest=_numbers(parameters))
+            policy = Policy.from_description(
+                saved["description"], largest=_numbers(parameters), network=network
+            )
         check_tensors(parameters, policy.state_dict(), "policy.parameters")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -435,7 +444,7 @@ def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
     saved = given["description"]
     _check_keys(saved, expected, "policy.description")
     _check_plain(saved, "policy.description")
-    largest = _numbers(_tensors(given["parameters"], "policy.parameters"))
+    largest = max(MOST_SEEN, _numbers(_tensors(given["parameters"], "policy.parameters")))
     said = []
     for name, now in expected.items():
         was = saved[name]
