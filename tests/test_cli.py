@@ -464,7 +464,13 @@ def test_a_network_of_the_users_own_is_evaluated_if_it_is_typed(here, tmp_path):
 def test_evaluation_steps_as_training_did_unless_it_is_told_otherwise(
     here, tmp_path, monkeypatch, args, vectorization, step_timeout
 ):
-    save_some(tmp_path / "checkpoints" / "x", num_envs=3, step_timeout=7.5, max_episode_steps=9)
+    save_some(
+        tmp_path / "checkpoints" / "x",
+        num_envs=3,
+        step_timeout=7.5,
+        envs_per_worker=2,
+        max_episode_steps=9,
+    )
     asked, real = [], vecpg.evaluate.evaluate
 
     def noticed(*args, **kwargs):
@@ -475,8 +481,9 @@ def test_evaluation_steps_as_training_did_unless_it_is_told_otherwise(
     code, out, err = here("evaluate", "checkpoints/x", "--episodes", 4, *args)
     assert code == 0, err
     assert json.loads(out)["length_mean"] <= 9
-    found = [asked[0][name] for name in ("vectorization", "step_timeout", "num_envs")]
-    assert found == [vectorization, step_timeout, 3]
+    names = ("vectorization", "step_timeout", "num_envs", "envs_per_worker")
+    found = [asked[0][name] for name in names]
+    assert found == [vectorization, step_timeout, 3, 2]
 
 
 def test_a_way_of_stepping_that_evaluation_cannot_go_is_refused(here, tmp_path):
