@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from vecpg import Config
 from vecpg.cli import COMMANDS, EvaluateConfig, PlotConfig, parse, parse_config
 from vecpg.measure.cli import BenchmarkConfig
+from vecpg.train import train
 
 DOCUMENTS = sorted(
     path
@@ -117,3 +119,15 @@ def test_the_examples_of_training_from_python_run(tmp_path, monkeypatch):
     assert [row.partition(",")[0] for row in rows] == ["1", "2", "3"]
     exec(steps, names)
     assert names["stats"].grad_norm > 0
+
+
+def test_the_wrapper_and_the_network_of_the_environments_page_train(tmp_path, monkeypatch):
+    wrapper, network, *_ = blocks(ROOT / "docs" / "environments.md", "python")
+    (tmp_path / "mine.py").write_text(wrapper + network)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"wrappers": ("mine:scaled",), "network": "mine:features"}
+    config = Config(env_id="Pendulum-v1", num_envs=2, total_iterations=1, eval_episodes=2, **names)
+    result = train(config)
+    assert result.policy.encoder.features == 32
+    assert -200 < result.summary["eval_return_mean"] < 0
