@@ -4,6 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from wrappers import doubled, nothing, raising
 
 from vecpg.config import Config, ConfigError
 from vecpg.envs import (
@@ -24,22 +25,6 @@ from vecpg.train import train
 FLATTEN = "gymnasium.wrappers:FlattenObservation"
 
 
-def doubled(env):
-    return gymnasium.wrappers.TransformReward(env, lambda reward: 2 * reward)
-
-
-def one_more(env):
-    return gymnasium.wrappers.TransformReward(env, lambda reward: reward + 1)
-
-
-def raising(env):
-    raise RuntimeError("no wrapper today")
-
-
-def nothing(env):
-    return None
-
-
 def rewards(envs):
     envs.reset(seed=[1, 2])
     found = [envs.step(np.zeros(2, np.int64))[1] for _ in range(3)]
@@ -49,7 +34,7 @@ def rewards(envs):
 
 @pytest.mark.parametrize("vectorization", ["auto", "sync", "async"])
 def test_each_goes_around_those_before_it(vectorization):
-    names = ["test_envs_wrappers:doubled", "test_envs_wrappers:one_more"]
+    names = ["wrappers:doubled", "wrappers:one_more"]
     for wrappers, paid in ((names, 3), (names[::-1], 4), (names[:1], 2), ([], 1)):
         if wrappers or vectorization != "auto":
             envs = make_envs("CartPole-v1", 2, vectorization=vectorization, wrappers=wrappers)
@@ -78,9 +63,9 @@ def test_single_copies_only_have_them(caplog):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("test_envs_wrappers:raising", "CartPole-v1 could not be made: RuntimeError: no wrapper"),
-        ("test_envs_wrappers:nothing", "nothing: expected a gymnasium.Env, got NoneType"),
-        ("test_envs_wrappers:absent", "--wrappers test_envs_wrappers:absent: expected absent in"),
+        ("wrappers:raising", "CartPole-v1 could not be made: RuntimeError: no wrapper"),
+        ("wrappers:nothing", "nothing: expected a gymnasium.Env, got NoneType"),
+        ("wrappers:absent", "--wrappers wrappers:absent: expected absent in"),
         ("no_such_module:wrap", "--wrappers no_such_module:wrap: expected a module that can be"),
     ],
 )
@@ -128,7 +113,7 @@ def test_dictionaries_and_tuples_are_flattened(env_id, tmp_path):
 
 
 def test_a_run_is_evaluated_and_goes_on_in_its_wrappers(tmp_path):
-    names = ("test_envs_wrappers:doubled", "test_envs_wrappers:one_more")
+    names = ("wrappers:doubled", "wrappers:one_more")
     config = Config(wrappers=names, out_dir=str(tmp_path), max_episode_steps=10, **SHORT)
     result = train(config)
     rows = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
@@ -138,7 +123,7 @@ def test_a_run_is_evaluated_and_goes_on_in_its_wrappers(tmp_path):
     assert found.return_mean == 3 * found.length_mean
     stored = json.loads((result.run_dir / "config.json").read_text())
     assert stored["wrappers"] == list(names)
-    with pytest.raises(ConfigError, match=r"pass wrappers=\('test_envs_wrappers:doubled', "):
+    with pytest.raises(ConfigError, match=r"pass wrappers=\('wrappers:doubled', "):
         stored_config(result.run_dir, total_iterations=3)
     with pytest.raises(ConfigError, match="--wrappers: expected"):
         stored_config(result.run_dir, total_iterations=3, wrappers=names[::-1])
@@ -163,7 +148,7 @@ def test_a_film_is_made_in_wrappers(tmp_path):
 
 
 def test_names_are_loaded_in_order():
-    names = [FLATTEN, "test_envs_wrappers:doubled"]
+    names = [FLATTEN, "wrappers:doubled"]
     assert load_wrappers(names) == [
         (FLATTEN, gymnasium.wrappers.FlattenObservation),
         (names[1], doubled),
@@ -172,4 +157,4 @@ def test_names_are_loaded_in_order():
 
 def test_a_failure_in_making_is_no_other_kind_of_error():
     with pytest.raises(EnvironmentNotMade):
-        make_envs("CartPole-v1", 1, wrappers=["test_envs_wrappers:raising"])
+        make_envs("CartPole-v1", 1, wrappers=["wrappers:raising"])
