@@ -122,26 +122,3 @@ def time_collect(benchmark, record, envs, num_steps, backend, check=check_cartpo
             env_steps_per_second=round(rollout.mask.sum().item() / median),
             vector_steps_per_second=round(rollout.mask.numel() / median),
         )
-
-
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-@pytest.mark.parametrize("how", ["sleep", "compute"])
-@pytest.mark.parametrize("milliseconds", [0.1, 1, 10])
-@pytest.mark.benchmark(group="8 copies of a slow environment")
-def bench_slow(benchmark, record, vectorization, how, milliseconds):
-    kwargs = {"seconds": milliseconds / 1000, "how": how}
-    envs = make_envs("slow:Slow-v0", 8, vectorization=vectorization, env_kwargs=kwargs)
-    rollout = collect(envs, fresh_policy(envs), num_steps=1, seed=1, iteration=0)
-    assert rollout.mask.shape == (20, 8)
-    assert rollout.mask.all()
-    rows = 20
-    actions = np.zeros((rows, 8), np.int64)
-
-    def bare():
-        for row in actions:
-            envs.step(row)
-
-    benchmark.pedantic(bare, rounds=5, warmup_rounds=1)
-    envs.close()
-    if benchmark.stats:
-        record(vector_steps_per_second=round(rows * 8 / benchmark.stats.stats.median))

@@ -66,9 +66,15 @@ def test_every_cell_is_asked_for_once():
     ("case", "reason"),
     [
         (Case("collect", "cpu", "sync", 512), None),
-        (Case("collect", "cpu", "sync", 513), "beyond 512 no faster"),
-        (Case("train", "cpu", "async", 12), None),
-        (Case("train", "cpu", "async", 13), "async beyond 4 copies for each of 3 cores"),
+        (
+            Case("collect", "cpu", "sync", 513),
+            "sync steps copies in turn, beyond 512 in a process no faster",
+        ),
+        (Case("train", "cpu", "async", 1536), None),
+        (
+            Case("train", "cpu", "async", 1537),
+            "async steps copies in turn, beyond 512 in a process no faster",
+        ),
         (Case("collect", "cpu", "tensor", 4096), None),
         (Case("collect", "cpu", "tensor", 20_000), None),
         (Case("collect", "cpu", "tensor", 30_000), "may take 2.8 GiB, over half of 4.0 GiB"),

@@ -32,14 +32,13 @@ from vecpg.update import by_autograd, update
 ENV_ID = "CartPole-v1"
 
 # Real steps of one collection, about: what is stepped copy by copy would take seconds for more.
-_STEPS = {"sync": 4096, "async": 1024}
+_STEPS = {"sync": 4096, "async": 4096}
 _STEPS_ELSEWHERE = 32768
 _MOST_NUM_STEPS = 512
 _RETURNS_ROWS = 128
 _FEWEST_UPDATE_ROWS = 16
 
 _MOST_IN_PROCESS = 512
-_MOST_ASYNC_PER_CORE = 4
 # What one row of one copy takes in a whole iteration: observations, actions, weights, copies.
 _BYTES_PER_ROW = 200
 _TIME_LIMIT = 500
@@ -157,10 +156,10 @@ def why_not_run(case: Case, cores: int, memory: int) -> str | None:
         cores: of this machine.
         memory: bytes, of the case's device.
     """
-    if case.vectorization == "sync" and case.num_envs > _MOST_IN_PROCESS:
-        return f"sync steps copies in turn, beyond {_MOST_IN_PROCESS} no faster"
-    if case.vectorization == "async" and case.num_envs > _MOST_ASYNC_PER_CORE * cores:
-        return f"async beyond {_MOST_ASYNC_PER_CORE} copies for each of {cores} cores"
+    processes = {"sync": 1, "async": cores}.get(case.vectorization)
+    if processes is not None and case.num_envs > _MOST_IN_PROCESS * processes:
+        steps = f"{case.vectorization} steps copies in turn"
+        return f"{steps}, beyond {_MOST_IN_PROCESS} in a process no faster"
     rows = {"returns": _RETURNS_ROWS, "update": _update_rows(case)}.get(
         case.thing, num_steps(case) + _TIME_LIMIT
     )
