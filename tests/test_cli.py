@@ -17,6 +17,7 @@ from conftest import ROOT, save_policy
 from gymnasium import spaces
 
 import vecpg
+import vecpg.begin
 import vecpg.evaluate
 import vecpg.rollout.stepping
 import vecpg.train
@@ -733,7 +734,7 @@ def test_a_signal_while_episodes_are_played_is_one_line(here, tmp_path, monkeypa
 def test_a_signal_while_a_run_is_made_ready_is_one_line(here, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "remark", "; nothing to resume")
     monkeypatch.setattr(
-        vecpg.train, "make_envs", lambda *args, **kw: os.kill(os.getpid(), signal.SIGTERM)
+        vecpg.begin, "make_envs", lambda *args, **kw: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert here("train", "--num-envs", 2) == (143, "", "stopped by SIGTERM; nothing to resume\n")
     assert list(tmp_path.glob("runs/*")) == []

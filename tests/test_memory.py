@@ -16,6 +16,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from vecpg import begin as begin_module
 from vecpg import memory
 from vecpg import train as train_module
 from vecpg.adam import Adam
@@ -169,14 +170,14 @@ def test_the_command_line_answers_before_torch_is_loaded(tmp_path):
 def test_a_run_refuses_before_anything_of_that_size_is_made(tmp_path, monkeypatch, vectorization):
     """A copy is made first; it is its spaces that do not fit."""
     made = []
-    real = train_module.make_envs
+    real = begin_module.make_envs
 
     def make(env_id, num_envs, **more):
         made.append(num_envs)
         assert num_envs == 1
         return real(env_id, num_envs, **more)
 
-    monkeypatch.setattr(train_module, "make_envs", make)
+    monkeypatch.setattr(begin_module, "make_envs", make)
     monkeypatch.setattr(memory, "there_is", lambda: 60e6 if vectorization != "sync" else 3.3e9)
     config = Config(num_envs=10**6, vectorization=vectorization, out_dir=str(tmp_path / "runs"))
     expected = "--num-envs: expected at most" if vectorization != "sync" else "--num-steps"
@@ -455,7 +456,7 @@ def test_before_the_first_step_it_is_a_matter_of_settings(tmp_path, monkeypatch)
     def fails(*args, **more):
         raise MemoryError("Unable to allocate 3. GiB")
 
-    monkeypatch.setattr(train_module, "make_envs", fails)
+    monkeypatch.setattr(begin_module, "make_envs", fails)
     with pytest.raises(
         ConfigError, match="out of memory while preparing: Unable .*; lower --num-envs"
     ):

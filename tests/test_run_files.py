@@ -24,6 +24,7 @@ from gymnasium import spaces
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from vecpg import begin as begin_module
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
@@ -275,16 +276,16 @@ def test_an_environment_may_be_registered_in_any_way(tmp_path, stopped):
 def test_auto_goes_on_to_mean_what_it_meant(tmp_path, stopped, monkeypatch):
     stopped(short(tmp_path, vectorization="auto"), 2, fails)
     asked = []
-    real = train_module.resolve_vectorization
+    real = begin_module.resolve_vectorization
     monkeypatch.setattr(
-        train_module,
+        begin_module,
         "resolve_vectorization",
         lambda *a, **kw: (asked.append(a[1]), real(*a, **kw))[1],
     )
     devices = []
-    resolve = train_module.resolve_device
+    resolve = begin_module.resolve_device
     monkeypatch.setattr(
-        train_module, "resolve_device", lambda *a: (devices.append(a[0]), resolve(*a))[1]
+        begin_module, "resolve_device", lambda *a: (devices.append(a[0]), resolve(*a))[1]
     )
     train(stored_config(the_run(tmp_path)))
     assert asked == ["tensor"]
@@ -505,9 +506,9 @@ def test_another_environment_is_refused(tmp_path, stopped, monkeypatch):
 
 def test_another_build_is_a_warning(tmp_path, stopped, caplog, monkeypatch):
     stopped(short(tmp_path), 2, fails)
-    other = train_module.versions() | {"torch": "9.9"}
-    monkeypatch.setattr(train_module, "versions", lambda: other)
-    monkeypatch.setattr(train_module, "hardware", lambda: {"cpu": "abacus", "cores": 1})
+    other = begin_module.versions() | {"torch": "9.9"}
+    monkeypatch.setattr(begin_module, "versions", lambda: other)
+    monkeypatch.setattr(begin_module, "hardware", lambda: {"cpu": "abacus", "cores": 1})
     train(stored_config(the_run(tmp_path)))
     (said,) = [each.message for each in caplog.records if each.levelno == logging.WARNING]
     assert "cpu abacus instead of " in said

@@ -136,7 +136,7 @@ def test_what_is_saved_is_all_that_a_run_needs_to_go_on(tmp_path, monkeypatch, s
     def run(name, iterations, saved_by=None):
         given = {"num_envs": 8, "hidden_sizes": (8,), "eval_episodes": 2, "return_window": 20}
         given |= {"out_dir": str(tmp_path / name), "progress": False, **settings}
-        begin = train_module._begin
+        begin = train_module.begin
 
         def begun(config):
             begun = begin(config)
@@ -145,7 +145,7 @@ def test_what_is_saved_is_all_that_a_run_needs_to_go_on(tmp_path, monkeypatch, s
             return begun
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_module, "_begin", begun)
+            patch.setattr(train_module, "begin", begun)
             result = train(Config(**given, total_iterations=iterations))
         rows = (result.run_dir / "metrics.jsonl").read_text().splitlines()
         return result, [without_clock(json.loads(row)) for row in rows]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vecpg import advantage, update, value
-from vecpg import train as train_module
+from vecpg import begin as begin_module
 from vecpg.advantage import advantages, subtract_mean_by_age, sum_and_count, sums_by_age
 from vecpg.config import Config
 from vecpg.envs import make_envs
@@ -787,7 +787,7 @@ def test_a_run_is_that_of_the_shards_one_by_one(tmp_path, monkeypatch, way):
 
     monkeypatch.setattr(Collector, "collect", collect_repaid)
     monkeypatch.setattr(
-        train_module, "Critic", lambda *args: begun.append(Critic(*args)) or copy.deepcopy(begun[0])
+        begin_module, "Critic", lambda *args: begun.append(Critic(*args)) or copy.deepcopy(begun[0])
     )
     rows = rows_of(train(config))
     monkeypatch.undo()

@@ -89,7 +89,7 @@ gymnasium.register("Slow-v0", Slow, max_episode_steps=9)
 # then saved (None: there is no run yet).
 PHASES = {
     "importing": ("importing", "torch", "", 0, None),
-    "compiling": ("during", "vecpg.train", "prepare_advantages", 1, None),
+    "compiling": ("during", "vecpg.begin", "prepare_advantages", 1, None),
     "collecting": ("during", "vecpg.train", "collect", 2, 1),
     "updating": ("at", "vecpg.train", "update", 2, 2),
     "evaluating": ("during", "vecpg.train", "evaluate_in", 1, 3),

@@ -22,6 +22,7 @@ from conftest import last
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vecpg import begin as begin_module
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
@@ -491,8 +492,12 @@ def test_before_and_after_the_run_torch_is_on_one_thread_too(tmp_path, monkeypat
 
         return call
 
-    for name in ("choose_collector", "prepare_statistics", "_summary"):
-        monkeypatch.setattr(train_module, name, noting(getattr(train_module, name)))
+    for module, name in (
+        (begin_module, "choose_collector"),
+        (begin_module, "prepare_statistics"),
+        (train_module, "_summary"),
+    ):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
     torch.set_num_threads(2)
     train(short(tmp_path, threads=2))
     assert numbers == [1, 1, 1]
@@ -734,14 +739,14 @@ def test_frozen_lake_is_solved(tmp_path):
 
 def test_the_environments_are_closed(tmp_path, monkeypatch):
     closed = []
-    real = train_module.make_envs
+    real = begin_module.make_envs
 
     def make(*args, **kwargs):
         envs = real(*args, **kwargs)
         monkeypatch.setattr(envs, "close_extras", lambda **kw: closed.append(True))
         return envs
 
-    monkeypatch.setattr(train_module, "make_envs", make)
+    monkeypatch.setattr(begin_module, "make_envs", make)
     train(short(tmp_path, vectorization="sync"))
     assert closed == [True]
 
@@ -848,88 +853,12 @@ def test_a_stuck_run_says_so_in_one_line(tmp_path, caplog):
     assert caplog.text.count("every episode has returned -5 for 5 iterations") == 1
 
 
-def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    one = train(short(tmp_path, num_envs=1))
-    assert "with one environment it equals none" in caplog.text
-    none = train(short(tmp_path, num_envs=1, baseline="none"))
-    assert without_clock(lines(one.run_dir)) == without_clock(lines(none.run_dir))
-
-
-def test_convolutions_at_a_step_size_that_is_too_long_for_them_are_named(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    settings = {"env_id": "environments:Catch-v0", "num_envs": 2, "total_iterations": 1}
-    said = "network cnn: convolutions seldom learn at --learning-rate 0.012; try 1e-3"
-    train(short(tmp_path, **settings))
-    assert caplog.text.count(said) == 1
-    train(short(tmp_path, learning_rate=1e-3, **settings))
-    train(short(tmp_path, network="mlp", **settings))
-    assert caplog.text.count("seldom learn") == 1
-
-
 def test_before_the_return_window_is_full_there_is_no_best_return(tmp_path):
     result = train(short(tmp_path, return_window=10**6))
     assert result.summary["best_return"] is None
     newest = checkpoint.load_policy(checkpoint.folders(result.run_dir)[0])
     for a, b in zip(result.policy.parameters(), newest.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"env_id": "CartPol-v1"}, "Did you mean: `CartPole`"),
-        ({"env_id": "environments:Endless-v0"}, "no time limit"),
-        ({"env_id": "Blackjack-v1", "max_episode_steps": 9}, "observation space Tuple.*supported:"),
-        ({"env_id": "FrozenLake-v1", "normalize_obs": True}, r"expected a Box .*got Discrete\(16"),
-        ({"device": "gpu"}, "--device"),
-        ({"env_kwargs": {"no_such": 1}}, "could not be made"),
-        ({"network": "cnn"}, r"--network cnn: expected images, .* got a Box of shape \(4,\)"),
-        (
-            {"network": "networks:no_such"},
-            "--network networks:no_such: expected no_such in the mod",
-        ),
-        ({"network": "networks:colours"}, "--network networks:colours: expected it to work on obs"),
-        # The value function's is another than the policy's.
-        (
-            {"network": "networks:shared", "baseline": "value"},
-            "--network networks:shared: expected new parameters at each call, got layer.weight of",
-        ),
-        (
-            {"env_id": "environments:Constant-v0", "action_masks": True},
-            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
-        ),
-        (
-            {"env_id": "environments:Constant-v0", "vectorization": "async", "action_masks": True},
-            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
-        ),
-        (
-            {"env_id": "Pendulum-v1", "action_masks": True},
-            r"--action-masks: expected actions that are Discrete, .* got Box",
-        ),
-        (
-            {"env_id": "environments:Switches-v0", "action_masks": True},
-            r"--action-masks: expected actions that are Discrete, .* got MultiBinary",
-        ),
-        (
-            {"vectorization": "tensor", "action_masks": True},
-            "--action-masks: environments on tensors give no infos",
-        ),
-        (
-            {
-                "env_id": "environments:Masked-v0",
-                "env_kwargs": {"fault": "nothing allowed", "at": 0, "after": 0},
-                "action_masks": True,
-                "vectorization": "async",
-            },
-            "environment 0 allows no action at its reset",
-        ),
-    ],
-)
-def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        train(short(tmp_path, **settings))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_faulty_environment_ends_the_run_with_a_checkpoint(tmp_path):
@@ -1165,7 +1094,7 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
     clock = types.SimpleNamespace(seconds=0.0)
     update = train_module.update
     compilation = contextlib.nullcontext(clock)
-    monkeypatch.setattr(train_module, "Compilation", lambda: compilation)
+    monkeypatch.setattr(begin_module, "Compilation", lambda: compilation)
     monkeypatch.setattr(train_module, "update", slow)
     summary = train(short(tmp_path, target_return=1.0, return_window=1, confirm=False)).summary
     assert summary["solved"]

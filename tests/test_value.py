@@ -7,6 +7,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from vecpg import begin as begin_module
 from vecpg import train as train_module
 from vecpg import value as value_module
 from vecpg.config import Config
@@ -301,9 +302,9 @@ def test_it_is_fitted_after_the_step_that_used_it(tmp_path, monkeypatch):
 
         monkeypatch.setattr(train_module, name, noticed)
     critic = []
-    real_critic = train_module.Critic
+    real_critic = begin_module.Critic
     monkeypatch.setattr(
-        train_module, "Critic", lambda *args: critic.append(real_critic(*args)) or critic[0]
+        begin_module, "Critic", lambda *args: critic.append(real_critic(*args)) or critic[0]
     )
     settings = {"num_envs": 4, "total_iterations": 3, "eval_episodes": 1, "progress": False}
     train(Config(baseline="value", value_steps=2, out_dir=str(tmp_path), **settings))

@@ -1,61 +1,43 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from vecpg import memory
-from vecpg.adam import Adam
-from vecpg.advantage import advantages, prepare_advantages
+from vecpg.advantage import advantages
+from vecpg.begin import Run, begin, torch_threads
 from vecpg.config import Config, ConfigError
-from vecpg.device import resolve_device
-from vecpg.envs import (
-    EnvironmentFailure,
-    find_spec,
-    make_envs,
-    resolve_vectorization,
-)
-from vecpg.evaluate import EvalResult, evaluate_in, make_judge, prepare_evaluation
+from vecpg.envs import EnvironmentFailure
+from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew
-from vecpg.kernels.jit import Compilation
 from vecpg.look import video
-from vecpg.machine import hardware, versions
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.policy.network import drawn_from
-from vecpg.rollout import Collector, Rollout, choose_collector, collect
-from vecpg.rollout.statistics import Episodes, episode_statistics, prepare_statistics
+from vecpg.rollout import Rollout, collect
+from vecpg.rollout.statistics import Episodes, episode_statistics
 from vecpg.run import files
 from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
-from vecpg.run.files import Files, Source
 from vecpg.run.interrupts import Interrupts
 from vecpg.run.progress import Progress
 from vecpg.run.resume import find_run, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
-from vecpg.run.stopping import Stopping
-from vecpg.update import Learner, UpdateStats, choose_learner, update
-from vecpg.value import Critic, ValueFunction, fit, predict
+from vecpg.update import UpdateStats, update
+from vecpg.value import fit, predict
 
 OnIteration = Callable[[dict[str, float | None], Policy], bool | None]
 
 _log = logging.getLogger(__name__)
-# Of an image game of 10 x 10 pixels 5 of 5 seeds were solved at 1e-3, and 1 of 5 at 1.2e-2.
-_MOST_OF_CONVOLUTIONS = 5e-3
-# Before so many copies are made, one is, to see whether the spaces of all of them will fit.
-_MANY_ENVS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +93,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
     """
     if (finished := _finished(config)) is not None:
         return finished
-    run = _begin(config)
+    run = begin(config)
     with _running(config, run) as (clock, progress, interrupts):
         envs, state, draft = run.envs, run.state, run.state.draft()
         while not _is_over(config, state.counters, state.stopping.solved):
@@ -177,20 +159,6 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
     return TrainResult(best, run_dir, summary)
 
 
-class Run(NamedTuple):
-    """What is settled before the first step, and the state, which is not."""
-
-    vectorization: str
-    device: torch.device
-    envs: VectorEnv[Any, Any, Any]
-    judge: VectorEnv[Any, Any, Any]
-    collector: Collector
-    learner: Learner
-    compilation: Compilation
-    state: TrainState
-    files: Files
-
-
 def _finished(config: Config) -> TrainResult | None:
     """What a run left that is asked to go on, and has come to its end; else None."""
     run_dir = None if config.resume == "auto" else find_run(config)
@@ -218,159 +186,6 @@ def _finished(config: Config) -> TrainResult | None:
     return TrainResult(best, run_dir, summary)
 
 
-def _begin(config: Config) -> Run:
-    """Settle, make and check everything; what is wrong by now is a matter of settings."""
-    try:
-        with ExitStack() as unless_all_is_well:
-            source = files.find_source(config)
-            if source is not None:
-                unless_all_is_well.callback(source.lock.close)
-            spec = find_spec(config.env_id)
-            vectorization, device, reason = _resolve(config, spec, source)
-            _check_room(config, vectorization, device)
-            envs = make_envs(
-                config.env_id,
-                config.num_envs,
-                vectorization=vectorization,
-                device=str(device),
-                env_kwargs=config.env_kwargs,
-                max_episode_steps=config.max_episode_steps,
-                wrappers=config.wrappers,
-                step_timeout=config.step_timeout,
-                action_masks=config.action_masks,
-                envs_per_worker=config.envs_per_worker,
-            )
-            unless_all_is_well.callback(envs.close)
-            _check_room(config, vectorization, device, envs)
-            if config.capture_video:
-                video.check_filming(
-                    config.env_id,
-                    env_kwargs=config.env_kwargs,
-                    max_episode_steps=config.max_episode_steps,
-                    wrappers=config.wrappers,
-                )
-            policy, critic = _make_networks(config, envs, device)
-            _log.info(
-                "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
-            )
-            collector = choose_collector(envs, policy, action_masks=config.action_masks)
-            learner = choose_learner(policy, action_masks=config.action_masks)
-            if threads.torch_has_one() and (wanted := _torch_threads(config, learner)) > 1:
-                raise ConfigError(
-                    "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
-                    f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
-                )
-            _log.info("collecting: %s", collector)
-            _log.info("gradient: %s", learner)
-            compilation = Compilation()
-            with compilation:
-                # What the first iteration would wait for is no part of its time.
-                collector.prepare(envs, policy)
-                learner.prepare(policy)
-                prepare_advantages(device)
-                prepare_statistics(device)
-                if not config.action_masks:  # what masks them is in torch
-                    prepare_evaluation(policy)
-            judge = make_judge(
-                policy,
-                config.env_id,
-                config.eval_episodes,
-                vectorization=vectorization,
-                num_envs=config.num_envs,
-                env_kwargs=config.env_kwargs,
-                max_episode_steps=config.max_episode_steps,
-                wrappers=config.wrappers,
-                step_timeout=config.step_timeout,
-                action_masks=config.action_masks,
-                envs_per_worker=config.envs_per_worker,
-            )
-            unless_all_is_well.callback(judge.close)
-            target = config.target_return
-            stopping = Stopping(
-                spec.reward_threshold if target == "auto" else target, config.return_window
-            )
-            optimizer = Adam(policy.parameters(), config.learning_rate)
-            state = TrainState(policy, optimizer, critic, stopping)
-            about = {
-                "config": files.settings(config),
-                "resolved": {
-                    "vectorization": vectorization,
-                    "device": str(device),
-                    "shards": config.resolved_shards,
-                    "target": stopping.target,
-                },
-                "versions": versions(),
-                "machine": hardware(),
-                "environment": files.environment(spec, envs),
-            }
-            if source is None:
-                run_files = files.begin(config, about, state)
-            else:
-                run_files = files.go_on(config, about, state, source)
-            unless_all_is_well.pop_all()
-    except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
-        words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
-        raise ConfigError(words) from error
-    _log.info("run directory: %s", run_files.run_dir)
-    if config.baseline == "leave_one_out" and config.num_envs == 1:
-        _log.info("baseline leave_one_out: with one environment it equals none")
-    if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
-        _log.info(
-            "network cnn: convolutions seldom learn at --learning-rate %g; try 1e-3",
-            config.learning_rate,
-        )
-    return Run(
-        vectorization, device, envs, judge, collector, learner, compilation, state, run_files
-    )
-
-
-def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str, torch.device, str]:
-    """How the copies are stepped, on which device, and why there."""
-    # "auto" goes on to mean what it meant.
-    before = None if source is None else source.checkpoint.manifest["resolved"]
-    vectorization = resolve_vectorization(
-        spec,
-        config.vectorization if before is None else before["vectorization"],
-        config.env_kwargs,
-        max_episode_steps=config.max_episode_steps,
-        wrappers=config.wrappers,
-        action_masks=config.action_masks,
-    )
-    if before is None:
-        return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
-    there = before["device"] == "cpu" or torch.cuda.is_available()
-    if config.device == "auto" and there:
-        return vectorization, resolve_device(before["device"])[0], "as before"
-    return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
-
-
-def _check_room(
-    config: Config,
-    vectorization: str,
-    device: torch.device,
-    envs: VectorEnv[Any, Any, Any] | None = None,
-) -> None:
-    """Refuse what needs more memory than there is, before it is made where that can be known."""
-    have = memory.there_is()
-    if device.type == "cuda":
-        have += torch.cuda.mem_get_info(device)[1]
-    known = [] if envs is None else [envs.single_observation_space, envs.single_action_space]
-    memory.check_room(config, vectorization, *known, have=have)
-    if envs is None and config.num_envs >= _MANY_ENVS:
-        one = make_envs(
-            config.env_id,
-            1,
-            vectorization=vectorization,
-            env_kwargs=config.env_kwargs,
-            max_episode_steps=config.max_episode_steps,
-            wrappers=config.wrappers,
-            step_timeout=config.step_timeout,
-            action_masks=config.action_masks,
-        )
-        with contextlib.closing(one):
-            _check_room(config, vectorization, device, one)
-
-
 @contextmanager
 def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interrupts]]:
     """The threads, signals and files of a run; at its end, however it ends, it is saved."""
@@ -385,7 +200,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
 
     try:
         with (
-            threads.torch_using(_torch_threads(config, run.learner)),
+            threads.torch_using(torch_threads(config, run.learner)),
             threads.using(config.threads or threads.cores()),
             Interrupts(save) as interrupts,
             Progress(config) as progress,
@@ -432,36 +247,6 @@ def _confirmation(
         )
 
     return confirm
-
-
-def _make_networks(
-    config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any], device: torch.device
-) -> tuple[Policy, Critic | None]:
-    """Parameters drawn from the seed, without touching torch's own generator."""
-    shape: dict[str, Any] = {
-        "hidden_sizes": config.hidden_sizes,
-        "activation": config.activation,
-        "embedding_size": config.embedding_size,
-        "normalize_obs": config.normalize_obs,
-        "network": config.network,
-    }
-    observations, actions = envs.single_observation_space, envs.single_action_space
-    with drawn_from(config.seed):
-        policy = Policy(
-            observations, actions, dropout=config.dropout, log_std=config.log_std, **shape
-        ).to(device)
-        critic = None
-        if config.baseline == "value":
-            value_function = ValueFunction(observations, **shape).to(device)
-            critic = Critic(value_function, config.value_learning_rate)
-    return policy, critic
-
-
-def _torch_threads(config: Config, learner: Learner) -> int:
-    """On how many torch computes: only autograd gains by more than one."""
-    if learner.backend == "cpu" and config.baseline != "value":
-        return 1
-    return config.threads or 1
 
 
 def _is_over(config: Config, counters: Counters, solved: bool) -> bool:

@@ -156,8 +156,9 @@ def why_not_run(case: Case, cores: int, memory: int) -> str | None:
         cores: of this machine.
         memory: bytes, of the case's device.
     """
-    processes = {"sync": 1, "async": cores}.get(case.vectorization)
-    if processes is not None and case.num_envs > _MOST_IN_PROCESS * processes:
+    processes = cores if case.vectorization == "async" else 1
+    in_turn = case.vectorization in ("sync", "async")
+    if in_turn and case.num_envs > _MOST_IN_PROCESS * processes:
         steps = f"{case.vectorization} steps copies in turn"
         return f"{steps}, beyond {_MOST_IN_PROCESS} in a process no faster"
     rows = {"returns": _RETURNS_ROWS, "update": _update_rows(case)}.get(

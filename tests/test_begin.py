@@ -1,0 +1,94 @@
+import json
+import logging
+
+import pytest
+
+from vecpg.config import Config, ConfigError
+from vecpg.train import train
+
+
+def short(tmp_path, **settings):
+    given = {"num_envs": 8, "total_iterations": 3, "eval_episodes": 4, "return_window": 10}
+    return Config(**given | {"out_dir": str(tmp_path), "progress": False} | settings)
+
+
+def without_clock(result):
+    rows = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
+    clock = ("charts/SPS", "perf/")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def test_one_environment_hears_that_leave_one_out_is_none(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    one = train(short(tmp_path, num_envs=1))
+    assert "with one environment it equals none" in caplog.text
+    none = train(short(tmp_path, num_envs=1, baseline="none"))
+    assert without_clock(one) == without_clock(none)
+
+
+def test_convolutions_at_a_step_size_that_is_too_long_for_them_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    settings = {"env_id": "environments:Catch-v0", "num_envs": 2, "total_iterations": 1}
+    said = "network cnn: convolutions seldom learn at --learning-rate 0.012; try 1e-3"
+    train(short(tmp_path, **settings))
+    assert caplog.text.count(said) == 1
+    train(short(tmp_path, learning_rate=1e-3, **settings))
+    train(short(tmp_path, network="mlp", **settings))
+    assert caplog.text.count("seldom learn") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env_id": "CartPol-v1"}, "Did you mean: `CartPole`"),
+        ({"env_id": "environments:Endless-v0"}, "no time limit"),
+        ({"env_id": "Blackjack-v1", "max_episode_steps": 9}, "observation space Tuple.*supported:"),
+        ({"env_id": "FrozenLake-v1", "normalize_obs": True}, r"expected a Box .*got Discrete\(16"),
+        ({"device": "gpu"}, "--device"),
+        ({"env_kwargs": {"no_such": 1}}, "could not be made"),
+        ({"network": "cnn"}, r"--network cnn: expected images, .* got a Box of shape \(4,\)"),
+        (
+            {"network": "networks:no_such"},
+            "--network networks:no_such: expected no_such in the mod",
+        ),
+        ({"network": "networks:colours"}, "--network networks:colours: expected it to work on obs"),
+        # The value function's is another than the policy's.
+        (
+            {"network": "networks:shared", "baseline": "value"},
+            "--network networks:shared: expected new parameters at each call, got layer.weight of",
+        ),
+        (
+            {"env_id": "environments:Constant-v0", "action_masks": True},
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
+        ),
+        (
+            {"env_id": "environments:Constant-v0", "vectorization": "async", "action_masks": True},
+            "environment 0 failed at its reset .*: expected info.* of 2 booleans, got none; --act",
+        ),
+        (
+            {"env_id": "Pendulum-v1", "action_masks": True},
+            r"--action-masks: expected actions that are Discrete, .* got Box",
+        ),
+        (
+            {"env_id": "environments:Switches-v0", "action_masks": True},
+            r"--action-masks: expected actions that are Discrete, .* got MultiBinary",
+        ),
+        (
+            {"vectorization": "tensor", "action_masks": True},
+            "--action-masks: environments on tensors give no infos",
+        ),
+        (
+            {
+                "env_id": "environments:Masked-v0",
+                "env_kwargs": {"fault": "nothing allowed", "at": 0, "after": 0},
+                "action_masks": True,
+                "vectorization": "async",
+            },
+            "environment 0 allows no action at its reset",
+        ),
+    ],
+)
+def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train(short(tmp_path, **settings))
+    assert list(tmp_path.iterdir()) == []

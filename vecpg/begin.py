@@ -1,0 +1,238 @@
+"""What a run settles before its first step: what is wrong by then is a matter of settings."""
+
+import contextlib
+import logging
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import gymnasium
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
+
+from vecpg import memory
+from vecpg.adam import Adam
+from vecpg.advantage import prepare_advantages
+from vecpg.config import Config, ConfigError
+from vecpg.device import resolve_device
+from vecpg.envs import find_spec, make_envs, resolve_vectorization
+from vecpg.evaluate import make_judge, prepare_evaluation
+from vecpg.kernels import threads
+from vecpg.kernels.jit import Compilation
+from vecpg.look import video
+from vecpg.machine import hardware, versions
+from vecpg.policy import Policy
+from vecpg.policy.network import drawn_from
+from vecpg.rollout import Collector, choose_collector
+from vecpg.rollout.statistics import prepare_statistics
+from vecpg.run import files
+from vecpg.run.files import Files, Source
+from vecpg.run.state import TrainState
+from vecpg.run.stopping import Stopping
+from vecpg.update import Learner, choose_learner
+from vecpg.value import Critic, ValueFunction
+
+_log = logging.getLogger(__name__)
+# Of an image game of 10 x 10 pixels 5 of 5 seeds were solved at 1e-3, and 1 of 5 at 1.2e-2.
+_MOST_OF_CONVOLUTIONS = 5e-3
+# Before so many copies are made, one is, to see whether the spaces of all of them will fit.
+_MANY_ENVS = 1_000_000
+
+
+class Run(NamedTuple):
+    """What is settled before the first step, and the state, which is not."""
+
+    vectorization: str
+    device: torch.device
+    envs: VectorEnv[Any, Any, Any]
+    judge: VectorEnv[Any, Any, Any]
+    collector: Collector
+    learner: Learner
+    compilation: Compilation
+    state: TrainState
+    files: Files
+
+
+def begin(config: Config) -> Run:
+    """Settle, make and check everything; what is wrong by now is a matter of settings.
+
+    Raises:
+        ConfigError: whatever it is. What was made is closed, and nothing was written.
+    """
+    try:
+        with ExitStack() as unless_all_is_well:
+            source = files.find_source(config)
+            if source is not None:
+                unless_all_is_well.callback(source.lock.close)
+            spec = find_spec(config.env_id)
+            vectorization, device, reason = _resolve(config, spec, source)
+            _check_room(config, vectorization, device)
+            envs = make_envs(
+                config.env_id,
+                config.num_envs,
+                vectorization=vectorization,
+                device=str(device),
+                **_copies(config),
+            )
+            unless_all_is_well.callback(envs.close)
+            _check_room(config, vectorization, device, envs)
+            if config.capture_video:
+                video.check_filming(
+                    config.env_id,
+                    env_kwargs=config.env_kwargs,
+                    max_episode_steps=config.max_episode_steps,
+                    wrappers=config.wrappers,
+                )
+            policy, critic = _make_networks(config, envs, device)
+            _log.info(
+                "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
+            )
+            collector = choose_collector(envs, policy, action_masks=config.action_masks)
+            learner = choose_learner(policy, action_masks=config.action_masks)
+            if threads.torch_has_one() and (wanted := torch_threads(config, learner)) > 1:
+                raise ConfigError(
+                    "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
+                    f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
+                )
+            _log.info("collecting: %s", collector)
+            _log.info("gradient: %s", learner)
+            compilation = Compilation()
+            with compilation:
+                # What the first iteration would wait for is no part of its time.
+                collector.prepare(envs, policy)
+                learner.prepare(policy)
+                prepare_advantages(device)
+                prepare_statistics(device)
+                if not config.action_masks:  # what masks them is in torch
+                    prepare_evaluation(policy)
+            judge = make_judge(
+                policy,
+                config.env_id,
+                config.eval_episodes,
+                vectorization=vectorization,
+                num_envs=config.num_envs,
+                **_copies(config),
+            )
+            unless_all_is_well.callback(judge.close)
+            target = config.target_return
+            stopping = Stopping(
+                spec.reward_threshold if target == "auto" else target, config.return_window
+            )
+            optimizer = Adam(policy.parameters(), config.learning_rate)
+            state = TrainState(policy, optimizer, critic, stopping)
+            about = {
+                "config": files.settings(config),
+                "resolved": {
+                    "vectorization": vectorization,
+                    "device": str(device),
+                    "shards": config.resolved_shards,
+                    "target": stopping.target,
+                },
+                "versions": versions(),
+                "machine": hardware(),
+                "environment": files.environment(spec, envs),
+            }
+            if source is None:
+                run_files = files.begin(config, about, state)
+            else:
+                run_files = files.go_on(config, about, state, source)
+            unless_all_is_well.pop_all()
+    except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
+        words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
+        raise ConfigError(words) from error
+    _log.info("run directory: %s", run_files.run_dir)
+    if config.baseline == "leave_one_out" and config.num_envs == 1:
+        _log.info("baseline leave_one_out: with one environment it equals none")
+    if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
+        _log.info(
+            "network cnn: convolutions seldom learn at --learning-rate %g; try 1e-3",
+            config.learning_rate,
+        )
+    return Run(
+        vectorization, device, envs, judge, collector, learner, compilation, state, run_files
+    )
+
+
+def _copies(config: Config) -> dict[str, Any]:
+    """What every copy of the environment is made with, in training and in evaluation."""
+    return {
+        "env_kwargs": config.env_kwargs,
+        "max_episode_steps": config.max_episode_steps,
+        "wrappers": config.wrappers,
+        "step_timeout": config.step_timeout,
+        "action_masks": config.action_masks,
+        "envs_per_worker": config.envs_per_worker,
+    }
+
+
+def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str, torch.device, str]:
+    """How the copies are stepped, on which device, and why there."""
+    # "auto" goes on to mean what it meant.
+    before = None if source is None else source.checkpoint.manifest["resolved"]
+    vectorization = resolve_vectorization(
+        spec,
+        config.vectorization if before is None else before["vectorization"],
+        config.env_kwargs,
+        max_episode_steps=config.max_episode_steps,
+        wrappers=config.wrappers,
+        action_masks=config.action_masks,
+    )
+    if before is None:
+        return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
+    there = before["device"] == "cpu" or torch.cuda.is_available()
+    if config.device == "auto" and there:
+        return vectorization, resolve_device(before["device"])[0], "as before"
+    return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
+
+
+def _check_room(
+    config: Config,
+    vectorization: str,
+    device: torch.device,
+    envs: VectorEnv[Any, Any, Any] | None = None,
+) -> None:
+    """Refuse what needs more memory than there is, before it is made where that can be known."""
+    have = memory.there_is()
+    if device.type == "cuda":
+        have += torch.cuda.mem_get_info(device)[1]
+    known = [] if envs is None else [envs.single_observation_space, envs.single_action_space]
+    memory.check_room(config, vectorization, *known, have=have)
+    if envs is None and config.num_envs >= _MANY_ENVS:
+        one = make_envs(
+            config.env_id,
+            1,
+            vectorization=vectorization,
+            **_copies(config),
+        )
+        with contextlib.closing(one):
+            _check_room(config, vectorization, device, one)
+
+
+def _make_networks(
+    config: Config, envs: gymnasium.vector.VectorEnv[Any, Any, Any], device: torch.device
+) -> tuple[Policy, Critic | None]:
+    """Parameters drawn from the seed, without touching torch's own generator."""
+    shape: dict[str, Any] = {
+        "hidden_sizes": config.hidden_sizes,
+        "activation": config.activation,
+        "embedding_size": config.embedding_size,
+        "normalize_obs": config.normalize_obs,
+        "network": config.network,
+    }
+    observations, actions = envs.single_observation_space, envs.single_action_space
+    with drawn_from(config.seed):
+        policy = Policy(
+            observations, actions, dropout=config.dropout, log_std=config.log_std, **shape
+        ).to(device)
+        critic = None
+        if config.baseline == "value":
+            value_function = ValueFunction(observations, **shape).to(device)
+            critic = Critic(value_function, config.value_learning_rate)
+    return policy, critic
+
+
+def torch_threads(config: Config, learner: Learner) -> int:
+    """On how many torch computes: only autograd gains by more than one."""
+    if learner.backend == "cpu" and config.baseline != "value":
+        return 1
+    return config.threads or 1
