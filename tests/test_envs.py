@@ -14,7 +14,6 @@ from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from pairs import pairwise
 
-from vecpg import envs as module
 from vecpg.envs import (
     SubEnvironmentError,
     check_autoreset,
@@ -27,6 +26,7 @@ from vecpg.envs import (
     register,
     resolve_vectorization,
 )
+from vecpg.envs import registered as registered_module
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import evaluate
 from vecpg.kernels.announce import anew
@@ -79,7 +79,7 @@ def registered(monkeypatch):
     """Register something under an id, for one test; Gymnasium would warn of what it replaces."""
     monkeypatch.setattr(gymnasium.envs.registration, "registry", {**gymnasium.registry})
     monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
-    monkeypatch.setattr(module, "_stand_ins", {**module._stand_ins})
+    monkeypatch.setattr(registered_module, "_stand_ins", {**registered_module._stand_ins})
 
     def put(env_id, *arguments, how=gymnasium.register, **settings):
         gymnasium.registry.pop(env_id, None)
