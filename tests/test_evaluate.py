@@ -11,10 +11,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 
-from vecpg import envs as envs_module
 from vecpg import evaluate as evaluate_module
 from vecpg.config import Config, ConfigError
-from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.envs import EnvironmentFailure, make_envs, registered
 from vecpg.envs.answers import mask_sizes
 from vecpg.evaluate import EvalResult, evaluate, evaluate_in, make_judge
 from vecpg.noise import Purpose, Stream
@@ -161,7 +160,7 @@ def test_a_judge_that_fails_is_known_before_the_first_step(tmp_path, monkeypatch
 
 
 def test_a_judge_with_other_spaces_is_known_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setitem(envs_module._stand_ins, "CartPole-v1", "Track-v0")
+    monkeypatch.setitem(registered._stand_ins, "CartPole-v1", "Track-v0")
     config = Config(env_id="CartPole-v1", num_envs=2, out_dir=str(tmp_path), progress=False)
     with pytest.raises(
         ConfigError, match=r"CartPole-v1: expected observations of Box\(.*, got Box"
