@@ -84,6 +84,11 @@ def image_of(space: spaces.Space[Any]) -> Image:
             "--network cnn: expected images, a Box of shape (H, W), (H, W, C) or (C, H, W), got a"
             f" {type(space).__name__} of shape {shape}; give --network mlp"
         )
+    return image_of_shape(shape)
+
+
+def image_of_shape(shape: tuple[int, ...]) -> Image:
+    """As `image_of`, of two or three numbers."""
     if len(shape) == 2:
         return Image(shape[0], shape[1], 1, channels_first=False)
     if shape[0] < shape[2]:

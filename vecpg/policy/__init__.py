@@ -17,7 +17,7 @@ from vecpg.policy.network import ACTIVATIONS, Encoder, fully_connected, through
 from vecpg.policy.spaces import describe, from_description
 
 # Numbers that an observation for a user's own network may have, whatever a file says.
-MOST_SEEN = 2**24
+MOST_SEEN = 2**22
 
 
 class Policy(nn.Module):
@@ -346,10 +346,12 @@ class Policy(nn.Module):
         settings = dict(description)
         described = settings["network"]
         _check_named(described, network)
-        # Convolutions have few parameters for what they see, and what the user's has is not known.
         seen = largest
-        if largest is not None and described != "mlp":
-            seen = 16 * largest if described == "cnn" else max(largest, MOST_SEEN)
+        if largest is not None and described == "cnn":
+            # They have few parameters for what they see, so that those are counted first.
+            seen = _most_seen(description["observation_space"], largest)
+        elif largest is not None and described != "mlp":
+            seen = max(largest, MOST_SEEN)
         observations, actions = (
             from_description(settings.pop(name), largest=most, where=f"policy.description.{name}")
             for name, most in (("observation_space", seen), ("action_space", largest))
@@ -361,10 +363,25 @@ class Policy(nn.Module):
         return cls(observations, actions, **settings)
 
 
+def _most_seen(described: Any, largest: int) -> int:
+    """How many numbers an image may have whose convolutions have at most `largest` parameters.
+
+    Nothing of its size is made.
+    """
+    shape = described.get("shape", described.get("n")) if isinstance(described, dict) else None
+    sides = isinstance(shape, list) and len(shape) in (2, 3) and all(map(_is_whole, shape))
+    if not sides:
+        return largest  # it is refused where the space is made, or the network
+    count = images.num_parameters(images.image_of_shape(tuple(shape)))
+    wanted = f"sizes that make at most {largest} parameters"
+    _check(count <= largest, "policy.description", wanted, count)
+    return math.prod(shape)
+
+
 def _check_named(described: str, given: str | None) -> None:
     """Refuse to import what only a description names, and another network than the user's."""
     shown = ascii(described)[:120]
-    if ":" in described and given is None:
+    if ":" in described and given in (None, "auto"):
         raise ValueError(
             f"policy.description.network: expected mlp or cnn, got {shown}, which is imported only"
             f" if you name it too; if you trust it, pass network={shown}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vecpg.adam import Adam
 from vecpg.config import flag
-from vecpg.policy import MOST_SEEN, Policy
+from vecpg.policy import Policy
 from vecpg.policy.network import drawn_from
 from vecpg.policy.spaces import from_description
 
@@ -37,6 +37,8 @@ _BYTES = {
 _REBUILD = "torch._utils _rebuild_tensor_v2"
 _ORDERED = "collections OrderedDict"
 
+# Numbers of an observation that was another when a state was saved, to be shown.
+_MOST_SHOWN = 2**17
 # Dictionaries, lists and tuples inside each other.
 _DEEPEST = 100
 # Values that wait to be put somewhere: pickle puts a thousand at a time into a list or dictionary.
@@ -444,7 +446,8 @@ def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
     saved = given["description"]
     _check_keys(saved, expected, "policy.description")
     _check_plain(saved, "policy.description")
-    largest = max(MOST_SEEN, _numbers(_tensors(given["parameters"], "policy.parameters")))
+    known = _numbers(_tensors(given["parameters"], "policy.parameters"))
+    largest = max(_MOST_SHOWN, known)
     said = []
     for name, now in expected.items():
         was = saved[name]
