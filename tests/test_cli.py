@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from vecpg.cli import COMMANDS, EvaluateConfig, main, parse, parse_config
 from vecpg.config import Config
 from vecpg.policy import Policy
 from vecpg.recipes import RECIPES
+from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
 
 # This checkout, wherever vecpg may be installed; a command finds modules beside the user.
@@ -906,6 +908,33 @@ def test_no_run_that_goes_on_has_a_module_imported(here, tmp_path):
         assert err.startswith("error: what a file names is imported or opened only if you name it")
         assert f"train --resume {run_dir} --total-iterations 3 --{name.replace('_', '-')} " in err
         assert not (tmp_path / "executed").exists()
+
+
+def test_no_checkpoint_has_a_network_imported(here, tmp_path):
+    """Whoever can write one can make its digests right."""
+    (tmp_path / "evil_net.py").write_text("open('executed', 'w').close()")
+    assert here("train", *SHORT, "--total-iterations", 2)[0] == 0
+    run_dir = tmp_path / the_run(tmp_path)
+    (folder, *_) = checkpoint.folders(run_dir)
+    found, _ = checkpoint.load(folder)
+    contents = {name: found.read(name) for name in ("state.pt", "best.pt")}
+    for content in contents.values():
+        content["policy"]["description"]["network"] = "evil_net:network"
+    made = ("kind", "format", "files", "sha256")
+    about = {name: value for name, value in found.manifest.items() if name not in made}
+    shutil.rmtree(folder)
+    checkpoint.save(folder, about, contents)
+    for args in (
+        ["train", "--resume", run_dir],
+        ["train", "--resume", run_dir, "--total-iterations", 3],
+        ["evaluate", run_dir],
+        ["evaluate", run_dir, "--network", "auto"],
+    ):
+        code, out, err = here(*args)
+        assert (code, out) == (2, ""), args
+        assert "network" in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "executed").exists(), args
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(here, tmp_path):

@@ -926,9 +926,9 @@ def test_a_network_of_the_users_own_is_wanted_by_name_and_never_imported_before(
 
     monkeypatch.setattr(named, "load", load)
     message = r"best.pt: policy.description.network: .*'networks:small', which is imported only if"
-    for given in (None, "auto"):  # what a run is trained with that names none
+    for typed in (None, "auto"):  # what a run is trained with that names none
         with pytest.raises(ValueError, match=f"{message} you name it .* network='networks:small'"):
-            policy_of(content, "best.pt", network=given)
+            policy_of(content, "best.pt", network=typed)
     for other in ("networks:other", "cnn", "mlp"):
         with pytest.raises(ValueError, match=f"network: expected 'networks:small', .* '{other}'"):
             policy_of(content, "best.pt", network=other)
