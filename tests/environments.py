@@ -634,6 +634,27 @@ class Halving(gymnasium.RewardWrapper):
         return reward / 2
 
 
+class Wide(Constant):
+    """Shows whole numbers of a wider type than its space has; at a step, one too large for it."""
+
+    def __init__(self, at=0, dtype="int64", value=300):
+        super().__init__()
+        self.observation_space = spaces.Box(0, 255, (2,), np.uint8)
+        self.at, self.shown = at, np.array([7, 255], dtype)
+        self.large = np.array([3, value], dtype)
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return (self.large if self.at == 0 else self.shown).copy(), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = self.large if self.steps == self.at else self.shown
+        return obs.copy(), 1.0, False, False, {}
+
+
 class Nested(gymnasium.Env):
     """Shows a dictionary of a tuple and a box."""
 
@@ -748,6 +769,7 @@ for _env, _limit in (
     (Plain, 10),
     (Pay, 10),
     (Nested, 10),
+    (Wide, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

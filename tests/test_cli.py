@@ -619,7 +619,7 @@ def test_wrappers_of_a_run_are_typed_again(here, tmp_path):
         (["--wrappers", "math:square"], "--wrappers math:square: expected square in the module"),
         (["--wrappers", "math:pi"], "--wrappers math:pi: expected something that can be called"),
         (["--network", "big"], "--network: expected auto, mlp, cnn or module:function, got big"),
-        (["--envs-per-worker", "0"], "--envs-per-worker: expected at least 1, or none, got 0"),
+        (["--envs-per-worker", "0"], "--envs-per-worker: expected at least 1, or auto, got 0"),
         (
             ["--wrappers", "math:sqrt", "--vectorization", "tensor"],
             "--wrappers: they go around single copies of CartPole-v1; expected --vectorization sync"

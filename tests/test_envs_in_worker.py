@@ -128,6 +128,8 @@ def test_masks_are_those_of_sync(how):
     sync, pool = both("pool_environments:Blocked-v0", 5, 2, **settings)
     pairs = [[envs.reset(seed=1) for envs in (sync, pool)]]
     pairs += [[envs.step(np.zeros(5, np.int64)) for envs in (sync, pool)] for _ in range(9)]
+    some = np.array([True, False, True, False, False])
+    pairs += [[envs.reset(seed=2, options={"reset_mask": some.copy()}) for envs in (sync, pool)]]
     for ours, theirs in pairs:
         assert ours[-1].keys() == theirs[-1].keys() == {"action_mask"}
         assert np.array_equal(ours[-1]["action_mask"], theirs[-1]["action_mask"])

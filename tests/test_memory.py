@@ -90,7 +90,7 @@ def test_what_cannot_fit_is_answered_with_what_would(case):
 
 
 def test_copies_in_processes_of_few_need_more():
-    for each, most in ((1, 498), (10, 4_945), (10_000, 450_000), (None, 492_000)):
+    for each, most in ((1, 498), (10, 4_945), (10_000, 450_000), ("auto", 492_000)):
         config = {"envs_per_worker": each}
         with pytest.raises(ConfigError, match="--num-envs: expected at most") as error:
             check_room(Config(num_envs=10**6, **config), "async", have=GB)

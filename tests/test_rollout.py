@@ -731,3 +731,24 @@ def test_whole_numbers_of_other_types_become_float32():
         rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
     assert rollout.obs.dtype == torch.float32
     assert rollout.obs.unique().tolist() == [-(2**15)]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.filterwarnings("ignore:.*obs returned by the:UserWarning")
+@pytest.mark.parametrize(("dtype", "value"), [("uint16", 256), ("uint32", 70000)])
+def test_a_whole_number_that_its_space_has_not_is_not_taken_for_another(
+    vectorization, dtype, value
+):
+    for at, when in ((0, "its reset"), (2, "step 1")):
+        kwargs = {"at": at, "dtype": dtype, "value": value}
+        envs = make_envs("environments:Wide-v0", 2, vectorization=vectorization, env_kwargs=kwargs)
+        message = rf"environment 0 failed at {when} .*expected an observation of uint8, got {value}"
+        with pytest.raises(EnvironmentFailure, match=message):
+            collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+        envs.close()
+    kwargs = {"at": 99, "dtype": dtype}
+    envs = make_envs("environments:Wide-v0", 2, vectorization=vectorization, env_kwargs=kwargs)
+    rollout = collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    envs.close()
+    assert rollout.obs.dtype == torch.uint8
+    assert (rollout.obs == torch.tensor([7, 255])).all()

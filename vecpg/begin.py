@@ -161,7 +161,7 @@ def _copies(config: Config) -> dict[str, Any]:
         "wrappers": config.wrappers,
         "step_timeout": config.step_timeout,
         "action_masks": config.action_masks,
-        "envs_per_worker": config.envs_per_worker,
+        "envs_per_worker": config.in_each_worker,
     }
 
 

@@ -30,7 +30,7 @@ from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.resume import check_settings, find_run, read_config
-from vecpg.run.stored import NAMES, flags_to_type, trusted_names
+from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
@@ -183,14 +183,15 @@ def evaluate_main(args: Sequence[str]) -> None:
                 command = f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['evaluate', *args])}"
                 trusted_names(stored, {name: getattr(config, name) for name in NAMES}, command)
                 policy = policy_of(content, found.folder, network=config.network)
-                env_id = stored["env_id"]
+                trained = config_of(stored, found.folder)
+                env_id = trained.env_id
                 settings: dict[str, Any] = {
-                    "env_kwargs": stored["env_kwargs"],
-                    "max_episode_steps": stored["max_episode_steps"],
-                    "wrappers": stored["wrappers"],
+                    "env_kwargs": trained.env_kwargs,
+                    "max_episode_steps": trained.max_episode_steps,
+                    "wrappers": trained.wrappers,
                     "greedy": not config.stochastic,
                     "seed": config.seed,
-                    "action_masks": stored["action_masks"],
+                    "action_masks": trained.action_masks,
                 }
                 # What cannot be shown or recorded is found out before anything is played.
                 if config.video is not None:
@@ -205,9 +206,9 @@ def evaluate_main(args: Sequence[str]) -> None:
                     config.episodes,
                     vectorization=config.vectorization
                     or found.manifest["resolved"]["vectorization"],
-                    num_envs=stored["num_envs"],
-                    step_timeout=config.step_timeout or stored["step_timeout"],
-                    envs_per_worker=stored["envs_per_worker"],
+                    num_envs=trained.num_envs,
+                    step_timeout=config.step_timeout or trained.step_timeout,
+                    envs_per_worker=trained.in_each_worker,
                     **settings,
                 )
         except ValueError as error:
@@ -440,6 +441,7 @@ def _check_cheaply(config: Config) -> None:
                 config.env_kwargs,
                 max_episode_steps=config.max_episode_steps,
                 wrappers=config.wrappers,
+                action_masks=config.action_masks,
             )
         load_wrappers(config.wrappers)
         # Else on a GPU, perhaps.

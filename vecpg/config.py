@@ -67,8 +67,8 @@ class Config:
     step_timeout: float = 60.0
     """Seconds after which an async environment that has not answered counts as hung, also while
     it is made. Others run in the main process, which they may block."""
-    envs_per_worker: int | None = None
-    """async: copies stepped one after the other in one process; none divides them over the cores.
+    envs_per_worker: int | Literal["auto"] = "auto"
+    """async: copies stepped one after the other in one process; auto divides them over the cores.
     1 where they wait for something else than a core, or a process can have one only. At least 1."""
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
@@ -186,7 +186,6 @@ class Config:
         for name in (
             "threads",
             "shards",
-            "envs_per_worker",
             "max_episode_steps",
             "total_timesteps",
             "total_episodes",
@@ -194,6 +193,8 @@ class Config:
         ):
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "at least 1, or none", value)
+        each = self.envs_per_worker
+        _check("envs_per_worker", each == "auto" or each >= 1, "at least 1, or auto", each)
         if self.num_envs % self.resolved_shards:
             raise ConfigError(
                 f"--shards: expected a number that divides --num-envs {self.num_envs}, got"
@@ -260,6 +261,11 @@ class Config:
             plain = not any(unicodedata.category(each) == "Cc" for each in value)
             _check(name, plain, "text without control characters", ascii(value))
         _check("exp_name", "/" not in self.exp_name, "a name without /", self.exp_name)
+
+    @property
+    def in_each_worker(self) -> int | None:
+        """`envs_per_worker`, or None where the copies are divided over the cores."""
+        return None if self.envs_per_worker == "auto" else self.envs_per_worker
 
     @property
     def resolved_shards(self) -> int:

@@ -132,8 +132,8 @@ at least 2.0 GB; there is 1.0 GB
     if vectorization == "async":
         # Without a number there are as many as cores, whatever the number of copies.
         workers = _BYTES_OF_A_WORKER
-        if config.envs_per_worker is not None:
-            workers, copy = 0, copy + _BYTES_OF_A_WORKER // config.envs_per_worker
+        if config.in_each_worker is not None:
+            workers, copy = 0, copy + _BYTES_OF_A_WORKER // config.in_each_worker
     if observation_space is None or isinstance(observation_space, spaces.Box):
         copy += 2 * (number + 1) * seen
     row = number * seen + _BYTES_OF_A_ROW

@@ -151,7 +151,8 @@ def read_action_masks(
     given: Any = infos.get("action_mask") if isinstance(infos, dict) else None
     there = np.full(num_envs, isinstance(given, np.ndarray) and given.shape[:1] == (num_envs,))
     if there.any() and "_action_mask" in infos:
-        there &= np.asarray(infos["_action_mask"], np.bool_)
+        said = np.asarray(infos["_action_mask"])
+        there &= said.astype(np.bool_) if said.shape == (num_envs,) else False
     read = ended.copy()
     if there.any() and given.shape == masks.shape and given.dtype.kind in "biuf":
         allowed = given == 1
@@ -176,6 +177,34 @@ def read_action_masks(
             raise SubEnvironmentError((int(n), "allows no action", reason, ""))
     masks[none.any(axis=1)] = True
     return masks
+
+
+def check_whole_numbers(obs: Any, dtype: Any) -> None:
+    """Refuse an observation of whole numbers that its space's type would take for others.
+
+    Args:
+        obs: what an environment gave.
+        dtype: of the observation space; where it is of no whole numbers, nothing is looked at.
+
+    Raises:
+        TypeError: with the first that does not fit.
+
+    Example:
+        >>> check_whole_numbers(np.array([255]), np.uint8)
+        >>> check_whole_numbers(np.array([3, 300]), np.uint8)
+        Traceback (most recent call last):
+            ...
+        TypeError: expected an observation of uint8, got 300 (int64)
+    """
+    given, wanted = np.asarray(obs), np.dtype(dtype)
+    if given.dtype == wanted or wanted.kind not in "iu" or given.dtype.kind not in "iu":
+        return
+    limits = np.iinfo(wanted)
+    # Compared as Python compares whole numbers of any two types.
+    outside = (given < int(limits.min)) | (given > int(limits.max))
+    if outside.any():
+        first = given[outside].flat[0]
+        raise TypeError(f"expected an observation of {wanted}, got {first} ({given.dtype})")
 
 
 def with_typed_observations(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:

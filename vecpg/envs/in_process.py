@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 
 from vecpg.envs.answers import (
+    check_whole_numbers,
     mask_sizes,
     read_action_mask,
     read_answer,
@@ -55,10 +56,12 @@ class InProcessEnvs(SyncVectorEnv):
 
     def reset(self, **kwargs: Any) -> Any:
         """As `SyncVectorEnv.reset`."""
-        if self._with_masks:
+        if self._with_masks and not self._masks.size:
+            # Those that are not reset keep theirs.
             self._masks = np.ones((self.num_envs, sum(mask_sizes(self.single_action_space))), bool)
         try:
             obs, _ = super().reset(**kwargs)
+            self._check_observations()
             return obs, self._infos()
         except SubEnvironmentError:
             raise
@@ -69,6 +72,7 @@ class InProcessEnvs(SyncVectorEnv):
         """As `SyncVectorEnv.step`, with rewards and flags as `read_answer` takes them."""
         try:
             self._step_each(actions)
+            self._check_observations()
             self._observations = concatenate(
                 self.single_observation_space, self._env_obs, self._observations
             )
@@ -79,6 +83,18 @@ class InProcessEnvs(SyncVectorEnv):
         self._autoreset_envs = np.logical_or(self._terminations, self._truncations)
         answers = self._rewards, self._terminations, self._truncations
         return copy.deepcopy(self._observations), *map(np.copy, answers), self._infos()
+
+    def _check_observations(self) -> None:
+        """Whole numbers of another type would be taken for others without a word."""
+        space = self.single_observation_space
+        # Of a single number Gymnasium, or `with_typed_observations`, sees to it.
+        if not space.shape or space.dtype is None or space.dtype.kind not in "iu":
+            return
+        for index, obs in enumerate(self._env_obs):
+            try:
+                check_whole_numbers(obs, space.dtype)
+            except TypeError as error:
+                raise SubEnvironmentError((index, "failed", f"TypeError: {error}", "")) from None
 
     def _infos(self) -> dict[str, Any]:
         return {"action_mask": self._masks.copy()} if self._with_masks else {}

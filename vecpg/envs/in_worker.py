@@ -20,7 +20,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import CloudpickleWrapper
 
-from vecpg.envs.answers import read_action_mask, read_answer, with_typed_observations
+from vecpg.envs.answers import (
+    check_whole_numbers,
+    read_action_mask,
+    read_answer,
+    with_typed_observations,
+)
 from vecpg.envs.errors import SubEnvironmentError, in_words
 from vecpg.envs.shared import SharedRows, positions
 
@@ -276,3 +281,4 @@ def _check_observation(space: Any, obs: Any) -> None:
     dtype = np.asarray(obs).dtype
     if not np.can_cast(dtype, space.dtype, "same_kind"):
         raise TypeError(f"expected an observation of dtype {space.dtype}, got {dtype}")
+    check_whole_numbers(obs, space.dtype)

@@ -118,7 +118,7 @@ def find_spec(env_id: str) -> EnvSpec:
             importlib.import_module(module)
         return gymnasium.spec(name)
     # The module is the user's own, and may raise anything while it is imported.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         versions = [
             known
             for known in gymnasium.registry

@@ -368,11 +368,11 @@ def _most_seen(described: Any, largest: int) -> int:
 
     Nothing of its size is made.
     """
-    shape = described.get("shape", described.get("n")) if isinstance(described, dict) else None
-    sides = isinstance(shape, list) and len(shape) in (2, 3) and all(map(_is_whole, shape))
-    if not sides:
+    found = described.get("shape", described.get("n")) if isinstance(described, dict) else None
+    shape: tuple[Any, ...] = tuple(found) if isinstance(found, list) else ()
+    if len(shape) not in (2, 3) or not all(map(_is_whole, shape)):
         return largest  # it is refused where the space is made, or the network
-    count = images.num_parameters(images.image_of_shape(tuple(shape)))
+    count = images.num_parameters(images.image_of_shape(shape))
     wanted = f"sizes that make at most {largest} parameters"
     _check(count <= largest, "policy.description", wanted, count)
     return math.prod(shape)

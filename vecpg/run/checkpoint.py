@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import io
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vecpg.config import Config, ConfigError
+from vecpg.config import ConfigError
 from vecpg.kernels.announce import once
 from vecpg.policy import Policy
 from vecpg.run.content import policy_of, unpickle
 from vecpg.run.directory import TEMPORARY, discard, sync_directory, write_file, writing
 from vecpg.run.resume import LONGEST_NAME
-from vecpg.run.stored import read_bytes, read_object
+from vecpg.run.stored import config_of, read_bytes, read_object
 
 if TYPE_CHECKING:
     from vecpg.run.metrics import Metrics
@@ -189,18 +190,11 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     for name in (STATE, BEST):
         wrong = wrong or _mismatch(manifest["files"][name], each_file, f"files.{name}.")
     if wrong is None:
-        names = (
-            "env_id",
-            "env_kwargs",
-            "max_episode_steps",
-            "num_envs",
-            "step_timeout",
-            "envs_per_worker",
-        )
         resolved = {name: manifest["resolved"][name] for name in ("vectorization", "device")}
         try:
-            Config(**{name: manifest["config"].get(name) for name in names}, **resolved)
-        except (ConfigError, OverflowError, RecursionError) as error:
+            config = config_of(manifest["config"], "config")
+            dataclasses.replace(config, **resolved)
+        except ConfigError as error:
             wrong = str(error)[:300]
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong}; this vecpg did not write it")
