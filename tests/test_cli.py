@@ -266,6 +266,7 @@ def test_evaluate_flags(capsys):
         ["train", "--env-id", "CliffWalking-v1"],
         ["train", "--out-dir", "file/runs"],
         ["train", "--wrappers", "gymnasium.wrappers:Flat"],
+        ["train", "--vectorization", "tensor", "--action-masks"],
         ["evaluate", "runs", "--episodes", "0"],
         ["benchmark", "--num-envs", "0"],
     ],

@@ -612,3 +612,10 @@ def test_with_masks_auto_takes_what_gives_them(registered, caplog):
 def test_environments_without_masks_are_refused_with_the_reason(env_id, vectorization, message):
     with pytest.raises(ValueError, match=f"^--action-masks: .*{message}"):
         make_envs(env_id, 2, vectorization=vectorization, action_masks=True)
+
+
+def test_a_module_that_leaves_python_is_named_as_one_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "leaving_here.py").write_text("import sys\nsys.exit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="--env-id leaving_here:Ball-v0: SystemExit: 0"):
+        find_spec("leaving_here:Ball-v0")

@@ -158,6 +158,21 @@ class Counting(Flat):
         return super().forward(obs)
 
 
+class Copied(Flat):
+    """Its copies double what it makes."""
+
+    factor = 1
+
+    def __deepcopy__(self, memo):
+        copied = Copied(BOX)
+        copied.load_state_dict(self.state_dict())
+        copied.factor = 2
+        return copied
+
+    def forward(self, obs):
+        return self.factor * super().forward(obs)
+
+
 class Output(Flat):
     def __init__(self, space, change):
         super().__init__(space)
@@ -205,6 +220,11 @@ WRONG = {
         lambda s: Normed(s, track=False),
         "BatchNorm's do|got ValueError: Expected more than 1 value per channel",
     ),
+    "those beside": (
+        lambda s: Output(s, lambda x: x - x.mean(dim=0)),
+        "features of an observation that do not depend on the others beside it",
+    ),
+    "another copy": (Copied, "expected a copy to make the same features, got others"),
     "Dropout": (Dropping, "the same features of the same observations at each call.*Dropout"),
     "a changed input": (Changing, "leaves its input as it is"),
     "kept in an attribute": (Remembering, "to work in copy.deepcopy, after a call, got RuntimeErr"),
