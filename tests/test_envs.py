@@ -619,3 +619,27 @@ def test_a_module_that_leaves_python_is_named_as_one_that_cannot_be_imported(tmp
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="--env-id leaving_here:Ball-v0: SystemExit: 0"):
         find_spec("leaving_here:Ball-v0")
+
+
+def test_arguments_that_tensors_do_not_take_are_why(caplog):
+    caplog.set_level("INFO", logger="vecpg")
+    spec, given = find_spec("CartPole-v1"), {"sutton_barto_reward": True}
+    with anew():
+        assert resolve_vectorization(spec, "auto", given) == "vector_entry_point"
+    assert "stepped as it is registered, not on tensors: --env-kwargs are given" in caplog.text
+    message = "vecpg/CartPole-v1 stands for CartPole-v1 without .* has no sutton_barto_reward"
+    with pytest.raises(ValueError, match=f"--vectorization tensor: {message}"):
+        resolve_vectorization(spec, "tensor", given)
+    assert resolve_vectorization(spec, "tensor", {"dtype": "float64"}) == "tensor"
+
+
+def test_a_wrong_argument_is_no_reason_for_sync(caplog):
+    caplog.set_level("INFO", logger="vecpg")
+    with anew(), pytest.raises(ValueError, match="got an unexpected keyword argument 'foo'"):
+        make_envs("CartPole-v1", 2, env_kwargs={"foo": 1})
+    assert "one by one" not in caplog.text
+
+
+def test_a_namespace_that_is_not_there_says_what_to_name():
+    with pytest.raises(ValueError, match="registers it: --env-id module:Nowhere/Ball-v0"):
+        find_spec("Nowhere/Ball-v0")

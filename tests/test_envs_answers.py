@@ -1,4 +1,5 @@
 import decimal
+import math
 
 import numpy as np
 import pytest
@@ -283,3 +284,12 @@ def test_vector_infos_without_masks_are_named(change, message):
     infos = change(np.array(WANTED))
     with pytest.raises(SubEnvironmentError, match=message):
         read_action_masks(infos, DIALS, needed=NEEDED, ended=ENDED)
+
+
+@pytest.mark.parametrize("flag", [0.5, 2, -1, np.array([0.5]), "False", None, math.nan])
+def test_what_is_neither_true_nor_false_is_no_flag(flag):
+    for answer, name in (((flag, False), "terminated"), ((True, flag), "truncated")):
+        with pytest.raises(TypeError, match=f"expected a {name} that is True or False, got"):
+            read_answer(1.0, *answer)
+    for known in (True, np.True_, 1, 1.0, np.array([1]), torch.tensor([True])):
+        assert read_answer(1.0, known, False) == (1.0, True, False)

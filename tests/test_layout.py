@@ -58,7 +58,13 @@ ALLOWED = {
         "vecpg.policy",
         "vecpg.rollout",
     },
-    "vecpg.evaluate": {"vecpg.envs", "vecpg.noise", "vecpg.policy", "vecpg.rollout"},
+    "vecpg.evaluate": {
+        "vecpg.envs",
+        "vecpg.kernels",
+        "vecpg.noise",
+        "vecpg.policy",
+        "vecpg.rollout",
+    },
     "vecpg.run": {
         "vecpg.adam",
         "vecpg.config",

@@ -146,6 +146,8 @@ def test_the_limit_is_kept(tmp_path):
 class Acting:
     """Nothing but `act`."""
 
+    obs_shape = (1,)
+
     def __init__(self, act):
         self.act = act
 
@@ -425,3 +427,17 @@ def test_the_script_refuses_before_any_episode(saved, capfd, monkeypatch, args):
     assert captured.err.startswith("error: ")
     assert Painted.record == []
     assert not Path("x.mp4").exists()
+
+
+def test_a_policy_that_sees_something_else_than_a_single_copy_is_not_filmed(tmp_path):
+    seeing = Policy(spaces.Box(-1, 1, (4, 2)), spaces.Discrete(2))
+    message = (
+        r"Painted-v0 cannot be rendered for this policy: a single copy, .* shape \(1,\), and it"
+    )
+    for film in (
+        lambda: video.record(seeing, "Painted-v0", tmp_path / "x.mp4"),
+        lambda: video.show(seeing, "Painted-v0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            film()
+    assert list(tmp_path.iterdir()) == []

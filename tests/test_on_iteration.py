@@ -115,6 +115,9 @@ def test_what_it_does_with_the_policy_beside_the_run_changes_no_bit(tmp_path):
         policy.act(np.zeros(4), greedy=False)
         torch.manual_seed(0)
         torch.rand(3)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.zero_()  # it is a copy
 
     for vectorization in ("tensor", "sync"):
         how = {"vectorization": vectorization}

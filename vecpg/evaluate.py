@@ -11,6 +11,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from vecpg.envs import find_spec, judge_of, make_envs, resolve_vectorization
+from vecpg.kernels import threads
 from vecpg.noise import Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -49,6 +50,7 @@ class EvalResult:
         return statistics.fmean(self.lengths)
 
 
+@threads.torch_using(1)
 def evaluate(
     policy: Policy,
     env_id: str,
@@ -73,7 +75,8 @@ def evaluate(
     `vecpg.envs.judge_of`.
 
     Every copy of the environment plays a number of episodes that is fixed beforehand. (Taking the
-    first to finish would favour short ones.)
+    first to finish would favour short ones.) Torch computes on one thread, as in training: a row at
+    a time it gains nothing by more.
 
     Args:
         policy: is not changed.

@@ -1,5 +1,6 @@
 """The story: a run from its settings to its summary. Read this first, top to bottom."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,10 +64,9 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
     Args:
         config: every setting.
         on_iteration: called as `on_iteration(row, policy)` after each commit: the line of
-            metrics.jsonl as a dictionary of the caller's own, and the policy that will act next,
-            which is not to be changed. Where it returns False the run ends there, solved or not by
-            its own rule; any other answer goes on. What it raises ends the run, saved. Its time
-            counts as the run's.
+            metrics.jsonl and the policy that will act next, both copies of the caller's own. Where
+            it returns False the run ends there, solved or not by its own rule; any other answer
+            goes on. What it raises ends the run, saved. Its time counts as the run's.
 
     Returns:
         the best policy, the run directory, and the summary.
@@ -129,7 +129,9 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
                 state.commit(draft)
             del rollout, weights, values  # there is never more than one
             # Signals reach it: it may take its time, and the iteration is committed.
-            stopped = on_iteration is not None and _is_false(on_iteration(dict(row), state.policy))
+            stopped = on_iteration is not None and _is_false(
+                on_iteration(dict(row), copy.deepcopy(state.policy))
+            )
             ending = stopped or _is_over(config, state.counters, state.stopping.solved)
             with interrupts.held():
                 progress.show(row, last=ending)
@@ -178,10 +180,11 @@ def _finished(config: Config) -> TrainResult | None:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     _log.info(
-        "already at its end, after %d iterations, %s steps and %s episodes%s; raise"
-        " --total-timesteps, or what else ended it, to go on",
+        "already at its end, after %d iterations, %s steps and %s episodes; to go on, raise %s",
         *(counters.iteration, f"{counters.env_steps:,}", f"{counters.episodes:,}"),
-        ", solved" if solved else "",
+        "--target-return, which it reached"
+        if solved
+        else "--total-timesteps, or what else ended it",
     )
     return TrainResult(best, run_dir, summary)
 

@@ -20,7 +20,7 @@ def read_answer(reward: Any, terminated: Any, truncated: Any) -> tuple[float, bo
 
     Args:
         reward: a real number, or an array or tensor of one, of any shape.
-        terminated: True or False, or a number that means one, or an array or tensor of one.
+        terminated: True or False, or 1 or 0, or an array or tensor of one of them.
         truncated: as `terminated`.
 
     Raises:
@@ -37,9 +37,9 @@ def read_answer(reward: Any, terminated: Any, truncated: Any) -> tuple[float, bo
     if not isinstance(reward, float):
         reward = _number(reward, "a reward that is a number")
     if not isinstance(terminated, _FLAGS):
-        terminated = _number(terminated, "a terminated that is True or False")
+        terminated = _flag(terminated, "a terminated that is True or False")
     if not isinstance(truncated, _FLAGS):
-        truncated = _number(truncated, "a truncated that is True or False")
+        truncated = _flag(truncated, "a truncated that is True or False")
     return float(reward), bool(terminated), bool(truncated)
 
 
@@ -229,6 +229,13 @@ class _Typed(gymnasium.ObservationWrapper[Any, Any, Any]):
             # From Python's own integer: what does not fit is not taken for another.
             return space.dtype.type(int(observation))
         return observation
+
+
+def _flag(given: Any, expected: str) -> bool:
+    number = _number(given, expected)
+    if number not in (0.0, 1.0):
+        raise TypeError(f"expected {expected}, got {_shown(given)}")
+    return number == 1.0
 
 
 def _number(given: Any, expected: str) -> float:

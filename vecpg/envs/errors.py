@@ -5,7 +5,9 @@ import traceback
 import gymnasium
 
 # Who takes part in making an environment without being its own code.
-_MAKERS = {"gymnasium", "vecpg", "importlib"}
+_MAKERS = {"gymnasium", "vecpg", "importlib", "functools"}
+# Likewise in stepping one; what Gymnasium has under `envs` is some environment's own.
+_STEPPERS = {"gymnasium", "vecpg", "functools", "numpy"}
 
 
 class EnvironmentFailure(RuntimeError):
@@ -32,6 +34,10 @@ class EnvironmentNotMade(ValueError):
         self.trace = trace
 
 
+class WrapperFailed(RuntimeError):
+    """A wrapper raised, or gave something that is no environment; the message has its name."""
+
+
 class SubEnvironmentError(RuntimeError):
     """One copy of the environment failed.
 
@@ -56,9 +62,10 @@ class SubEnvironmentError(RuntimeError):
 
     @classmethod
     def raised(cls, index: int, error: BaseException) -> "SubEnvironmentError":
-        """What `error` says, without `error`."""
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return cls((index, "failed", detail, "".join(traceback.format_exception(error))))
+        """What `error` says, in one line, without `error`."""
+        text = _one_line(error)
+        detail = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return cls((index, "failed", detail, _trace_of_stepping(error)))
 
     @classmethod
     def raised_in_making(cls, index: int, error: BaseException) -> "SubEnvironmentError":
@@ -68,10 +75,30 @@ class SubEnvironmentError(RuntimeError):
 
 def in_words(error: BaseException) -> str:
     """The error in one line, with its type where the message alone would not say."""
-    text = " ".join(str(error).split())
-    if isinstance(error, gymnasium.error.Error) and text:
+    text = _one_line(error)
+    if isinstance(error, gymnasium.error.Error | WrapperFailed) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())
+    # A user's own may raise where it is asked what it says.
+    except Exception:
+        return ""
+
+
+def _trace_of_stepping(error: BaseException) -> str:
+    """The traceback of what a step or reset raised, or "" where none of its own code was running.
+
+    That is so where what it returned is not what was expected.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in _STEPPERS or name.startswith("gymnasium.envs."):
+            return "".join(traceback.format_exception(error))
+    return ""
 
 
 def trace_of_making(error: BaseException) -> str:

@@ -125,6 +125,9 @@ def find_spec(env_id: str) -> EnvSpec:
             if known.startswith(f"{name}-v") or known.endswith(f"/{name}")
         ]
         hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
+        if isinstance(error, gymnasium.error.NamespaceNotFound) and not module:
+            package = "ale_py" if name.startswith("ALE/") else "module"
+            hint = f"; name the module that registers it: --env-id {package}:{name}"
         raise ValueError(f"--env-id {env_id}: {in_words(error)}{hint}") from error
 
 

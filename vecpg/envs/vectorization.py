@@ -35,6 +35,8 @@ def own_vectorization(
     if spec.entry_point is None:
         return "vector_entry_point"
     given = made_with(env_kwargs, max_episode_steps)
+    if _why_not_taken(spec.entry_point, {**spec.kwargs, **(env_kwargs or {})}) is not None:
+        return "sync"  # a single copy, which says what is wrong
     reason = _why_not_vectorized(spec, given) or _why_another(spec, given, action_masks)
     if reason is None:
         return "vector_entry_point"
@@ -82,10 +84,11 @@ def resolve_vectorization(
     changed = None if on_tensors(spec) in (None, spec.id) else not_gymnasiums(spec)
     if vectorization == "auto":
         # Keyword arguments are those of Gymnasium's own environment.
-        if on_tensors(spec) is not None and not env_kwargs and not action_masks:
-            if changed is None:
+        if on_tensors(spec) is not None and not action_masks:
+            reason = f"its {changed}" if changed is not None else "--env-kwargs are given"
+            if changed is None and not env_kwargs:
                 return "tensor"
-            once(_log, f"{spec.id} is stepped as it is registered, not on tensors: its {changed}")
+            once(_log, f"{spec.id} is stepped as it is registered, not on tensors: {reason}")
         return own_vectorization(
             spec, env_kwargs, max_episode_steps=max_episode_steps, action_masks=action_masks
         )
@@ -110,11 +113,17 @@ def resolve_vectorization(
             f"--vectorization tensor: {needed['tensor']} stands for Gymnasium's own {spec.id}, and"
             f" the {changed} of what is registered; use auto, or --env-id {needed['tensor']}"
         )
+    strange = sorted({*(env_kwargs or {})} - {"dtype"})
+    if vectorization == "tensor" and needed["tensor"] != spec.id and strange:
+        raise ValueError(
+            f"--vectorization tensor: {needed['tensor']} stands for {spec.id} without keyword"
+            f" arguments, and has no {', '.join(strange)}; use auto, sync or async"
+        )
     if vectorization == "vector_entry_point" and spec.entry_point is not None:
-        reason = _why_not_vectorized(spec, made_with(env_kwargs, max_episode_steps))
-        if reason is not None:
+        lacking = _why_not_vectorized(spec, made_with(env_kwargs, max_episode_steps))
+        if lacking is not None:
             raise ValueError(
-                f"--vectorization vector_entry_point: the vectorized form of {spec.id} {reason};"
+                f"--vectorization vector_entry_point: the vectorized form of {spec.id} {lacking};"
                 " use sync, async or auto"
             )
     return vectorization
@@ -195,6 +204,11 @@ def _why_not_vectorized(spec: EnvSpec, given: dict[str, Any]) -> str | None:
         {"max_episode_steps": spec.max_episode_steps} if spec.max_episode_steps is not None else {}
     )
     arguments = {**limit, **spec.kwargs, **given, "num_envs": 1}
+    return _why_not_taken(point, arguments)
+
+
+def _why_not_taken(point: Any, arguments: dict[str, Any]) -> str | None:
+    """Why an entry point cannot be called with these, as far as its signature tells."""
     # Whatever a module raises while it is imported.
     try:
         creator = load_env_creator(point) if isinstance(point, str) else point

@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
+from vecpg.envs.errors import WrapperFailed, in_words
 from vecpg.named import load
 
 Wrapper = tuple[str, Callable[[gymnasium.Env[Any, Any]], Any]]
@@ -35,8 +36,9 @@ def make_wrapped(
         kwargs: as `gymnasium.make` takes them.
 
     Raises:
-        Exception: whatever the constructor or a wrapper raised. What was made is closed.
-        TypeError: a wrapper returned something that is no environment.
+        Exception: whatever the constructor raised.
+        WrapperFailed: a wrapper raised, or returned something that is no environment. What was
+            made is closed.
 
     Example:
         >>> flat = load_wrappers(["gymnasium.wrappers:FlattenObservation"])
@@ -46,9 +48,13 @@ def make_wrapped(
     env = gymnasium.make(spec, **kwargs)
     try:
         for name, wrap in wrappers:
-            wrapped = wrap(env)
+            try:
+                wrapped = wrap(env)
+            # Whatever it raises, the user has to hear which one it was.
+            except Exception as error:
+                raise WrapperFailed(f"--wrappers {name}: {in_words(error)}") from error
             if not isinstance(wrapped, gymnasium.Env):
-                raise TypeError(
+                raise WrapperFailed(
                     f"--wrappers {name}: expected a gymnasium.Env, got {type(wrapped).__name__};"
                     " it is called as callable(env) -> env"
                 )

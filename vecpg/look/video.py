@@ -62,7 +62,7 @@ def record(
     to the file one by one: memory does not grow with the episode.
 
     Args:
-        policy: only its `act` is used. Is not changed.
+        policy: is not changed.
         env_id: a registered id, or `module:Id`.
         path: ends in .mp4, in a directory that exists. A file that is there is replaced.
         env_kwargs: keyword arguments of the environment.
@@ -93,6 +93,7 @@ def record(
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
     started = _started(env_id, "rgb_array", env_kwargs, max_episode_steps, wrappers, seeds[0])
     with started as (env, obs, info):
+        _check_seen(policy, env_id, obs)
         frame = _frame(env)
         fps = env.metadata.get("render_fps") or _FRAMES_PER_SECOND
         with _film(Path(path), frame.shape, fps) as add:
@@ -140,7 +141,17 @@ def show(
     seeds = Stream(seed, draw, 0, 2).reset_seeds(Purpose.VIDEO_RESET)
     started = _started(env_id, "human", env_kwargs, max_episode_steps, wrappers, seeds[0])
     with started as (env, obs, info):
+        _check_seen(policy, env_id, obs)
         _play(env, obs, info, policy, greedy, seeds, None, action_masks)
+
+
+def _check_seen(policy: "Policy", env_id: str, obs: Any) -> None:
+    """Refuse a policy of a vectorized form that shows something else than a single copy."""
+    if np.shape(obs) != policy.obs_shape:
+        raise ValueError(
+            f"{env_id} cannot be rendered for this policy: a single copy, which is rendered, shows"
+            f" observations of shape {np.shape(obs)}, and it was trained on {policy.obs_shape}"
+        )
 
 
 def check_recording(env_id: str, path: str | Path) -> None:
