@@ -158,6 +158,39 @@ class Counting(Flat):
         return super().forward(obs)
 
 
+class Constant(Flat):
+    """A constant that is no buffer."""
+
+    def __init__(self, space):
+        super().__init__(space)
+        self.factor = torch.rand(4)
+
+    def forward(self, obs):
+        return self.factor * super().forward(obs)
+
+
+class Settling(Flat):
+    """A buffer that follows the parameters, and is what it was as long as they are."""
+
+    def __init__(self, space):
+        super().__init__(space)
+        self.register_buffer("seen", next(self.parameters()).detach().clone())
+
+    def forward(self, obs):
+        self.seen.copy_(next(self.parameters()).detach())
+        return super().forward(obs)
+
+
+_first = []
+
+
+def the_first(space):
+    """Always the same one."""
+    if not _first:
+        _first.append(Flat(space))
+    return _first[0]
+
+
 class Copied(Flat):
     """Its copies double what it makes."""
 
@@ -224,6 +257,9 @@ WRONG = {
         lambda s: Output(s, lambda x: x - x.mean(dim=0)),
         "features of an observation that do not depend on the others beside it",
     ),
+    "a constant": (Constant, "the same features with the same state_dict .* is a buffer"),
+    "a buffer that follows": (Settling, "no call changes,.* once parameters have moved either"),
+    "a module that is there once": (the_first, "another module at each call, got the same one"),
     "another copy": (Copied, "expected a copy to make the same features, got others"),
     "Dropout": (Dropping, "the same features of the same observations at each call.*Dropout"),
     "a changed input": (Changing, "leaves its input as it is"),
@@ -267,12 +303,19 @@ def test_names_that_are_none_are_refused_too(named):
 
 def test_two_networks_do_not_share_parameters(named):
     one = Flat(BOX)
-    Encoder(BOX, network=named(lambda space, one=one: one))
-    for again in (one, nn.Sequential(one, nn.ReLU())):
-        with pytest.raises(
-            ValueError, match=r"new parameters at each call, got (0\.)?layer.weight"
-        ):
-            Encoder(BOX, network=named(lambda space, again=again: again))
+    weight = one.layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"new parameters at each call, got 0\.layer\.weight of"):
+        Encoder(BOX, network=named(lambda space: nn.Sequential(one, nn.ReLU())))
+    assert torch.equal(one.layer.weight, weight)
+    made = []
+
+    def by_turns(space):
+        made.append(Flat(space))
+        return made[-1] if len(made) < 3 else made[0]  # of the first encoder
+
+    Encoder(BOX, network=named(by_turns))
+    with pytest.raises(ValueError, match="new parameters at each call, got layer.weight"):
+        Encoder(BOX, network=named(by_turns))
     for _ in range(50):
         Encoder(BOX, network=named(Flat))
 

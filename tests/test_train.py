@@ -327,7 +327,7 @@ def test_dropout_changes_what_is_trained_and_nothing_of_evaluation(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_sync_and_async_give_identical_metrics(tmp_path, seed):
     """However many copies share a process; and the same policy, to the last bit."""
-    ways = {"sync": None}, {"async": None}, {"async": 1}, {"async": 3}
+    ways = {"sync": "auto"}, {"async": "auto"}, {"async": 1}, {"async": 3}
     runs = [
         train(
             short(

@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -40,8 +42,12 @@ _MANY_ENVS = 1_000_000
 
 
 class Run(NamedTuple):
-    """What is settled before the first step, and the state, which is not."""
+    """What is settled before the first step, and the state, which is not.
 
+    here: the working directory; an environment may go elsewhere.
+    """
+
+    here: Path
     vectorization: str
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
@@ -60,6 +66,7 @@ def begin(config: Config) -> Run:
         ConfigError: whatever it is. What was made is closed, and nothing was written.
     """
     try:
+        here = Path.cwd()
         with ExitStack() as unless_all_is_well:
             source = files.find_source(config)
             if source is not None:
@@ -115,9 +122,8 @@ def begin(config: Config) -> Run:
             )
             unless_all_is_well.callback(judge.close)
             target = config.target_return
-            stopping = Stopping(
-                spec.reward_threshold if target == "auto" else target, config.return_window
-            )
+            target = _threshold_of(spec) if target == "auto" else target
+            stopping = Stopping(target, config.return_window)
             optimizer = Adam(policy.parameters(), config.learning_rate)
             state = TrainState(policy, optimizer, critic, stopping)
             about = {
@@ -140,7 +146,7 @@ def begin(config: Config) -> Run:
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
         raise ConfigError(words) from error
-    _log.info("run directory: %s", run_files.run_dir)
+    _log.info("run directory: %s", relative(run_files.run_dir, here))
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         _log.info("baseline leave_one_out: with one environment it equals none")
     if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
@@ -149,7 +155,7 @@ def begin(config: Config) -> Run:
             config.learning_rate,
         )
     return Run(
-        vectorization, device, envs, judge, collector, learner, compilation, state, run_files
+        here, vectorization, device, envs, judge, collector, learner, compilation, state, run_files
     )
 
 
@@ -229,6 +235,28 @@ def _make_networks(
             value_function = ValueFunction(observations, **shape).to(device)
             critic = Critic(value_function, config.value_learning_rate)
     return policy, critic
+
+
+def _threshold_of(spec: EnvSpec) -> float | None:
+    """The mean return that solves an environment, as it is registered."""
+    found: Any = spec.reward_threshold
+    if found is None:
+        return None
+    try:
+        if not isinstance(found, str | bytes) and math.isfinite(number := float(found)):
+            return number
+    except (TypeError, ValueError):  # it is no number, and named below
+        pass
+    raise ConfigError(
+        f"--target-return auto: expected the reward_threshold of {spec.id} to be a finite number or"
+        f" None, got {found!r}; register it as one, or give --target-return"
+    )
+
+
+def relative(run_dir: Path, here: Path) -> str:
+    """Relative to where the command ran, if below it."""
+    resolved = run_dir.resolve()
+    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)
 
 
 def torch_threads(config: Config, learner: Learner) -> int:

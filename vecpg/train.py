@@ -14,7 +14,7 @@ from gymnasium.vector import VectorEnv
 
 from vecpg import memory
 from vecpg.advantage import advantages
-from vecpg.begin import Run, begin, torch_threads
+from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.evaluate import EvalResult, evaluate_in
@@ -171,7 +171,7 @@ def _finished(config: Config) -> TrainResult | None:
         found, stored = files.agreed(config, run_dir)
         counters = Counters(**found.manifest["counters"])
         solved = found.manifest["solved"]
-        summary = read_json(run_dir / "summary.json") | {"run_dir": _relative(run_dir)}
+        summary = read_json(run_dir / "summary.json") | {"run_dir": relative(run_dir, Path.cwd())}
         as_it_was = config.target_return == stored.target_return
         of_this = summary.get("iterations") == counters.iteration
         if not (as_it_was and of_this and _is_over(config, counters, solved)):
@@ -220,7 +220,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
     except BaseException:
         closing.close()  # what a signal just before has kept from being done
         run.files.lock.close()
-        command = resume_command(_relative(run.files.run_dir), config)
+        command = resume_command(relative(run.files.run_dir, run.here), config)
         _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
         raise
 
@@ -229,7 +229,7 @@ def _close(envs: VectorEnv[Any, Any, Any]) -> None:
     """What an environment does when it is closed is no longer the run's."""
     try:
         envs.close()
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         _log.warning("closing the environments failed: %s: %s", type(error).__name__, error)
 
 
@@ -334,7 +334,7 @@ def _summary(
         "solved": None if stopping.target is None else stopping.solved,
         "solved_env_steps": counters.env_steps if stopping.solved else None,
         "solved_seconds": seconds.get("solved") if stopping.solved else None,
-        "run_dir": _relative(run.files.run_dir),
+        "run_dir": relative(run.files.run_dir, run.here),
     }
 
 
@@ -354,9 +354,3 @@ def _film(config: Config, policy: Policy, path: Path) -> None:
         )
     except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
         _log.warning("no film: %s", error)
-
-
-def _relative(run_dir: Path) -> str:
-    """Relative to where the command ran, if below it."""
-    resolved, here = run_dir.resolve(), Path.cwd()
-    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)

@@ -143,12 +143,28 @@ def make_envs(
         ) from error
     try:
         check_autoreset(envs)
+        _check_form(envs, env_id, num_envs)
         if action_masks:
             mask_sizes(envs.single_action_space)
     except ValueError:
         envs.close()
         raise
     return envs
+
+
+def _check_form(envs: VectorEnv, env_id: str, num_envs: int) -> None:
+    """Refuse a vectorized form that is not what was asked for."""
+    for name in ("single_observation_space", "single_action_space"):
+        if not isinstance(getattr(envs, name, None), gymnasium.Space):
+            raise ValueError(
+                f"{env_id}: expected a vectorized form with a {name}, got one without; use"
+                " --vectorization sync"
+            )
+    if envs.num_envs != num_envs:
+        raise ValueError(
+            f"{env_id}: expected {num_envs} copies, got a vectorized form of {envs.num_envs}; use"
+            f" --num-envs {envs.num_envs} or --vectorization sync"
+        )
 
 
 def check_autoreset(envs: VectorEnv) -> None:

@@ -149,6 +149,13 @@ def read_action_masks(
     sizes, num_envs = mask_sizes(space), len(needed)
     masks = np.ones((num_envs, sum(sizes)), np.bool_)
     given: Any = infos.get("action_mask") if isinstance(infos, dict) else None
+    if isinstance(given, list | tuple) and len(given) == num_envs:
+        rows = np.empty(num_envs, object)
+        for index, mask in enumerate(given):
+            rows[index] = mask
+        given = rows
+    elif hasattr(given, "numpy"):  # a tensor
+        given = np.asarray(given)
     there = np.full(num_envs, isinstance(given, np.ndarray) and given.shape[:1] == (num_envs,))
     if there.any() and "_action_mask" in infos:
         said = np.asarray(infos["_action_mask"])
@@ -177,6 +184,32 @@ def read_action_masks(
             raise SubEnvironmentError((int(n), "allows no action", reason, ""))
     masks[none.any(axis=1)] = True
     return masks
+
+
+def check_observation(obs: Any, space: spaces.Space[Any]) -> None:
+    """Refuse an observation of another shape or kind of numbers than a space of numbers has.
+
+    Raises:
+        TypeError: its numbers are of another kind, or do not fit.
+        ValueError: its shape is another.
+
+    Example:
+        >>> check_observation([0.0, 1.0], spaces.Box(0, 1, (3,)))
+        Traceback (most recent call last):
+            ...
+        ValueError: expected an observation of shape (3,), got (2,)
+    """
+    try:
+        found = np.asarray(obs)
+    except ValueError:  # rows of several lengths
+        found = np.asarray(None)
+    if found.dtype == object:
+        raise TypeError(f"expected an observation of {space.dtype}, got {_shown(obs)}")
+    if found.shape != space.shape:
+        raise ValueError(f"expected an observation of shape {space.shape}, got {found.shape}")
+    if space.dtype is not None and not np.can_cast(found.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"expected an observation of dtype {space.dtype}, got {found.dtype}")
+    check_whole_numbers(found, space.dtype)
 
 
 def check_whole_numbers(obs: Any, dtype: Any) -> None:
@@ -242,10 +275,10 @@ def _number(given: Any, expected: str) -> float:
     try:
         shape = np.shape(given)
         value = given
-        if shape and math.prod(shape) == 1:
+        if math.prod(shape) == 1 and (shape or hasattr(given, "item")):
             value = given.item() if hasattr(given, "item") else np.asarray(given).item()
-        # Python would read a number out of text, too.
-        if not isinstance(value, str | bytes):
+        # Python would read a number out of text, too, and NumPy the real part of a complex one.
+        if not isinstance(value, str | bytes | complex):
             return float(value)
     # Whatever objects of others raise where they are asked for a number.
     except Exception:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +13,16 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 
 from vecpg.envs.answers import (
+    check_observation,
     check_whole_numbers,
     mask_sizes,
     read_action_mask,
     read_answer,
     with_typed_observations,
 )
-from vecpg.envs.errors import SubEnvironmentError
+from vecpg.envs.errors import SubEnvironmentError, in_words
+
+_log = logging.getLogger(__name__)
 
 
 class InProcessEnvs(SyncVectorEnv):
@@ -153,19 +157,27 @@ class InProcessEnvs(SyncVectorEnv):
             ]
             hint = f"; {_EXPECTED}" if loop is frame else ""
             return SubEnvironmentError((index, verb, f"{detail}{hint}", trace))
-        if any(obs is not None for obs in self._env_obs):  # as before the first reset
+        # Before the first reset there are none.
+        together = frame is not None and frame.f_globals.get("__name__", "").startswith(_TOGETHER)
+        if together or any(obs is not None for obs in self._env_obs):
             for index, obs in enumerate(self._env_obs):
-                if not self._fits(obs):
-                    return SubEnvironmentError.raised(index, error)
+                try:
+                    check_observation(obs, self.single_observation_space)
+                except (TypeError, ValueError) as found:
+                    return SubEnvironmentError.raised(index, found)
         return error
 
-    def _fits(self, obs: Any) -> bool:
-        space = self.single_observation_space
-        if np.shape(obs) != space.shape or space.dtype is None:
-            return False
-        return np.can_cast(np.asarray(obs).dtype, space.dtype, "same_kind")
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close every environment, whatever closing another does."""
+        for index, env in enumerate(self.envs):
+            try:
+                env.close()
+            except (Exception, SystemExit) as error:
+                _log.warning("closing environment %d failed: %s", index, in_words(error))
 
 
+# Where what all environments have returned is put together.
+_TOGETHER = ("gymnasium.vector.utils", "numpy")
 # Where what environment `i` has returned is taken apart.
 _LOOPS = (InProcessEnvs._step_each.__code__, SyncVectorEnv.reset.__code__)
 _EXPECTED = (

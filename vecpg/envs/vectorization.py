@@ -235,12 +235,15 @@ def _why_another(spec: EnvSpec, given: dict[str, Any], action_masks: bool) -> st
     mode = envs.metadata.get("autoreset_mode")
     names = "single_observation_space", "single_action_space"
     found = [getattr(envs, name, None) for name in names]  # one that has none is no use
+    number = getattr(envs, "num_envs", None)
     without = _why_no_masks(envs) if action_masks else None
     _close(envs)
     if without is not None:
         return without
     if mode != AutoresetMode.NEXT_STEP:
         return f"is in autoreset mode {mode}"
+    if number != 1:
+        return f"makes {number} copies where 1 is asked for"
     try:
         env = gymnasium.make(spec, disable_env_checker=True, **given)
     except (Exception, SystemExit):
@@ -271,5 +274,5 @@ def _close(envs: Any) -> None:
     """What was made to be looked at only; nothing hangs on how it ends."""
     try:
         envs.close()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _log.warning("closing %s failed: %s", type(envs.unwrapped).__name__, in_words(error))

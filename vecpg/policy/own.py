@@ -29,6 +29,12 @@ _DTYPES = {
 # other shapes are rounded otherwise.
 _ROUNDING = 1e-3
 
+_NEW = "new parameters at each call"
+_UNCHANGED = (
+    "parameters and buffers that no call changes, since the log-probabilities of the update are"
+    " those that acted (BatchNorm changes its buffers; use GroupNorm or LayerNorm)"
+)
+
 # The parameters of networks that are in use, by their identity.
 _in_use: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -75,7 +81,8 @@ def make(name: str, space: spaces.Space[Any], door: Callable[[Tensor], Tensor]) 
         )
         obs = door(_some(space, rows=2))
         features, kept = _tried(name, module, obs)
-    _check_kept(name, module)
+        _check_kept(name, module)
+        _check_made_again(name, module, lambda: function(space), obs)
     return Own(module, features, kept)
 
 
@@ -123,8 +130,7 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
     _check(
         name,
         same,
-        "parameters and buffers that no call changes, since the log-probabilities of the update are"
-        " those that acted (BatchNorm changes its buffers; use GroupNorm or LayerNorm)",
+        _UNCHANGED,
         "some that one changed",
     )
     alone = _features(name, module, obs[:1])
@@ -153,6 +159,38 @@ def _tried(name: str, module: nn.Module, obs: Tensor) -> tuple[int, int]:
     same = torch.equal(_features(name, twin, obs), first)
     _check(name, same, "a copy to make the same features", "others")
     return first.shape[1], obs[0].numel() + sum(kept.values()) // 2
+
+
+def _check_made_again(
+    name: str, module: nn.Module, make: Callable[[], nn.Module], obs: Tensor
+) -> None:
+    """Whoever loads it calls the function again; and it stays what it is when it has learnt."""
+    # What that draws does not change what comes next.
+    with torch.random.fork_rng(devices=[]):
+        again = _called(name, make, "a second time")
+        right = isinstance(again, nn.Module) and again is not module
+        _check(name, right, "another module at each call", "the same one")
+        _features(name, again, obs)  # what is made at the first call is there after it
+        own = {id(parameter) for parameter in module.parameters()}
+        shared = [key for key, value in again.named_parameters() if id(value) in own]
+        _check(name, not shared, _NEW, f"{shared[0] if shared else ''} of the call before")
+        _called(name, lambda: again.load_state_dict(module.state_dict()), "in load_state_dict")
+        same = torch.equal(_features(name, again, obs), _features(name, module, obs))
+        _check(
+            name,
+            same,
+            "what a second call returns to make the same features with the same state_dict (what is"
+            " drawn or computed once, and is no parameter, is a buffer)",
+            "others",
+        )
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        before = _copies(again)
+        _features(name, again, obs)
+        after = _copies(again)
+    same = all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    _check(name, same, f"{_UNCHANGED}, once parameters have moved either", "some that one changed")
 
 
 def _leaves(features: Tensor) -> list[Tensor]:
@@ -209,7 +247,7 @@ def _check_kept(name: str, module: nn.Module) -> None:
         _check(name, right, f"finite numbers in its state_dict, {key} too", "NaN or infinity")
     for key, parameter in parameters.items():
         known = _in_use.get(id(parameter)) is parameter
-        _check(name, not known, "new parameters at each call", f"{key} of an earlier one's module")
+        _check(name, not known, _NEW, f"{key} of an earlier one's module")
     _in_use.update({id(parameter): parameter for parameter in parameters.values()})
 
 
@@ -250,7 +288,7 @@ def _called(name: str, call: Callable[[], Any], where: str) -> Any:
     try:
         return call()
     # It is the user's own, and may raise anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"--network {name}: expected it to work {where}, got {words[:300]}"

@@ -32,7 +32,8 @@ def make_run_directory(config: Config) -> Path:
         OSError: it cannot be made.
     """
     name = f"{name_of(config)}__{int(time.time())}"
-    out_dir = Path(config.out_dir)
+    # Wherever an environment goes meanwhile.
+    out_dir = Path(config.out_dir).absolute()
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count():

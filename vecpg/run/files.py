@@ -57,6 +57,7 @@ def find_source(config: Config) -> Source | None:
                 config.out_dir,
             )
         return None
+    run_dir = run_dir.absolute()
     check_links(run_dir)
     lock = hold(run_dir)
     try:
