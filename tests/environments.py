@@ -655,6 +655,36 @@ class Wide(Constant):
         return obs.copy(), 1.0, False, False, {}
 
 
+class Restless(Constant):
+    """Goes to another directory when it is stepped; leaves Python when it is closed."""
+
+    def __init__(self, to=None, leaves=False):
+        super().__init__()
+        self.to, self.leaves = to, leaves
+
+    def step(self, action):
+        if self.to is not None:
+            os.chdir(self.to)
+        return super().step(action)
+
+    def close(self):
+        if self.leaves:
+            sys.exit(0)
+
+
+class Ragged(Constant):
+    """From some step on every copy shows something else than an observation."""
+
+    def __init__(self, what="none"):
+        super().__init__()
+        self.what = what
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        shown = {"none": None, "ragged": [[1.0], [1.0, 2.0]], "longer": np.zeros(2, np.float32)}
+        return shown[self.what], *rest
+
+
 class Nested(gymnasium.Env):
     """Shows a dictionary of a tuple and a box."""
 
@@ -770,6 +800,8 @@ for _env, _limit in (
     (Pay, 10),
     (Nested, 10),
     (Wide, 10),
+    (Restless, 10),
+    (Ragged, 10),
 ):
     gymnasium.register(
         f"{_env.__name__}-v0", f"environments:{_env.__name__}", max_episode_steps=_limit

@@ -1,9 +1,13 @@
 import json
 import logging
+import math
 
+import gymnasium
+import numpy as np
 import pytest
 
 from vecpg.config import Config, ConfigError
+from vecpg.run.resume import stored_config
 from vecpg.train import train
 
 
@@ -55,7 +59,7 @@ def test_convolutions_at_a_step_size_that_is_too_long_for_them_are_named(tmp_pat
         # The value function's is another than the policy's.
         (
             {"network": "networks:shared", "baseline": "value"},
-            "--network networks:shared: expected new parameters at each call, got layer.weight of",
+            "--network networks:shared: expected another module at each call, got the same one",
         ),
         (
             {"env_id": "environments:Constant-v0", "action_masks": True},
@@ -92,3 +96,72 @@ def test_what_can_be_known_before_the_first_step_leaves_nothing_behind(tmp_path,
     with pytest.raises(ConfigError, match=message):
         train(short(tmp_path, **settings))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("threshold", [np.float32(5), np.array(5.0), 5])
+def test_a_threshold_of_any_kind_of_number_is_one(tmp_path, registered_as, threshold):
+    env_id = registered_as(threshold)
+    result = train(short(tmp_path, env_id=env_id, vectorization="sync"))
+    assert result.summary["target_return"] == 5.0
+    assert json.loads((result.run_dir / "summary.json").read_text())["solved"] is False
+
+
+@pytest.mark.parametrize("threshold", ["5", math.inf, math.nan, [5], np.zeros(2)])
+def test_a_threshold_that_is_no_number_is_named(tmp_path, registered_as, threshold):
+    message = "--target-return auto: expected the reward_threshold of Threshold-v0 to be a finite"
+    with pytest.raises(ConfigError, match=message):
+        train(short(tmp_path, env_id=registered_as(threshold), vectorization="sync"))
+    assert list(tmp_path.iterdir()) == []
+    given = {"target_return": None, "total_iterations": 1, "vectorization": "sync"}
+    train(short(tmp_path, env_id=registered_as(threshold), **given))
+
+
+@pytest.fixture
+def registered_as(monkeypatch):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", {**gymnasium.registry})
+
+    def register(threshold):
+        gymnasium.envs.registration.registry["Threshold-v0"] = gymnasium.envs.registration.EnvSpec(
+            "Threshold-v0",
+            "environments:Constant",
+            reward_threshold=threshold,
+            max_episode_steps=10,
+        )
+        return "Threshold-v0"
+
+    return register
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_that_goes_elsewhere_takes_no_run_along(
+    tmp_path, monkeypatch, vectorization
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    kwargs = {"to": str(tmp_path)}
+    config = short(
+        "runs", env_id="environments:Restless-v0", env_kwargs=kwargs, vectorization=vectorization
+    )
+    result = train(config)
+    assert result.run_dir.parent == tmp_path / "here" / "runs"
+    assert result.summary["run_dir"] == f"runs/{result.run_dir.name}"
+    assert (result.run_dir / "summary.json").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    typed = {"env_id": "environments:Restless-v0", "env_kwargs": kwargs, "total_iterations": 4}
+    again = train(stored_config(result.summary["run_dir"], **typed))
+    assert again.summary["iterations"] == 4
+    assert again.run_dir == result.run_dir
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_that_leaves_python_when_it_is_closed_loses_nothing(tmp_path, vectorization):
+    kwargs = {"leaves": True}
+    result = train(
+        short(
+            tmp_path,
+            env_id="environments:Restless-v0",
+            env_kwargs=kwargs,
+            vectorization=vectorization,
+        )
+    )
+    assert (result.run_dir / "summary.json").exists()

@@ -643,3 +643,37 @@ def test_a_wrong_argument_is_no_reason_for_sync(caplog):
 def test_a_namespace_that_is_not_there_says_what_to_name():
     with pytest.raises(ValueError, match="registers it: --env-id module:Nowhere/Ball-v0"):
         find_spec("Nowhere/Ball-v0")
+
+
+class Batch(CartPoleVectorEnv):
+    """A simulator of eight, whatever is asked for."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__(8, **kwargs)
+
+
+class Spaceless(CartPoleVectorEnv):
+    """Does not say what a single copy shows."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__(num_envs, **kwargs)
+        del self.single_observation_space
+
+
+@pytest.mark.parametrize(
+    ("form", "said", "message"),
+    [
+        (Batch, "makes 8 copies where 1 is asked for", "expected 3 copies, got .* of 8"),
+        (Spaceless, "has observations of None", "vectorized form with a single_observation_space"),
+    ],
+)
+def test_a_vectorized_form_of_another_size_or_without_spaces(
+    registered, caplog, form, said, message
+):
+    caplog.set_level("INFO", logger="vecpg")
+    registered("Formed-v0", "environments:Constant", vector_entry_point=form, max_episode_steps=9)
+    with anew():
+        assert resolve_vectorization(find_spec("Formed-v0"), "auto") == "sync"
+    assert said in caplog.text
+    with pytest.raises(ValueError, match=message):
+        make_envs("Formed-v0", 3, vectorization="vector_entry_point")

@@ -293,3 +293,17 @@ def test_what_is_neither_true_nor_false_is_no_flag(flag):
             read_answer(1.0, *answer)
     for known in (True, np.True_, 1, 1.0, np.array([1]), torch.tensor([True])):
         assert read_answer(1.0, known, False) == (1.0, True, False)
+
+
+@pytest.mark.parametrize("reward", [np.complex64(1 + 2j), 1j, np.array("1.5"), np.str_("1.5"), "1"])
+def test_what_only_python_reads_as_a_number_is_no_reward(reward):
+    with pytest.raises(TypeError, match="expected a reward that is a number, got"):
+        read_answer(reward, False, False)
+
+
+def test_masks_in_a_list_or_a_tensor_are_read():
+    space, needed = spaces.Discrete(3), np.array([True, True])
+    masks = [[1, 0, 1], [0, 1, 1]]
+    for given in (masks, tuple(masks), [np.array(mask) for mask in masks], torch.tensor(masks)):
+        found = read_action_masks({"action_mask": given}, space, needed=needed, ended=~needed)
+        assert found.tolist() == np.array(masks, bool).tolist()

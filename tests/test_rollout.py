@@ -752,3 +752,24 @@ def test_a_whole_number_that_its_space_has_not_is_not_taken_for_another(
     envs.close()
     assert rollout.obs.dtype == torch.uint8
     assert (rollout.obs == torch.tensor([7, 255])).all()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("none", "expected an observation of float32, got None"),
+        ("ragged", r"expected an observation of float32, got \[\[1.0\], \[1.0, 2.0\]\]"),
+        ("longer", r"expected an observation of shape \(1,\), got \(2,\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_no_observation_is_named_alike_in_every_process(vectorization, what, message):
+    kwargs = {"what": what}
+    envs = make_envs("environments:Ragged-v0", 2, vectorization=vectorization, env_kwargs=kwargs)
+    seed = Stream(1, 0, 0, 2).reset_seeds(Purpose.TRAINING_RESET)[0]
+    message = rf"environment 0 failed at step 0 \(reset with seed {seed}\): .*{message}"
+    with pytest.raises(EnvironmentFailure, match=message) as caught:
+        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    assert caught.value.trace == "", "none of the environment's own code was running"
+    envs.close()
