@@ -143,6 +143,87 @@ def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
     assert "within 0.5 s; raise" in error.detail
 
 
+@pytest.fixture
+def many_signals():
+    """One that is handled arrives ten times a second, as a profiler's does; after 4 s it raises."""
+    arrived = []
+
+    def handle(signum, frame):
+        arrived.append(signum)
+        if len(arrived) == 40:
+            raise AssertionError("nobody looked")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_worker_that_hangs_is_named_while_signals_keep_arriving(envs, soon, many_signals):
+    envs.step_timeout = 0.7
+    os.kill(envs.processes[2].pid, signal.SIGSTOP)
+    error = fails(envs, lambda: envs.step(ACTIONS))
+    assert (error.index, error.verb) == (2, "hung")
+
+
+BIG = np.arange(10**6)
+
+
+def in_the_middle_of_an_answer(envs, monkeypatch, signum):
+    """Have every worker begin with an answer that is too large to be sent at once."""
+    envs.set_attr("big", BIG)
+    tell = envs._tell
+
+    def tell_and_send(*told):
+        tell(*told)
+        time.sleep(0.3)
+        os.kill(envs.processes[2].pid, signum)
+
+    monkeypatch.setattr(envs, "_tell", tell_and_send)
+
+
+@pytest.mark.parametrize(
+    ("signum", "verb"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")], ids=["dies", "hangs"]
+)
+def test_what_ends_in_the_middle_of_an_answer_is_named(
+    envs, monkeypatch, soon, many_signals, signum, verb
+):
+    envs.step_timeout = 0.7
+    in_the_middle_of_an_answer(envs, monkeypatch, signum)
+    error = fails(envs, lambda: envs.get_attr("big"))
+    assert (error.index, error.verb) == (2, verb)
+
+
+def test_an_answer_in_parts_may_take_its_time(envs, monkeypatch):
+    in_the_middle_of_an_answer(envs, monkeypatch, signal.SIGSTOP)
+    # Later than who waits for workers looks after them.
+    later = threading.Timer(1.1, os.kill, (envs.processes[2].pid, signal.SIGCONT))
+    later.start()
+    assert all(np.array_equal(each, BIG) for each in envs.get_attr("big"))
+
+
+def test_a_worker_that_hangs_before_it_has_read_what_it_is_told_is_named(envs, soon, many_signals):
+    envs.step_timeout = 0.7
+    os.kill(envs.processes[2].pid, signal.SIGSTOP)
+    error = fails(envs, lambda: envs.set_attr("big", BIG))
+    assert (error.index, error.verb) == (2, "hung")
+
+
+@pytest.mark.slow
+def test_closing_does_not_wait_for_who_reads_nothing(soon):
+    envs = make_envs("environments:Misbehaving-v0", 2, vectorization="async", step_timeout=3)
+    os.kill(envs.processes[1].pid, signal.SIGSTOP)
+    assert fails(envs, lambda: envs.set_attr("big", BIG)).verb == "hung"
+
+
+def test_a_timeout_may_be_longer_than_the_system_can_wait():
+    envs = make_envs("environments:Misbehaving-v0", 2, vectorization="async", step_timeout=1e20)
+    envs.set_attr("big", BIG)
+    assert all(np.array_equal(each, BIG) for each in envs.get_attr("big"))
+    envs.close()
+
+
 def test_several_that_hang_are_counted(envs, soon):
     envs.step_timeout = 0.7
     error = fails(envs, lambda: envs.step(np.array([0, 1, 1, 1])))

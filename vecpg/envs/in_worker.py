@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import connection, reduction
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -30,11 +31,15 @@ _log = logging.getLogger(__name__)
 END_SECONDS = 2.0
 # To the whole terminal or job; the main process answers them.
 ANSWERED_ABOVE = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# What a worker is told, in one byte. What a command takes follows as an object, but for a step:
-# that is in the shared memory.
-STEP, RESET, CALL, SHARE, CLOSE = b"s", b"r", b"c", b"m", b"q"
+# What a worker is told, in one byte; the end of the connection has it close. What a command takes
+# follows as an object, but for a step: that is in the shared memory.
+STEP, RESET, CALL, SHARE = b"s", b"r", b"c", b"m"
+# What it is sent first, with the shared memory.
+MEMORY = b"o"
 # What it answers: that it is done, or an object follows: its answer, or a `Failure`.
 DONE, ANSWER, FAILED = b"d", b"a", b"f"
+# How many bytes follow.
+_LENGTH = struct.Struct("!Q")
 
 # The index of the environment, a verb, the detail, and its traceback.
 Failure = tuple[int, str, str, str]
@@ -78,18 +83,58 @@ def packed(value: Any) -> bytes:
     return pickle.dumps(CloudpickleWrapper(lambda: value))
 
 
-def unpacked(data: bytes) -> Any:
+def unpacked(data: bytes | bytearray) -> Any:
     """What was `packed`."""
     return pickle.loads(data)()
 
 
-def work(
-    pipe: "connection.Connection[Any, Any]", makers: bytes, first: int, number: int, of: int
-) -> None:
+def send(end: socket.socket, data: bytes) -> None:
+    """Send an object that has been pickled.
+
+    Raises:
+        TimeoutError: `end` has a limit, and no part could be sent within it.
+    """
+    for part in (_LENGTH.pack(len(data)), data):
+        rest = memoryview(part)
+        while rest:
+            rest = rest[end.send(rest) :]
+
+
+def receive(end: socket.socket) -> bytearray:
+    """What `send` sent at the other end.
+
+    Raises:
+        EOFError: the connection ended before all had come.
+        TimeoutError: `end` has a limit, and no part came within it.
+
+    Example:
+        >>> ours, theirs = socket.socketpair()
+        >>> send(ours, b"some bytes")
+        >>> receive(theirs)
+        bytearray(b'some bytes')
+        >>> ours.close(), theirs.close()
+        (None, None)
+    """
+    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size))
+    return _exactly(end, length)
+
+
+def _exactly(end: socket.socket, length: int) -> bytearray:
+    found = bytearray(length)
+    rest = memoryview(found)
+    while rest:
+        came = end.recv_into(rest)
+        if came == 0:
+            raise EOFError
+        rest = rest[came:]
+    return found
+
+
+def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) -> None:
     """Say that it has begun, make the environments, and do what it is told until it is to close.
 
     Args:
-        pipe: to the main process, which has sent the shared memory over it.
+        end: of the connection to the main process, which has sent the shared memory over it.
         makers: a list of what makes an environment each, packed.
         first: the index of the first of them.
         number: the index of this worker.
@@ -97,22 +142,24 @@ def work(
     """
     _settle()
     try:
-        memory = reduction.recv_handle(pipe)
-    except (EOFError, ConnectionError):  # the main process has ended
+        _, memory, *_ = socket.recv_fds(end, len(MEMORY), 1)
+    except ConnectionError:
+        memory = []
+    if not memory:  # the main process has ended, or has closed what it was making
         return
-    copies = _Copies(makers, first, memory, number, of)
+    copies = _Copies(makers, first, memory[0], number, of)
     # The end of the main process is the end of this one.
     with contextlib.suppress(ConnectionError):
-        os.write(pipe.fileno(), DONE)
-        copies.reply(pipe, copies.make, SubEnvironmentError.raised_in_making)
+        end.send(DONE)
+        copies.reply(end, copies.make, SubEnvironmentError.raised_in_making)
         answers = {
             STEP: copies.step,
-            RESET: lambda: copies.reset(*pipe.recv()),
-            CALL: lambda: copies.call(*pipe.recv()),
-            SHARE: lambda: copies.share(*pipe.recv()),
+            RESET: lambda: copies.reset(*pickle.loads(receive(end))),
+            CALL: lambda: copies.call(*pickle.loads(receive(end))),
+            SHARE: lambda: copies.share(*pickle.loads(receive(end))),
         }
-        while (command := os.read(pipe.fileno(), 1)) not in (CLOSE, b""):
-            copies.reply(pipe, answers[command], SubEnvironmentError.raised)
+        while command := end.recv(1):
+            copies.reply(end, answers[command], SubEnvironmentError.raised)
     copies.close()
 
 
@@ -161,7 +208,7 @@ class _Copies:
 
     def reply(
         self,
-        pipe: "connection.Connection[Any, Any]",
+        end: socket.socket,
         work: Callable[[], bytes | None],
         failed: Callable[[int, BaseException], SubEnvironmentError],
     ) -> None:
@@ -173,9 +220,9 @@ class _Copies:
         except BaseException as error:
             failure: Failure = failed(int(self.at[0]), error).args[0]
             kind, answer = FAILED, pickle.dumps(failure)
-        os.write(pipe.fileno(), kind)
+        end.send(kind)
         if answer is not None:
-            pipe.send_bytes(answer)
+            send(end, answer)
 
     def make(self) -> bytes:
         """Make the environments; what is known of them."""

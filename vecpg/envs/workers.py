@@ -12,11 +12,10 @@ import pickle
 import resource
 import signal
 import socket
-import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection, reduction, util
+from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -34,6 +33,8 @@ from vecpg.envs.in_worker import END_SECONDS, Failure, Known
 
 # Between two looks for workers that have died, while one is waited for.
 _LOOK_SECONDS = 0.5
+# What the system takes as a limit is of 32 bits, in milliseconds.
+_LONGEST_SECONDS = 1e6
 # Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
 _DESCRIPTORS = 3
 # What multiprocessing gives as exit status when there is no fork server to tell it.
@@ -76,8 +77,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         action_masks: bool = False,
     ) -> None:
         self.processes: list[BaseProcess] = []
-        self._pipes: list[connection.Connection[Any, Any]] = []
-        self._fds: list[int] = []
+        self._sockets: list[socket.socket] = []
         self._rows: shared.SharedRows | None = None
         self._owner = os.getpid()
         # For a process that exits without closing them, and would wait for its children.
@@ -180,12 +180,12 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         """Have every worker close its environments; after two seconds kill those that have not."""
         if os.getpid() != self._owner:  # a fork of the process whose workers they are
             return
-        for pipe in self._pipes:
+        for each in self._sockets:
             with contextlib.suppress(OSError):
-                os.write(pipe.fileno(), in_worker.CLOSE)
+                each.shutdown(socket.SHUT_RDWR)
         _end(self.processes)
-        for pipe in self._pipes:
-            pipe.close()
+        for each in self._sockets:
+            each.close()
         self._rows = None
         self._at_exit.cancel()
 
@@ -218,10 +218,9 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
     def _start_one(self, makers: list[bytes], number: int, memory: int) -> None:
         """Start a worker; if it is the first, wait until it has begun."""
         context = multiprocessing.get_context("forkserver")
-        ours, theirs = context.Pipe()
-        self._pipes.append(ours)
-        self._fds.append(ours.fileno())
-        _limit_waits(ours, self._look_seconds, self.step_timeout)
+        ours, theirs = socket.socketpair()
+        self._sockets.append(ours)
+        ours.settimeout(self._look_seconds)
         self._at[number] = self._firsts[number]
         process = context.Process(
             target=in_worker.work,
@@ -232,7 +231,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         try:
             with contextlib.closing(theirs):
                 process.start()
-            reduction.send_handle(ours, memory, process.pid)
+            socket.send_fds(ours, [in_worker.MEMORY], [memory])
             if number == 0:
                 self._answers(range(1), making=True)
         except (EOFError, ConnectionError):
@@ -251,7 +250,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
 
     def _make(self) -> None:
         """Have every worker make its environments, all at once, and learn their spaces."""
-        answers = self._answers(range(len(self._pipes)), making=True)
+        answers = self._answers(range(len(self._sockets)), making=True)
         known: list[Known] = [in_worker.unpacked(each) for each in answers if each is not None]
         for first, other in zip(self._firsts, known, strict=True):
             try:
@@ -273,7 +272,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             with contextlib.suppress(ValueError):
                 self._flags = sum(mask_sizes(spaces[1]))
         if all(map(shared.can_be_shared, spaces)):
-            number = len(self._pipes)
+            number = len(self._sockets)
             self._rows = shared.SharedRows(memory, number, self.num_envs, *spaces, self._flags)
             self._ask(in_worker.SHARE, [(self.num_envs, self._flags)] * number)
 
@@ -320,37 +319,37 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             pickle.loads(one) for answer in answers if answer for one in pickle.loads(answer)
         )
 
-    def _ask(self, command: bytes, given: Sequence[Any] | None = None) -> list[bytes | None]:
+    def _ask(self, command: bytes, given: Sequence[Any] | None = None) -> list[bytearray | None]:
         """Have every worker do something, each with what it is given; what they answer."""
         with self._watched():
             self._tell(command, given)
-            return self._answers(range(len(self._fds)))
+            return self._answers(range(len(self._sockets)))
 
     def _tell(self, command: bytes, given: Sequence[Any] | None = None) -> None:
         self._at[:] = self._firsts
-        for number, fd in enumerate(self._fds):
-            os.write(fd, command)
+        for number, each in enumerate(self._sockets):
+            # There is room: of a worker that is told something, all answers have been read.
+            os.write(each.fileno(), command)
             if given is not None:
-                try:
-                    self._pipes[number].send(given[number])
-                except BlockingIOError:
-                    raise SubEnvironmentError(self._hang([number])) from None
+                with self._patient(number):
+                    in_worker.send(each, pickle.dumps(given[number]))
 
-    def _answers(self, numbers: range, *, making: bool = False) -> list[bytes | None]:
+    def _answers(self, numbers: range, *, making: bool = False) -> list[bytearray | None]:
         """What these workers answer, in their order, which costs the fewest calls of the system.
 
         Raises:
             SubEnvironmentError: an environment failed, died or hung.
             EOFError: a worker's connection ended.
         """
-        answers: list[bytes | None] = []
+        answers: list[bytearray | None] = []
         seen = None
         for number in numbers:
-            fd = self._fds[number]
+            each = self._sockets[number]
             while True:
                 try:
-                    kind = os.read(fd, 1)
-                except BlockingIOError:
+                    # With a limit that signals do not extend, which they would that of `os.read`.
+                    kind = each.recv(1)
+                except TimeoutError:
                     seen = self._look(range(number, numbers.stop), seen, making)
                 else:
                     break
@@ -370,16 +369,22 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             detail += "; if a process can have one copy only, give --envs-per-worker 1"
         return index, verb, detail, trace
 
-    def _object(self, number: int) -> bytes:
+    def _object(self, number: int) -> bytearray:
         """What follows an answer's first byte."""
-        pipe = self._pipes[number]
-        _limit_waits(pipe, self.step_timeout, self.step_timeout)
+        with self._patient(number):
+            return in_worker.receive(self._sockets[number])
+
+    @contextlib.contextmanager
+    def _patient(self, number: int) -> Iterator[None]:
+        """Give a worker the time of a step for every part of a message; then it hangs."""
+        each = self._sockets[number]
+        each.settimeout(min(self.step_timeout, _LONGEST_SECONDS))
         try:
-            return pipe.recv_bytes()
-        except BlockingIOError:
+            yield
+        except TimeoutError:
             raise SubEnvironmentError(self._hang([number])) from None
         finally:
-            _limit_waits(pipe, self._look_seconds, self.step_timeout)
+            each.settimeout(self._look_seconds)
 
     # -- When they do not answer -------------------------------------------------------------------
 
@@ -420,8 +425,8 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             raise SubEnvironmentError(failure)
         now, at = time.monotonic(), self._at.copy()
         since = np.full(len(at), now) if seen is None else np.where(at != seen[0], now, seen[1])
-        answered = connection.wait([self._pipes[number] for number in numbers], 0)
-        silent = [number for number in numbers if self._pipes[number] not in answered]
+        answered = connection.wait([self._sockets[number] for number in numbers], 0)
+        silent = [number for number in numbers if self._sockets[number] not in answered]
         patience = self.step_timeout
         if making:
             # They share the cores, and a constructor may take all the time on one.
@@ -482,15 +487,6 @@ def _packed(makers: Sequence[_Maker]) -> bytes:
             f' {in_words(error)}; register it by name, as "module:Class", with arguments that can'
             " be pickled, or use --vectorization sync"
         ) from error
-
-
-def _limit_waits(pipe: "connection.Connection[Any, Any]", reading: float, writing: float) -> None:
-    """Have reading and writing raise BlockingIOError after so many seconds without progress."""
-    with socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        for option, limit in ((socket.SO_RCVTIMEO, reading), (socket.SO_SNDTIMEO, writing)):
-            # 0 would be no limit.
-            seconds, rest = divmod(max(1, round(limit * 1e6)), 10**6)
-            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, rest))
 
 
 def _as_type(actions: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
