@@ -58,6 +58,23 @@ class Sleeping(gymnasium.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
+class Lasting(Sleeping):
+    """Closing takes so many seconds, and is then noted in a file; with seed `hanging` it hangs."""
+
+    def __init__(self, closing, noted, hanging=-1):
+        super().__init__()
+        self.closing, self.noted, self.hanging = closing, noted, hanging
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = seed
+        return super().reset(seed=seed)
+
+    def close(self):
+        time.sleep(100 if self.seed == self.hanging else self.closing)
+        with open(self.noted, "a") as file:
+            file.write(f"{self.seed} ")
+
+
 class Keyed(Sleeping):
     """Observations that are no array."""
 
@@ -100,7 +117,7 @@ class Blocked(gymnasium.Env):
         return {"action_mask": (mask[:2], mask[2:] == 1) if self.multi else mask}
 
 
-for _env in (Walk, Sleeping, Keyed, Blocked):
+for _env in (Walk, Sleeping, Lasting, Keyed, Blocked):
     gymnasium.register(
         f"{_env.__name__}-v0", f"pool_environments:{_env.__name__}", max_episode_steps=50
     )

@@ -529,6 +529,57 @@ def test_an_environment_that_cannot_be_closed_is_named_and_its_worker_ends(tmp_p
     ]
 
 
+def lasting(tmp_path, num_envs, each, hanging=-1):
+    """Environments whose closing takes half as long as a worker may take; and who has closed."""
+    noted = tmp_path / "closed"
+    envs = make_envs(
+        "pool_environments:Lasting-v0",
+        num_envs,
+        vectorization="async",
+        env_kwargs={"closing": 0.3, "noted": str(noted), "hanging": hanging},
+        envs_per_worker=each,
+    )
+    envs.reset(seed=0)
+    return envs, lambda: sorted(map(int, noted.read_text().split()))
+
+
+def test_each_environment_in_a_worker_is_given_its_time_to_close(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.6)
+    envs, closed = lasting(tmp_path, 4, 4)
+    envs.close()
+    assert closed() == [0, 1, 2, 3]
+    assert [process.exitcode for process in envs.processes] == [0]
+    assert caplog.messages == []
+
+
+def test_what_hangs_while_it_is_closed_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.6)
+    envs, closed = lasting(tmp_path, 5, 4, hanging=1)
+    envs.close()
+    assert closed() == [0, 4]
+    assert [process.exitcode for process in envs.processes] == [-signal.SIGKILL, 0]
+    assert caplog.messages == [
+        "environment 1 was not closed within 0.6 s, and its process was killed; nor were 2 more"
+    ]
+
+
+@pytest.mark.slow
+def test_each_environment_is_given_its_time_to_close_also_where_its_process_was_killed(tmp_path):
+    code = (
+        "import os\n"
+        "from test_envs_workers import lasting\n"
+        "if __name__ == '__main__':\n"
+        "    from pathlib import Path\n"
+        "    envs, _ = lasting(Path('.'), 9, 9, hanging=8)\n"
+        "    print(envs.processes[0].pid, flush=True)\n"
+        "    os._exit(0)\n"
+    )
+    process = run(code, cwd=tmp_path)
+    worker = psutil.Process(int(process.stdout.readline()))
+    assert psutil.wait_procs([worker], timeout=10)[1] == []
+    assert sorted((tmp_path / "closed").read_text().split()) == list("01234567")
+
+
 LIFE = """
 import multiprocessing, os, signal, sys, time
 import numpy as np
@@ -593,7 +644,10 @@ def test_however_a_process_ends_nothing_is_left(tmp_path, end, each):
     assert [one for one in left if one.status() != psutil.STATUS_ZOMBIE] == []
     assert (process.returncode, out) == (status, "")
     assert err.count("Traceback") == traceback, err
-    assert traceback or err == ""
+    said = ""
+    if what == STOP:
+        said = f"environment {each} was not closed within 2 s, and its process was killed\n"
+    assert traceback or err == said
 
 
 def shared_memory(pids):

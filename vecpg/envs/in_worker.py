@@ -20,6 +20,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import CloudpickleWrapper
+from numpy.typing import NDArray
 
 from vecpg.envs.answers import read_action_mask, read_answer, with_typed_observations
 from vecpg.envs.errors import SubEnvironmentError, in_words
@@ -27,7 +28,7 @@ from vecpg.envs.shared import SharedRows, positions
 
 _log = logging.getLogger(__name__)
 
-# How long a worker may take to close its environments, before it is killed.
+# How long a worker may take for each environment that it closes, before it is killed.
 END_SECONDS = 2.0
 # To the whole terminal or job; the main process answers them.
 ANSWERED_ABOVE = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -148,6 +149,7 @@ def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) ->
     if not memory:  # the main process has ended, or has closed what it was making
         return
     copies = _Copies(makers, first, memory[0], number, of)
+    threading.Thread(target=_follow, args=(copies.at,), daemon=True).start()
     # The end of the main process is the end of this one.
     with contextlib.suppress(ConnectionError):
         end.send(DONE)
@@ -164,26 +166,45 @@ def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) ->
 
 
 def _settle() -> None:
-    """Leave the terminal's signals to the main process, and end when that does."""
+    """Leave the terminal's signals to the main process."""
     # With what an environment starts it can be ended as a group, to which no terminal sends.
     os.setpgid(0, 0)
     # A job's signals come to every process. A handler, since what is started here would inherit
     # that they are ignored.
     for signum in (*ANSWERED_ABOVE, signal.SIGTERM):
         signal.signal(signum, _leave_it)
-    threading.Thread(target=_follow, daemon=True).start()
 
 
 def _leave_it(signum: int, frame: Any) -> None:
     pass
 
 
-def _follow() -> None:
+class Patience:
+    """With a worker that is to close its environments: for each, and to begin, so many seconds.
+
+    Args:
+        position: (1,) int64, as `shared.positions` has it.
+    """
+
+    def __init__(self, position: NDArray[np.int64]) -> None:
+        self.position, self.seen, self.since = position, 0, time.monotonic()
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether it has taken longer. Only who asks now and then sees it move on."""
+        now, at = time.monotonic(), int(self.position[0])
+        if at < 0 and at != self.seen:
+            self.seen, self.since = at, now
+        return now - self.since >= seconds
+
+
+def _follow(position: NDArray[np.int64]) -> None:
     """End a little later than the main process, whatever the environments do."""
     main = multiprocessing.parent_process()
     if main is not None:
         main.join()
-        time.sleep(END_SECONDS)
+        patience = Patience(position)
+        while not patience.is_over(END_SECONDS):
+            time.sleep(END_SECONDS / 8)
         os.killpg(0, signal.SIGKILL)
 
 
@@ -299,10 +320,12 @@ class _Copies:
     def close(self) -> None:
         """Close the environments; one that cannot be closed is named."""
         for index, env in enumerate(self.envs, self.first):
+            self.at[0] = ~index
             try:
                 env.close()
             except Exception as error:
                 _log.warning("closing environment %d failed: %s", index, in_words(error))
+        self.at[0] = ~(self.first + len(self.envs))
 
     def _keep(self, k: int, obs: Any, info: Any) -> None:
         """Write an observation, and a mask, where the main process finds them."""

@@ -6,6 +6,7 @@ this process, so none can block it.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,8 @@ from vecpg.envs import fork_server, in_worker, shared
 from vecpg.envs.answers import mask_sizes
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 from vecpg.envs.in_worker import END_SECONDS, Failure, Known
+
+_log = logging.getLogger(__name__)
 
 # Between two looks for workers that have died, while one is waited for.
 _LOOK_SECONDS = 0.5
@@ -79,7 +82,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         self.processes: list[BaseProcess] = []
         self._sockets: list[socket.socket] = []
         self._rows: shared.SharedRows | None = None
-        self._owner = os.getpid()
+        self._owner, self._made = os.getpid(), False
         # For a process that exits without closing them, and would wait for its children.
         self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         self.num_envs, self.step_timeout = len(env_fns), step_timeout
@@ -98,6 +101,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
                 self._start(makers, memory)
                 self._make()
                 self._share(memory)
+                self._made = True
             finally:
                 os.close(memory)
 
@@ -177,13 +181,16 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         return self.get_attr("np_random")
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Have every worker close its environments; after two seconds kill those that have not."""
+        """Have every worker close its environments; kill one that takes two seconds for one.
+
+        What was not closed for that reason is warned of.
+        """
         if os.getpid() != self._owner:  # a fork of the process whose workers they are
             return
         for each in self._sockets:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        _end(self.processes)
+        self._end()
         for each in self._sockets:
             each.close()
         self._rows = None
@@ -452,6 +459,42 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         advice = "raise --step-timeout if a step may take longer"
         return int(self._at[numbers[0]]), "hung", f"{detail}; {advice}", ""
 
+    # -- The end -----------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """Wait for the workers; kill those that are late, with what they started."""
+        started = {n: process for n, process in enumerate(self.processes) if process.pid}
+        awaited = {n: in_worker.Patience(self._at[n : n + 1]) for n in started}
+        unclosed: list[int] = []
+        while awaited:
+            connection.wait([started[n].sentinel for n in awaited], END_SECONDS / 8)
+            for n, patience in list(awaited.items()):
+                if started[n].exitcode is not None:
+                    del awaited[n]
+                elif patience.is_over(END_SECONDS):
+                    del awaited[n]
+                    unclosed += self._unclosed(n)
+        for process in started.values():
+            if process.exitcode != 0 and process.pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+        for process in started.values():
+            process.join(END_SECONDS)
+        if unclosed and self._made:
+            first, others = unclosed[0], len(unclosed) - 1
+            _log.warning(
+                "environment %d was not closed within %g s, and its process was killed%s",
+                first,
+                END_SECONDS,
+                f"; nor were {others} more" if others else "",
+            )
+
+    def _unclosed(self, number: int) -> range:
+        """Of a worker, the environments that it has not closed."""
+        at, held = int(self._at[number]), self._blocks[number]
+        return range(~at if at < 0 else held.start, held.stop)
+
 
 def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
     if (still_there := envs()) is not None:
@@ -497,21 +540,6 @@ def _as_type(actions: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not whole or np.array_equal(found, actions):
             return found
     raise ValueError(f"expected actions of dtype {dtype}, got {actions!r}")
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Wait two seconds for all of them; kill those that take longer, with what they started."""
-    started = [process for process in processes if process.pid is not None]
-    deadline = time.monotonic() + END_SECONDS
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in started:
-        if process.exitcode != 0 and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-    for process in started:
-        process.join(END_SECONDS)
 
 
 def _slow_constructor(index: int, timeout: float) -> Failure:
