@@ -441,12 +441,25 @@ def test_processes_that_cannot_be_started_are_counted(monkeypatch):
 
 
 def test_more_processes_than_may_have_descriptors_are_refused_before_any_is_made(monkeypatch):
-    monkeypatch.setattr(workers_module.resource, "getrlimit", lambda which: (1024, 4096))
+    """With those that are open: of other environments, say."""
+    opened = [os.dup(0) for _ in range(50)]
+    limit = len(os.listdir("/proc/self/fd")) + 3 * 2 + 20
+    monkeypatch.setattr(workers_module.resource, "getrlimit", lambda which: (limit, limit))
+    settings = {"vectorization": "async", "envs_per_worker": 2}
+    envs = make_envs("environments:Constant-v0", 4, **settings)
+    for fd in opened[:3]:
+        os.close(fd)  # for the fork server's
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(
         EnvironmentNotMade,
-        match=r"331 processes need 1025 open files, .* limit is 1024; raise it \(ulimit -n 1025\)",
+        match=rf": 2 processes need {before + 22} open files, with the {before} that are open, and"
+        rf" the limit is {limit}; raise it \(ulimit -n {before + 22}\), or --envs-per-worker$",
     ):
-        make_envs("environments:Constant-v0", 662, vectorization="async", envs_per_worker=2)
+        make_envs("environments:Constant-v0", 4, **settings)
+    envs.close()
+    make_envs("environments:Constant-v0", 4, **settings).close()
+    for fd in opened[3:]:
+        os.close(fd)
 
 
 @EACH_WAY
@@ -700,6 +713,21 @@ def test_calls_are_answered_or_named(envs):
     error = fails(envs, lambda: envs.call("no_such_thing"))
     assert (error.index, error.verb) == (0, "failed")
     assert "AttributeError" in error.detail
+
+
+def test_functions_of_a_scripts_own_can_be_sent(envs):
+    envs.set_attr("big", [lambda: 1, 2, lambda: 3, 4])
+    assert envs.get_attr("big") == (1, 2, 3, 4)
+
+
+def test_what_cannot_be_sent_is_refused_before_anything_is(envs):
+    message = "^set_wrapper_attr: expected arguments that can be sent.*TypeError: cannot pickle"
+    with pytest.raises(TypeError, match=message):
+        envs.set_attr("at_reset", [1, 2, 3, threading.Lock()])
+    assert envs.get_attr("at_reset") == (None,) * 4
+    with pytest.raises(TypeError, match="cannot pickle"):
+        envs.reset(options={"lock": threading.Lock()})
+    assert envs.step(ACTIONS)[0].shape == (4, 1)
 
 
 @EACH_WAY

@@ -157,7 +157,7 @@ def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) ->
         answers = {
             STEP: copies.step,
             RESET: lambda: copies.reset(*pickle.loads(receive(end))),
-            CALL: lambda: copies.call(*pickle.loads(receive(end))),
+            CALL: lambda: copies.call(*unpacked(receive(end))),
             SHARE: lambda: copies.share(*pickle.loads(receive(end))),
         }
         while command := end.recv(1):

@@ -40,6 +40,8 @@ _LOOK_SECONDS = 0.5
 _LONGEST_SECONDS = 1e6
 # Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
 _DESCRIPTORS = 3
+# What else this process opens at times: while it starts a worker, or saves.
+_SPARE = 16
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
 
@@ -119,7 +121,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             raise ValueError(f"seed: expected one for each of {self.num_envs}, got {len(seed)}")
         chosen, options = self._chosen(options)
         rows = self._usable()
-        each = [(seed[block], options, chosen[block]) for block in self._blocks]
+        each = [pickle.dumps((seed[block], options, chosen[block])) for block in self._blocks]
         self._ask(in_worker.RESET, each)
         return rows.obs.copy(), self._infos(rows)
 
@@ -281,7 +283,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         if all(map(shared.can_be_shared, spaces)):
             number = len(self._sockets)
             self._rows = shared.SharedRows(memory, number, self.num_envs, *spaces, self._flags)
-            self._ask(in_worker.SHARE, [(self.num_envs, self._flags)] * number)
+            self._ask(in_worker.SHARE, [pickle.dumps((self.num_envs, self._flags))] * number)
 
     # -- Asking them -------------------------------------------------------------------------------
 
@@ -320,26 +322,33 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         self, name: str, args: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         self._check_open()
-        each = [(name, args[block], kwargs) for block in self._blocks]
+        try:
+            each = [in_worker.packed((name, args[block], kwargs)) for block in self._blocks]
+        # Whatever pickling of a user's object raises.
+        except Exception as error:
+            raise TypeError(
+                f"{name}: expected arguments that can be sent to another process, got one that"
+                f" cannot: {in_words(error)}; no environment was called"
+            ) from error
         answers = self._ask(in_worker.CALL, each)
         return tuple(
             pickle.loads(one) for answer in answers if answer for one in pickle.loads(answer)
         )
 
-    def _ask(self, command: bytes, given: Sequence[Any] | None = None) -> list[bytearray | None]:
-        """Have every worker do something, each with what it is given; what they answer."""
+    def _ask(self, command: bytes, given: Sequence[bytes] | None = None) -> list[bytearray | None]:
+        """Have every worker do something, each with what it is given, pickled; what they answer."""
         with self._watched():
             self._tell(command, given)
             return self._answers(range(len(self._sockets)))
 
-    def _tell(self, command: bytes, given: Sequence[Any] | None = None) -> None:
+    def _tell(self, command: bytes, given: Sequence[bytes] | None = None) -> None:
         self._at[:] = self._firsts
         for number, each in enumerate(self._sockets):
             # There is room: of a worker that is told something, all answers have been read.
             os.write(each.fileno(), command)
             if given is not None:
                 with self._patient(number):
-                    in_worker.send(each, pickle.dumps(given[number]))
+                    in_worker.send(each, given[number])
 
     def _answers(self, numbers: range, *, making: bool = False) -> list[bytearray | None]:
         """What these workers answer, in their order, which costs the fewest calls of the system.
@@ -511,11 +520,13 @@ def _check_limit(num_workers: int) -> None:
     The fork server would die of it, of which only its traceback would tell.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _DESCRIPTORS * num_workers + 32
+    held = len(os.listdir("/proc/self/fd"))
+    needed = held + _DESCRIPTORS * num_workers + _SPARE
     if limit != resource.RLIM_INFINITY and needed > limit:
         raise EnvironmentNotMade(
-            f"--vectorization async: {num_workers} processes need {needed} open files, and the"
-            f" limit is {limit}; raise it (ulimit -n {needed}), or --envs-per-worker"
+            f"--vectorization async: {num_workers} processes need {needed} open files, with the"
+            f" {held} that are open, and the limit is {limit}; raise it (ulimit -n {needed}), or"
+            " --envs-per-worker"
         )
 
 
