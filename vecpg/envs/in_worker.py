@@ -173,6 +173,8 @@ def _settle() -> None:
     # that they are ignored.
     for signum in (*ANSWERED_ABOVE, signal.SIGTERM):
         signal.signal(signum, _leave_it)
+    # As they are in the fork server.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_ABOVE)
 
 
 def _leave_it(signum: int, frame: Any) -> None:

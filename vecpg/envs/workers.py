@@ -16,6 +16,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -206,10 +207,12 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
     def _start(self, makers: list[bytes], memory: int) -> None:
         """Start the workers: first one alone, since what keeps it from starting keeps all."""
         try:
-            fork_server.start()
-            self._start_one(makers, 0, memory)
-            for number in range(1, len(makers)):
-                self._start_one(makers, number, memory)
+            # In a thread, where no signal's handler runs: one that raises in half a start would
+            # leave a process that nobody knows of.
+            with ThreadPoolExecutor(1) as starter:
+                starter.submit(fork_server.start).result()
+                for number in range(len(makers)):
+                    self._start_one(starter, makers, number, memory)
             self._answers(range(1, len(makers)), making=True)
         except ConnectionError:  # of a worker that died
             raise
@@ -224,7 +227,9 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
                 f" {in_words(error)}; try a larger --envs-per-worker"
             ) from error
 
-    def _start_one(self, makers: list[bytes], number: int, memory: int) -> None:
+    def _start_one(
+        self, starter: ThreadPoolExecutor, makers: list[bytes], number: int, memory: int
+    ) -> None:
         """Start a worker; if it is the first, wait until it has begun."""
         context = multiprocessing.get_context("forkserver")
         ours, theirs = socket.socketpair()
@@ -238,8 +243,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         )
         self.processes.append(process)
         try:
-            with contextlib.closing(theirs):
-                process.start()
+            starter.submit(_start, process, theirs).result()
             socket.send_fds(ours, [in_worker.MEMORY], [memory])
             if number == 0:
                 self._answers(range(1), making=True)
@@ -512,6 +516,12 @@ def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _start(process: BaseProcess, theirs: socket.socket) -> None:
+    """Start a worker; from then on its end of the connection is its alone."""
+    with theirs:
+        process.start()
 
 
 def _check_limit(num_workers: int) -> None:
