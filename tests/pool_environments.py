@@ -22,6 +22,8 @@ class Walk(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if set(options or ()) - {"more"}:
+            raise KeyError(f"unknown options: {options}")
         self.length = int(self.np_random.integers(1, 6))
         self.total = self.np_random.normal() + (options or {}).get("more", 0.0)
         self.steps = 0

@@ -273,10 +273,11 @@ def test_several_that_raise_are_one_error(envs):
 
 
 @EACH_WAY
-@pytest.mark.parametrize("envs", [{"at_reset": 2}], indirect=True)
-def test_a_worker_that_raises_at_reset_is_named(envs):
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_worker_that_raises_at_reset_is_named(envs, index):
+    envs.set_attr("at_reset", [2 if copy >= index else None for copy in range(4)])
     error = fails(envs, lambda: envs.reset(seed=[9, 9, 9, 9]))
-    assert (error.index, error.verb) == (0, "failed")
+    assert (error.index, error.verb) == (index, "failed")
     assert "OSError: the simulator did not start" in error.detail
 
 
@@ -386,11 +387,18 @@ def test_what_a_user_gets_wrong_about_a_constructor_has_no_traceback():
         assert caught.value.trace == ""
 
 
-def test_copies_that_differ_in_their_spaces_are_named(tmp_path):
+@pytest.mark.parametrize("each", [1, 3])
+def test_copies_that_differ_in_their_spaces_are_named(tmp_path, each):
     settings = {"how": "other spaces", "counter": str(tmp_path / "counter"), "at": 2}
     message = r"could not be made: .*action_space of every copy to be Discrete\(2\), got Discrete"
     with pytest.raises(EnvironmentNotMade, match=message):
-        make_envs("environments:Stillborn-v0", 3, vectorization="async", env_kwargs=settings)
+        make_envs(
+            "environments:Stillborn-v0",
+            3,
+            vectorization="async",
+            env_kwargs=settings,
+            envs_per_worker=each,
+        )
     assert workers() == set()
 
 
@@ -697,6 +705,13 @@ def test_a_fork_of_the_process_leaves_the_workers_alone(envs):
     child.join()
     assert child.exitcode == 0
     assert envs.step(ACTIONS)[0].shape == (4, 1)
+
+
+@EACH_WAY
+def test_a_worker_that_raises_when_it_is_called_is_named(envs):
+    envs.set_attr("at_reset", [None, None, None, 2])
+    error = fails(envs, lambda: envs.call("reset", seed=9))
+    assert (error.index, error.verb) == (3, "failed")
 
 
 @EACH_WAY
