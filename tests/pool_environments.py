@@ -22,6 +22,8 @@ class Walk(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if set(options or ()) - {"more"}:
+            raise KeyError(f"unknown options: {options}")
         self.length = int(self.np_random.integers(1, 6))
         self.total = self.np_random.normal() + (options or {}).get("more", 0.0)
         self.steps = 0
@@ -56,6 +58,23 @@ class Sleeping(gymnasium.Env):
     def step(self, action):
         time.sleep(self.stepping)
         return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+class Lasting(Sleeping):
+    """Closing takes so many seconds, and is then noted in a file; with seed `hanging` it hangs."""
+
+    def __init__(self, closing, noted, hanging=-1):
+        super().__init__()
+        self.closing, self.noted, self.hanging = closing, noted, hanging
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = seed
+        return super().reset(seed=seed)
+
+    def close(self):
+        time.sleep(100 if self.seed == self.hanging else self.closing)
+        with open(self.noted, "a") as file:
+            file.write(f"{self.seed} ")
 
 
 class Keyed(Sleeping):
@@ -100,7 +119,7 @@ class Blocked(gymnasium.Env):
         return {"action_mask": (mask[:2], mask[2:] == 1) if self.multi else mask}
 
 
-for _env in (Walk, Sleeping, Keyed, Blocked):
+for _env in (Walk, Sleeping, Lasting, Keyed, Blocked):
     gymnasium.register(
         f"{_env.__name__}-v0", f"pool_environments:{_env.__name__}", max_episode_steps=50
     )

@@ -143,6 +143,87 @@ def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
     assert "within 0.5 s; raise" in error.detail
 
 
+@pytest.fixture
+def many_signals():
+    """One that is handled arrives ten times a second, as a profiler's does; after 4 s it raises."""
+    arrived = []
+
+    def handle(signum, frame):
+        arrived.append(signum)
+        if len(arrived) == 40:
+            raise AssertionError("nobody looked")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_worker_that_hangs_is_named_while_signals_keep_arriving(envs, soon, many_signals):
+    envs.step_timeout = 0.7
+    os.kill(envs.processes[2].pid, signal.SIGSTOP)
+    error = fails(envs, lambda: envs.step(ACTIONS))
+    assert (error.index, error.verb) == (2, "hung")
+
+
+BIG = np.arange(10**6)
+
+
+def in_the_middle_of_an_answer(envs, monkeypatch, signum):
+    """Have every worker begin with an answer that is too large to be sent at once."""
+    envs.set_attr("big", BIG)
+    tell = envs._tell
+
+    def tell_and_send(*told):
+        tell(*told)
+        time.sleep(0.3)
+        os.kill(envs.processes[2].pid, signum)
+
+    monkeypatch.setattr(envs, "_tell", tell_and_send)
+
+
+@pytest.mark.parametrize(
+    ("signum", "verb"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")], ids=["dies", "hangs"]
+)
+def test_what_ends_in_the_middle_of_an_answer_is_named(
+    envs, monkeypatch, soon, many_signals, signum, verb
+):
+    envs.step_timeout = 0.7
+    in_the_middle_of_an_answer(envs, monkeypatch, signum)
+    error = fails(envs, lambda: envs.get_attr("big"))
+    assert (error.index, error.verb) == (2, verb)
+
+
+def test_an_answer_in_parts_may_take_its_time(envs, monkeypatch):
+    in_the_middle_of_an_answer(envs, monkeypatch, signal.SIGSTOP)
+    # Later than who waits for workers looks after them.
+    later = threading.Timer(1.1, os.kill, (envs.processes[2].pid, signal.SIGCONT))
+    later.start()
+    assert all(np.array_equal(each, BIG) for each in envs.get_attr("big"))
+
+
+def test_a_worker_that_hangs_before_it_has_read_what_it_is_told_is_named(envs, soon, many_signals):
+    envs.step_timeout = 0.7
+    os.kill(envs.processes[2].pid, signal.SIGSTOP)
+    error = fails(envs, lambda: envs.set_attr("big", BIG))
+    assert (error.index, error.verb) == (2, "hung")
+
+
+@pytest.mark.slow
+def test_closing_does_not_wait_for_who_reads_nothing(soon):
+    envs = make_envs("environments:Misbehaving-v0", 2, vectorization="async", step_timeout=3)
+    os.kill(envs.processes[1].pid, signal.SIGSTOP)
+    assert fails(envs, lambda: envs.set_attr("big", BIG)).verb == "hung"
+
+
+def test_a_timeout_may_be_longer_than_the_system_can_wait():
+    envs = make_envs("environments:Misbehaving-v0", 2, vectorization="async", step_timeout=1e20)
+    envs.set_attr("big", BIG)
+    assert all(np.array_equal(each, BIG) for each in envs.get_attr("big"))
+    envs.close()
+
+
 def test_several_that_hang_are_counted(envs, soon):
     envs.step_timeout = 0.7
     error = fails(envs, lambda: envs.step(np.array([0, 1, 1, 1])))
@@ -192,10 +273,11 @@ def test_several_that_raise_are_one_error(envs):
 
 
 @EACH_WAY
-@pytest.mark.parametrize("envs", [{"at_reset": 2}], indirect=True)
-def test_a_worker_that_raises_at_reset_is_named(envs):
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_worker_that_raises_at_reset_is_named(envs, index):
+    envs.set_attr("at_reset", [2 if copy >= index else None for copy in range(4)])
     error = fails(envs, lambda: envs.reset(seed=[9, 9, 9, 9]))
-    assert (error.index, error.verb) == (0, "failed")
+    assert (error.index, error.verb) == (index, "failed")
     assert "OSError: the simulator did not start" in error.detail
 
 
@@ -305,11 +387,18 @@ def test_what_a_user_gets_wrong_about_a_constructor_has_no_traceback():
         assert caught.value.trace == ""
 
 
-def test_copies_that_differ_in_their_spaces_are_named(tmp_path):
+@pytest.mark.parametrize("each", [1, 3])
+def test_copies_that_differ_in_their_spaces_are_named(tmp_path, each):
     settings = {"how": "other spaces", "counter": str(tmp_path / "counter"), "at": 2}
     message = r"could not be made: .*action_space of every copy to be Discrete\(2\), got Discrete"
     with pytest.raises(EnvironmentNotMade, match=message):
-        make_envs("environments:Stillborn-v0", 3, vectorization="async", env_kwargs=settings)
+        make_envs(
+            "environments:Stillborn-v0",
+            3,
+            vectorization="async",
+            env_kwargs=settings,
+            envs_per_worker=each,
+        )
     assert workers() == set()
 
 
@@ -360,12 +449,25 @@ def test_processes_that_cannot_be_started_are_counted(monkeypatch):
 
 
 def test_more_processes_than_may_have_descriptors_are_refused_before_any_is_made(monkeypatch):
-    monkeypatch.setattr(workers_module.resource, "getrlimit", lambda which: (1024, 4096))
+    """With those that are open: of other environments, say."""
+    opened = [os.dup(0) for _ in range(50)]
+    limit = len(os.listdir("/proc/self/fd")) + 3 * 2 + 20
+    monkeypatch.setattr(workers_module.resource, "getrlimit", lambda which: (limit, limit))
+    settings = {"vectorization": "async", "envs_per_worker": 2}
+    envs = make_envs("environments:Constant-v0", 4, **settings)
+    for fd in opened[:3]:
+        os.close(fd)  # for the fork server's
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(
         EnvironmentNotMade,
-        match=r"331 processes need 1025 open files, .* limit is 1024; raise it \(ulimit -n 1025\)",
+        match=rf": 2 processes need {before + 22} open files, with the {before} that are open, and"
+        rf" the limit is {limit}; raise it \(ulimit -n {before + 22}\), or --envs-per-worker$",
     ):
-        make_envs("environments:Constant-v0", 662, vectorization="async", envs_per_worker=2)
+        make_envs("environments:Constant-v0", 4, **settings)
+    envs.close()
+    make_envs("environments:Constant-v0", 4, **settings).close()
+    for fd in opened[3:]:
+        os.close(fd)
 
 
 @EACH_WAY
@@ -448,6 +550,57 @@ def test_an_environment_that_cannot_be_closed_is_named_and_its_worker_ends(tmp_p
     ]
 
 
+def lasting(tmp_path, num_envs, each, hanging=-1):
+    """Environments whose closing takes half as long as a worker may take; and who has closed."""
+    noted = tmp_path / "closed"
+    envs = make_envs(
+        "pool_environments:Lasting-v0",
+        num_envs,
+        vectorization="async",
+        env_kwargs={"closing": 0.3, "noted": str(noted), "hanging": hanging},
+        envs_per_worker=each,
+    )
+    envs.reset(seed=0)
+    return envs, lambda: sorted(map(int, noted.read_text().split()))
+
+
+def test_each_environment_in_a_worker_is_given_its_time_to_close(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.6)
+    envs, closed = lasting(tmp_path, 4, 4)
+    envs.close()
+    assert closed() == [0, 1, 2, 3]
+    assert [process.exitcode for process in envs.processes] == [0]
+    assert caplog.messages == []
+
+
+def test_what_hangs_while_it_is_closed_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.6)
+    envs, closed = lasting(tmp_path, 5, 4, hanging=1)
+    envs.close()
+    assert closed() == [0, 4]
+    assert [process.exitcode for process in envs.processes] == [-signal.SIGKILL, 0]
+    assert caplog.messages == [
+        "environment 1 was not closed within 0.6 s, and its process was killed; nor were 2 more"
+    ]
+
+
+@pytest.mark.slow
+def test_each_environment_is_given_its_time_to_close_also_where_its_process_was_killed(tmp_path):
+    code = (
+        "import os\n"
+        "from test_envs_workers import lasting\n"
+        "if __name__ == '__main__':\n"
+        "    from pathlib import Path\n"
+        "    envs, _ = lasting(Path('.'), 9, 9, hanging=8)\n"
+        "    print(envs.processes[0].pid, flush=True)\n"
+        "    os._exit(0)\n"
+    )
+    process = run(code, cwd=tmp_path)
+    worker = psutil.Process(int(process.stdout.readline()))
+    assert psutil.wait_procs([worker], timeout=10)[1] == []
+    assert sorted((tmp_path / "closed").read_text().split()) == list("01234567")
+
+
 LIFE = """
 import multiprocessing, os, signal, sys, time
 import numpy as np
@@ -512,7 +665,10 @@ def test_however_a_process_ends_nothing_is_left(tmp_path, end, each):
     assert [one for one in left if one.status() != psutil.STATUS_ZOMBIE] == []
     assert (process.returncode, out) == (status, "")
     assert err.count("Traceback") == traceback, err
-    assert traceback or err == ""
+    said = ""
+    if what == STOP:
+        said = f"environment {each} was not closed within 2 s, and its process was killed\n"
+    assert traceback or err == said
 
 
 def shared_memory(pids):
@@ -552,6 +708,13 @@ def test_a_fork_of_the_process_leaves_the_workers_alone(envs):
 
 
 @EACH_WAY
+def test_a_worker_that_raises_when_it_is_called_is_named(envs):
+    envs.set_attr("at_reset", [None, None, None, 2])
+    error = fails(envs, lambda: envs.call("reset", seed=9))
+    assert (error.index, error.verb) == (3, "failed")
+
+
+@EACH_WAY
 def test_calls_are_answered_or_named(envs):
     assert [spec.id for spec in envs.get_attr("spec")] == ["Misbehaving-v0"] * 4
     envs.set_attr("at_reset", [None, 7, 8, 9])
@@ -565,6 +728,21 @@ def test_calls_are_answered_or_named(envs):
     error = fails(envs, lambda: envs.call("no_such_thing"))
     assert (error.index, error.verb) == (0, "failed")
     assert "AttributeError" in error.detail
+
+
+def test_functions_of_a_scripts_own_can_be_sent(envs):
+    envs.set_attr("big", [lambda: 1, 2, lambda: 3, 4])
+    assert envs.get_attr("big") == (1, 2, 3, 4)
+
+
+def test_what_cannot_be_sent_is_refused_before_anything_is(envs):
+    message = "^set_wrapper_attr: expected arguments that can be sent.*TypeError: cannot pickle"
+    with pytest.raises(TypeError, match=message):
+        envs.set_attr("at_reset", [1, 2, 3, threading.Lock()])
+    assert envs.get_attr("at_reset") == (None,) * 4
+    with pytest.raises(TypeError, match="cannot pickle"):
+        envs.reset(options={"lock": threading.Lock()})
+    assert envs.step(ACTIONS)[0].shape == (4, 1)
 
 
 @EACH_WAY

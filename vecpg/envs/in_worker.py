@@ -9,19 +9,21 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import connection, reduction
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import CloudpickleWrapper
+from numpy.typing import NDArray
 
 from vecpg.envs.answers import (
-    check_whole_numbers,
+    check_observation,
     read_action_mask,
     read_answer,
     with_typed_observations,
@@ -31,15 +33,19 @@ from vecpg.envs.shared import SharedRows, positions
 
 _log = logging.getLogger(__name__)
 
-# How long a worker may take to close its environments, before it is killed.
+# How long a worker may take for each environment that it closes, before it is killed.
 END_SECONDS = 2.0
 # To the whole terminal or job; the main process answers them.
 ANSWERED_ABOVE = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# What a worker is told, in one byte. What a command takes follows as an object, but for a step:
-# that is in the shared memory.
-STEP, RESET, CALL, SHARE, CLOSE = b"s", b"r", b"c", b"m", b"q"
+# What a worker is told, in one byte; the end of the connection has it close. What a command takes
+# follows as an object, but for a step: that is in the shared memory.
+STEP, RESET, CALL, SHARE = b"s", b"r", b"c", b"m"
+# What it is sent first, with the shared memory.
+MEMORY = b"o"
 # What it answers: that it is done, or an object follows: its answer, or a `Failure`.
 DONE, ANSWER, FAILED = b"d", b"a", b"f"
+# How many bytes follow.
+_LENGTH = struct.Struct("!Q")
 
 # The index of the environment, a verb, the detail, and its traceback.
 Failure = tuple[int, str, str, str]
@@ -83,18 +89,58 @@ def packed(value: Any) -> bytes:
     return pickle.dumps(CloudpickleWrapper(lambda: value))
 
 
-def unpacked(data: bytes) -> Any:
+def unpacked(data: bytes | bytearray) -> Any:
     """What was `packed`."""
     return pickle.loads(data)()
 
 
-def work(
-    pipe: "connection.Connection[Any, Any]", makers: bytes, first: int, number: int, of: int
-) -> None:
+def send(end: socket.socket, data: bytes) -> None:
+    """Send an object that has been pickled.
+
+    Raises:
+        TimeoutError: `end` has a limit, and no part could be sent within it.
+    """
+    for part in (_LENGTH.pack(len(data)), data):
+        rest = memoryview(part)
+        while rest:
+            rest = rest[end.send(rest) :]
+
+
+def receive(end: socket.socket) -> bytearray:
+    """What `send` sent at the other end.
+
+    Raises:
+        EOFError: the connection ended before all had come.
+        TimeoutError: `end` has a limit, and no part came within it.
+
+    Example:
+        >>> ours, theirs = socket.socketpair()
+        >>> send(ours, b"some bytes")
+        >>> receive(theirs)
+        bytearray(b'some bytes')
+        >>> ours.close(), theirs.close()
+        (None, None)
+    """
+    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size))
+    return _exactly(end, length)
+
+
+def _exactly(end: socket.socket, length: int) -> bytearray:
+    found = bytearray(length)
+    rest = memoryview(found)
+    while rest:
+        came = end.recv_into(rest)
+        if came == 0:
+            raise EOFError
+        rest = rest[came:]
+    return found
+
+
+def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) -> None:
     """Say that it has begun, make the environments, and do what it is told until it is to close.
 
     Args:
-        pipe: to the main process, which has sent the shared memory over it.
+        end: of the connection to the main process, which has sent the shared memory over it.
         makers: a list of what makes an environment each, packed.
         first: the index of the first of them.
         number: the index of this worker.
@@ -102,46 +148,70 @@ def work(
     """
     _settle()
     try:
-        memory = reduction.recv_handle(pipe)
-    except (EOFError, ConnectionError):  # the main process has ended
+        _, memory, *_ = socket.recv_fds(end, len(MEMORY), 1)
+    except ConnectionError:
+        memory = []
+    if not memory:  # the main process has ended, or has closed what it was making
         return
-    copies = _Copies(makers, first, memory, number, of)
+    copies = _Copies(makers, first, memory[0], number, of)
+    threading.Thread(target=_follow, args=(copies.at,), daemon=True).start()
     # The end of the main process is the end of this one.
     with contextlib.suppress(ConnectionError):
-        os.write(pipe.fileno(), DONE)
-        copies.reply(pipe, copies.make, SubEnvironmentError.raised_in_making)
+        end.send(DONE)
+        copies.reply(end, copies.make, SubEnvironmentError.raised_in_making)
         answers = {
             STEP: copies.step,
-            RESET: lambda: copies.reset(*pipe.recv()),
-            CALL: lambda: copies.call(*pipe.recv()),
-            SHARE: lambda: copies.share(*pipe.recv()),
+            RESET: lambda: copies.reset(*pickle.loads(receive(end))),
+            CALL: lambda: copies.call(*unpacked(receive(end))),
+            SHARE: lambda: copies.share(*pickle.loads(receive(end))),
         }
-        while (command := os.read(pipe.fileno(), 1)) not in (CLOSE, b""):
-            copies.reply(pipe, answers[command], SubEnvironmentError.raised)
+        while command := end.recv(1):
+            copies.reply(end, answers[command], SubEnvironmentError.raised)
     copies.close()
 
 
 def _settle() -> None:
-    """Leave the terminal's signals to the main process, and end when that does."""
+    """Leave the terminal's signals to the main process."""
     # With what an environment starts it can be ended as a group, to which no terminal sends.
     os.setpgid(0, 0)
     # A job's signals come to every process. A handler, since what is started here would inherit
     # that they are ignored.
     for signum in (*ANSWERED_ABOVE, signal.SIGTERM):
         signal.signal(signum, _leave_it)
-    threading.Thread(target=_follow, daemon=True).start()
+    # As they are in the fork server.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED_ABOVE)
 
 
 def _leave_it(signum: int, frame: Any) -> None:
     pass
 
 
-def _follow() -> None:
+class Patience:
+    """With a worker that is to close its environments: for each, and to begin, so many seconds.
+
+    Args:
+        position: (1,) int64, as `shared.positions` has it.
+    """
+
+    def __init__(self, position: NDArray[np.int64]) -> None:
+        self.position, self.seen, self.since = position, 0, time.monotonic()
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether it has taken longer. Only who asks now and then sees it move on."""
+        now, at = time.monotonic(), int(self.position[0])
+        if at < 0 and at != self.seen:
+            self.seen, self.since = at, now
+        return now - self.since >= seconds
+
+
+def _follow(position: NDArray[np.int64]) -> None:
     """End a little later than the main process, whatever the environments do."""
     main = multiprocessing.parent_process()
     if main is not None:
         main.join()
-        time.sleep(END_SECONDS)
+        patience = Patience(position)
+        while not patience.is_over(END_SECONDS):
+            time.sleep(END_SECONDS / 8)
         os.killpg(0, signal.SIGKILL)
 
 
@@ -166,7 +236,7 @@ class _Copies:
 
     def reply(
         self,
-        pipe: "connection.Connection[Any, Any]",
+        end: socket.socket,
         work: Callable[[], bytes | None],
         failed: Callable[[int, BaseException], SubEnvironmentError],
     ) -> None:
@@ -178,9 +248,9 @@ class _Copies:
         except BaseException as error:
             failure: Failure = failed(int(self.at[0]), error).args[0]
             kind, answer = FAILED, pickle.dumps(failure)
-        os.write(pipe.fileno(), kind)
+        end.send(kind)
         if answer is not None:
-            pipe.send_bytes(answer)
+            send(end, answer)
 
     def make(self) -> bytes:
         """Make the environments; what is known of them."""
@@ -257,28 +327,21 @@ class _Copies:
     def close(self) -> None:
         """Close the environments; one that cannot be closed is named."""
         for index, env in enumerate(self.envs, self.first):
+            self.at[0] = ~index
             try:
                 env.close()
             except Exception as error:
                 _log.warning("closing environment %d failed: %s", index, in_words(error))
+        self.at[0] = ~(self.first + len(self.envs))
 
     def _keep(self, k: int, obs: Any, info: Any) -> None:
         """Write an observation, and a mask, where the main process finds them."""
         row = self.obs[k]
         if type(obs) is not np.ndarray or obs.dtype != row.dtype or obs.shape != row.shape:
-            _check_observation(self.observation_space, obs)
+            check_observation(obs, self.observation_space)
         self.obs[k] = obs
         if not isinstance(info, dict):
             raise TypeError(f"expected an info that is a dict, got {info!r}")
         if self.masks is not None:
             # After an end no action is taken.
             self.masks[k] = self.ended[k] or read_action_mask(info, self.action_space)
-
-
-def _check_observation(space: Any, obs: Any) -> None:
-    if np.shape(obs) != space.shape:
-        raise ValueError(f"expected an observation of shape {space.shape}, got {np.shape(obs)}")
-    dtype = np.asarray(obs).dtype
-    if not np.can_cast(dtype, space.dtype, "same_kind"):
-        raise TypeError(f"expected an observation of dtype {space.dtype}, got {dtype}")
-    check_whole_numbers(obs, space.dtype)

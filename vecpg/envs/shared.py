@@ -26,7 +26,7 @@ def create(num_workers: int) -> int:
 
 
 def positions(memory: int, num_workers: int) -> NDArray[np.int64]:
-    """(W,) the index of the environment that each worker is at, kept in `memory`.
+    """(W,) the index i of the environment that each worker is at, or ~i while it closes that.
 
     Example:
         >>> memory = create(2)

@@ -6,17 +6,18 @@ this process, so none can block it.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
 import socket
-import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection, reduction, util
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -32,10 +33,16 @@ from vecpg.envs.answers import mask_sizes
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 from vecpg.envs.in_worker import END_SECONDS, Failure, Known
 
+_log = logging.getLogger(__name__)
+
 # Between two looks for workers that have died, while one is waited for.
 _LOOK_SECONDS = 0.5
+# What the system takes as a limit is of 32 bits, in milliseconds.
+_LONGEST_SECONDS = 1e6
 # Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
 _DESCRIPTORS = 3
+# What else this process opens at times: while it starts a worker, or saves.
+_SPARE = 16
 # What multiprocessing gives as exit status when there is no fork server to tell it.
 _UNKNOWN = 255
 
@@ -76,10 +83,9 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         action_masks: bool = False,
     ) -> None:
         self.processes: list[BaseProcess] = []
-        self._pipes: list[connection.Connection[Any, Any]] = []
-        self._fds: list[int] = []
+        self._sockets: list[socket.socket] = []
         self._rows: shared.SharedRows | None = None
-        self._owner = os.getpid()
+        self._owner, self._made = os.getpid(), False
         # For a process that exits without closing them, and would wait for its children.
         self._at_exit = util.Finalize(None, _close, (weakref.ref(self),), exitpriority=100)
         self.num_envs, self.step_timeout = len(env_fns), step_timeout
@@ -98,6 +104,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
                 self._start(makers, memory)
                 self._make()
                 self._share(memory)
+                self._made = True
             finally:
                 os.close(memory)
 
@@ -115,7 +122,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             raise ValueError(f"seed: expected one for each of {self.num_envs}, got {len(seed)}")
         chosen, options = self._chosen(options)
         rows = self._usable()
-        each = [(seed[block], options, chosen[block]) for block in self._blocks]
+        each = [pickle.dumps((seed[block], options, chosen[block])) for block in self._blocks]
         self._ask(in_worker.RESET, each)
         return rows.obs.copy(), self._infos(rows)
 
@@ -177,15 +184,18 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         return self.get_attr("np_random")
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Have every worker close its environments; after two seconds kill those that have not."""
+        """Have every worker close its environments; kill one that takes two seconds for one.
+
+        What was not closed for that reason is warned of.
+        """
         if os.getpid() != self._owner:  # a fork of the process whose workers they are
             return
-        for pipe in self._pipes:
+        for each in self._sockets:
             with contextlib.suppress(OSError):
-                os.write(pipe.fileno(), in_worker.CLOSE)
-        _end(self.processes)
-        for pipe in self._pipes:
-            pipe.close()
+                each.shutdown(socket.SHUT_RDWR)
+        self._end()
+        for each in self._sockets:
+            each.close()
         self._rows = None
         self._at_exit.cancel()
 
@@ -197,10 +207,12 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
     def _start(self, makers: list[bytes], memory: int) -> None:
         """Start the workers: first one alone, since what keeps it from starting keeps all."""
         try:
-            fork_server.start()
-            self._start_one(makers, 0, memory)
-            for number in range(1, len(makers)):
-                self._start_one(makers, number, memory)
+            # In a thread, where no signal's handler runs: one that raises in half a start would
+            # leave a process that nobody knows of.
+            with ThreadPoolExecutor(1) as starter:
+                starter.submit(fork_server.start).result()
+                for number in range(len(makers)):
+                    self._start_one(starter, makers, number, memory)
             self._answers(range(1, len(makers)), making=True)
         except ConnectionError:  # of a worker that died
             raise
@@ -215,13 +227,14 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
                 f" {in_words(error)}; try a larger --envs-per-worker"
             ) from error
 
-    def _start_one(self, makers: list[bytes], number: int, memory: int) -> None:
+    def _start_one(
+        self, starter: ThreadPoolExecutor, makers: list[bytes], number: int, memory: int
+    ) -> None:
         """Start a worker; if it is the first, wait until it has begun."""
         context = multiprocessing.get_context("forkserver")
-        ours, theirs = context.Pipe()
-        self._pipes.append(ours)
-        self._fds.append(ours.fileno())
-        _limit_waits(ours, self._look_seconds, self.step_timeout)
+        ours, theirs = socket.socketpair()
+        self._sockets.append(ours)
+        ours.settimeout(self._look_seconds)
         self._at[number] = self._firsts[number]
         process = context.Process(
             target=in_worker.work,
@@ -230,9 +243,8 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         )
         self.processes.append(process)
         try:
-            with contextlib.closing(theirs):
-                process.start()
-            reduction.send_handle(ours, memory, process.pid)
+            starter.submit(_start, process, theirs).result()
+            socket.send_fds(ours, [in_worker.MEMORY], [memory])
             if number == 0:
                 self._answers(range(1), making=True)
         except (EOFError, ConnectionError):
@@ -251,7 +263,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
 
     def _make(self) -> None:
         """Have every worker make its environments, all at once, and learn their spaces."""
-        answers = self._answers(range(len(self._pipes)), making=True)
+        answers = self._answers(range(len(self._sockets)), making=True)
         known: list[Known] = [in_worker.unpacked(each) for each in answers if each is not None]
         for first, other in zip(self._firsts, known, strict=True):
             try:
@@ -273,9 +285,9 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             with contextlib.suppress(ValueError):
                 self._flags = sum(mask_sizes(spaces[1]))
         if all(map(shared.can_be_shared, spaces)):
-            number = len(self._pipes)
+            number = len(self._sockets)
             self._rows = shared.SharedRows(memory, number, self.num_envs, *spaces, self._flags)
-            self._ask(in_worker.SHARE, [(self.num_envs, self._flags)] * number)
+            self._ask(in_worker.SHARE, [pickle.dumps((self.num_envs, self._flags))] * number)
 
     # -- Asking them -------------------------------------------------------------------------------
 
@@ -314,43 +326,50 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         self, name: str, args: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         self._check_open()
-        each = [(name, args[block], kwargs) for block in self._blocks]
+        try:
+            each = [in_worker.packed((name, args[block], kwargs)) for block in self._blocks]
+        # Whatever pickling of a user's object raises.
+        except Exception as error:
+            raise TypeError(
+                f"{name}: expected arguments that can be sent to another process, got one that"
+                f" cannot: {in_words(error)}; no environment was called"
+            ) from error
         answers = self._ask(in_worker.CALL, each)
         return tuple(
             pickle.loads(one) for answer in answers if answer for one in pickle.loads(answer)
         )
 
-    def _ask(self, command: bytes, given: Sequence[Any] | None = None) -> list[bytes | None]:
-        """Have every worker do something, each with what it is given; what they answer."""
+    def _ask(self, command: bytes, given: Sequence[bytes] | None = None) -> list[bytearray | None]:
+        """Have every worker do something, each with what it is given, pickled; what they answer."""
         with self._watched():
             self._tell(command, given)
-            return self._answers(range(len(self._fds)))
+            return self._answers(range(len(self._sockets)))
 
-    def _tell(self, command: bytes, given: Sequence[Any] | None = None) -> None:
+    def _tell(self, command: bytes, given: Sequence[bytes] | None = None) -> None:
         self._at[:] = self._firsts
-        for number, fd in enumerate(self._fds):
-            os.write(fd, command)
+        for number, each in enumerate(self._sockets):
+            # There is room: of a worker that is told something, all answers have been read.
+            os.write(each.fileno(), command)
             if given is not None:
-                try:
-                    self._pipes[number].send(given[number])
-                except BlockingIOError:
-                    raise SubEnvironmentError(self._hang([number])) from None
+                with self._patient(number):
+                    in_worker.send(each, given[number])
 
-    def _answers(self, numbers: range, *, making: bool = False) -> list[bytes | None]:
+    def _answers(self, numbers: range, *, making: bool = False) -> list[bytearray | None]:
         """What these workers answer, in their order, which costs the fewest calls of the system.
 
         Raises:
             SubEnvironmentError: an environment failed, died or hung.
             EOFError: a worker's connection ended.
         """
-        answers: list[bytes | None] = []
+        answers: list[bytearray | None] = []
         seen = None
         for number in numbers:
-            fd = self._fds[number]
+            each = self._sockets[number]
             while True:
                 try:
-                    kind = os.read(fd, 1)
-                except BlockingIOError:
+                    # With a limit that signals do not extend, which they would that of `os.read`.
+                    kind = each.recv(1)
+                except TimeoutError:
                     seen = self._look(range(number, numbers.stop), seen, making)
                 else:
                     break
@@ -370,16 +389,22 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             detail += "; if a process can have one copy only, give --envs-per-worker 1"
         return index, verb, detail, trace
 
-    def _object(self, number: int) -> bytes:
+    def _object(self, number: int) -> bytearray:
         """What follows an answer's first byte."""
-        pipe = self._pipes[number]
-        _limit_waits(pipe, self.step_timeout, self.step_timeout)
+        with self._patient(number):
+            return in_worker.receive(self._sockets[number])
+
+    @contextlib.contextmanager
+    def _patient(self, number: int) -> Iterator[None]:
+        """Give a worker the time of a step for every part of a message; then it hangs."""
+        each = self._sockets[number]
+        each.settimeout(min(self.step_timeout, _LONGEST_SECONDS))
         try:
-            return pipe.recv_bytes()
-        except BlockingIOError:
+            yield
+        except TimeoutError:
             raise SubEnvironmentError(self._hang([number])) from None
         finally:
-            _limit_waits(pipe, self._look_seconds, self.step_timeout)
+            each.settimeout(self._look_seconds)
 
     # -- When they do not answer -------------------------------------------------------------------
 
@@ -420,8 +445,8 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
             raise SubEnvironmentError(failure)
         now, at = time.monotonic(), self._at.copy()
         since = np.full(len(at), now) if seen is None else np.where(at != seen[0], now, seen[1])
-        answered = connection.wait([self._pipes[number] for number in numbers], 0)
-        silent = [number for number in numbers if self._pipes[number] not in answered]
+        answered = connection.wait([self._sockets[number] for number in numbers], 0)
+        silent = [number for number in numbers if self._sockets[number] not in answered]
         patience = self.step_timeout
         if making:
             # They share the cores, and a constructor may take all the time on one.
@@ -447,6 +472,42 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         advice = "raise --step-timeout if a step may take longer"
         return int(self._at[numbers[0]]), "hung", f"{detail}; {advice}", ""
 
+    # -- The end -----------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """Wait for the workers; kill those that are late, with what they started."""
+        started = {n: process for n, process in enumerate(self.processes) if process.pid}
+        awaited = {n: in_worker.Patience(self._at[n : n + 1]) for n in started}
+        unclosed: list[int] = []
+        while awaited:
+            connection.wait([started[n].sentinel for n in awaited], END_SECONDS / 8)
+            for n, patience in list(awaited.items()):
+                if started[n].exitcode is not None:
+                    del awaited[n]
+                elif patience.is_over(END_SECONDS):
+                    del awaited[n]
+                    unclosed += self._unclosed(n)
+        for process in started.values():
+            if process.exitcode != 0 and process.pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+        for process in started.values():
+            process.join(END_SECONDS)
+        if unclosed and self._made:
+            first, others = unclosed[0], len(unclosed) - 1
+            _log.warning(
+                "environment %d was not closed within %g s, and its process was killed%s",
+                first,
+                END_SECONDS,
+                f"; nor were {others} more" if others else "",
+            )
+
+    def _unclosed(self, number: int) -> range:
+        """Of a worker, the environments that it has not closed."""
+        at, held = int(self._at[number]), self._blocks[number]
+        return range(~at if at < 0 else held.start, held.stop)
+
 
 def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
     if (still_there := envs()) is not None:
@@ -457,17 +518,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _start(process: BaseProcess, theirs: socket.socket) -> None:
+    """Start a worker; from then on its end of the connection is its alone."""
+    with theirs:
+        process.start()
+
+
 def _check_limit(num_workers: int) -> None:
     """Refuse more workers than this process may have descriptors for.
 
     The fork server would die of it, of which only its traceback would tell.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _DESCRIPTORS * num_workers + 32
+    held = len(os.listdir("/proc/self/fd"))
+    needed = held + _DESCRIPTORS * num_workers + _SPARE
     if limit != resource.RLIM_INFINITY and needed > limit:
         raise EnvironmentNotMade(
-            f"--vectorization async: {num_workers} processes need {needed} open files, and the"
-            f" limit is {limit}; raise it (ulimit -n {needed}), or --envs-per-worker"
+            f"--vectorization async: {num_workers} processes need {needed} open files, with the"
+            f" {held} that are open, and the limit is {limit}; raise it (ulimit -n {needed}), or"
+            " --envs-per-worker"
         )
 
 
@@ -484,15 +553,6 @@ def _packed(makers: Sequence[_Maker]) -> bytes:
         ) from error
 
 
-def _limit_waits(pipe: "connection.Connection[Any, Any]", reading: float, writing: float) -> None:
-    """Have reading and writing raise BlockingIOError after so many seconds without progress."""
-    with socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        for option, limit in ((socket.SO_RCVTIMEO, reading), (socket.SO_SNDTIMEO, writing)):
-            # 0 would be no limit.
-            seconds, rest = divmod(max(1, round(limit * 1e6)), 10**6)
-            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, rest))
-
-
 def _as_type(actions: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Actions as numbers of another type, that hold the same."""
     whole = dtype.kind in "biu"
@@ -501,21 +561,6 @@ def _as_type(actions: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not whole or np.array_equal(found, actions):
             return found
     raise ValueError(f"expected actions of dtype {dtype}, got {actions!r}")
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Wait two seconds for all of them; kill those that take longer, with what they started."""
-    started = [process for process in processes if process.pid is not None]
-    deadline = time.monotonic() + END_SECONDS
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in started:
-        if process.exitcode != 0 and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-    for process in started:
-        process.join(END_SECONDS)
 
 
 def _slow_constructor(index: int, timeout: float) -> Failure:
