@@ -120,7 +120,7 @@ def test_the_summary_and_the_run_directory_agree(tmp_path, monkeypatch):
     result = train(short("runs"))
     summary = result.summary
     assert list(summary) == SUMMARY_KEYS
-    assert summary["run_dir"] == str(result.run_dir)
+    assert str(result.run_dir) == str(tmp_path / result.summary["run_dir"])
     assert json.loads((result.run_dir / "summary.json").read_text()) == summary
     rows = lines(result.run_dir)
     assert list(rows[0]) == ["iteration", "env_steps", "episodes", *TAGS]
