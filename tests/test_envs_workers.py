@@ -609,6 +609,7 @@ def test_each_environment_is_given_its_time_to_close_also_where_its_process_was_
     )
     process = run(code, cwd=tmp_path)
     worker = psutil.Process(int(process.stdout.readline()))
+    process.communicate(timeout=60)
     assert psutil.wait_procs([worker], timeout=10)[1] == []
     assert sorted((tmp_path / "closed").read_text().split()) == list("01234567")
 
