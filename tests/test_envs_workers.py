@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -208,6 +209,17 @@ def test_a_worker_that_hangs_before_it_has_read_what_it_is_told_is_named(envs, s
     os.kill(envs.processes[2].pid, signal.SIGSTOP)
     error = fails(envs, lambda: envs.set_attr("big", BIG))
     assert (error.index, error.verb) == (2, "hung")
+
+
+def test_workers_wait_whatever_the_default_of_sockets_is():
+    socket.setdefaulttimeout(0.1)
+    try:
+        envs = make_envs("environments:Constant-v0", 2, vectorization="async")
+        time.sleep(0.3)
+        envs.reset(seed=1)
+        envs.close()
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 @pytest.mark.slow
@@ -597,6 +609,7 @@ def test_each_environment_is_given_its_time_to_close_also_where_its_process_was_
     )
     process = run(code, cwd=tmp_path)
     worker = psutil.Process(int(process.stdout.readline()))
+    process.communicate(timeout=60)
     assert psutil.wait_procs([worker], timeout=10)[1] == []
     assert sorted((tmp_path / "closed").read_text().split()) == list("01234567")
 

@@ -147,6 +147,7 @@ def work(end: socket.socket, makers: bytes, first: int, number: int, of: int) ->
         of: how many workers there are.
     """
     _settle()
+    end.settimeout(None)  # whatever a script has made the default
     try:
         _, memory, *_ = socket.recv_fds(end, len(MEMORY), 1)
     except ConnectionError:

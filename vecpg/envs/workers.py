@@ -32,6 +32,7 @@ from vecpg.envs import fork_server, in_worker, shared
 from vecpg.envs.answers import mask_sizes
 from vecpg.envs.errors import EnvironmentNotMade, SubEnvironmentError, in_words
 from vecpg.envs.in_worker import END_SECONDS, Failure, Known
+from vecpg.kernels.cores import cores
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 # What the system takes as a limit is of 32 bits, in milliseconds.
 _LONGEST_SECONDS = 1e6
-# Of a worker in this process: its pipe, its end, and by which it knows of this process's end.
+# Of a worker in this process: its socket, its end, and by which it knows of this process's end.
 _DESCRIPTORS = 3
 # What else this process opens at times: while it starts a worker, or saves.
 _SPARE = 16
@@ -91,7 +92,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         self.num_envs, self.step_timeout = len(env_fns), step_timeout
         self._look_seconds = min(_LOOK_SECONDS, step_timeout / 4)
         self._with_masks, self._flags = action_masks, 0
-        each = envs_per_worker or -(-self.num_envs // _cores())
+        each = envs_per_worker or -(-self.num_envs // cores())
         firsts = range(0, self.num_envs, each)
         self._blocks = [slice(first, min(first + each, self.num_envs)) for first in firsts]
         self._firsts = np.array(firsts)
@@ -450,7 +451,7 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
         patience = self.step_timeout
         if making:
             # They share the cores, and a constructor may take all the time on one.
-            patience *= -(-len(silent) // _cores())
+            patience *= -(-len(silent) // cores())
         if hung := [number for number in silent if now - since[number] >= patience]:
             slow = _slow_constructor(int(at[hung[0]]), patience)
             raise SubEnvironmentError(slow if making else self._hang(hung))
@@ -512,10 +513,6 @@ class WorkerEnvs(VectorEnv[Any, Any, Any]):
 def _close(envs: "weakref.ref[WorkerEnvs]") -> None:
     if (still_there := envs()) is not None:
         still_there.close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _start(process: BaseProcess, theirs: socket.socket) -> None:

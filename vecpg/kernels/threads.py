@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from vecpg.kernels.cores import cores as cores
+
 Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
@@ -24,13 +26,6 @@ _inside = 0
 _found = 0
 
 _is_fork = False
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def torch_has_one() -> bool:
