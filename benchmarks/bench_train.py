@@ -18,6 +18,7 @@ from vecpg.adam import Adam
 from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
+from vecpg.kernels import cores as kernel_cores
 from vecpg.kernels import threads
 from vecpg.measure.cells import FLOPS, check_cartpole
 from vecpg.policy import Policy
@@ -120,7 +121,7 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
     envs = make_envs("CartPole-v1", num_envs, vectorization="tensor")
     config = Config(num_envs=num_envs, num_steps=512)
     iterations = iter(range(10**6))
-    cores = threads.cores()
+    cores = kernel_cores.cores()
 
     def fresh():
         torch.manual_seed(0)

@@ -6,14 +6,13 @@ import sys
 
 from conftest import ROOT
 
-from vecpg.kernels import threads
 from vecpg.kernels.cores import cores
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 4}, raising=False)
-    assert cores() == threads.cores() == 3
+    assert cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert cores() == 5
 

@@ -20,6 +20,7 @@ from vecpg.envs import EnvironmentFailure
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew
+from vecpg.kernels.cores import cores
 from vecpg.look import video
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -204,7 +205,7 @@ def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interr
     try:
         with (
             threads.torch_using(torch_threads(config, run.learner)),
-            threads.using(config.threads or threads.cores()),
+            threads.using(config.threads or cores()),
             Interrupts(save) as interrupts,
             Progress(config) as progress,
             run.compilation as compilation,

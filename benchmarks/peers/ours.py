@@ -39,6 +39,7 @@ def make_training(num_envs, vectorization):
     from vecpg.config import Config
     from vecpg.envs import make_envs
     from vecpg.kernels import threads
+    from vecpg.kernels.cores import cores
     from vecpg.policy import Policy
     from vecpg.rollout import collect
     from vecpg.rollout.statistics import episode_statistics
@@ -56,7 +57,7 @@ def make_training(num_envs, vectorization):
         return collect(envs, policy, num_steps=LENGTH, seed=1, iteration=next(iterations))
 
     def iterate():
-        with threads.using(threads.cores()):
+        with threads.using(cores()):
             rollout = gather()
             episode_statistics(rollout)
             update(policy, optimizer, rollout, advantages(rollout, config), config)
@@ -117,6 +118,7 @@ def make_returns(num_envs):
     import torch
 
     from vecpg.kernels import threads
+    from vecpg.kernels.cores import cores
     from vecpg.returns import reward_to_go
 
     torch.set_num_threads(1)
@@ -124,7 +126,7 @@ def make_returns(num_envs):
     assert returns_error(reward_to_go(rewards, dones, 0.99), rewards, dones) < 1e-6
 
     def compute():
-        with threads.using(threads.cores()):
+        with threads.using(cores()):
             for _ in range(10):
                 reward_to_go(rewards, dones, 0.99)
         return 10 * rewards.numel()

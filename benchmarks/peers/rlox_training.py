@@ -23,7 +23,7 @@ ROWS_MANY = 64  # of an iteration with 4096 copies
 
 
 def entrants():
-    from vecpg.kernels.threads import cores
+    from vecpg.kernels.cores import cores
 
     steppers = [
         Entrant(stepping(n), "rlox", {"": functools.partial(make_stepping, n)}) for n in (64, 4096)

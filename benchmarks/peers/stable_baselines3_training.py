@@ -27,7 +27,7 @@ STEPS = 100_000
 
 
 def entrants():
-    from vecpg.kernels.threads import cores
+    from vecpg.kernels.cores import cores
 
     return [
         Entrant(

@@ -16,7 +16,7 @@ PACKAGES = ("torchrl", "tensordict")
 
 
 def entrants():
-    from vecpg.kernels.threads import cores
+    from vecpg.kernels.cores import cores
 
     return [
         Entrant(

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from vecpg.kernels.cores import cores as cores
-
 Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None

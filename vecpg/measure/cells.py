@@ -22,6 +22,7 @@ from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.envs import has_one_generator, make_envs
 from vecpg.kernels import threads
+from vecpg.kernels.cores import cores
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.returns import reward_to_go
@@ -217,7 +218,7 @@ def prepared(case: Case) -> Iterator[Cell]:
         "train": _train,
     }[case.thing]
     try:
-        with threads.using(threads.cores()), make(case) as cell:
+        with threads.using(cores()), make(case) as cell:
             yield cell
     finally:
         torch.set_num_threads(before)
@@ -396,7 +397,7 @@ def _product(flops: int, device: str) -> Limit:
     a, b, c = torch.ones(3, side, side, device=device)
 
     def run() -> Tensor:
-        torch.set_num_threads(threads.cores())
+        torch.set_num_threads(cores())
         product = torch.mm(a, b, out=c)
         torch.set_num_threads(1)
         return product
@@ -411,7 +412,7 @@ def _copy(moved: int, units: int, device: str) -> Limit:
     """
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    parts = threads.cores() if device == "cpu" else 1
+    parts = cores() if device == "cpu" else 1
     parts = max(1, min(parts, len(source) // _BYTES_PER_THREAD))
     pairs = list(zip(target.chunk(parts), source.chunk(parts), strict=True))
 

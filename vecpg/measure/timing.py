@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vecpg.kernels import threads
+from vecpg.kernels.cores import cores
 from vecpg.machine import commit, system
 from vecpg.measure import results as results_file
 from vecpg.measure.cells import (
@@ -110,7 +110,7 @@ def measurable(
     here = tuple(device for device in devices if why_not_there(device) is None)
     taken, left_out = [], []
     for case in cases(here, vectorizations, tuple(sorted(set(num_envs)))):
-        reason = why_not_run(case, threads.cores(), memory(case.device))
+        reason = why_not_run(case, cores(), memory(case.device))
         if reason is None:
             taken.append(case)
         else:
@@ -129,7 +129,7 @@ def machine() -> dict[str, Any]:
     """What a figure depends on. Never a host name, a user or a path."""
     return {
         **system(),
-        "kernel_threads": threads.cores(),
+        "kernel_threads": cores(),
         "torch_threads": 1,
         "memory_gib": round(memory("cpu") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
