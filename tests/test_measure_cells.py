@@ -72,7 +72,7 @@ def test_a_product_is_on_every_core_and_leaves_torch_one_thread(monkeypatch):
         seen.append(torch.get_num_threads())
         return real(*args, **settings)
 
-    monkeypatch.setattr(threads, "cores", lambda: 3)
+    monkeypatch.setattr(cells, "cores", lambda: 3)
     with prepared(Case("collect", "cpu", "tensor", 2)) as cell:
         monkeypatch.setattr(torch, "mm", mm)
         product = cell.limit.run()
@@ -165,7 +165,7 @@ def test_returns_and_the_update_are_of_every_row(spy):
 
 
 def test_kernels_have_every_core_and_torch_has_one_thread(monkeypatch):
-    monkeypatch.setattr(threads, "cores", lambda: 5)
+    monkeypatch.setattr(cells, "cores", lambda: 5)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
