@@ -970,7 +970,7 @@ def test_a_full_disk_is_one_line(tmp_path):
         assert "Traceback" not in done.stderr
         last = done.stderr.splitlines()[-1]
         assert re.search(
-            r"^error: runs/.* cannot be written: File too large \(.* MB free on /", last
+            r"^error: .*runs/.* cannot be written: File too large \(.* MB free on /", last
         )
         assert ("resume: " in done.stderr) == (status == 1)
         assert len(list((tmp_path / "runs").iterdir())) == (status == 1)
