@@ -402,7 +402,7 @@ def test_what_a_user_gets_wrong_about_a_constructor_has_no_traceback():
 @pytest.mark.parametrize("each", [1, 3])
 def test_copies_that_differ_in_their_spaces_are_named(tmp_path, each):
     settings = {"how": "other spaces", "counter": str(tmp_path / "counter"), "at": 2}
-    message = r"could not be made: .*action_space of every copy to be Discrete\(2\), got Discrete"
+    message = r"could not be made: .*action_space of every copy to be Discrete\(.\), got Discrete"
     with pytest.raises(EnvironmentNotMade, match=message):
         make_envs(
             "environments:Stillborn-v0",
