@@ -1,8 +1,9 @@
 """A network of the user's own, called by name, and tried before it is used."""
 
 import copy
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -239,7 +240,7 @@ def _check_kept(name: str, module: nn.Module) -> None:
         _check(name, right, f"parameters in float32 on cpu, as they are made, {key} too", found)
     for key, tensor in module.state_dict().items():
         held = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        right = held and tensor.dtype in _DTYPES and _is_dense(tensor)
+        right = held and tensor.dtype in _DTYPES and is_dense(tensor.shape, tensor.stride())
         expected = f"a state_dict of dense tensors of real numbers, which a checkpoint holds, {key}"
         found = _plain(tensor.dtype) if held else type(tensor).__name__
         _check(name, right, f"{expected} too", found)
@@ -251,12 +252,19 @@ def _check_kept(name: str, module: nn.Module) -> None:
     _in_use.update({id(parameter): parameter for parameter in parameters.values()})
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether no two of its numbers are one, and none lies between them."""
+def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether every number between the first and the last is used once, in whatever order.
+
+    Example:
+        >>> is_dense([2, 3], [1, 2]), is_dense([2, 3], [3, 0])
+        (True, False)
+    """
     needed = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length > 1 and stride != needed:
-            return tensor.numel() == 0
+    for step, length in sorted(zip(stride, size, strict=True)):
+        if length == 1:
+            continue
+        if step != needed:
+            return math.prod(size) == 0
         needed *= length
     return True
 

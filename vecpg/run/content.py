@@ -16,6 +16,7 @@ from vecpg.adam import Adam
 from vecpg.config import flag
 from vecpg.policy import Policy
 from vecpg.policy.network import drawn_from
+from vecpg.policy.own import is_dense
 from vecpg.policy.spaces import from_description
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ class _Reader:
         if any(type(each) is not int or each < 0 for each in (offset, *size, *stride)):
             raise _Unexpected("expected whole numbers for the shape of a tensor, got others")
         count = math.prod(size)
-        if len(size) != len(stride) or offset + count > has or not _is_dense(size, stride) or grad:
+        if len(size) != len(stride) or offset + count > has or not is_dense(size, stride) or grad:
             raise _Unexpected(
                 f"expected a dense tensor of the {has} numbers in the file, got one of shape"
                 f" {_shown(tuple(size))}, strides {_shown(tuple(stride))}, offset {offset}"
@@ -315,18 +316,6 @@ class _Reader:
             if item.kind != kind or type(item.value) is not type_:
                 raise _Unexpected("expected the parts of a plain tensor, got something else")
         return [item.value for item in value.value]
-
-
-def _is_dense(size: list[int], stride: list[int]) -> bool:
-    """Whether every number between the first and the last is used once, in whatever order."""
-    needed = 1
-    for step, length in sorted(zip(stride, size, strict=True)):
-        if length == 1:
-            continue
-        if step != needed:
-            return math.prod(size) == 0
-        needed *= length
-    return True
 
 
 def policy_of(
