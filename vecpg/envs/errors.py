@@ -1,8 +1,12 @@
 """How an environment fails, in words that reach the user from any process."""
 
+import logging
 import traceback
+from typing import Any
 
 import gymnasium
+
+_log = logging.getLogger(__name__)
 
 # Who takes part in making an environment without being its own code.
 _MAKERS = {"gymnasium", "vecpg", "importlib", "functools"}
@@ -71,6 +75,14 @@ class SubEnvironmentError(RuntimeError):
     def raised_in_making(cls, index: int, error: BaseException) -> "SubEnvironmentError":
         """What the constructor's `error` says, in one line, without `error`."""
         return cls((index, "failed", in_words(error), trace_of_making(error)))
+
+
+def close_env(env: gymnasium.Env[Any, Any], index: int) -> None:
+    """Close copy `index`; what it raises is a warning, and keeps no other from being closed."""
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:
+        _log.warning("closing environment %d failed: %s", index, in_words(error))
 
 
 def in_words(error: BaseException) -> str:

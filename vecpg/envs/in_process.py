@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,9 +19,7 @@ from vecpg.envs.answers import (
     read_answer,
     with_typed_observations,
 )
-from vecpg.envs.errors import SubEnvironmentError, in_words
-
-_log = logging.getLogger(__name__)
+from vecpg.envs.errors import SubEnvironmentError, close_env
 
 
 class InProcessEnvs(SyncVectorEnv):
@@ -170,10 +167,7 @@ class InProcessEnvs(SyncVectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Close every environment, whatever closing another does."""
         for index, env in enumerate(self.envs):
-            try:
-                env.close()
-            except (Exception, SystemExit) as error:
-                _log.warning("closing environment %d failed: %s", index, in_words(error))
+            close_env(env, index)
 
 
 # Where what all environments have returned is put together.

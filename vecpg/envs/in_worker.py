@@ -4,7 +4,6 @@ Whatever fails is reported as plain data, of the copy that the worker is at.
 """
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -28,10 +27,8 @@ from vecpg.envs.answers import (
     read_answer,
     with_typed_observations,
 )
-from vecpg.envs.errors import SubEnvironmentError, in_words
+from vecpg.envs.errors import SubEnvironmentError, close_env
 from vecpg.envs.shared import SharedRows, positions
-
-_log = logging.getLogger(__name__)
 
 # How long a worker may take for each environment that it closes, before it is killed.
 END_SECONDS = 2.0
@@ -329,10 +326,7 @@ class _Copies:
         """Close the environments; one that cannot be closed is named."""
         for index, env in enumerate(self.envs, self.first):
             self.at[0] = ~index
-            try:
-                env.close()
-            except Exception as error:
-                _log.warning("closing environment %d failed: %s", index, in_words(error))
+            close_env(env, index)
         self.at[0] = ~(self.first + len(self.envs))
 
     def _keep(self, k: int, obs: Any, info: Any) -> None:
