@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns import operator, reference
+from vecpg.returns import kept, operator, reference
 from vecpg.returns.backend import is_served, say_cpu, writable
 from vecpg.returns.checks import (
     check_gamma,
@@ -157,7 +157,7 @@ def packed_reward_to_go(
         and operator.is_partition(offsets, rewards.shape[0])
     ):
         say_cpu()
-        out = torch.empty_like(rewards)
+        out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, gamma, None, out)
         return out
     check_rewards(rewards)
@@ -173,7 +173,7 @@ def packed_reward_to_go(
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
     if served and is_plain((rewards, offsets, gamma, final_values)):
-        out = torch.empty_like(rewards)
+        out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, discount, final_values, out)
         return out
     # An episode without steps writes behind the last element, which is then cut off.
