@@ -5,6 +5,12 @@ compiled when they are first called.
 """
 
 from vecpg.returns.advantages import generalized_advantage
+from vecpg.returns.packed_advantages import packed_generalized_advantage
 from vecpg.returns.to_go import packed_reward_to_go, reward_to_go
 
-__all__ = ["generalized_advantage", "packed_reward_to_go", "reward_to_go"]
+__all__ = [
+    "generalized_advantage",
+    "packed_generalized_advantage",
+    "packed_reward_to_go",
+    "reward_to_go",
+]

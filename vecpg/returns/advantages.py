@@ -5,11 +5,10 @@ from torch import Tensor
 
 from vecpg.returns.checks import (
     check_gamma,
-    check_like,
     check_out,
     check_rewards,
     check_row_inputs,
-    name_of,
+    check_values,
 )
 from vecpg.returns.to_go import reward_to_go
 
@@ -17,9 +16,9 @@ from vecpg.returns.to_go import reward_to_go
 def generalized_advantage(
     rewards: Tensor,
     values: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
-    gae_lambda: float | Tensor,
+    dones: Tensor | None = None,
+    gamma: float | Tensor = None,  # type: ignore[assignment]  # needed, though dones are not
+    gae_lambda: float | Tensor = None,  # type: ignore[assignment]
     *,
     final_values: Tensor | None = None,
     last_values: Tensor | None = None,
@@ -43,9 +42,11 @@ def generalized_advantage(
     Args:
         rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides.
         values: the shape and dtype of `rewards`. V(s) of the state each action was taken in.
-        dones: the shape of `rewards`, bool. True where the row's action ended its episode.
-        gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts.
-        gae_lambda: in [0, 1]: a float, or a float tensor that broadcasts.
+        dones: the shape of `rewards`, bool. True where the row's action ended its episode. None:
+            no row does.
+        gamma: as in `reward_to_go`.
+        gae_lambda: in [0, 1]: a float, or a float tensor that broadcasts to `rewards`, such as
+            (B,), one for each sequence of a (B, T) batch passed as `.mT`. There is no default.
         final_values: as in `reward_to_go`.
         last_values: as in `reward_to_go`.
         mask: as in `reward_to_go`.
@@ -71,13 +72,8 @@ def generalized_advantage(
         tensor([1.5000, 1.0000])
     """
     check_rewards(rewards)
-    if isinstance(values, Tensor) and values.dtype == torch.bool:
-        raise TypeError(
-            f"values: expected {name_of(rewards.dtype)}, got bool; pass rewards, values, dones, in"
-            " this order"
-        )
-    check_like("values", values, rewards, rewards.dtype)
-    check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    check_values(values, rewards, "dones")
+    dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards)
     if out is not None:
