@@ -233,8 +233,9 @@ def check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> Tensor |
         ones = mask == 1
         if not torch.equal(counted, ones):
             place = tuple((counted != ones).nonzero()[0].tolist())
+            where = place if len(place) > 1 else place[0]
             raise ValueError(
-                f"mask: expected 0 or 1, got {mask[place].item()} at place {place}; pass a bool"
+                f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
                 " mask, True for a real row"
             )
     return counted
