@@ -224,13 +224,6 @@ def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
         assert torch.equal(rows, results[0][1])
 
 
-def test_sixteen_bits_are_the_same_a_few_columns_at_a_time(monkeypatch):
-    case = poison(make_case(0, 50, 33, torch.bfloat16))
-    whole = reward_to_go(**case)
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
-    assert torch.equal(reward_to_go(**case), whole)
-
-
 def in_child(queue):
     rewards = torch.ones(100, 100)
     queue.put(reward_to_go(rewards, torch.zeros(100, 100, dtype=bool), 0.5)[0, 0].item())

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vecpg.returns import kept
+
 _library = torch.library.Library("vecpg", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "reward_to_go(Tensor rewards, Tensor dones, float gamma, Tensor? gammas, Tensor? final_values,"
@@ -130,7 +132,7 @@ def _implementation(
     mask: Tensor | None,
     mask_mode: str,
 ) -> Tensor:
-    out = torch.empty_like(rewards)
+    out = kept.empty_like(rewards)
     write(rewards, dones, gamma, gammas, final_values, last_values, mask, mask_mode, out)
     return out
 

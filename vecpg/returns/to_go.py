@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns import operator, reference
+from vecpg.returns import kept, operator, reference
 from vecpg.returns.backend import is_served, say_cpu, writable
 from vecpg.returns.checks import (
     check_gamma,
@@ -170,7 +170,7 @@ def packed_reward_to_go(
         and operator.is_partition(offsets, rewards.shape[0])
     ):
         say_cpu()
-        out = torch.empty_like(rewards)
+        out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, gamma, None, out)
         return out
     check_rewards(rewards)
@@ -180,7 +180,7 @@ def packed_reward_to_go(
     served = is_served(backend, rewards)
     if mask is None:
         if served and is_plain((rewards, offsets, gamma, final_values)):
-            out = torch.empty_like(rewards)
+            out = kept.empty_like(rewards)
             operator.write_packed(rewards, offsets, discount, final_values, out)
             return out
         dones, values = ends_of(offsets, rewards, final_values)
