@@ -156,7 +156,9 @@ def _advantages(
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     options = final_values, last_values, mask, mask_mode
     scalar, gammas = check_gamma("gamma", gamma, rewards)
-    scalar_lambda, lambdas = check_gamma("lam" if plus_values else "gae_lambda", gae_lambda, rewards)
+    scalar_lambda, lambdas = check_gamma(
+        "lam" if plus_values else "gae_lambda", gae_lambda, rewards
+    )
     given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
     given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
     given |= {"final_values": final_values, "last_values": last_values}
@@ -174,9 +176,9 @@ def _advantages(
     elif rewards.device.type == "cpu" and not has_derivatives(gamma, gae_lambda):
         if is_plain((*given.values(), out)):
             out = writable(rewards, out)
-            operator.write_advantage(*arguments, *options, plus_values, out)
+            operator.write_advantage(*arguments, *options, plus_values, False, out)
             return out
-        result = operator.differentiable_advantage(*arguments, *options, plus_values)
+        result = operator.differentiable_advantage(*arguments, *options, plus_values, False)
     else:
         discount = scalar if gammas is None else gammas
         decay = scalar_lambda if lambdas is None else lambdas
