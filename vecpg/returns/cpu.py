@@ -83,15 +83,48 @@ def reward_to_go(
     _in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
-def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
-    """The same for contiguous tensors without options, at little cost for a small call."""
+def common_reward_to_go(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same of (T, N) or (T,) without further options, at little cost for a small call."""
+    if rewards.ndim == 1:
+        rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
+        mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    if length == 0 or num_envs == 0:
-        return
-    places = rewards.data_ptr(), num_envs, dones.data_ptr(), num_envs, out.data_ptr(), num_envs
-    options = (*places, 0, 0, 0, 0, length)
-    tail = gamma, _CUT, LIKE[rewards.dtype]
-    _in_threads(_rows, options, num_envs, tail, length * num_envs)
+    elements = length * num_envs
+    if (
+        0 < elements < 2 * _THREAD_ELEMENTS
+        and num_envs > 1
+        and rewards.is_contiguous()
+        and dones.is_contiguous()
+        and out.is_contiguous()
+        and (mask is None or mask.is_contiguous())
+    ):
+        _rows(
+            rewards.data_ptr(),
+            num_envs,
+            dones.data_ptr(),
+            num_envs,
+            out.data_ptr(),
+            num_envs,
+            0 if mask is None else mask.data_ptr(),
+            num_envs,
+            0,
+            0,
+            length,
+            0,
+            num_envs,
+            gamma,
+            _MODES[mask_mode],
+            LIKE[rewards.dtype],
+        )
+    else:
+        reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
