@@ -160,13 +160,8 @@ def write_common(
     mask_mode: str,
     out: Tensor,
 ) -> None:
-    """As `write`, of (T, N) tensors on the CPU."""
-    kernels = _kernels(False)
-    rows = mask is None and rewards.is_contiguous() and dones.is_contiguous()
-    if rows and out.is_contiguous():
-        kernels.reward_to_go_rows(rewards, dones, gamma, out)
-        return
-    kernels.reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
+    """As `write`, of (T, N) or (T,) tensors on the CPU without further options."""
+    _kernels(False).common_reward_to_go(rewards, dones, gamma, mask, mask_mode, out)
 
 
 def is_partition(offsets: Tensor, total: int) -> bool:
