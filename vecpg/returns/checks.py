@@ -57,6 +57,29 @@ def is_common(
     )
 
 
+def is_common_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor | None,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor | None,
+) -> bool:
+    """The same for advantages of (T, N) tensors."""
+    return (
+        dones is not None
+        and is_common(rewards, dones, gamma, mask, mask_mode, out)
+        and _is_discount(gae_lambda)
+        and _is_known(values)
+        and values.dtype is rewards.dtype
+        and len(values.shape) == 2
+        and values.shape == rewards.shape
+        and (out is None or not _share_memory(out, values))
+    )
+
+
 def is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) -> bool:
     """The same for packed rewards; not whether the offsets are right."""
     return (

@@ -35,7 +35,7 @@ _NARROW = 256
 _GENERAL_COLUMNS = 1024
 _FAR_COLUMNS = 16
 # Fewer elements than this for each thread are done sooner by one.
-_THREAD_ELEMENTS = 2**18
+THREAD_ELEMENTS = 2**18
 
 MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
 _CUT, _SKIP = MODES["cut"], MODES["skip"]
@@ -98,7 +98,7 @@ def common_reward_to_go(
     length, num_envs = rewards.shape
     elements = length * num_envs
     if (
-        0 < elements < 2 * _THREAD_ELEMENTS
+        0 < elements < 2 * THREAD_ELEMENTS
         and num_envs > 1
         and rewards.is_contiguous()
         and dones.is_contiguous()
@@ -183,7 +183,7 @@ def in_threads(
 
     A result does not depend on how the range is split.
     """
-    parts = elements // _THREAD_ELEMENTS
+    parts = elements // THREAD_ELEMENTS
     if parts > 1:
         parts = min(parts, count, threads.count())
     if parts <= 1:
