@@ -72,6 +72,7 @@ def group_advantage(
     are_ids = groups.shape[0] == size
     group = _number(groups) if are_ids else _find(groups, size)
     wide = torch.float64
+    # As many as there can be groups, whatever the numbers are.
     nothing = torch.zeros(max(size, groups.shape[0]), dtype=wide, device=rewards.device)
 
     def total(values: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def group_advantage(
 
     # Selected before anything is done with it: a masked reward may be NaN.
     paid = torch.where(counts, rewards.to(wide), 0.0)
-    apart = torch.where(counts, paid - _of_first(paid.detach(), counts, group), 0.0)
+    apart = torch.where(counts, paid - _of_first(paid.detach(), counts, group, len(nothing)), 0.0)
     members = total(counts.to(wide))
     others = (members - 1.0).clamp(min=1.0)
     away = torch.where(counts, apart - total(apart) / members.clamp(min=1.0), 0.0)
@@ -88,8 +89,9 @@ def group_advantage(
         result = torch.where(members > 1.0, away * (members / others), paid)
     else:
         variance = total(away.square()) / others
-        differ = variance > 0.0
+        differ = variance != 0.0
         result = torch.where(differ, away / torch.where(differ, variance, 1.0).sqrt(), 0.0)
+    result = torch.where(counts, result, 0.0)
     if are_ids and not is_seen:
         result = torch.where(_could_be_offsets(groups, size), torch.nan, result)
     return result.to(rewards.dtype)
@@ -108,12 +110,12 @@ def _find(offsets: Tensor, size: int) -> Tensor:
     return torch.searchsorted(offsets[1:].long().contiguous(), places, right=True)
 
 
-def _of_first(values: Tensor, counts: Tensor, group: Tensor) -> Tensor:
+def _of_first(values: Tensor, counts: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """The value of the group's first counted member, for each completion."""
     size = len(values)
-    places = torch.arange(size, device=values.device)
-    places = torch.where(counts, places, size - 1)
-    firsts = torch.full_like(places, size - 1).scatter_reduce(0, group, places, "amin")
+    places = torch.where(counts, torch.arange(size, device=values.device), size - 1)
+    lasts = places.new_full((num_groups,), size - 1)
+    firsts = lasts.scatter_reduce(0, group, places, "amin")
     return values[firsts[group]]
 
 

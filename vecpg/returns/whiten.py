@@ -63,7 +63,7 @@ def masked_whiten(
     mean = apart.sum(dims, keepdim=True) / number.clamp(min=1.0)
     away = (apart - mean) * counts
     variance = (away * away).sum(dims, keepdim=True) / (number - ddof).clamp(min=1.0)
-    differ = (variance > 0.0) & (number > ddof)
+    differ = (variance != 0.0) & (number > ddof)
     scale = torch.where(differ, torch.where(differ, variance, 1.0).rsqrt(), 0.0)
     return torch.where(counts, (away * scale).to(x.dtype), 0.0)
 
