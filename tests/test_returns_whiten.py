@@ -96,6 +96,7 @@ def test_equal_elements_are_exactly_zero_and_one_too(dtype):
         x = torch.full((size,), number, dtype=dtype)
         assert torch.equal(masked_whiten(x, None), torch.zeros_like(x))
         assert torch.equal(masked_whiten(x, None, ddof=0), torch.zeros_like(x))
+    assert torch.equal(masked_whiten(torch.tensor([1.0, 3.0]), None, ddof=2), torch.zeros(2))
     token = masked_whiten(torch.randn(2, 9, dtype=dtype), torch.eye(2, 9), dim=1)
     assert torch.equal(token, torch.zeros(2, 9, dtype=dtype))
 

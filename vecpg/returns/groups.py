@@ -79,8 +79,8 @@ def group_advantage(
         # Unlike index_add, this has a fixed order on CUDA.
         return nothing.index_put((group,), values, accumulate=True)[group]
 
-    # Selected before anything is done with it: a masked reward may be NaN.
-    paid = torch.where(counts, rewards.to(wide), 0.0)
+    paid = rewards.to(wide)
+    # Selected before anything is multiplied by it: a masked reward may be NaN.
     apart = torch.where(counts, paid - _of_first(paid.detach(), counts, group, len(nothing)), 0.0)
     members = total(counts.to(wide))
     others = (members - 1.0).clamp(min=1.0)
