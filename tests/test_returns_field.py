@@ -237,7 +237,6 @@ def openrlhf_normalized(advantages, mask):
     return (advantages - mean) * variance.clamp(min=1e-8).rsqrt()
 
 
-@pytest.mark.skipif("zero" not in MODES, reason="no mode of that name")
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_openrlhf_advantages_are_zero(padding):
     batch = make_batch(padding)

@@ -2,20 +2,18 @@
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.cpu import _in_threads
-from vecpg.returns.lanes import at
+from vecpg.returns.cpu import MODES, in_threads
+from vecpg.returns.tiles import elements
 
 # Columns that step together, and fewer where a row's elements are far apart.
 _COLUMNS = 256
 _FAR_COLUMNS = 16
-_MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
-_CUT, _SKIP, _ZERO = _MODES["cut"], _MODES["skip"], _MODES["zero"]
+_CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 
@@ -46,8 +44,8 @@ def vtrace(
     (last,) = _places(None if last_values is None else last_values[None])
     options: tuple[Any, ...] = (read, flags, _places(ratios, *tensors), last)
     options += (_places(targets, advantages), length)
-    tail = (*numbers, float(rho_bar), float(c_bar)), _MODES[mask_mode], _LIKE[rewards.dtype]
-    _in_threads(_vtrace, options, num_envs, tail, length * num_envs)
+    tail = (*numbers, float(rho_bar), float(c_bar)), MODES[mask_mode], _LIKE[rewards.dtype]
+    in_threads(_vtrace, options, num_envs, tail, length * num_envs)
 
 
 def _places(*matrices: Tensor | None) -> tuple[Any, ...]:
@@ -167,7 +165,7 @@ def _load(matrix, t, column, into, like):
     place, row_step, step = matrix
     count = len(into) if place != 0 else 0
     first = t * row_step + column * step
-    flat = numba.carray(at(place, like), (first + (len(into) - 1) * step + 1,))
+    flat = elements(place, like, first + (len(into) - 1) * step + 1)
     if step == 1:
         row = flat[first:]
         for j in range(count):
@@ -181,7 +179,7 @@ def _load(matrix, t, column, into, like):
 def _store(matrix, t, column, row, like):
     place, row_step, step = matrix
     first = t * row_step + column * step
-    flat = numba.carray(at(place, like), (first + (len(row) - 1) * step + 1,))
+    flat = elements(place, like, first + (len(row) - 1) * step + 1)
     if step == 1:
         into = flat[first:]
         for j in range(len(row)):

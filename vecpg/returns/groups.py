@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns.checks import is_eager, name_of
-from vecpg.returns.counted import check_floats, counted
+from vecpg.returns.checks import check_mask, check_rewards, is_eager, name_of
 
 _KINDS = ("rloo", "grpo")
 _REMEDY = "pass one id for each reward, or offsets: the sizes' cumsum(0) behind a 0"
@@ -32,7 +31,7 @@ def group_advantage(
             refused; on CUDA and while a compiler traces, where numbers are not looked at, the
             result is then NaN.
         kind: "rloo" or "grpo".
-        mask: a shape that broadcasts to (B,), bool, or numbers that are 0 or 1. True = counted.
+        mask: (B,) bool, or numbers that are 0 or 1. True = counted.
 
     Returns:
         (B,), dtype and device of `rewards`; differentiable in `rewards`, any number of times.
@@ -55,7 +54,7 @@ def group_advantage(
         >>> group_advantage(rewards, torch.tensor([0, 3, 4]), kind="grpo")
         tensor([ 0., -1.,  1.,  0.])
     """
-    check_floats("rewards", rewards)
+    check_rewards(rewards)
     if rewards.ndim != 1:
         raise ValueError(
             f"rewards: expected (B,), got shape {tuple(rewards.shape)}; pass one number for each"
@@ -64,7 +63,8 @@ def group_advantage(
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
     is_seen = _check_groups(groups, rewards)
-    counts = counted(mask, "rewards", rewards)
+    given = check_mask(mask, "cut", rewards)
+    counts = torch.ones_like(rewards, dtype=torch.bool) if given is None else given
     size = rewards.shape[0]
     if size == 0:
         return rewards.clone()

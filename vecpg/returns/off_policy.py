@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vecpg.returns import operator
+from vecpg.returns import kept, operator
 from vecpg.returns.backend import is_served
 from vecpg.returns.checks import (
     check_gamma,
     check_like,
     check_rewards,
     check_row_inputs,
+    check_values,
     is_plain,
     name_of,
 )
@@ -30,8 +31,8 @@ def vtrace(
     rewards: Tensor,
     values: Tensor,
     log_ratios: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
+    dones: Tensor | None = None,
+    gamma: float | Tensor = None,  # type: ignore[assignment]  # needed, though dones are not
     *,
     lam: float | Tensor = 1.0,
     rho_bar: float = 1.0,
@@ -57,15 +58,16 @@ def vtrace(
     `generalized_advantage`, and with lambda = 1 the targets are `reward_to_go`.
 
     Masked rows get 0, and nothing of them is read. With `mask_mode` "cut" V' and x' are 0 where the
-    next row is masked; with "skip" they are the next real row's; with "decay" a masked row is one
-    with reward 0, ratio 1 and error 0: V' is discounted by it with gamma, and x' with gamma * c.
+    next row is masked; with "skip" they are the next real row's; with "decay" they are
+    those, V' discounted by the rows in between, and x' by gamma * c with a ratio of 1; with "zero"
+    a masked row is one whose reward, value and log-ratio are 0.
 
     Args:
         rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides.
         values: the shape and dtype of `rewards`. V(s) of the state each action was taken in.
         log_ratios: the shape and dtype of `rewards`. log pi(a|s) - log mu(a|s).
-        dones: the shape of `rewards`, bool. True where the row's action ended its episode.
-        gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts.
+        dones: as in `generalized_advantage`.
+        gamma: as in `reward_to_go`.
         lam: lambda in [0, 1], what c is lowered by (remark 2 of the paper): a float, or a float
             tensor that broadcasts.
         rho_bar: the bound of the weight of an error, at least 0; `math.inf` is none. It decides
@@ -98,14 +100,14 @@ def vtrace(
         VTrace(targets=tensor([0.0000, 0.5000]), advantages=tensor([0.0000, 0.5000]))
     """
     check_rewards(rewards)
-    for name, value in (("values", values), ("log_ratios", log_ratios)):
-        if isinstance(value, Tensor) and value.dtype == torch.bool:
-            raise TypeError(
-                f"{name}: expected {name_of(rewards.dtype)}, got bool; pass rewards, values,"
-                " log_ratios, dones, in this order"
-            )
-        check_like(name, value, rewards, rewards.dtype)
-    check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    check_values(values, rewards, "log_ratios, dones")
+    if isinstance(log_ratios, Tensor) and log_ratios.dtype == torch.bool:
+        raise TypeError(
+            f"log_ratios: expected {name_of(rewards.dtype)}, got bool; pass rewards, values,"
+            " log_ratios, dones, in this order"
+        )
+    check_like("log_ratios", log_ratios, rewards, rewards.dtype)
+    dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     scalar_lambda, lambdas = check_gamma("lam", lam, rewards)
     _check_bound("rho_bar", rho_bar)
@@ -241,12 +243,12 @@ def _in_machine_code(
     from vecpg.returns import cpu_off_policy  # Numba takes a second
 
     dtype = rewards.dtype
-    kept = dtype if dtype == torch.float64 else torch.float32
-    ratios = log_ratios.to(torch.float64).exp()
-    result = VTrace(*(torch.empty_like(rewards, dtype=kept) for _ in range(2)))
-    timed: list[Any] = [rewards.to(kept), values.to(kept), ratios, dones, gamma, lam, mask]
-    timed += [None if final_values is None else final_values.to(kept), *result]
-    last = None if last_values is None else last_values.to(kept).reshape(-1)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    ratios = kept.empty_like(log_ratios, torch.float64).copy_(log_ratios).exp_()
+    result = VTrace(*(kept.empty_like(rewards, wide) for _ in range(2)))
+    timed: list[Any] = [rewards.to(wide), values.to(wide), ratios, dones, gamma, lam, mask]
+    timed += [None if final_values is None else final_values.to(wide), *result]
+    last = None if last_values is None else last_values.to(wide).reshape(-1)
     try:
         views = [_matrix(each) if isinstance(each, Tensor) else each for each in timed]
     except RuntimeError:

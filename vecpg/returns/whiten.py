@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vecpg.returns.counted import check_floats, counted
+from vecpg.returns.checks import as_bools, name_of
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def masked_whiten(
@@ -44,13 +46,13 @@ def masked_whiten(
         >>> masked_whiten(x, torch.tensor([True, True, False]))
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    check_floats("x", x)
+    _check_floats(x)
     dims = _dims(dim, x)
     if isinstance(ddof, bool) or not isinstance(ddof, int):
         raise TypeError(f"ddof: expected an int, got {type(ddof).__name__}; pass 1 or 0")
     if ddof < 0:
         raise ValueError(f"ddof: expected 0 or more, got {ddof}; pass 1 or 0")
-    counts = counted(mask, "x", x)
+    counts = _counted(mask, x)
     if x.numel() == 0:
         return x.clone()
 
@@ -81,3 +83,39 @@ def _dims(dim: int | Sequence[int] | None, x: Tensor) -> tuple[int, ...]:
             " for all"
         )
     return dims
+
+
+def _check_floats(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}; pass torch.as_tensor(x)")
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"x: expected float32, float64, bfloat16 or float16, got {name_of(x.dtype)};"
+            f" pass {'x.real' if x.is_complex() else 'x.float()'}"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass x.to_dense()")
+
+
+def _counted(mask: Tensor | None, x: Tensor) -> Tensor:
+    """A mask as bools in the shape of `x`."""
+    if mask is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"mask: expected a tensor or None, got {type(mask).__name__}; pass"
+            " torch.as_tensor(mask)"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"mask: expected a tensor on {x.device} like x, got {mask.device}; pass"
+            " mask.to(x.device)"
+        )
+    try:
+        mask = mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to that of x, {tuple(x.shape)}, got"
+            f" {tuple(mask.shape)}; pass one flag for each element"
+        ) from None
+    return as_bools(mask)
