@@ -176,9 +176,9 @@ def _advantages(
     elif rewards.device.type == "cpu" and not has_derivatives(gamma, gae_lambda):
         if is_plain((*given.values(), out)):
             out = writable(rewards, out)
-            operator.write_advantage(*arguments, *options, plus_values, out)
+            operator.write_advantage(*arguments, *options, plus_values, False, out)
             return out
-        result = operator.differentiable_advantage(*arguments, *options, plus_values)
+        result = operator.differentiable_advantage(*arguments, *options, plus_values, False)
     else:
         discount = scalar if gammas is None else gammas
         decay = scalar_lambda if lambdas is None else lambdas

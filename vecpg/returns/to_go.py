@@ -11,11 +11,12 @@ from vecpg.returns.checks import (
     check_packed,
     check_rewards,
     check_row_inputs,
+    has_derivatives,
     is_common,
     is_commonly_packed,
     is_plain,
 )
-from vecpg.returns.packed import Lengthened, ends_of
+from vecpg.returns.packed import Lengthened, ends_of, packed_advantages
 
 
 def reward_to_go(
@@ -178,11 +179,15 @@ def packed_reward_to_go(
     scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
+    if mask is None and served and is_plain((rewards, offsets, gamma, final_values)):
+        out = kept.empty_like(rewards)
+        operator.write_packed(rewards, offsets, discount, final_values, out)
+        return out
+    if served and rewards.device.type == "cpu" and not has_derivatives(gamma):
+        return packed_advantages(
+            *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
+        )
     if mask is None:
-        if served and is_plain((rewards, offsets, gamma, final_values)):
-            out = kept.empty_like(rewards)
-            operator.write_packed(rewards, offsets, discount, final_values, out)
-            return out
         dones, values = ends_of(offsets, rewards, final_values)
         return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
     longer = Lengthened(offsets, rewards.shape[0])
