@@ -244,19 +244,24 @@ def _no_ends(rewards: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> Tensor | None:
-    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    """A mask as bools, or None."""
     if mask_mode not in _MASK_MODES:
         raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.is_complex():
+    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
+    return as_bools(mask)
+
+
+def as_bools(mask: Tensor) -> Tensor:
+    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
         raise TypeError(
             "mask: expected bool, or integers or floats that are 0 or 1, got"
             f" {name_of(mask.dtype)}; pass a bool mask, True for a real row"
         )
-    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
-    if mask.dtype == torch.bool:
-        return mask
     counted = mask != 0
     if mask.device.type == "cpu" and is_eager():
         ones = mask == 1
