@@ -454,7 +454,8 @@ def fit_alone(critic, parts, final_values, config):
             value_function.zero_grad()
             each.append(torch.zeros((), dtype=torch.float64))
             for x, y in zip(obs.split(chunk_rows), targets.split(chunk_rows), strict=True):
-                loss = (value_function(x) - y).square().sum() / counted
+                # The bits of a product may depend on where in memory its rows begin.
+                loss = (value_function(x.clone()) - y).square().sum() / counted
                 loss.backward()
                 each[-1] += loss.detach()
             gradients.append([p.grad for p in value_function.parameters()])
