@@ -3,6 +3,7 @@
 `is_common` finds a right and simple call in a tenth of the time.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,10 +14,21 @@ from torch.compiler import is_compiling
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MASK_MODES = ("cut", "skip", "decay")
 _OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
-# Found once: a small call is mostly made of looking things up.
-_has_transforms = torch._C._are_functorch_transforms_active
-_count_modes = torch._C._len_torch_dispatch_stack
-_get_tracing = torch._C._get_tracing_state
+# Found once: a small call is mostly made of looking things up. The names are torch's own: where one
+# is gone, no call counts as eager, and all go through torch's dispatcher, which is always right.
+try:
+    _has_transforms = torch._C._are_functorch_transforms_active
+    _count_modes = torch._C._len_torch_dispatch_stack
+    _get_tracing = torch._C._get_tracing_state
+    _gone = not hasattr(forward_ad, "_current_level")
+except AttributeError:
+    _gone = True
+if _gone:
+    logging.getLogger("vecpg.returns").warning(
+        "torch %s has lost a name that tells plain calls from traced ones; all take the longer way,"
+        " and numbers inside tensors are not checked",
+        torch.__version__,
+    )
 
 
 def is_common(
@@ -333,6 +345,7 @@ def is_eager() -> bool:
     """Whether tensors hold numbers here and now: not traced, not batched, not dual numbers."""
     return not (
         is_compiling()
+        or _gone
         or _has_transforms()
         or _count_modes() > 0
         or forward_ad._current_level >= 0
