@@ -82,8 +82,8 @@ def generalized_advantage(
     scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards)
     if out is not None:
         given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
-        given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
-        given |= {"final_values": final_values, "last_values": last_values}
+        given = {**given, "gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
+        given = {**given, "final_values": final_values, "last_values": last_values}
         check_out(out, rewards, given)
 
     wide = torch.float64

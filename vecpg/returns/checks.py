@@ -236,7 +236,8 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> None:
 def check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[float, Tensor | None]:
     """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`."""
     if not isinstance(gamma, Tensor):
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+        # A tuple: the compiler of torch 2.6 knows no union.
+        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
             raise TypeError(
                 f"{name}: expected a float or a tensor, got {type(gamma).__name__};"
                 f" pass float({name})"
