@@ -178,15 +178,6 @@ def test_every_module_has_its_tests(path):
     assert any((ROOT / "tests" / f"test_{name}.py").exists() for name in names)
 
 
-def test_returns_needs_neither_gymnasium_nor_tensorboard():
-    import subprocess
-    import sys
-
-    code = "import sys, vecpg.returns; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert result.stdout.strip() == b"set()"
-
-
 def test_public_names_are_there_and_are_no_modules():
     assert sorted(vecpg._HOMES) == sorted(vecpg.__all__)
     for name in vecpg.__all__:

@@ -26,6 +26,7 @@ from vecpg import begin as begin_module
 from vecpg import train as train_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs import workers as workers_module
 from vecpg.envs.in_process import InProcessEnvs
 from vecpg.evaluate import EvalResult, evaluate
 from vecpg.kernels import threads as kernel_threads
@@ -1115,6 +1116,7 @@ def test_solved_seconds_do_not_lose_what_is_compiled_later(tmp_path, monkeypatch
 )
 def test_a_worker_that_fails_loses_nothing_that_was_committed(tmp_path, monkeypatch, how, message):
     """Episodes of five steps, and one reset each: the twelfth step is in the third iteration."""
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.2)
     saved = []
     real = checkpoint.Saver.save
     monkeypatch.setattr(
