@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ show(generalized_advantage(rewards, values, dones, 0.5, 0.5), rewards, values)
 rewards = ones(3)
 show(packed_reward_to_go(rewards, torch.tensor([0, 2, 3]), 0.5), rewards)
 print(sorted({"numba", "vecpg.returns.cpu"} & set(sys.modules)))
+print(sys.modules["vecpg"].__path__[0])
 """
 FOUND = """[[1.5], [1.0], [1.0]]
 [[[1.5], [1.0], [1.0]], [[1.0], [1.5], [1.0]]]
@@ -55,15 +57,40 @@ FOUND = """[[1.5], [1.0], [1.0]]
 """
 
 
-def test_it_needs_nothing_but_torch_numpy_and_numba(tmp_path):
+def called_alone(cwd, site):
     done = subprocess.run(
         [sys.executable, "-c", ALONE],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        stdout=subprocess.PIPE,
         text=True,
+        check=True,
     )
-    assert done.stdout == FOUND, done.stderr
+    return done.stdout
+
+
+def test_it_needs_nothing_but_torch_numpy_and_numba(tmp_path):
+    assert called_alone(tmp_path, ROOT) == FOUND + f"{ROOT / 'vecpg'}\n"
+
+
+@pytest.mark.slow
+def test_the_wheel_has_all_of_the_package_and_its_kernels_stand_alone(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    (about,) = site.glob("vecpg-*.dist-info")
+    assert sorted(site.iterdir()) == sorted([site / "vecpg", about])
+    assert (about / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    kept = {path.relative_to(site) for path in (site / "vecpg").rglob("*") if path.is_file()}
+    assert kept == {
+        path.relative_to(ROOT)
+        for path in (ROOT / "vecpg").rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    assert called_alone(tmp_path, site) == FOUND + f"{site / 'vecpg'}\n"
 
 
 PRIVATE = {

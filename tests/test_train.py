@@ -2,6 +2,7 @@ import collections
 import concurrent.futures
 import contextlib
 import gc
+import importlib.metadata
 import json
 import logging
 import math
@@ -1003,7 +1004,7 @@ def test_a_manifest_knows_the_environment_and_what_was_resolved(tmp_path):
         "shards": 4,
         "target": 475.0,
     }
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
     assert manifest["counters"]["iteration"] == 1
     # Another observation space, and another action space alone.
     line = {"env_id": "vecpg/LineWorld-v0", "max_episode_steps": 5}
