@@ -139,7 +139,7 @@ def laid_out(values, layout):
 
 
 @pairwise(
-    # Around what is done two, eight and a block at a time.
+    # Around what is done two, eight, 32 and a block at a time.
     shape=[
         (1, 8),
         (2, 7),
@@ -148,6 +148,10 @@ def laid_out(values, layout):
         (16, 16),
         (17, 24),
         (1025, 8),
+        (9, 31),
+        (9, 33),
+        (4, 100),
+        (3, 256),
         (3, 1025),
         (2, 4100),
         (5, 4097),
@@ -222,13 +226,6 @@ def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
     for general, rows in results[1:]:
         assert torch.equal(general, results[0][0])
         assert torch.equal(rows, results[0][1])
-
-
-def test_sixteen_bits_are_the_same_a_few_columns_at_a_time(monkeypatch):
-    case = poison(make_case(0, 50, 33, torch.bfloat16))
-    whole = reward_to_go(**case)
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
-    assert torch.equal(reward_to_go(**case), whole)
 
 
 def in_child(queue):
@@ -339,8 +336,8 @@ def test_packed_with_gaps_and_gradients():
         (TypeError, "offsets: expected a tensor, got list", [0, 3]),
         (
             TypeError,
-            "offsets: expected int64, got int32; pass offsets.long",
-            torch.tensor([0, 3]).int(),
+            "offsets: expected int64 or int32, got int16; pass offsets.long",
+            torch.tensor([0, 3]).short(),
         ),
         (ValueError, r"offsets: expected shape \(B \+ 1,\), got \(0,\)", torch.tensor([]).long()),
         (ValueError, "offsets: expected numbers from 0 to 3.* got 1 to 3", torch.tensor([1, 3])),
@@ -582,18 +579,13 @@ def test_an_out_that_is_no_plain_tensor_is_copied_to():
     assert out.a[0, 0] == out.b[0, 0] == 1.875
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_tracing_records_the_operator_and_dual_numbers_are_refused():
+def test_tracing_records_the_operator():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     dones = torch.zeros(4, 2, dtype=bool)
     graph = make_fx(lambda rewards: reward_to_go(rewards, dones, 0.5))(torch.ones(4, 2))
     rewards = torch.randn(4, 2)
     assert torch.equal(graph(rewards), reward_to_go(rewards, dones, 0.5))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(rewards, rewards)
-        with pytest.raises(RuntimeError, match="jvp"):
-            reward_to_go(dual, dones, 0.5)
 
 
 def test_gamma_can_be_mapped():
@@ -731,7 +723,7 @@ R, D = torch.zeros(4, 3), torch.zeros(4, 3, dtype=bool)
         (TypeError, "dones: expected bool.*terminations | truncations", {"dones": R}),
         (ValueError, r"dones: expected shape \(4, 3\), got \(3, 4\)", {"dones": D.mT}),
         (ValueError, "dones: expected a tensor on cpu", {"dones": D.to("meta")}),
-        (TypeError, "mask: expected bool, got float32; pass mask.bool", {"mask": R}),
+        (TypeError, "mask: expected bool, or integers or floats.*complex64", {"mask": R.cfloat()}),
         (TypeError, "final_values: expected float32, got float64", {"final_values": R.double()}),
         (ValueError, r"last_values: expected shape \(3,\)", {"last_values": R}),
         (ValueError, "mask_mode: expected one of cut, skip, decay", {"mask_mode": "drop"}),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vecpg.kernels.announce import once
+from vecpg.returns import kept
 from vecpg.returns.checks import is_eager
 
 _BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -46,7 +47,7 @@ def is_served(backend: str, rewards: Tensor) -> bool:
 def writable(rewards: Tensor, out: Tensor | None) -> Tensor:
     """`out`, with autograd told that it changes, or a new tensor."""
     if out is None:
-        return torch.empty_like(rewards)
+        return kept.empty_like(rewards)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out

@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,22 +12,35 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MASK_MODES = ("cut", "skip", "decay")
+_BOOL, _STRIDED = torch.bool, torch.strided
+_MASK_MODES = ("cut", "skip", "decay", "zero")
 _OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
+
+
+def _unknown() -> bool:
+    """Stands for what can no longer be asked: no call counts as eager then."""
+    return True
+
+
 # Found once: a small call is mostly made of looking things up. The names are torch's own: where one
-# is gone, no call counts as eager, and all go through torch's dispatcher, which is always right.
+# is gone, all calls go through torch's dispatcher, which is always right.
+_gone = False
+_has_transforms: Callable[[], bool]
+_count_modes: Callable[[], int]
+_get_tracing: Callable[[], object]
 try:
     _has_transforms = torch._C._are_functorch_transforms_active
     _count_modes = torch._C._len_torch_dispatch_stack
     _get_tracing = torch._C._get_tracing_state
-    _gone = not hasattr(forward_ad, "_current_level")
-except AttributeError:
+    forward_ad._current_level  # noqa: B018 - it changes: looked up again where it is read
+except AttributeError as error:
     _gone = True
-if _gone:
+    _has_transforms = _count_modes = _get_tracing = _unknown
     logging.getLogger("vecpg.returns").warning(
-        "torch %s has lost a name that tells plain calls from traced ones; all take the longer way,"
-        " and numbers inside tensors are not checked",
+        "torch %s: %s, which tells plain calls from traced ones; all take the longer way, and"
+        " numbers inside tensors are not checked",
         torch.__version__,
+        error,
     )
 
 
@@ -39,7 +52,7 @@ def is_common(
     mask_mode: str,
     out: Tensor | None,
 ) -> bool:
-    """Whether a call is right and asks for nothing special: found out in 2 us instead of 20.
+    """Whether a call is right and asks for nothing special: found out in 1 us instead of 20.
 
     What is not is checked again, and named, one by one.
     """
@@ -47,31 +60,24 @@ def is_common(
         is_eager()  # first: a compiler cannot follow all of the others
         and _is_discount(gamma)
         and _is_known(rewards)
-        and rewards.ndim == 2
-        and type(dones) is Tensor
-        and dones.dtype is torch.bool
-        and dones.is_cpu
-        and rewards.shape == dones.shape
-        and dones.layout is torch.strided
-        and not dones._is_zerotensor()
         and mask_mode in _MASK_MODES
     ):
         return False
-    if mask is not None and not (
-        type(mask) is Tensor
-        and mask.dtype is torch.bool
-        and mask.is_cpu
-        and rewards.shape == mask.shape
-        and mask.layout is torch.strided
-        and not mask._is_zerotensor()
-    ):
-        return False
-    return out is None or (
-        _is_known(out)
-        and out.dtype is rewards.dtype
-        and out.shape == rewards.shape
-        and (out.is_contiguous() or out.mT.is_contiguous())
-        and not _share_memory(out, rewards, dones, mask)
+    shape, dtype = rewards.shape, rewards.dtype
+    return (
+        0 < len(shape) <= 2
+        and _is_flags(dones, shape)
+        and (mask is None or _is_flags(mask, shape))
+        and (
+            out is None
+            or (
+                _is_known(out)
+                and out.dtype is dtype
+                and out.shape == shape
+                and (out.is_contiguous() or (len(shape) == 2 and out.mT.is_contiguous()))
+                and not _share_memory(out, rewards, dones, mask)
+            )
+        )
     )
 
 
@@ -99,11 +105,23 @@ def _is_known(tensor: Tensor) -> bool:
     """Whether the CPU kernel can read and write a tensor directly."""
     return (
         type(tensor) is Tensor
-        and (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
+        and tensor.dtype in _DTYPES
         and tensor.is_cpu
         and not tensor.requires_grad
-        and tensor.layout is torch.strided
+        and tensor.layout is _STRIDED
         and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+def _is_flags(tensor: Tensor, shape: torch.Size) -> bool:
+    """The same of a bool for each reward."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is _BOOL
+        and tensor.is_cpu
+        and tensor.shape == shape
+        and tensor.layout is _STRIDED
         and not tensor._is_zerotensor()
     )
 
@@ -177,35 +195,114 @@ def _shape_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
     return "pass one for each element of rewards, or, packed, one final value for each episode"
 
 
+def check_values(values: Tensor, rewards: Tensor, following: str) -> None:
+    """A value for each reward; `following` is the name of the argument behind it."""
+    if isinstance(values, Tensor) and values.dtype in (torch.bool, torch.int32, torch.int64):
+        raise TypeError(
+            f"values: expected {name_of(rewards.dtype)}, got {name_of(values.dtype)}; pass"
+            f" rewards, values, {following}, in this order"
+        )
+    check_like("values", values, rewards, rewards.dtype)
+
+
 def check_row_inputs(
     rewards: Tensor,
-    dones: Tensor,
+    dones: Tensor | None,
     final_values: Tensor | None,
     last_values: Tensor | None,
     mask: Tensor | None,
     mask_mode: str,
-) -> None:
-    """What every row has, or a batch's last row."""
-    check_like("dones", dones, rewards, torch.bool)
+) -> tuple[Tensor, Tensor | None]:
+    """What every row has, or a batch's last row; returns `dones` and `mask` as bools."""
+    dones = check_dones(dones, rewards)
     if final_values is not None:
         check_like("final_values", final_values, rewards, rewards.dtype)
     if last_values is not None:
         check_like("last_values", last_values, rewards, rewards.dtype, rewards.shape[1:])
-    if mask is not None:
-        check_like("mask", mask, rewards, torch.bool)
+    return dones, check_mask(mask, mask_mode, rewards)
+
+
+def check_dones(dones: Tensor | None, rewards: Tensor) -> Tensor:
+    """A flag for each row; none are given where no row ends an episode."""
+    if dones is None:
+        return _no_ends(rewards)
+    if isinstance(dones, int | float):
+        raise TypeError(
+            f"dones: expected a bool tensor or None, got {type(dones).__name__}; pass gamma by"
+            " name, or None for dones before it"
+        )
+    check_like("dones", dones, rewards, torch.bool)
+    return dones
+
+
+def _no_ends(rewards: Tensor) -> Tensor:
+    """False for every row, of memory for one row or column: whichever lies in one piece."""
+    length, *batch = rewards.shape
+    if rewards.stride(0) == 1:
+        one = torch.zeros(length, dtype=torch.bool, device=rewards.device)
+        return one.view(length, *(1 for _ in batch)).expand(rewards.shape)
+    return torch.zeros(batch, dtype=torch.bool, device=rewards.device).expand(rewards.shape)
+
+
+def check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> Tensor | None:
+    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
     if mask_mode not in _MASK_MODES:
         raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.is_complex():
+        raise TypeError(
+            "mask: expected bool, or integers or floats that are 0 or 1, got"
+            f" {name_of(mask.dtype)}; pass a bool mask, True for a real row"
+        )
+    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
+    if mask.dtype == torch.bool:
+        return mask
+    counted = mask != 0
+    if mask.device.type == "cpu" and is_eager():
+        ones = mask == 1
+        if not torch.equal(counted, ones):
+            place = tuple((counted != ones).nonzero()[0].tolist())
+            where = place if len(place) > 1 else place[0]
+            raise ValueError(
+                f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
+                " mask, True for a real row"
+            )
+    return counted
 
 
-def check_offsets(offsets: Tensor, rewards: Tensor) -> None:
-    """From 0 to the number of rewards, never decreasing; on a CPU the numbers are looked at."""
+def check_packed(
+    rewards: Tensor,
+    offsets: Tensor,
+    final_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    padded: str,
+) -> tuple[Tensor, Tensor | None]:
+    """What packed rewards have; returns int64 offsets and a bool mask. `padded` is who pads."""
+    if rewards.ndim != 1:
+        raise ValueError(
+            f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass padded rewards to"
+            f" {padded}, with a mask"
+        )
+    offsets = check_offsets(offsets, rewards)
+    if final_values is not None:
+        check_like("final_values", final_values, rewards, rewards.dtype, (offsets.shape[0] - 1,))
+    return offsets, check_mask(mask, mask_mode, rewards)
+
+
+def check_offsets(offsets: Tensor, rewards: Tensor) -> Tensor:
+    """From 0 to the number of rewards, never decreasing; on a CPU the numbers are looked at.
+
+    Returns them as int64.
+    """
     if not isinstance(offsets, Tensor):
         raise TypeError(
             f"offsets: expected a tensor, got {type(offsets).__name__}; pass torch.tensor(offsets)"
         )
-    if offsets.dtype != torch.int64:
+    if offsets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"offsets: expected int64, got {name_of(offsets.dtype)}; pass offsets.long()"
+            f"offsets: expected int64 or int32, got {name_of(offsets.dtype)}; pass offsets.long()"
         )
     if offsets.ndim != 1 or offsets.shape[0] == 0:
         raise ValueError(
@@ -216,8 +313,9 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> None:
             f"offsets: expected a tensor on {rewards.device} like rewards, got {offsets.device};"
             " pass offsets.to(rewards.device)"
         )
+    offsets = offsets.long()
     if offsets.device.type != "cpu" or not is_eager():
-        return
+        return offsets
     places = offsets.numpy()
     if places.item(0) != 0 or places.item(-1) != rewards.shape[0]:
         raise ValueError(
@@ -231,16 +329,22 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> None:
             f"offsets: expected numbers that never decrease, got {places[i]} and then"
             f" {places[i + 1]} at place {i + 1}; {_OFFSETS_REMEDY}"
         )
+    return offsets
 
 
-def check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[float, Tensor | None]:
-    """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`."""
+def check_gamma(
+    name: str, gamma: float | Tensor, rewards: Tensor, sequences: int | None = None
+) -> tuple[float, Tensor | None]:
+    """Check a discount, and return one number, or a float64 tensor in the shape of `rewards`.
+
+    `sequences` is their number where they are packed.
+    """
     if not isinstance(gamma, Tensor):
         # A tuple: the compiler of torch 2.6 knows no union.
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+            remedy = f"float({name})" if gamma is not None else f"{name}=1.0, or a smaller one"
             raise TypeError(
-                f"{name}: expected a float or a tensor, got {type(gamma).__name__};"
-                f" pass float({name})"
+                f"{name}: expected a float or a tensor, got {type(gamma).__name__}; pass {remedy}"
             )
         if not 0 <= gamma <= 1:
             raise ValueError(
@@ -257,9 +361,14 @@ def check_gamma(name: str, gamma: float | Tensor, rewards: Tensor) -> tuple[floa
     try:
         gamma.expand(rewards.shape)
     except RuntimeError:
+        remedy = "pass a number, or one for each row or column"
+        if sequences is not None:
+            remedy = "pass a number, or one for each reward"
+            if tuple(gamma.shape) == (sequences,):
+                remedy = f"pass {name}.repeat_interleave(offsets.diff())"
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {tuple(rewards.shape)},"
-            f" got {tuple(gamma.shape)}"
+            f" got {tuple(gamma.shape)}; {remedy}"
         ) from None
     if (
         gamma.device.type == "cpu"
@@ -308,11 +417,11 @@ def check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> None
 
 def _share_memory(out: Tensor, *others: Tensor | None) -> bool:
     """Whether one of the others lies, at least in part, between the ends of `out`."""
-    start, size = out.data_ptr(), _reach(out)
+    start = out.data_ptr()
     for other in others:
         if other is not None:
             after = other.data_ptr() - start
-            overlap = -after < _reach(other) if after < 0 else after < size
+            overlap = after < _reach(out) if after >= 0 else -after < _reach(other)
             if overlap and out.numel() > 0 and other.numel() > 0:
                 return True
     return False
@@ -342,11 +451,29 @@ def is_plain(given: Iterable[object]) -> bool:
     return True
 
 
+def has_derivatives(*factors: float | Tensor) -> bool:
+    """Whether one of them takes part in derivatives, or may, in forward mode."""
+    tensors = [each for each in factors if isinstance(each, Tensor)]
+    return any(each.requires_grad for each in tensors) or (bool(tensors) and has_duals())
+
+
+def has_duals() -> bool:
+    """Whether derivatives are carried along, in forward mode."""
+    if is_compiling():
+        return False
+    if _gone:
+        try:
+            with forward_ad.dual_level():  # there is none within another
+                return False
+        except RuntimeError:
+            return True
+    return forward_ad._current_level >= 0
+
+
 def is_eager() -> bool:
     """Whether tensors hold numbers here and now: not traced, not batched, not dual numbers."""
     return not (
         is_compiling()
-        or _gone
         or _has_transforms()
         or _count_modes() > 0
         or forward_ad._current_level >= 0

@@ -13,26 +13,33 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from vecpg.kernels import threads
 from vecpg.kernels.jit import jit
+from vecpg.returns.columns import (
+    masked_steps_of_8,
+    masked_steps_of_32,
+    steps_of_8,
+    steps_of_32,
+)
+from vecpg.returns.halves import LIKE, narrow, widen
 from vecpg.returns.lanes import at, eight_masked_steps, eight_steps
 
 # Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
 # the next row then lies on another page, and is not fetched ahead.
 _COLUMNS = 4096
+# So many and fewer step together with their carries in registers.
+_NARROW = 256
 # The same with more to keep for each, and where a row's elements are far apart.
 _GENERAL_COLUMNS = 1024
 _FAR_COLUMNS = 16
 # Fewer elements than this for each thread are done sooner by one.
 _THREAD_ELEMENTS = 2**18
 
-_MODES = {"cut": 0, "skip": 1, "decay": 2}
-_CUT, _SKIP = _MODES["cut"], _MODES["skip"]
+MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
+_CUT, _SKIP = MODES["cut"], MODES["skip"]
 _BOOL = np.uint8(0)
-_LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 
 
 def reward_to_go(
@@ -49,22 +56,21 @@ def reward_to_go(
     length, num_envs = rewards.shape
     if length == 0 or num_envs == 0:
         return
-    if rewards.dtype not in _LIKE:
-        _widened(rewards, dones, gamma, final_values, last_values, mask, mask_mode, out)
-        return
-    like = _LIKE[rewards.dtype]
+    like = LIKE[rewards.dtype]
     marks = 0 if mask is None else mask.data_ptr()
     places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), marks
     strides = rewards.stride() + dones.stride() + out.stride()
     strides += (0, 0) if mask is None else mask.stride()
     last, last_stride = (0, 0) if last_values is None else _place(last_values)
-    mode = _MODES[mask_mode]
+    mode = MODES[mask_mode]
     rows, columns = strides[0::2], strides[1::2]
     kernel = _general
     options: tuple[Any, ...] = ()
     if final_values is None and not isinstance(gamma, Tensor):
         if num_envs > 1 and _is_dense(columns, mask):
-            kernel, options = _rows, (places, rows, last, last_stride, length)
+            kernel = _rows
+            options = tuple(each for pair in zip(places, rows, strict=True) for each in pair)
+            options += (last, last_stride, length)
         elif _is_dense(rows, mask):
             kernel, options = _columns, (places, columns, last, last_stride, length)
         tail = gamma, mode, like
@@ -74,18 +80,51 @@ def reward_to_go(
         options = (places, strides, last, last_stride, gammas, gamma_strides)
         options += (values, value_strides, length)
         tail = scalar, mode, like
-    _in_threads(kernel, options, num_envs, tail, length * num_envs)
+    in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
-def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
-    """The same for contiguous tensors without options, at little cost for a small call."""
+def common_reward_to_go(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same of (T, N) or (T,) without further options, at little cost for a small call."""
+    if rewards.ndim == 1:
+        rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
+        mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    if length == 0 or num_envs == 0:
-        return
-    places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), 0
-    options = places, (num_envs, num_envs, num_envs, 0), 0, 0, length
-    tail = gamma, _CUT, _LIKE[rewards.dtype]
-    _in_threads(_rows, options, num_envs, tail, length * num_envs)
+    elements = length * num_envs
+    if (
+        0 < elements < 2 * _THREAD_ELEMENTS
+        and num_envs > 1
+        and rewards.is_contiguous()
+        and dones.is_contiguous()
+        and out.is_contiguous()
+        and (mask is None or mask.is_contiguous())
+    ):
+        _rows(
+            rewards.data_ptr(),
+            num_envs,
+            dones.data_ptr(),
+            num_envs,
+            out.data_ptr(),
+            num_envs,
+            0 if mask is None else mask.data_ptr(),
+            num_envs,
+            0,
+            0,
+            length,
+            0,
+            num_envs,
+            gamma,
+            MODES[mask_mode],
+            LIKE[rewards.dtype],
+        )
+    else:
+        reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -102,12 +141,6 @@ def packed_reward_to_go(
     """Write what `vecpg.returns.packed_reward_to_go` describes to `out`; checked."""
     if rewards.shape[0] == 0:
         return
-    if rewards.dtype not in _LIKE:
-        wide = torch.empty(rewards.shape, dtype=torch.float32, device="cpu")
-        values = None if final_values is None else final_values.float()
-        packed_reward_to_go(rewards.float(), offsets, gamma, values, wide)
-        out.copy_(wide)
-        return
     scalar, gammas, gamma_strides = _gammas(gamma)
     values_at, value_stride = (0, 0) if final_values is None else _place(final_values)
     options: tuple[Any, ...] = (
@@ -118,43 +151,14 @@ def packed_reward_to_go(
         gamma_strides[0],
     )
     options += (values_at, value_stride)
-    tail = scalar, _LIKE[rewards.dtype]
-    _in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
+    tail = scalar, LIKE[rewards.dtype]
+    in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
 
 
 def is_partition(offsets: Tensor, total: int) -> bool:
     """Whether offsets go from 0 to `total` and never fall."""
     right: bool = _is_partition(*_place(offsets), offsets.shape[0], total)
     return right
-
-
-def _widened(
-    rewards: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
-    final_values: Tensor | None,
-    last_values: Tensor | None,
-    mask: Tensor | None,
-    mask_mode: str,
-    out: Tensor,
-) -> None:
-    """Numba knows no 16-bit floats: widen some columns at a time."""
-    length, num_envs = rewards.shape
-    width = max(1, _THREAD_ELEMENTS // length)
-    for start in range(0, num_envs, width):
-        block = slice(start, start + width)
-        wide = torch.empty(rewards[:, block].shape, dtype=torch.float32, device="cpu")
-        reward_to_go(
-            rewards[:, block].float(),
-            dones[:, block],
-            gamma[:, block] if isinstance(gamma, Tensor) else gamma,
-            None if final_values is None else final_values[:, block].float(),
-            None if last_values is None else last_values[block].float(),
-            None if mask is None else mask[:, block],
-            mask_mode,
-            wide,
-        )
-        out[:, block] = wide
 
 
 def _place(vector: Tensor) -> tuple[int, int]:
@@ -172,7 +176,7 @@ def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
     return gamma, 0, (0, 0)
 
 
-def _in_threads(
+def in_threads(
     kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], elements: int
 ) -> None:
     """Run a kernel over 0 to `count`, shared by threads where that pays.
@@ -204,60 +208,113 @@ def _first_carry(carry, last, last_stride, start, count, like):
     else:
         values = _from(last, like, (start + count - 1) * last_stride + 1)
         for j in range(count):
-            carry[j] = values[(start + j) * last_stride]
+            carry[j] = widen(values[(start + j) * last_stride])
 
 
 @jit
-def _rows(places, strides, last, last_stride, length, start, stop, gamma, mode, like):
+def _rows(
+    rewards,
+    rewards_row,
+    dones,
+    dones_row,
+    out,
+    out_row,
+    mask,
+    mask_row,
+    last,
+    last_stride,
+    length,
+    start,
+    stop,
+    gamma,
+    mode,
+    like,
+):
     """Columns `start` to `stop`, whose elements lie one after the other in every row.
 
-    Places and strides of the rows are those of rewards, dones, out and mask; place 0 = no mask.
+    Of rewards, dones, out and mask the address, 0 for no mask, and the elements from row to row.
     """
-    paid = _from(places[0], like, (length - 1) * strides[0] + stop)
-    ends = _from(places[1], _BOOL, (length - 1) * strides[1] + stop)
-    result = _from(places[2], like, (length - 1) * strides[2] + stop)
-    masked = places[3] != 0
-    real = _from(places[3], _BOOL, (length - 1) * strides[3] + stop if masked else 0)
+    paid = _from(rewards, like, (length - 1) * rewards_row + stop)
+    ends = _from(dones, _BOOL, (length - 1) * dones_row + stop)
+    result = _from(out, like, (length - 1) * out_row + stop)
+    masked = mask != 0
+    real = _from(mask, _BOOL, (length - 1) * mask_row + stop if masked else 0)
     carry = np.empty(_COLUMNS)
-    for column in range(start, stop, _COLUMNS):
+    width = _COLUMNS
+    if 8 <= stop - start <= _NARROW:
+        width = 32 if stop - start >= 32 else 8
+    for begin in range(start, stop, width):
+        if width != _COLUMNS:
+            # The last ones may be done again: they are written as they were.
+            column = min(begin, stop - width)
+            _first_carry(carry, last, last_stride, column, width, like)
+            given = (
+                rewards + column * paid.itemsize,
+                rewards_row,
+                dones + column,
+                dones_row,
+                out + column * paid.itemsize,
+                out_row,
+                mask + column,
+                mask_row,
+                carry.ctypes.data,
+                length,
+                gamma,
+                1.0 if mode == _SKIP else gamma,
+                mode != _CUT,
+                like,
+            )
+            if masked and width == 32:
+                masked_steps_of_32(*given)
+            elif masked:
+                masked_steps_of_8(*given)
+            elif width == 32:
+                steps_of_32(*given)
+            else:
+                steps_of_8(*given)
+            continue
+        column = begin
         count = min(_COLUMNS, stop - column)
         _first_carry(carry, last, last_stride, column, count, like)
         t = length - 1
         if masked:
             while t >= 0:
                 _masked_step(
-                    _row(paid, t * strides[0] + column, count),
-                    _row(ends, t * strides[1] + column, count),
-                    _row(result, t * strides[2] + column, count),
-                    _row(real, t * strides[3] + column, count),
+                    _row(paid, t * rewards_row + column, count),
+                    _row(ends, t * dones_row + column, count),
+                    _row(result, t * out_row + column, count),
+                    _row(real, t * mask_row + column, count),
                     carry,
                     gamma,
                     mode,
+                    like,
                 )
                 t -= 1
             continue
         if length % 2 == 1:
             _step(
-                _row(paid, t * strides[0] + column, count),
-                _row(ends, t * strides[1] + column, count),
-                _row(result, t * strides[2] + column, count),
+                _row(paid, t * rewards_row + column, count),
+                _row(ends, t * dones_row + column, count),
+                _row(result, t * out_row + column, count),
                 carry,
                 gamma,
+                like,
             )
             t -= 1
         while t > 0:  # two rows at a time: the carries are read and written half as often
-            row_paid = _row(paid, t * strides[0] + column, count)
-            row_ends = _row(ends, t * strides[1] + column, count)
-            row_result = _row(result, t * strides[2] + column, count)
-            before_paid = _row(paid, (t - 1) * strides[0] + column, count)
-            before_ends = _row(ends, (t - 1) * strides[1] + column, count)
-            before_result = _row(result, (t - 1) * strides[2] + column, count)
+            row_paid = _row(paid, t * rewards_row + column, count)
+            row_ends = _row(ends, t * dones_row + column, count)
+            row_result = _row(result, t * out_row + column, count)
+            before_paid = _row(paid, (t - 1) * rewards_row + column, count)
+            before_ends = _row(ends, (t - 1) * dones_row + column, count)
+            before_result = _row(result, (t - 1) * out_row + column, count)
             for j in range(count):
                 following = carry[j]
-                following = row_paid[j] + gamma * (0.0 if row_ends[j] else following)
-                row_result[j] = following
-                following = before_paid[j] + gamma * (0.0 if before_ends[j] else following)
-                before_result[j] = following
+                following = widen(row_paid[j]) + gamma * (0.0 if row_ends[j] else following)
+                row_result[j] = narrow(following, like)
+                before = widen(before_paid[j])
+                following = before + gamma * (0.0 if before_ends[j] else following)
+                before_result[j] = narrow(following, like)
                 carry[j] = following
             t -= 2
 
@@ -268,26 +325,26 @@ def _row(flat, start, count):
 
 
 @jit
-def _step(paid, ends, result, carry, gamma):
+def _step(paid, ends, result, carry, gamma, like):
     """One step back in every column."""
     for j in range(len(paid)):
         following = carry[j]
         # Selected before it is multiplied, here and below: 0 times infinity is NaN.
-        following = paid[j] + gamma * (0.0 if ends[j] else following)
-        result[j] = following
+        following = widen(paid[j]) + gamma * (0.0 if ends[j] else following)
+        result[j] = narrow(following, like)
         carry[j] = following
 
 
 @jit
-def _masked_step(paid, ends, result, real, carry, gamma, mode):
+def _masked_step(paid, ends, result, real, carry, gamma, mode, like):
     """One step back in every column, of which some are masked."""
     cut, skip = mode == _CUT, mode == _SKIP
     for j in range(len(paid)):
         following = carry[j]
-        here = paid[j] + gamma * (0.0 if ends[j] else following)
+        here = widen(paid[j]) + gamma * (0.0 if ends[j] else following)
         passed = 0.0 if cut else (following if skip else gamma * following)
         counted = real[j]
-        result[j] = here if counted else 0.0
+        result[j] = narrow(here if counted else 0.0, like)
         carry[j] = here if counted else passed
 
 
@@ -353,14 +410,14 @@ def _lanes(bases, carry, count, length, gamma, mode, like):
         following = carry[lane]
         for k in range(t - 1, -1, -1):
             if masked and not _from(bases[3, lane], _BOOL, t)[k]:
-                result[k] = 0.0
+                result[k] = narrow(0.0, like)
                 if mode == _CUT:
                     following = 0.0
                 elif mode != _SKIP:
                     following *= gamma
             else:
-                following = paid[k] + gamma * (0.0 if ends[k] else following)
-                result[k] = following
+                following = widen(paid[k]) + gamma * (0.0 if ends[k] else following)
+                result[k] = narrow(following, like)
         carry[lane] = following
 
 
@@ -426,20 +483,20 @@ def _packed(
         for run in range(8):
             following = carry[run]
             for t in range(cuts[run + 1] - shortest - 1, cuts[run] - 1, -1):
-                following = paid[t] + gamma * (0.0 if ends[t - begin] else following)
-                result[t] = following
+                following = widen(paid[t]) + gamma * (0.0 if ends[t - begin] else following)
+                result[t] = narrow(following, like)
         return
     for episode in range(start, stop):
         first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
         following = 0.0
         if values != 0:
-            following = float(_from(values, like, episode * values_stride + 1)[-1])
+            following = float(widen(_from(values, like, episode * values_stride + 1)[-1]))
         for t in range(after - 1, first - 1, -1):
             discount = gamma
             if gammas != 0:
                 discount = _from(gammas, 0.0, t * gammas_stride + 1)[-1]
-            following = paid[t * rewards_stride] + discount * following
-            result[t * out_stride] = following
+            following = widen(paid[t * rewards_stride]) + discount * following
+            result[t * out_stride] = narrow(following, like)
 
 
 @jit
@@ -515,10 +572,10 @@ def _general(
             if step == 1:
                 row = result[at : at + count]
                 for j in range(count):
-                    row[j] = value[j]
+                    row[j] = narrow(value[j], like)
             else:
                 for j in range(count):
-                    result[at + j * step] = value[j]
+                    result[at + j * step] = narrow(value[j], like)
 
 
 @jit
@@ -528,10 +585,10 @@ def _load(flat, strides, t, column, count, into):
     if step == 1:
         row = flat[at : at + count]
         for j in range(count):
-            into[j] = row[j]
+            into[j] = widen(row[j])
     else:
         for j in range(count):
-            into[j] = flat[at + j * step]
+            into[j] = widen(flat[at + j * step])
 
 
 @jit

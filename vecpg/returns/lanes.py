@@ -8,6 +8,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from vecpg.returns.halves import narrowed, widened
+
 
 @intrinsic
 def at(context, address, like):
@@ -85,9 +87,16 @@ class _Lanes:
         self.carries = builder.inttoptr(place, wide.as_pointer())
         self.carry = builder.load(self.carries, align=8)
         self.gamma = self.spread(args[3])
-        self.paid = self.turned([builder.load(each, align=1) for each in self.places(0, like)])
+        self.paid = self.turned([self.load(each) for each in self.places(0, like)])
         self.open = self.zero_flags(1)
         self.results = [None] * 8
+
+    def load(self, place):
+        """Eight elements, of which those of 16 bits become float32."""
+        row = self.builder.load(place, align=1)
+        if isinstance(self.like, types.Float):
+            return row
+        return widened(self.target, self.builder, row, self.like)
 
     def spread(self, number):
         undefined = ir.Constant(ir.VectorType(number.type, 4), ir.Undefined)
@@ -142,7 +151,7 @@ class _Lanes:
     def back(self, step):
         both = self.paid[step % 4]
         paid = self.pick(both, both, range(4) if step < 4 else range(4, 8))
-        if self.like == types.float32:
+        if self.like != types.float64:
             paid = self.builder.fpext(paid, self.carry.type)
         # Cleared before it is multiplied: 0 times infinity is NaN.
         following = self.cleared(self.carry, self.of_step(self.open, step))
@@ -152,9 +161,11 @@ class _Lanes:
     def store(self):
         self.builder.store(self.carry, self.carries, align=8)
         rows = [self.pick(self.results[k], self.results[k + 4], range(8)) for k in range(4)]
-        if self.like == types.float32:
+        if self.like != types.float64:
             narrow = ir.VectorType(ir.FloatType(), 8)
             rows = [self.builder.fptrunc(row, narrow) for row in rows]
         places = self.places(2, self.like)
         for place, row in zip(places, self.turned(rows), strict=True):
+            if not isinstance(self.like, types.Float):
+                row = narrowed(self.target, self.builder, row, self.like)
             self.builder.store(row, place, align=1)

@@ -3,25 +3,26 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns import operator, reference
+from vecpg.returns import kept, operator, reference
 from vecpg.returns.backend import is_served, say_cpu, writable
 from vecpg.returns.checks import (
     check_gamma,
-    check_like,
-    check_offsets,
     check_out,
+    check_packed,
     check_rewards,
     check_row_inputs,
+    has_derivatives,
     is_common,
     is_commonly_packed,
     is_plain,
 )
+from vecpg.returns.packed import Lengthened, ends_of, packed_advantages
 
 
 def reward_to_go(
     rewards: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
+    dones: Tensor | None = None,
+    gamma: float | Tensor = None,  # type: ignore[assignment]  # needed, though dones are not
     *,
     final_values: Tensor | None = None,
     last_values: Tensor | None = None,
@@ -36,22 +37,23 @@ def reward_to_go(
 
     Values that are not given are 0. A masked row gets 0, and its reward, `dones` and `final_values`
     are ignored: they may hold NaN. What a masked row does to the rows before it is `mask_mode`:
-    "cut" lets nothing through; "skip" is transparent, as if the row were not there; "decay" counts
-    it as a row with reward 0, so the discount goes on.
+    "cut" lets nothing through; "skip" is transparent, as if the row were not there; "decay" and
+    "zero" count it as a row with reward 0, so the discount goes on (they differ for advantages).
 
     Args:
         rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides. A (B, T) batch is
             passed as `rewards.mT`.
         dones: the shape of `rewards`, bool. True where the row's action ended its episode
-            (terminated or truncated).
+            (terminated or truncated). None: no row does.
         gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts to
-            `rewards`.
+            `rewards`, such as (B,) for a (B, T) batch passed as `.mT`. There is no default.
         final_values: the shape and dtype of `rewards`. The value of the state after the row, read
             where `dones`.
         last_values: (*batch), dtype of `rewards`. The value of the state after the last row, read
             where the last episode is still open.
-        mask: the shape of `rewards`, bool. True = a real row.
-        mask_mode: "cut", "skip" or "decay".
+        mask: the shape of `rewards`. True or 1 = a real row, False or 0 = none: bool (fastest),
+            integers or floats.
+        mask_mode: "cut", "skip", "decay" or "zero".
         out: a tensor like `rewards` to write to. It may not overlap an input, nor take part in
             gradients.
         backend: "auto" follows the device of `rewards`; "reference", "cpu" and "cuda" insist.
@@ -62,8 +64,9 @@ def reward_to_go(
 
     Raises:
         TypeError: a dtype that is not as above, or an argument that is not a tensor.
-        ValueError: shapes or devices that differ, gamma outside [0, 1], an unknown `mask_mode` or
-            `backend`, an `out` that overlaps an input.
+        ValueError: shapes or devices that differ, gamma outside [0, 1], a mask that holds something
+            else than 0 and 1, an unknown `mask_mode` or `backend`, an `out` that overlaps an input.
+            (On CUDA, and while a compiler traces, what the tensors hold is not looked at.)
         RuntimeError: a backend that was asked for and is not there.
 
     Numerics: gamma is held and sums are formed in float64 and rounded once; to 16 bits by way of
@@ -77,9 +80,12 @@ def reward_to_go(
         tensor([1.5000, 1.0000, 1.0000])
         >>> reward_to_go(rewards, dones, 0.5, last_values=torch.tensor(4.0))
         tensor([1.5000, 1.0000, 3.0000])
+        >>> reward_to_go(rewards, gamma=0.5, mask=torch.tensor([1, 1, 0]))
+        tensor([1.5000, 1.0000, 0.0000])
     """
     if (
         final_values is last_values is None
+        and dones is not None
         and backend == "auto"
         and is_common(rewards, dones, gamma, mask, mask_mode, out)
     ):
@@ -88,7 +94,7 @@ def reward_to_go(
         operator.write_common(rewards, dones, float(gamma), mask, mask_mode, out)
         return out
     check_rewards(rewards)
-    check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     given: dict[str, object] = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
     given = {**given, "final_values": final_values, "last_values": last_values}
@@ -116,6 +122,8 @@ def packed_reward_to_go(
     gamma: float | Tensor,
     *,
     final_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_mode: str = "cut",
     backend: str = "auto",
 ) -> Tensor:
     """Discounted reward-to-go of episodes that lie one after the other.
@@ -123,14 +131,19 @@ def packed_reward_to_go(
         G[t] = r[t] + gamma[t] * G[t + 1],   offsets[i] <= t < offsets[i + 1],
                                              G[offsets[i + 1]] = final_values[i]
 
+    Each episode gets what `reward_to_go` gives it alone, with its final value as `last_values`.
+
     Args:
         rewards: (total,) float32, float64, bfloat16 or float16, any stride.
-        offsets: (B + 1,) int64 from 0 to total, never decreasing: the layout of a jagged
-            NestedTensor. Equal neighbours are an episode without steps.
-        gamma: discount per step in [0, 1]: a float, or a float tensor that broadcasts to
-            `rewards`.
+        offsets: (B + 1,) int64 or int32 from 0 to total, never decreasing: the layout of a jagged
+            NestedTensor, and the `cu_seqlens` of attention kernels. Equal neighbours are an
+            episode without steps.
+        gamma: discount per step in [0, 1]: a float, or a float tensor (total,). One for each
+            episode is passed as `gammas.repeat_interleave(offsets.diff())`.
         final_values: (B,), dtype of `rewards`. The value after each episode's last step; 0 if not
             given.
+        mask: (total,), as in `reward_to_go`.
+        mask_mode: as in `reward_to_go`.
         backend: as in `reward_to_go`.
 
     Returns:
@@ -139,8 +152,8 @@ def packed_reward_to_go(
 
     Raises:
         TypeError: a dtype that is not as above, or an argument that is not a tensor.
-        ValueError: shapes or devices that differ, offsets or a gamma that are not as above. (On
-            CUDA, and while a compiler traces, what the tensors hold is not looked at.)
+        ValueError: shapes or devices that differ, offsets, a gamma or a mask that are not as above.
+            (On CUDA, and while a compiler traces, what the tensors hold is not looked at.)
         RuntimeError: a backend that was asked for and is not there.
 
     Numerics and source: as `reward_to_go`.
@@ -151,36 +164,39 @@ def packed_reward_to_go(
         tensor([1.5000, 1.0000, 1.0000])
     """
     if (
-        final_values is None
+        final_values is mask is None
+        and mask_mode == "cut"
         and backend == "auto"
         and is_commonly_packed(rewards, offsets, gamma)
         and operator.is_partition(offsets, rewards.shape[0])
     ):
         say_cpu()
-        out = torch.empty_like(rewards)
+        out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, gamma, None, out)
         return out
     check_rewards(rewards)
-    if rewards.ndim != 1:
-        raise ValueError(
-            f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass padded rewards to"
-            " reward_to_go, with a mask"
-        )
-    check_offsets(offsets, rewards)
-    if final_values is not None:
-        check_like("final_values", final_values, rewards, rewards.dtype, (offsets.shape[0] - 1,))
-    scalar, gammas = check_gamma("gamma", gamma, rewards)
+    offsets, mask = check_packed(rewards, offsets, final_values, mask, mask_mode, "reward_to_go")
+    scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
-    if served and is_plain((rewards, offsets, gamma, final_values)):
-        out = torch.empty_like(rewards)
+    if mask is None and served and is_plain((rewards, offsets, gamma, final_values)):
+        out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, discount, final_values, out)
         return out
-    # An episode without steps writes behind the last element, which is then cut off.
-    lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, rewards.shape[0])
-    dones = torch.zeros(rewards.shape[0] + 1, dtype=torch.bool, device=rewards.device)
-    dones = dones.index_fill(0, lasts, True)[:-1]
-    values = None
-    if final_values is not None:
-        values = rewards.new_zeros(rewards.shape[0] + 1).index_copy(0, lasts, final_values)[:-1]
-    return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
+    if served and rewards.device.type == "cpu" and not has_derivatives(gamma):
+        return packed_advantages(
+            *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
+        )
+    if mask is None:
+        dones, values = ends_of(offsets, rewards, final_values)
+        return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
+    longer = Lengthened(offsets, rewards.shape[0])
+    result = reward_to_go(
+        longer.put(rewards, 0.0 if final_values is None else final_values),
+        longer.dones,
+        scalar if gammas is None else longer.put(gammas, 0.0),
+        mask=longer.put(mask, True),
+        mask_mode=mask_mode,
+        backend=backend,
+    )
+    return result[longer.rows]

@@ -1,0 +1,472 @@
+"""Generalized advantages on the CPU, in machine code: one pass over memory, backward in time.
+
+Neighbouring environments step together. Arrays whose environments are neighbours in memory are read
+and written where they lie; of others a tile at a time is brought into that order (`tiles`). The
+adjoint, of which gradients are made, is the same forward in time. Sums are carried in float64.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vecpg.kernels.jit import jit
+from vecpg.returns.cpu import MODES, in_threads
+from vecpg.returns.halves import LIKE
+from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
+from vecpg.returns.tiles import elements, turn
+
+# Rows between which what is carried stays in registers.
+_TOGETHER = 8
+# Rows of a tile that is brought into order; and elements of one that need not be.
+_TILE_ROWS = 256
+_TILE_ELEMENTS = 8192
+# Environments of one that need not be, at most: what is carried for them is in the fastest cache.
+_COLUMNS = 1024
+# Of fewer columns than step together, so many spans do, if there are so many rows.
+_SPANS, _LONG = 64, 2**14
+
+_CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
+_FLAG, _WIDE = np.uint8(0), np.float64(0)
+# Rows that stand for what is not given: read, written to, or a factor for each element.
+_NOTHING, _UNREAD, _GAMMA, _LAMBDA = range(4)
+_one_back, _back_general = back(1, GENERAL), back(_TOGETHER, GENERAL)
+_back_plain, _back_masked = back(_TOGETHER, PLAIN), back(_TOGETHER, MASKED)
+_one_forth, _forth_general = forth(1, GENERAL), forth(_TOGETHER, GENERAL)
+_forth_plain, _forth_masked = forth(_TOGETHER, PLAIN), forth(_TOGETHER, MASKED)
+
+
+def generalized_advantage(
+    rewards: Tensor,
+    values: Tensor | None,
+    dones: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    resets: bool,
+    out: Tensor,
+) -> None:
+    """Write what `vecpg.returns.generalized_advantage` describes to `out`; all (T, N), checked.
+
+    Tensors of gamma and lambda are float64 in the shape of rewards. Without values they are 0. With
+    `plus_values` the values are added before it is rounded. With `resets` a row ends an episode
+    though it is masked.
+    """
+    carried = _nothing(rewards)
+    if last_values is not None:
+        carried[1] = last_values
+    places = rewards, values, dones, out, mask, final_values, _tensor(gamma), _tensor(gae_lambda)
+    _run(True, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
+
+
+def adjoint(
+    grad: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    resets: bool,
+    to_rewards: Tensor,
+    to_values: Tensor | None,
+    to_final: Tensor | None,
+    to_last: Tensor,
+) -> None:
+    """Write the gradients of rewards, values, final and last values, given that of the result."""
+    carried = _nothing(grad)
+    gammas, lambdas = _tensor(gamma), _tensor(gae_lambda)
+    places = grad, to_values, dones, to_rewards, mask, to_final, gammas, lambdas
+    _run(False, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
+    to_last.copy_(carried[1].view(to_last.shape))
+
+
+def _nothing(matrix: Tensor) -> Tensor:
+    """(2, N): an advantage and a value, or their gradients, where nothing is carried."""
+    return torch.zeros((2, matrix.shape[1]), dtype=torch.float64, device="cpu")
+
+
+def _run(
+    is_back: bool,
+    given: tuple[Tensor | None, ...],
+    carried: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask_mode: str,
+    flags: tuple[bool, bool],
+) -> None:
+    """Run a kernel; `carried` becomes what is carried after the last row."""
+    first = given[0]
+    assert first is not None
+    length, num_envs = first.shape
+    if length == 0 or num_envs == 0:
+        return
+    places, strides = _places(given)
+    factors = _number(gamma), _number(gamma) * _number(gae_lambda), _number(gae_lambda)
+    tail = factors, MODES[mask_mode], *flags, LIKE[first.dtype]
+    if num_envs < WIDTH and length >= _LONG:
+        for column in range(num_envs):
+            one = tuple([None if each is None else each[:, column, None] for each in given])
+            part = carried[:, column, None].contiguous()
+            _run_spans(is_back, one, *_places(one), part, tail)
+            carried[:, column, None] = part
+        return
+    _call(is_back, places, strides, carried, length, num_envs, tail)
+
+
+def _places(given: tuple[Tensor | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where matrices lie, 0 where one is not given, and two strides of each."""
+    places = tuple([0 if each is None else each.data_ptr() for each in given])
+    strides: tuple[int, ...] = ()
+    for each in given:
+        strides += (0, 1) if each is None else each.stride()
+    return places, strides
+
+
+def _call(
+    is_back: bool,
+    places: tuple[int, ...],
+    strides: tuple[int, ...],
+    carried: Tensor,
+    length: int,
+    num_envs: int,
+    tail: tuple[Any, ...],
+) -> None:
+    options = places, strides, carried.data_ptr(), length, num_envs
+    in_threads(_back if is_back else _forth, options, num_envs, tail, length * num_envs)
+
+
+def _run_spans(
+    is_back: bool,
+    given: tuple[Tensor | None, ...],
+    places: tuple[int, ...],
+    strides: tuple[int, ...],
+    carried: Tensor,
+    tail: tuple[Any, ...],
+) -> None:
+    """Run a kernel on a long column, of which spans step together as environments do.
+
+    What flows into a span is found first: it is what flows out of the one before. Where an episode
+    ends in that one, it does not depend on what flows into it; elsewhere it is linear in it.
+    """
+    first, values, dones, mask = given[0], given[1], given[2], given[4]
+    assert first is not None
+    assert dones is not None
+    length, size = len(first), first.element_size()
+    rows, rest = length // _SPANS, length % _SPANS
+    steps, sizes = strides[0::2], (size, size, 1, size, 1, size, 8, 8)
+    apart = tuple(each for step in steps for each in (step, step * rows))
+    single = tuple(each for step in steps for each in (step, 1))
+
+    def at(row: int, *blank: int) -> tuple[int, ...]:
+        """The places from a row on, without those that are not read or written."""
+        return tuple(
+            0 if place == 0 or number in blank else place + row * steps[number] * sizes[number]
+            for number, place in enumerate(places)
+        )
+
+    # Spans in the order of what flows.
+    order = range(_SPANS - 1, -1, -1) if is_back else range(_SPANS)
+    if is_back and rest > 0:
+        _call(is_back, at(rows * _SPANS), single, carried, rest, 1, tail)
+    into = torch.zeros((2, _SPANS), dtype=torch.float64, device="cpu")
+    into[:, order[0]] = carried[:, 0]
+    depth = _depth(*(places[2], steps[2], places[4], steps[4], tail[3], rows, is_back, _SPANS))
+    if 0 < 2 * depth < rows:
+        out = into.clone()
+        _call(is_back, at(0), apart, out, rows, _SPANS, tail)
+        into[:, list(order[1:])] = out[:, list(order[:-1])]
+        _call(is_back, at(rows - depth if is_back else 0), apart, into, depth, _SPANS, tail)
+    else:
+        unwritten = (3,) if is_back else (1, 3, 5)
+        if is_back and mask is None and values is not None:
+            into[1, :-1] = values[rows : rows * _SPANS : rows, 0]
+        out, by_advantage, by_value = into.clone(), torch.zeros_like(into), torch.zeros_like(into)
+        by_advantage[0] = 1.0
+        _call(is_back, at(0, *unwritten), apart, out, rows, _SPANS, tail)
+        _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
+        if mask is not None:
+            by_value[1] = 1.0
+            _call(is_back, at(0, 0, 1, 3, 5), apart, by_value, rows, _SPANS, tail)
+        _follow(into, out, by_advantage, by_value, order)
+        out = into
+        _call(is_back, at(0), apart, out, rows, _SPANS, tail)
+    carried[:, 0] = out[:, order[-1]]
+    if not is_back and rest > 0:
+        _call(is_back, at(rows * _SPANS), single, carried, rest, 1, tail)
+
+
+def _follow(
+    into: Tensor, out: Tensor, by_advantage: Tensor, by_value: Tensor, order: range
+) -> None:
+    """What flows into each span, given what flows out where nothing more than `into` flows in.
+
+    By both parts of what flows in, the other two say how much more flows out.
+    """
+    known, true = into.tolist(), into.tolist()
+    flows, first, second = out.tolist(), by_advantage.tolist(), by_value.tolist()
+    for before, span in itertools.pairwise(order):
+        for part in range(2):
+            flow = flows[part][before]
+            for number, factors in enumerate((first, second)):
+                # What does not flow on may be infinite.
+                if factors[part][before] != 0.0:
+                    more = true[number][before] - known[number][before]
+                    flow += factors[part][before] * more
+            true[part][span] = flow
+    into.copy_(torch.tensor(true, dtype=torch.float64, device="cpu"))
+
+
+def _tensor(factor: float | Tensor) -> Tensor | None:
+    return factor if isinstance(factor, Tensor) else None
+
+
+def _number(factor: float | Tensor) -> float:
+    return 1.0 if isinstance(factor, Tensor) else factor
+
+
+@jit
+def _back(
+    places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
+):
+    """Columns `start` to `stop`. Places and strides are those of the arrays of `steps.back`."""
+    room = _room(places, strides, start, stop, factors, like)
+    state = room[0]
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
+    both = factors[0], factors[1]
+    kind = _kind(places)
+    column = start
+    while column < stop:
+        count, height = _extent(strides, column, stop)
+        _take(state, carried, num_envs, column, count)
+        advantage, value = state[0].ctypes.data, state[1].ctypes.data
+        end = length
+        while end > 0:
+            begin = max(0, end - height)
+            block = begin, end - begin, column, count
+            at, step = _tiles(places, strides, block, room, True, like)
+            for j in range(0, count, WIDTH):
+                t = end - begin
+                while t > 0:
+                    together = t % _TOGETHER == 0
+                    t -= _TOGETHER if together else 1
+                    if not together:
+                        _one_back(at, step, t, j, advantage, value, both, modes, plus, like)
+                    elif kind == PLAIN:
+                        _back_plain(at, step, t, j, advantage, value, both, modes, plus, like)
+                    elif kind == MASKED:
+                        _back_masked(at, step, t, j, advantage, value, both, modes, plus, like)
+                    else:
+                        _back_general(at, step, t, j, advantage, value, both, modes, plus, like)
+            _keep(places[3], strides[6:8], block, at[3], step[3], like)
+            end = begin
+        _give(state, carried, num_envs, column, count)
+        column += count
+    return _held(room)
+
+
+@jit
+def _forth(
+    places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
+):
+    """The same of `steps.forth`."""
+    room = _room(places, strides, start, stop, factors, like)
+    state = room[0]
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
+    both = factors[0], factors[1]
+    kind = _kind(places)
+    column = start
+    while column < stop:
+        count, height = _extent(strides, column, stop)
+        _take(state, carried, num_envs, column, count)
+        advantage, value = state[0].ctypes.data, state[1].ctypes.data
+        begin = 0
+        while begin < length:
+            rows = min(height, length - begin)
+            block = begin, rows, column, count
+            at, step = _tiles(places, strides, block, room, False, like)
+            for j in range(0, count, WIDTH):
+                t = 0
+                while t < rows:
+                    together = t + _TOGETHER <= rows
+                    if not together:
+                        _one_forth(at, step, t, j, advantage, value, both, modes, plus, like)
+                    elif kind == PLAIN:
+                        _forth_plain(at, step, t, j, advantage, value, both, modes, plus, like)
+                    elif kind == MASKED:
+                        _forth_masked(at, step, t, j, advantage, value, both, modes, plus, like)
+                    else:
+                        _forth_general(at, step, t, j, advantage, value, both, modes, plus, like)
+                    t += _TOGETHER if together else 1
+            _keep(places[1], strides[2:4], block, at[1], step[1], like)
+            _keep(places[3], strides[6:8], block, at[3], step[3], like)
+            _keep(places[5], strides[10:12], block, at[5], step[5], like)
+            begin += rows
+        _give(state, carried, num_envs, column, count)
+        column += count
+    return _held(room)
+
+
+@jit
+def _depth(dones, dones_step, mask, mask_step, resets, rows, is_back, spans):
+    """How far what flows into spans reaches: the most rows to an end. 0: somewhere there is none.
+
+    What flows into all of them comes from somewhere else, and is not asked for.
+    """
+    ends = elements(dones, _FLAG, (rows * spans - 1) * dones_step + 1)
+    real = elements(mask, _FLAG, 0 if mask == 0 else (rows * spans - 1) * mask_step + 1)
+    depth = 0
+    for span in range(0 if is_back else 1, spans - 1 if is_back else spans):
+        found = 0
+        for k in range(rows):
+            t = span * rows + (rows - 1 - k if is_back else k)
+            if ends[t * dones_step] and (resets or mask == 0 or real[t * mask_step]):
+                found = k + 1
+                break
+        if found == 0:
+            return 0
+        depth = max(depth, found)
+    return depth
+
+
+@jit
+def _kind(places):
+    if places[5] != 0 or places[6] != 0 or places[7] != 0:
+        return GENERAL
+    return PLAIN if places[4] == 0 else MASKED
+
+
+@jit
+def _is_dense(strides):
+    """Whether the environments of every array are neighbours."""
+    dense = True
+    for number in range(8):
+        dense = dense and strides[2 * number + 1] == 1
+    return dense
+
+
+@jit
+def _extent(strides, column, stop):
+    """The columns, and the rows at most, of the next tile."""
+    if _is_dense(strides) and stop - column >= WIDTH:
+        count = min(_COLUMNS, (stop - column) // WIDTH * WIDTH)
+        return count, max(_TOGETHER, _TILE_ELEMENTS // count)
+    return min(WIDTH, stop - column), _TILE_ROWS
+
+
+@jit
+def _room(places, strides, start, stop, factors, like):
+    """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
+    dense = _is_dense(strides)
+    row = _COLUMNS if dense else WIDTH
+    fit = 0 if dense and (stop - start) % WIDTH == 0 else _TILE_ROWS * WIDTH
+    state = np.zeros((2, row))
+    rest = np.zeros((4, row))
+    rest[_GAMMA], rest[_LAMBDA] = factors[0], factors[2]
+    real = np.ones(row, np.uint8)
+    floats = np.empty((4, fit * np.full(1, like).itemsize), np.uint8)
+    flags = np.empty((2, fit), np.uint8)
+    wide = np.empty((2, fit if _kind(places) == GENERAL else 0))
+    return state, rest, real, floats, flags, wide
+
+
+@jit
+def _held(room):
+    """Memory that mere addresses stand for is held until this is asked."""
+    state, rest, real, floats, flags, wide = room
+    return state.size + rest.size + real.size + floats.size + flags.size + wide.size
+
+
+@jit
+def _take(state, carried, num_envs, column, count):
+    """Read what is carried into some columns."""
+    state[:, :] = 0.0
+    for i in range(2):
+        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
+        state[i, :count] = row
+
+
+@jit
+def _give(state, carried, num_envs, column, count):
+    """Write what is carried out of them."""
+    for i in range(2):
+        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
+        row[:] = state[i, :count]
+
+
+@jit
+def _tiles(places, strides, block, room, is_back, like):
+    """Where a tile of each array is, read unless it is a result, and the bytes from row to row."""
+    _, rest, real, floats, flags, wide = room
+    nothing, unread = rest[_NOTHING].ctypes.data, rest[_UNREAD].ctypes.data
+    a0, s0 = nothing, 0
+    if places[0] != 0:
+        a0, s0 = _tile(places[0], strides[0:2], block, floats[0].ctypes.data, True, like)
+    a1, s1 = nothing if is_back else unread, 0
+    if places[1] != 0:
+        a1, s1 = _tile(places[1], strides[2:4], block, floats[1].ctypes.data, is_back, like)
+    a2, s2 = _tile(places[2], strides[4:6], block, flags[0].ctypes.data, True, _FLAG)
+    a3, s3 = unread, 0
+    if places[3] != 0:
+        a3, s3 = _tile(places[3], strides[6:8], block, floats[2].ctypes.data, False, like)
+    a4, s4 = real.ctypes.data, 0
+    if places[4] != 0:
+        a4, s4 = _tile(places[4], strides[8:10], block, flags[1].ctypes.data, True, _FLAG)
+    a5, s5 = nothing if is_back else unread, 0
+    if places[5] != 0:
+        a5, s5 = _tile(places[5], strides[10:12], block, floats[3].ctypes.data, is_back, like)
+    a6, s6 = rest[_GAMMA].ctypes.data, 0
+    if places[6] != 0:
+        a6, s6 = _tile(places[6], strides[12:14], block, wide[0].ctypes.data, True, _WIDE)
+    a7, s7 = rest[_LAMBDA].ctypes.data, 0
+    if places[7] != 0:
+        a7, s7 = _tile(places[7], strides[14:16], block, wide[1].ctypes.data, True, _WIDE)
+    return (a0, a1, a2, a3, a4, a5, a6, a7), (s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+@jit
+def _tile(place, strides, block, scratch, is_read, like):
+    """Where a tile of a matrix lies row by row, brought there if it must be; bytes between rows."""
+    size = np.full(1, like).itemsize
+    begin, rows, column, count = block
+    first = place + (begin * strides[0] + column * strides[1]) * size
+    if strides[1] == 1 and count % WIDTH == 0:
+        return first, strides[0] * size
+    step = WIDTH * size
+    if not is_read:
+        return scratch, step
+    if strides[0] == 1:
+        turn(first, strides[1] * size, scratch, step, count, rows, like)
+        return scratch, step
+    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
+    source = elements(first, like, reach)
+    target = elements(scratch, like, rows * WIDTH)
+    for t in range(rows):
+        for j in range(count):
+            target[t * WIDTH + j] = source[t * strides[0] + j * strides[1]]
+    return scratch, step
+
+
+@jit
+def _keep(place, strides, block, tile, step, like):
+    """Write a tile to where it belongs, unless it lies there or belongs nowhere."""
+    size = np.full(1, like).itemsize
+    begin, rows, column, count = block
+    first = place + (begin * strides[0] + column * strides[1]) * size
+    if first == tile or place == 0:
+        return
+    if strides[0] == 1:
+        turn(tile, step, first, strides[1] * size, rows, count, like)
+        return
+    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
+    source = elements(tile, like, rows * WIDTH)
+    target = elements(first, like, reach)
+    for t in range(rows):
+        for j in range(count):
+            target[t * strides[0] + j * strides[1]] = source[t * WIDTH + j]
