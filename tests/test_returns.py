@@ -573,18 +573,13 @@ def test_an_out_that_is_no_plain_tensor_is_copied_to():
     assert out.a[0, 0] == out.b[0, 0] == 1.875
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_tracing_records_the_operator_and_dual_numbers_are_refused():
+def test_tracing_records_the_operator():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     dones = torch.zeros(4, 2, dtype=bool)
     graph = make_fx(lambda rewards: reward_to_go(rewards, dones, 0.5))(torch.ones(4, 2))
     rewards = torch.randn(4, 2)
     assert torch.equal(graph(rewards), reward_to_go(rewards, dones, 0.5))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(rewards, rewards)
-        with pytest.raises(RuntimeError, match="jvp"):
-            reward_to_go(dual, dones, 0.5)
 
 
 def test_gamma_can_be_mapped():

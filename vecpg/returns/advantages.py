@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
+from vecpg.returns import operator, reference
+from vecpg.returns.backend import is_served, writable
 from vecpg.returns.checks import (
     check_gamma,
     check_out,
     check_rewards,
     check_row_inputs,
     check_values,
+    has_derivatives,
+    is_plain,
 )
 from vecpg.returns.to_go import reward_to_go
 
@@ -74,37 +78,93 @@ def generalized_advantage(
     check_rewards(rewards)
     check_values(values, rewards, "dones")
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    options = final_values, last_values, mask, mask_mode
+    return _advantages(rewards, values, dones, gamma, gae_lambda, options, False, out, backend)
+
+
+def _advantages(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    options: tuple[Tensor | None, Tensor | None, Tensor | None, str],
+    plus_values: bool,
+    out: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Advantages, or with `plus_values` what they and the values add up to; rows are checked."""
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards)
+    final_values, last_values, mask, _ = options
+    given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
+    given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
+    given |= {"final_values": final_values, "last_values": last_values}
     if out is not None:
-        given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
-        given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
-        given |= {"final_values": final_values, "last_values": last_values}
         check_out(out, rewards, given)
+    arguments = rewards, values, dones, scalar, gammas, scalar_lambda, lambdas
+    if not is_served(backend, rewards):
+        discounts, decays = (
+            torch.tensor(number, dtype=torch.float64, device=rewards.device) if one is None else one
+            for number, one in ((scalar, gammas), (scalar_lambda, lambdas))
+        )
+        result = reference.generalized_advantage(
+            rewards, values, dones, discounts, decays, *options, plus_values
+        )
+    elif rewards.device.type == "cpu" and not has_derivatives(gamma, gae_lambda):
+        if is_plain((*given.values(), out)):
+            out = writable(rewards, out)
+            operator.write_advantage(*arguments, *options, plus_values, out)
+            return out
+        result = operator.differentiable_advantage(*arguments, *options, plus_values)
+    else:
+        discount = scalar if gammas is None else gammas
+        decay = scalar_lambda if lambdas is None else lambdas
+        result = _composed(rewards, values, dones, discount, decay, *options, plus_values, backend)
+    return result if out is None else out.copy_(result)
 
+
+def _composed(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    backend: str,
+) -> Tensor:
+    """Reward-to-go of the errors: on CUDA, and where gamma or lambda take part in derivatives."""
     wide = torch.float64
-    discount = scalar if gammas is None else gammas
     after = rewards.new_zeros((1, *rewards.shape[1:]), dtype=wide)
     if last_values is not None:
         after = last_values.to(wide)[None]
     known = values.to(wide)
     paid = rewards.to(wide)
-    if mask is None:
-        reached = known
-    else:
+    shown = known
+    ends, passing = dones, mask
+    if mask is not None:
         paid, known = torch.where(mask, paid, 0.0), torch.where(mask, known, 0.0)
         # Which value a row shows to the one before it: its own, or what its mode lets through.
-        closed = mask if mask_mode != "cut" else torch.ones_like(mask)
-        passing = discount if mask_mode == "decay" else 1.0
-        reached = reward_to_go(known, closed, passing, last_values=after[0], backend=backend)
-    following = torch.cat([reached[1:], after]) if rewards.shape[0] else reached
+        shown = known
+        ends = dones & mask
+        if mask_mode in ("skip", "decay"):
+            discount = gamma if mask_mode == "decay" else 1.0
+            shown = reward_to_go(known, mask, discount, last_values=after[0], backend=backend)
+        if mask_mode == "zero":
+            passing = None
+    following = torch.cat([shown[1:], after]) if rewards.shape[0] else shown
     ending = after.new_zeros(()) if final_values is None else final_values.to(wide)
-    after_row = torch.where(dones, ending, following)
-    if mask is not None:
-        after_row = torch.where(mask, after_row, 0.0)
-    delta = paid + discount * after_row - known
-    factor = scalar_lambda if lambdas is None else lambdas
+    after_row = torch.where(ends, ending, following)
+    if passing is not None:
+        after_row = torch.where(passing, after_row, 0.0)
+    delta = paid + gamma * after_row - known
     result = reward_to_go(
-        delta, dones, discount * factor, mask=mask, mask_mode=mask_mode, backend=backend
-    ).to(rewards.dtype)
-    return result if out is None else out.copy_(result)
+        delta, ends, gamma * gae_lambda, mask=passing, mask_mode=mask_mode, backend=backend
+    )
+    result = result + known if plus_values else result
+    result = result if mask is None else torch.where(mask, result, 0.0)
+    return result.to(rewards.dtype)

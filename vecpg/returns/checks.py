@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MASK_MODES = ("cut", "skip", "decay")
+_MASK_MODES = ("cut", "skip", "decay", "zero")
 _OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
 # Found once: a small call is mostly made of looking things up.
 _has_transforms = torch._C._are_functorch_transforms_active
@@ -418,6 +418,17 @@ def is_plain(given: Iterable[object]) -> bool:
         elif isinstance(value, Tensor):
             return False
     return True
+
+
+def has_derivatives(*factors: float | Tensor) -> bool:
+    """Whether one of them takes part in derivatives, or may, in forward mode."""
+    tensors = [each for each in factors if isinstance(each, Tensor)]
+    return any(each.requires_grad for each in tensors) or (bool(tensors) and has_duals())
+
+
+def has_duals() -> bool:
+    """Whether derivatives are carried along, in forward mode."""
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def is_eager() -> bool:

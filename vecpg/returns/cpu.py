@@ -29,8 +29,8 @@ _FAR_COLUMNS = 16
 # Fewer elements than this for each thread are done sooner by one.
 _THREAD_ELEMENTS = 2**18
 
-_MODES = {"cut": 0, "skip": 1, "decay": 2}
-_CUT, _SKIP = _MODES["cut"], _MODES["skip"]
+MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
+_CUT, _SKIP = MODES["cut"], MODES["skip"]
 _BOOL = np.uint8(0)
 
 
@@ -54,7 +54,7 @@ def reward_to_go(
     strides = rewards.stride() + dones.stride() + out.stride()
     strides += (0, 0) if mask is None else mask.stride()
     last, last_stride = (0, 0) if last_values is None else _place(last_values)
-    mode = _MODES[mask_mode]
+    mode = MODES[mask_mode]
     rows, columns = strides[0::2], strides[1::2]
     kernel = _general
     options: tuple[Any, ...] = ()
@@ -70,7 +70,7 @@ def reward_to_go(
         options = (places, strides, last, last_stride, gammas, gamma_strides)
         options += (values, value_strides, length)
         tail = scalar, mode, like
-    _in_threads(kernel, options, num_envs, tail, length * num_envs)
+    in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
 def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
@@ -81,7 +81,7 @@ def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor)
     places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), 0
     options = places, (num_envs, num_envs, num_envs, 0), 0, 0, length
     tail = gamma, _CUT, LIKE[rewards.dtype]
-    _in_threads(_rows, options, num_envs, tail, length * num_envs)
+    in_threads(_rows, options, num_envs, tail, length * num_envs)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -109,7 +109,7 @@ def packed_reward_to_go(
     )
     options += (values_at, value_stride)
     tail = scalar, LIKE[rewards.dtype]
-    _in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
+    in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
 
 
 def is_partition(offsets: Tensor, total: int) -> bool:
@@ -133,7 +133,7 @@ def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
     return gamma, 0, (0, 0)
 
 
-def _in_threads(
+def in_threads(
     kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], elements: int
 ) -> None:
     """Run a kernel over 0 to `count`, shared by threads where that pays.

@@ -27,7 +27,7 @@ _in_use: dict[int, weakref.ref[Any]] = {}
 _numbers = itertools.count()
 
 
-def empty_like(tensor: Tensor) -> Tensor:
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `torch.empty_like`, with memory of an earlier result where it is large and on the CPU.
 
     Views, arrays of NumPy and graphs of autograd hold the memory as they do any tensor's. But it is
@@ -40,9 +40,10 @@ def empty_like(tensor: Tensor) -> Tensor:
         >>> empty_like(torch.zeros(1000, 1000)).data_ptr() == place
         True
     """
-    nbytes = tensor.nbytes
+    dtype = tensor.dtype if dtype is None else dtype
+    nbytes = tensor.numel() * dtype.itemsize
     if nbytes < _LARGE or not tensor.is_cpu:
-        return torch.empty_like(tensor)
+        return torch.empty_like(tensor, dtype=dtype)
     if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous()):
         strides = tensor.stride()
     else:
@@ -53,7 +54,7 @@ def empty_like(tensor: Tensor) -> Tensor:
     number = next(_numbers)
     _in_use[number] = weakref.ref(view, lambda _: _keep(number, buffer))
     storage = torch.from_numpy(view).untyped_storage()
-    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tensor.shape, strides)
 
 
 def _take(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -1,15 +1,15 @@
-"""The recurrence as an operator of torch: traceable, batchable, differentiable.
+"""The recurrences as operators of torch: traceable, batchable, differentiable.
 
-    x[t] = r[t] + gamma[t] * (final_values[t] if dones[t] else x[t + 1])
-
-`vecpg::reward_to_go` is what compilers see. Gradients are an `autograd.Function` around it: a
-backward pass is the same recurrence forwards in time, so it is the operator again, and can be
-differentiated again.
+`vecpg::reward_to_go`, `vecpg::generalized_advantage` and `vecpg::advantage_adjoint` are what
+compilers see. Gradients are `autograd.Function`s around them. Each is linear but in the discounts,
+and the last is the adjoint of the other two, reward-to-go being an advantage with lambda 1 over
+values of 0. So they differentiate each other, to any order.
 """
 
 import functools
 import importlib
 import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vecpg.returns import kept
+from vecpg.returns.checks import has_duals
 
 _library = torch.library.Library("vecpg", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -24,7 +25,21 @@ _library.define(  # type: ignore[no-untyped-call]
     " Tensor? last_values, Tensor? mask, str mask_mode) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(  # type: ignore[no-untyped-call]
+    "generalized_advantage(Tensor rewards, Tensor values, Tensor dones, float gamma,"
+    " Tensor? gammas, float gae_lambda, Tensor? lambdas, Tensor? final_values, Tensor? last_values,"
+    " Tensor? mask, str mask_mode, bool plus_values) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "advantage_adjoint(Tensor grad, Tensor dones, float gamma, Tensor? gammas, float gae_lambda,"
+    " Tensor? lambdas, Tensor? mask, str mask_mode, bool plus_values, bool has_values,"
+    " bool has_final) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _operator = torch.ops.vecpg.reward_to_go.default
+_advantage = torch.ops.vecpg.generalized_advantage.default
+_adjoint = torch.ops.vecpg.advantage_adjoint.default
 
 
 def differentiable(
@@ -38,8 +53,33 @@ def differentiable(
     mask_mode: str,
 ) -> Tensor:
     """The operator with gradients; `gammas` is float64 in the shape of `rewards`, or None."""
-    result: Tensor = _RewardToGo.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = (_DualRewardToGo if has_duals() else _RewardToGo).apply(  # type: ignore[no-untyped-call]
         rewards, dones, gamma, gammas, final_values, last_values, mask, mask_mode
+    )
+    return result
+
+
+def differentiable_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gammas: Tensor | None,
+    gae_lambda: float,
+    lambdas: Tensor | None,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+) -> Tensor:
+    """The same of advantages on the CPU, but without gradients of gamma and lambda.
+
+    Those are float64 in the shape of `rewards`, or None.
+    """
+    result: Tensor = (_DualAdvantage if has_duals() else _Advantage).apply(  # type: ignore[no-untyped-call]
+        *(rewards, values, dones, gamma, gammas, gae_lambda, lambdas, final_values, last_values),
+        *(mask, mask_mode, plus_values),
     )
     return result
 
@@ -56,24 +96,59 @@ def write(
     out: Tensor,
 ) -> None:
     """Write the returns of (T, *batch) tensors to `out`, on the backend of their device."""
-    if rewards.ndim != 2:
-        timed: list[Any] = [rewards, dones, gammas, final_values, mask, out]
-        try:
-            views: list[Any] = [None if each is None else _matrix(each) for each in timed]
-        except RuntimeError:  # strides that no matrix has
-            dim = min(range(1, rewards.ndim), key=lambda dim: rewards.shape[dim])
-            for i in range(rewards.shape[dim]):
-                part: list[Any] = [None if each is None else each.select(dim, i) for each in timed]
-                r, d, g, f, m, o = part
-                last = None if last_values is None else last_values.select(dim - 1, i)
-                write(r, d, gamma, g, f, last, m, mask_mode, o)
-            return
-        rewards, dones, gammas, final_values, mask, out = views
-        last_values = None if last_values is None else last_values.reshape(-1)
-    discount = gamma if gammas is None else gammas
-    _kernels(rewards.is_cuda).reward_to_go(
-        rewards, dones, discount, final_values, last_values, mask, mask_mode, out
-    )
+    kernels = _kernels(rewards.is_cuda)
+    timed = rewards, dones, gammas, final_values, mask, out
+    for (r, d, g, f, m, o), last in _matrices(timed, last_values):
+        kernels.reward_to_go(r, d, gamma if g is None else g, f, last, m, mask_mode, o)
+
+
+def write_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gammas: Tensor | None,
+    gae_lambda: float,
+    lambdas: Tensor | None,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    out: Tensor,
+) -> None:
+    """Write generalized advantages of (T, *batch) tensors on the CPU to `out`."""
+    timed = rewards, values, dones, gammas, lambdas, final_values, mask, out
+    for (r, v, d, g, k, f, m, o), last in _matrices(timed, last_values):
+        carried = torch.zeros((2, r.shape[1]), dtype=torch.float64, device="cpu")
+        if last is not None:
+            carried[1] = last
+        discount, decay = gamma if g is None else g, gae_lambda if k is None else k
+        _advantage_kernels().generalized_advantage(
+            r, v, d, discount, decay, f, carried, m, mask_mode, plus_values, o
+        )
+
+
+def _matrices(
+    timed: tuple[Tensor | None, ...], last_values: Tensor | None
+) -> Iterator[tuple[list[Any], Tensor | None]]:
+    """(T, *batch) tensors as (T, N), and (*batch) as (N,), without a copy: as one, or in parts."""
+    first = next(each for each in timed if each is not None)
+    if first.ndim == 2:
+        yield list(timed), last_values
+        return
+    columns = math.prod(first.shape[1:])
+    try:
+        views = [None if each is None else each.view(len(each), columns) for each in timed]
+    except RuntimeError:  # strides that no matrix has
+        dim = min(range(1, first.ndim), key=lambda dim: first.shape[dim])
+        for i in range(first.shape[dim]):
+            part = tuple(None if each is None else each.select(dim, i) for each in timed)
+            yield from _matrices(
+                part, None if last_values is None else last_values.select(dim - 1, i)
+            )
+        return
+    yield views, None if last_values is None else last_values.reshape(-1)
 
 
 def write_common(
@@ -116,10 +191,9 @@ def _kernels(on_cuda: bool) -> ModuleType:
     return importlib.import_module(f"vecpg.returns.{'cuda' if on_cuda else 'cpu'}")
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """(T, *batch) as (T, N), without a copy."""
-    columns = math.prod(tensor.shape[1:])
-    return tensor[:, None] if tensor.ndim == 1 else tensor.view(len(tensor), columns)
+@functools.cache
+def _advantage_kernels() -> ModuleType:
+    return importlib.import_module("vecpg.returns.cpu_advantages")
 
 
 def _implementation(
@@ -137,32 +211,109 @@ def _implementation(
     return out
 
 
+def _advantage_implementation(*arguments: Any) -> Tensor:
+    out = kept.empty_like(arguments[0])
+    write_advantage(*arguments, out)  # type: ignore[call-arg]
+    return out
+
+
+def _adjoint_implementation(
+    grad: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gammas: Tensor | None,
+    gae_lambda: float,
+    lambdas: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    has_values: bool,
+    has_final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _adjoint_results(grad, dones, has_values, has_final, kept.empty_like)
+    to_rewards, to_values, to_final, to_last = results
+    timed = (
+        *(grad, dones, gammas, lambdas, mask, to_rewards),
+        to_values if has_values else None,
+        to_final if has_final else None,
+    )
+    for (x, d, g, k, m, r, v, f), last in _matrices(timed, to_last):
+        carried = torch.zeros((2, x.shape[1]), dtype=torch.float64, device="cpu")
+        discount, decay = gamma if g is None else g, gae_lambda if k is None else k
+        _advantage_kernels().adjoint(
+            x, d, discount, decay, carried, m, mask_mode, plus_values, r, v, f
+        )
+        assert last is not None
+        last.copy_(carried[1])
+    return results
+
+
+def _adjoint_results(
+    grad: Tensor, dones: Tensor, has_values: bool, has_final: bool, like: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for gradients of rewards, values, final and last values, laid out like the flags."""
+    return (
+        like(dones, dtype=grad.dtype),
+        like(dones, dtype=grad.dtype) if has_values else grad.new_empty(0),
+        like(dones, dtype=grad.dtype) if has_final else grad.new_empty(0),
+        grad.new_empty(grad.shape[1:]),
+    )
+
+
 def _fake(rewards: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(rewards)
 
 
+def _adjoint_fake(grad: Tensor, dones: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    has_values, has_final = arguments[-2:]
+    return _adjoint_results(grad, dones, has_values, has_final, torch.empty_like)
+
+
 def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
-    """One more batch dimension, behind that of time."""
-    size = info.batch_size
+    return _operator(*_moved(info, in_dims, arguments, without_time=5)), 1
+
+
+def _advantage_batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    return _advantage(*_moved(info, in_dims, arguments, without_time=8)), 1
+
+
+def _adjoint_batched(
+    info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    has_values, has_final = arguments[-2:]
+    dims = 1, 1 if has_values else None, 1 if has_final else None, 0
+    return _adjoint(*_moved(info, in_dims, arguments)), dims
+
+
+def _moved(
+    info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...], without_time: int | None = None
+) -> list[Any]:
+    """Arguments with one more batch dimension, behind that of time."""
     moved = []
     for index, (value, dim) in enumerate(zip(arguments, in_dims, strict=True)):
         if isinstance(value, Tensor):
-            place = 0 if index == 5 else 1  # last_values have no time
+            place = 0 if index == without_time else 1
             if dim is None:
                 value = value.unsqueeze(place)
                 shape = list(value.shape)
-                shape[place] = size
+                shape[place] = info.batch_size
                 value = value.expand(shape)
             else:
                 value = value.movedim(dim, place)
         moved.append(value)
-    return _operator(*moved), 1
+    return moved
 
 
 _library.impl("reward_to_go", _implementation, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("reward_to_go", _implementation, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("vecpg::reward_to_go", _fake, lib=_library)
 torch.library.register_vmap("vecpg::reward_to_go", _batched, lib=_library)
+_library.impl("generalized_advantage", _advantage_implementation, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("vecpg::generalized_advantage", _fake, lib=_library)
+torch.library.register_vmap("vecpg::generalized_advantage", _advantage_batched, lib=_library)
+_library.impl("advantage_adjoint", _adjoint_implementation, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("vecpg::advantage_adjoint", _adjoint_fake, lib=_library)
+torch.library.register_vmap("vecpg::advantage_adjoint", _adjoint_batched, lib=_library)
 
 
 class _RewardToGo(torch.autograd.Function):
@@ -187,26 +338,31 @@ class _RewardToGo(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         rewards, dones, ctx.gamma, gammas, final_values, last_values, mask, ctx.mask_mode = inputs
-        # What is paid matters for the gradient of gamma alone.
-        if not ctx.needs_input_grad[3]:
-            rewards = None
-            final_values = None
-        ctx.save_for_backward(rewards, dones, gammas, final_values, last_values, mask)
+        ctx.dtype = rewards.dtype
+        # What is paid matters for derivatives with respect to gamma alone.
+        if gammas is None:
+            rewards = final_values = None
+        saved = rewards, dones, gammas, final_values, last_values, mask
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rewards, dones, gammas, final_values, last_values, mask = ctx.saved_tensors
+        _, dones, gammas, _, _, mask = ctx.saved_tensors
         grad = grads[0]
-        wide = torch.float64
-        nothing = torch.zeros((), dtype=wide, device=grad.device)
-        discount = torch.full_like(nothing, ctx.gamma) if gammas is None else gammas
-        # x[t] = paid[t] + (0 if closed[t] else through[t] * x[t + 1])
-        closed, through = dones, discount.expand(grad.shape)
-        if mask is not None:
-            closed = torch.where(mask, dones, ctx.mask_mode == "cut")
-            if ctx.mask_mode == "skip":
-                through = torch.where(mask, through, 1.0)
-            grad = torch.where(mask, grad, 0.0)
+        has_final, has_last = ctx.needs_input_grad[4:6]
+        if grad.device.type == "cpu" and not ctx.needs_input_grad[3]:
+            to_rewards, _, to_final, to_last = (
+                _DualAdvantageAdjoint if has_duals() else _AdvantageAdjoint
+            ).apply(  # type: ignore[no-untyped-call]
+                *(grad, dones, ctx.gamma, gammas, 1.0, None, mask, ctx.mask_mode),
+                *(False, False, has_final),
+            )
+            to_final, to_last = to_final if has_final else None, to_last if has_last else None
+            return to_rewards, None, None, None, to_final, to_last, None, None
+        discount, closed, through = _flow(ctx, dones, gammas, mask)
+        nothing = torch.zeros((), dtype=torch.float64, device=grad.device)
+        grad = grad if mask is None else torch.where(mask, grad, 0.0)
         # reached[t] = grad[t] + (0 if closed[t - 1] else through[t - 1] * reached[t - 1]): the same
         # with time reversed.
         first = torch.ones_like(closed[:1])
@@ -214,7 +370,7 @@ class _RewardToGo(torch.autograd.Function):
             grad.flip(0),
             torch.cat([closed.flip(0)[1:], first]),
             0.0,
-            torch.cat([through.flip(0)[1:], first.to(wide)]),
+            torch.cat([through.flip(0)[1:], first.to(torch.float64)]),
             None,
             None,
             None,
@@ -222,21 +378,197 @@ class _RewardToGo(torch.autograd.Function):
         ).flip(0)
         counted = reached if mask is None else torch.where(mask, reached, 0.0)
         to_final = to_last = to_gammas = None
-        if ctx.needs_input_grad[4]:
+        if has_final:
             to_final = torch.where(dones, discount * counted, nothing).to(grad.dtype)
-        if ctx.needs_input_grad[5]:
+        if has_last:
             to_last = torch.where(closed, nothing, through * reached)[-1:].sum(0).to(grad.dtype)
         if ctx.needs_input_grad[3]:
-            values = nothing if final_values is None else final_values.to(wide)
-            paid = rewards.to(wide) + torch.where(dones, discount * values, nothing)
-            paid = paid if mask is None else torch.where(mask, paid, nothing)
-            last = None if last_values is None else last_values.to(wide)
-            carries = differentiable(paid, closed, 0.0, through, None, last, None, "cut")
-            after = torch.zeros_like(carries[:1]) if last is None else last[None]
-            following = torch.cat([carries[1:], after])
-            read = torch.where(dones, values, following)
-            if mask is not None:
-                masked = following if ctx.mask_mode == "decay" else nothing
-                read = torch.where(mask, read, masked)
-            to_gammas = reached * read
+            to_gammas = reached * _read(ctx, *ctx.saved_tensors)
         return counted, None, None, to_gammas, to_final, to_last, None, None
+
+
+def _flow(
+    ctx: Any, dones: Tensor, gammas: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A recurrence's discounts, where it ends, and what flows through a row where it does not.
+
+    x[t] = paid[t] + (0 if closed[t] else through[t] * x[t + 1])
+    """
+    discount = torch.full((1,), ctx.gamma, dtype=torch.float64, device=dones.device)
+    discount = discount.expand(dones.shape) if gammas is None else gammas
+    closed, through = dones, discount
+    if mask is not None:
+        closed = torch.where(mask, dones, ctx.mask_mode == "cut")
+        if ctx.mask_mode == "skip":
+            through = torch.where(mask, through, 1.0)
+    return discount, closed, through
+
+
+def _read(
+    ctx: Any,
+    rewards: Tensor,
+    dones: Tensor,
+    gammas: Tensor,
+    final_values: Tensor | None,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """What every row's gamma is multiplied by: the derivative with respect to it."""
+    wide = torch.float64
+    discount, closed, through = _flow(ctx, dones, gammas, mask)
+    nothing = torch.zeros((), dtype=wide, device=dones.device)
+    values = nothing if final_values is None else final_values.to(wide)
+    paid = rewards.to(wide) + torch.where(dones, discount * values, nothing)
+    paid = paid if mask is None else torch.where(mask, paid, nothing)
+    last = None if last_values is None else last_values.to(wide)
+    carries = differentiable(paid, closed, 0.0, through, None, last, None, "cut")
+    after = torch.zeros_like(carries[:1]) if last is None else last[None]
+    read = torch.where(dones, values, torch.cat([carries[1:], after]))
+    if mask is not None:
+        following = torch.cat([carries[1:], after])
+        masked = nothing if ctx.mask_mode in ("cut", "skip") else following
+        read = torch.where(mask, read, masked)
+    return read
+
+
+class _Advantage(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rewards: Tensor,
+        values: Tensor,
+        dones: Tensor,
+        gamma: float,
+        gammas: Tensor | None,
+        gae_lambda: float,
+        lambdas: Tensor | None,
+        final_values: Tensor | None,
+        last_values: Tensor | None,
+        mask: Tensor | None,
+        mask_mode: str,
+        plus_values: bool,
+    ) -> Tensor:
+        result: Tensor = _advantage(
+            *(rewards, values, dones, gamma, gammas, gae_lambda, lambdas, final_values),
+            *(last_values, mask, mask_mode, plus_values),
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rewards, _, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, *_ = inputs
+        ctx.dtype = rewards.dtype
+        mask, ctx.mask_mode, ctx.plus_values = inputs[9:]
+        ctx.save_for_backward(dones, gammas, lambdas, mask)
+        ctx.save_for_forward(dones, gammas, lambdas, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dones, gammas, lambdas, mask = ctx.saved_tensors
+        has_final = ctx.needs_input_grad[7]
+        to_rewards, to_values, to_final, to_last = (
+            _DualAdvantageAdjoint if has_duals() else _AdvantageAdjoint
+        ).apply(  # type: ignore[no-untyped-call]
+            *(grads[0], dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, mask, ctx.mask_mode),
+            *(ctx.plus_values, True, has_final),
+        )
+        to_final = to_final if has_final else None
+        to_last = to_last if ctx.needs_input_grad[8] else None
+        nothing = (None,) * 5
+        return to_rewards, to_values, *nothing, to_final, to_last, None, None, None
+
+
+class _AdvantageAdjoint(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        dones: Tensor,
+        gamma: float,
+        gammas: Tensor | None,
+        gae_lambda: float,
+        lambdas: Tensor | None,
+        mask: Tensor | None,
+        mask_mode: str,
+        plus_values: bool,
+        has_values: bool,
+        has_final: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = _adjoint(
+            *(grad, dones, gamma, gammas, gae_lambda, lambdas, mask, mask_mode, plus_values),
+            *(has_values, has_final),
+        )
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, mask, *ctx.options = inputs
+        ctx.save_for_backward(dones, gammas, lambdas, mask)
+        ctx.save_for_forward(dones, gammas, lambdas, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dones, gammas, lambdas, mask = ctx.saved_tensors
+        mask_mode, plus_values, has_values, has_final = ctx.options
+        rewards, values, of_final, last_values = grads
+        final_values = of_final if has_final else None
+        if has_values:
+            result = differentiable_advantage(
+                *(rewards, values, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas),
+                *(final_values, last_values, mask, mask_mode, plus_values),
+            )
+        else:
+            result = differentiable(
+                *(rewards, dones, ctx.gamma, gammas, final_values, last_values, mask, mask_mode)
+            )
+        return (result,) + (None,) * 10
+
+
+# Apart, with forward mode too: torch.compile traces no function that has it.
+
+
+class _DualRewardToGo(_RewardToGo):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        _, dones, gammas, _, _, mask = ctx.saved_tensors
+        paid, _, _, gamma, final_values, last_values, _, _ = tangents
+        if paid is None:
+            paid = torch.zeros_like(dones, dtype=ctx.dtype)
+        if gamma is None:
+            return differentiable(
+                paid, dones, ctx.gamma, gammas, final_values, last_values, mask, ctx.mask_mode
+            )
+        discount, closed, through = _flow(ctx, dones, gammas, mask)
+        wide = paid.to(torch.float64)
+        if final_values is not None:
+            wide = wide + discount * torch.where(dones, final_values, 0.0)
+        wide = wide if mask is None else torch.where(mask, wide, 0.0)
+        wide = wide + gamma * _read(ctx, *ctx.saved_tensors)
+        last = None if last_values is None else last_values.to(torch.float64)
+        result = differentiable(wide, closed, 0.0, through, None, last, None, "cut")
+        result = result if mask is None else torch.where(mask, result, 0.0)
+        return result.to(ctx.dtype)
+
+
+class _DualAdvantage(_Advantage):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        dones, gammas, lambdas, mask = ctx.saved_tensors
+        rewards, values, final_values, last_values = (tangents[i] for i in (0, 1, 7, 8))
+        return differentiable_advantage(
+            torch.zeros_like(dones, dtype=ctx.dtype) if rewards is None else rewards,
+            torch.zeros_like(dones, dtype=ctx.dtype) if values is None else values,
+            *(dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, final_values, last_values, mask),
+            *(ctx.mask_mode, ctx.plus_values),
+        )
+
+
+class _DualAdvantageAdjoint(_AdvantageAdjoint):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        dones, gammas, lambdas, mask = ctx.saved_tensors
+        return (_DualAdvantageAdjoint if has_duals() else _AdvantageAdjoint).apply(  # type: ignore[no-untyped-call]
+            *(tangents[0], dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, mask, *ctx.options)
+        )

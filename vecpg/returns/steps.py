@@ -1,0 +1,235 @@
+"""Steps of advantages and of their adjoint, in neighbouring environments: built one by one.
+
+A loop over so many arrays would not vectorize: they might overlap, and there are too many to ask.
+Between the rows that are done together what is carried stays in registers. Everything is selected
+before it is multiplied: 0 times infinity is NaN.
+
+A step is given the addresses of its arrays' first rows, the bytes from row to row of each, and the
+row `t` and environment `j` to begin with. Gammas and lambdas are float64, flags and masks are
+bytes, all others of the type of `like`. What is not given by element is in `factors`: gamma, and
+gamma * lambda. `modes` are whether a masked row cuts, skips, or counts zero; if none, it decays. A
+kind is
+
+    PLAIN    without mask, final values and tensors of gamma and lambda
+    MASKED   with a mask
+    GENERAL  with all of them
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from vecpg.returns.halves import narrowed, widened
+
+PLAIN, MASKED, GENERAL = range(3)
+# Environments that step together: enough for two chains of additions in the widest registers.
+WIDTH = 16
+
+_FLOATS = ir.VectorType(ir.DoubleType(), WIDTH)
+_BYTES = ir.VectorType(ir.IntType(8), WIDTH)
+_ZERO = ir.Constant(_FLOATS, [0.0] * WIDTH)
+_ONE = ir.Constant(_FLOATS, [1.0] * WIDTH)
+_UNSET = ir.Constant(_BYTES, [0] * WIDTH)
+
+
+def back(rows: int, kind: int) -> Any:
+    """`rows` steps back in time, from row `t + rows - 1` to row `t`.
+
+        x = r + gamma * (final if done else value) + gamma * lambda * (0 if done else advantage)
+
+    `advantage` becomes x - v and `value` v; what is written is that advantage, or with `plus` x.
+    Arrays: rewards, values, flags, results, mask, final values, gammas, lambdas.
+    """
+
+    @intrinsic
+    def step(context, places, steps, t, j, advantage, value, factors, modes, plus, like):
+        def build(machine, builder, signature, args):
+            row = _Row(machine, builder, args, like)
+            r, v, d, o, m, f, g, k = range(8)
+            plus = args[8]
+            gamma, through = row.factors()
+            advantage, value = row.carried(4), row.carried(5)
+            for t in reversed(range(rows)):
+                if kind == GENERAL:
+                    gamma = row.wide(g, t)
+                    through = builder.fmul(gamma, row.wide(k, t))
+                ends, here = row.flags(d, t), row.floats(v, t)
+                final = row.floats(f, t) if kind == GENERAL else _ZERO
+                shown = builder.select(ends, final, value)
+                following = builder.select(ends, _ZERO, advantage)
+                # The values take part before what was carried: the chain of additions is shorter.
+                x = row.sum(row.floats(r, t), gamma, shown)
+                error = row.sum(builder.fsub(x, here), through, following)
+                written = builder.select(plus, row.sum(x, through, following), error)
+                if kind != PLAIN:
+                    real = row.flags(m, t)
+                    written = builder.select(real, written, _ZERO)
+                    passed, seen = row.passed_back(advantage, value, gamma, through)
+                    error = builder.select(real, error, passed)
+                    here = builder.select(real, here, seen)
+                row.write(written, o, t)
+                advantage, value = error, here
+            row.keep(advantage, 4)
+            row.keep(value, 5)
+            return machine.get_dummy_value()
+
+        return _signature(like), build
+
+    return step
+
+
+def forth(rows: int, kind: int) -> Any:
+    """`rows` steps of the adjoint, forward in time from row `t`.
+
+        x = gradient + advantage
+
+    is the gradient of the row's reward, that of its value `value` - x (with `plus` - `advantage`),
+    and that of its final value gamma * x if done. `advantage` becomes gamma * lambda * x and
+    `value` gamma * x, or both 0 if done: what flows to the next row's.
+    Arrays: gradients; those of values; flags; gradients of rewards; mask; gradients of final
+    values; gammas; lambdas.
+    """
+
+    @intrinsic
+    def step(context, places, steps, t, j, advantage, value, factors, modes, plus, like):
+        def build(machine, builder, signature, args):
+            row = _Row(machine, builder, args, like)
+            x, v, d, r, m, f, g, k = range(8)
+            plus = args[8]
+            gamma, through = row.factors()
+            advantage, value = row.carried(4), row.carried(5)
+            for t in range(rows):
+                if kind == GENERAL:
+                    gamma = row.wide(g, t)
+                    through = builder.fmul(gamma, row.wide(k, t))
+                ends = row.flags(d, t)
+                reached = builder.fadd(row.floats(x, t), advantage)
+                of_value = builder.fsub(value, builder.select(plus, advantage, reached))
+                discounted = builder.fmul(gamma, reached)
+                following = builder.select(ends, _ZERO, builder.fmul(through, reached))
+                shown = builder.select(ends, _ZERO, discounted)
+                if kind != PLAIN:
+                    real = row.flags(m, t)
+                    ends = builder.and_(ends, real)
+                    reached = builder.select(real, reached, _ZERO)
+                    of_value = builder.select(real, of_value, _ZERO)
+                    passed, seen = row.passed_forth(advantage, value, gamma, through)
+                    following = builder.select(real, following, passed)
+                    shown = builder.select(real, shown, seen)
+                row.write(reached, r, t)
+                row.write(of_value, v, t)
+                if kind == GENERAL:
+                    row.write(builder.select(ends, discounted, _ZERO), f, t)
+                advantage, value = following, shown
+            row.keep(advantage, 4)
+            row.keep(value, 5)
+            return machine.get_dummy_value()
+
+        return _signature(like), build
+
+    return step
+
+
+def _signature(like):
+    places, carried = types.UniTuple(types.intp, 8), types.intp
+    factors, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 3)
+    given = places, places, types.intp, types.intp, carried, carried, factors, modes
+    return types.none(*given, types.boolean, like)
+
+
+class _Row:
+    """Builds what is done with some neighbours of the row `t` steps on, of arrays by number."""
+
+    def __init__(self, machine, builder, args, like) -> None:
+        self.machine, self.builder, self.args, self.like = machine, builder, args, like
+        self.element = machine.get_value_type(like)
+
+    def _at(self, number, t, element):
+        builder, word = self.builder, self.args[2].type
+        at, step = (builder.extract_value(self.args[i], number) for i in range(2))
+        size = self.machine.get_abi_sizeof(element)
+        row = builder.add(self.args[2], word(t))
+        place = builder.add(at, builder.mul(row, step))
+        place = builder.add(place, builder.mul(self.args[3], word(size)))
+        return builder.inttoptr(place, ir.VectorType(element, WIDTH).as_pointer())
+
+    def floats(self, number, t):
+        """Of an array of floats, as float64."""
+        loaded = self.builder.load(self._at(number, t, self.element), align=1)
+        if self.like == types.float64:
+            return loaded
+        if self.like != types.float32:
+            loaded = widened(self.machine, self.builder, loaded, self.like)
+        return self.builder.fpext(loaded, _FLOATS)
+
+    def write(self, values, number, t):
+        """To an array of floats, rounded."""
+        if self.like != types.float64:
+            values = self.builder.fptrunc(values, ir.VectorType(ir.FloatType(), WIDTH))
+        if self.like not in (types.float64, types.float32):
+            values = narrowed(self.machine, self.builder, values, self.like)
+        self.builder.store(values, self._at(number, t, self.element), align=1)
+
+    def wide(self, number, t):
+        """Of an array of float64."""
+        return self.builder.load(self._at(number, t, ir.DoubleType()), align=8)
+
+    def flags(self, number, t):
+        """Whether each of an array's bytes is not 0."""
+        loaded = self.builder.load(self._at(number, t, ir.IntType(8)), align=1)
+        return self.builder.icmp_unsigned("!=", loaded, _UNSET)
+
+    def _kept(self, number):
+        place = self.builder.add(
+            self.args[number], self.builder.mul(self.args[3], self.args[3].type(8))
+        )
+        return self.builder.inttoptr(place, _FLOATS.as_pointer())
+
+    def carried(self, number):
+        """What the argument with that number is the address of: float64 of all environments."""
+        return self.builder.load(self._kept(number), align=8)
+
+    def keep(self, values, number):
+        """The opposite."""
+        self.builder.store(values, self._kept(number), align=8)
+
+    def factors(self):
+        """Gamma, and gamma * lambda, for each environment."""
+        undefined = ir.Constant(_FLOATS, ir.Undefined)
+        places = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+        for number in range(2):
+            one = self.builder.extract_value(self.args[6], number)
+            one = self.builder.insert_element(undefined, one, ir.IntType(32)(0))
+            yield self.builder.shuffle_vector(one, one, places)
+
+    def sum(self, addend, factor, value):
+        """`addend + factor * value`."""
+        product = self.builder.fmul(factor, value, flags=("contract",))
+        return self.builder.fadd(addend, product, flags=("contract",))
+
+    def _modes(self):
+        for number in range(3):
+            mode = self.builder.extract_value(self.args[7], number)
+            yield self.builder.trunc(mode, ir.IntType(1))
+
+    def passed_back(self, advantage, value, gamma, through):
+        """What a masked row shows to the row before it, of the advantage and value after it."""
+        builder = self.builder
+        cut, skip, zero = self._modes()
+        passed = builder.fmul(builder.select(skip, _ONE, through), advantage)
+        # Without reward and value, the row's own error is the discounted value after it.
+        error = builder.select(zero, builder.fmul(gamma, value), _ZERO)
+        passed = builder.select(cut, _ZERO, builder.fadd(passed, error))
+        seen = builder.fmul(builder.select(skip, _ONE, gamma), value)
+        return passed, builder.select(builder.or_(cut, zero), _ZERO, seen)
+
+    def passed_forth(self, advantage, value, gamma, through):
+        """The adjoint: what of their gradients flows through a masked row to the row after it."""
+        builder = self.builder
+        cut, skip, zero = self._modes()
+        passed = builder.fmul(builder.select(skip, _ONE, through), advantage)
+        seen = builder.select(zero, advantage, value)
+        seen = builder.fmul(builder.select(skip, _ONE, gamma), seen)
+        return builder.select(cut, _ZERO, passed), builder.select(cut, _ZERO, seen)

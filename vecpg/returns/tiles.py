@@ -1,0 +1,125 @@
+"""Tiles of a matrix, turned: what lies row by row is written column by column, eight by eight.
+
+So what has time contiguous steps in machine code like what has environments contiguous, whatever
+its options are.
+"""
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from vecpg.kernels.jit import jit
+
+
+@intrinsic
+def _at(context, address, like):
+    """A pointer to elements of the type of `like`."""
+
+    def build(machine, builder, signature, args):
+        return builder.inttoptr(args[0], machine.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), build
+
+
+@intrinsic
+def _turn(context, source, source_step, target, target_step, like):
+    """Write eight times eight elements of the type of `like`, rows and columns exchanged.
+
+    Addresses, and steps from row to row, are in bytes; a row's elements are neighbours.
+    """
+
+    def build(machine, builder, signature, args):
+        element = machine.get_value_type(like)
+        size = machine.get_abi_sizeof(element)
+        rows = _load(builder, args[0], args[1], element)
+        turned = {1: _turned_bytes, 2: _turned_pairs}.get(size, _turned_wide)(builder, rows)
+        for number, row in enumerate(turned):
+            builder.store(row, _place(builder, args[2], args[3], number, row.type), align=1)
+        return machine.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp, types.intp, like), build
+
+
+def _place(builder, address, step, number, kind):
+    there = builder.add(address, builder.mul(step, step.type(number)))
+    return builder.inttoptr(there, kind.as_pointer())
+
+
+def _load(builder, address, step, element):
+    row = ir.VectorType(element, 8)
+    return [
+        builder.load(_place(builder, address, step, number, row), align=1) for number in range(8)
+    ]
+
+
+def _pick(builder, one, other, places):
+    chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+    return builder.shuffle_vector(one, other, chosen)
+
+
+def _interleaved(builder, one, other):
+    """The elements of both, in turn: those of the first halves, and of the second."""
+    size = one.type.count
+    places = [place for i in range(size) for place in (i, size + i)]
+    return [_pick(builder, one, other, places[:size]), _pick(builder, one, other, places[size:])]
+
+
+def _turned_bytes(builder, rows):
+    # Three rounds of interleaving with the row half the number further turn a matrix. Two rows of
+    # bytes fill a register, so that the first round makes one vector of each pair.
+    places = [place for i in range(8) for place in (i, 8 + i)]
+    pairs = [_pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
+    for _ in range(2):
+        pairs = [half for i in range(2) for half in _interleaved(builder, pairs[i], pairs[i + 2])]
+    return [
+        _pick(builder, both, both, range(first, first + 8)) for both in pairs for first in (0, 8)
+    ]
+
+
+def _turned_pairs(builder, rows):
+    for _ in range(3):
+        rows = [half for i in range(4) for half in _interleaved(builder, rows[i], rows[i + 4])]
+    return rows
+
+
+def _turned_wide(builder, rows):
+    # Moving elements within halves of a 256-bit register is cheaper than across them: the halves
+    # of rows i and i + 4 are put together first.
+    turned = []
+    for half in (range(4), range(4, 8)):
+        places = [*half, *(8 + i for i in half)]
+        wide = [_pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
+        low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
+        even, odd = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
+        for ends in (low, high):
+            one, other = (_pick(builder, wide[i], wide[i + 1], ends) for i in (0, 2))
+            turned += [_pick(builder, one, other, even), _pick(builder, one, other, odd)]
+    return turned
+
+
+@jit
+def turn(source, source_step, target, target_step, rows, columns, like):
+    """Write `rows` times `columns` elements with rows and columns exchanged; steps in bytes."""
+    size = np.full(1, like).itemsize
+    for column in range(0, columns - 7, 8):
+        for row in range(0, rows - 7, 8):
+            _turn(
+                source + row * source_step + column * size,
+                source_step,
+                target + column * target_step + row * size,
+                target_step,
+                like,
+            )
+    for row in range(rows):
+        whole = row < rows - rows % 8
+        for column in range(columns - columns % 8 if whole else 0, columns):
+            element = elements(source + row * source_step + column * size, like, 1)[0]
+            elements(target + column * target_step + row * size, like, 1)[0] = element
+
+
+@jit
+def elements(address, like, count):
+    """`count` elements of the type of `like`, as they lie in memory."""
+    return numba.carray(_at(address, like), (count,))
