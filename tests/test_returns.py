@@ -137,7 +137,7 @@ def laid_out(values, layout):
 
 
 @pairwise(
-    # Around what is done two, eight and a block at a time.
+    # Around what is done two, eight, 32 and a block at a time.
     shape=[
         (1, 8),
         (2, 7),
@@ -146,6 +146,10 @@ def laid_out(values, layout):
         (16, 16),
         (17, 24),
         (1025, 8),
+        (9, 31),
+        (9, 33),
+        (4, 100),
+        (3, 256),
         (3, 1025),
         (2, 4100),
         (5, 4097),

@@ -4,12 +4,13 @@ The contract is in the functions' own words. Of vecpg only `kernels/` is importe
 compiled when they are first called.
 """
 
-from vecpg.returns.advantages import generalized_advantage
+from vecpg.returns.advantages import generalized_advantage, lambda_returns
 from vecpg.returns.packed_advantages import packed_generalized_advantage
 from vecpg.returns.to_go import packed_reward_to_go, reward_to_go
 
 __all__ = [
     "generalized_advantage",
+    "lambda_returns",
     "packed_generalized_advantage",
     "packed_reward_to_go",
     "reward_to_go",

@@ -40,8 +40,9 @@ def generalized_advantage(
     `last_values` after the last row (0 if not given). With lambda = 1, A + V is `reward_to_go`.
 
     Masked rows get 0, and nothing of them is read. With `mask_mode` "cut" V' is 0 where the next
-    row is masked; with "skip" it is the next real row's value; with "decay" that value discounted
-    by the masked rows in between.
+    row is masked, and nothing flows through it; with "skip" V' is the next real row's value, as if
+    the rows in between were not there; with "decay" it is that value, and A the advantage,
+    discounted by them; with "zero" a masked row is one whose reward and value are 0.
 
     Args:
         rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides.
@@ -75,17 +76,72 @@ def generalized_advantage(
         >>> generalized_advantage(ones, torch.zeros(2), dones, 0.5, 1.0)
         tensor([1.5000, 1.0000])
     """
-    check_rewards(rewards)
-    check_values(values, rewards, "dones")
-    dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     options = final_values, last_values, mask, mask_mode
     return _advantages(rewards, values, dones, gamma, gae_lambda, options, False, out, backend)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor | None = None,
+    gamma: float | Tensor = None,  # type: ignore[assignment]  # needed, though dones are not
+    lam: float | Tensor = None,  # type: ignore[assignment]
+    *,
+    final_values: Tensor | None = None,
+    last_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_mode: str = "cut",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Lambda-returns, TD(lambda)'s targets, restarting at the end of every episode.
+
+        G[t] = r[t] + gamma[t] * ((1 - lambda[t]) * V'[t] + lambda[t] * G[t + 1])
+        G[t] = r[t] + gamma[t] * V'[t]   where dones[t], and in the last row
+
+    V'[t] is the value after the row, as in `generalized_advantage`. So G is `generalized_advantage`
+    and V[t] together, rounded once; with lambda = 1 it is `reward_to_go`, with lambda = 0 it looks
+    one step ahead. V[t] itself does not take part in G[t].
+
+    Args:
+        rewards: as in `generalized_advantage`.
+        values: as in `generalized_advantage`: V(s) of the state each action was taken in, not of
+            the one after it.
+        dones: as in `generalized_advantage`.
+        gamma: as in `generalized_advantage`.
+        lam: lambda in [0, 1]: a float, or a float tensor that broadcasts.
+        final_values: as in `generalized_advantage`.
+        last_values: as in `generalized_advantage`.
+        mask: as in `generalized_advantage`.
+        mask_mode: as in `generalized_advantage`.
+        out: as in `generalized_advantage`.
+        backend: as in `generalized_advantage`.
+
+    Returns:
+        (T, *batch), dtype and device of `rewards`; differentiable in everything but the flags.
+
+    Raises:
+        TypeError: as `reward_to_go`.
+        ValueError: as `reward_to_go`.
+        RuntimeError: as `reward_to_go`.
+
+    Numerics: float64 throughout, rounded once; to 16 bits by way of float32.
+    Source: Sutton & Barto (2018), section 12.1; in this recursive form, section 12.8, equation
+    12.20.
+
+    Example:
+        >>> ones, values = torch.ones(2), torch.tensor([8.0, 4.0])
+        >>> lambda_returns(ones, values, torch.tensor([False, True]), 0.5, 0.5)
+        tensor([2.2500, 1.0000])
+    """
+    options = final_values, last_values, mask, mask_mode
+    return _advantages(rewards, values, dones, gamma, lam, options, True, out, backend)
 
 
 def _advantages(
     rewards: Tensor,
     values: Tensor,
-    dones: Tensor,
+    dones: Tensor | None,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
     options: tuple[Tensor | None, Tensor | None, Tensor | None, str],
@@ -93,10 +149,16 @@ def _advantages(
     out: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """Advantages, or with `plus_values` what they and the values add up to; rows are checked."""
+    """Advantages, or with `plus_values` what they and the values add up to."""
+    final_values, last_values, mask, mask_mode = options
+    check_rewards(rewards)
+    check_values(values, rewards, "dones")
+    dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
+    options = final_values, last_values, mask, mask_mode
     scalar, gammas = check_gamma("gamma", gamma, rewards)
-    scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards)
-    final_values, last_values, mask, _ = options
+    scalar_lambda, lambdas = check_gamma(
+        "lam" if plus_values else "gae_lambda", gae_lambda, rewards
+    )
     given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
     given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
     given |= {"final_values": final_values, "last_values": last_values}
@@ -114,9 +176,9 @@ def _advantages(
     elif rewards.device.type == "cpu" and not has_derivatives(gamma, gae_lambda):
         if is_plain((*given.values(), out)):
             out = writable(rewards, out)
-            operator.write_advantage(*arguments, *options, plus_values, out)
+            operator.write_advantage(*arguments, *options, plus_values, False, out)
             return out
-        result = operator.differentiable_advantage(*arguments, *options, plus_values)
+        result = operator.differentiable_advantage(*arguments, *options, plus_values, False)
     else:
         discount = scalar if gammas is None else gammas
         decay = scalar_lambda if lambdas is None else lambdas

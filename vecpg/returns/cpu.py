@@ -17,12 +17,20 @@ from torch import Tensor
 
 from vecpg.kernels import threads
 from vecpg.kernels.jit import jit
+from vecpg.returns.columns import (
+    masked_steps_of_8,
+    masked_steps_of_32,
+    steps_of_8,
+    steps_of_32,
+)
 from vecpg.returns.halves import LIKE, narrow, widen
 from vecpg.returns.lanes import at, eight_masked_steps, eight_steps
 
 # Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
 # the next row then lies on another page, and is not fetched ahead.
 _COLUMNS = 4096
+# So many and fewer step together with their carries in registers.
+_NARROW = 256
 # The same with more to keep for each, and where a row's elements are far apart.
 _GENERAL_COLUMNS = 1024
 _FAR_COLUMNS = 16
@@ -60,7 +68,9 @@ def reward_to_go(
     options: tuple[Any, ...] = ()
     if final_values is None and not isinstance(gamma, Tensor):
         if num_envs > 1 and _is_dense(columns, mask):
-            kernel, options = _rows, (places, rows, last, last_stride, length)
+            kernel = _rows
+            options = tuple(each for pair in zip(places, rows, strict=True) for each in pair)
+            options += (last, last_stride, length)
         elif _is_dense(rows, mask):
             kernel, options = _columns, (places, columns, last, last_stride, length)
         tail = gamma, mode, like
@@ -73,15 +83,48 @@ def reward_to_go(
     in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
-def reward_to_go_rows(rewards: Tensor, dones: Tensor, gamma: float, out: Tensor) -> None:
-    """The same for contiguous tensors without options, at little cost for a small call."""
+def common_reward_to_go(
+    rewards: Tensor,
+    dones: Tensor,
+    gamma: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same of (T, N) or (T,) without further options, at little cost for a small call."""
+    if rewards.ndim == 1:
+        rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
+        mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    if length == 0 or num_envs == 0:
-        return
-    places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), 0
-    options = places, (num_envs, num_envs, num_envs, 0), 0, 0, length
-    tail = gamma, _CUT, LIKE[rewards.dtype]
-    in_threads(_rows, options, num_envs, tail, length * num_envs)
+    elements = length * num_envs
+    if (
+        0 < elements < 2 * _THREAD_ELEMENTS
+        and num_envs > 1
+        and rewards.is_contiguous()
+        and dones.is_contiguous()
+        and out.is_contiguous()
+        and (mask is None or mask.is_contiguous())
+    ):
+        _rows(
+            rewards.data_ptr(),
+            num_envs,
+            dones.data_ptr(),
+            num_envs,
+            out.data_ptr(),
+            num_envs,
+            0 if mask is None else mask.data_ptr(),
+            num_envs,
+            0,
+            0,
+            length,
+            0,
+            num_envs,
+            gamma,
+            MODES[mask_mode],
+            LIKE[rewards.dtype],
+        )
+    else:
+        reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -169,28 +212,78 @@ def _first_carry(carry, last, last_stride, start, count, like):
 
 
 @jit
-def _rows(places, strides, last, last_stride, length, start, stop, gamma, mode, like):
+def _rows(
+    rewards,
+    rewards_row,
+    dones,
+    dones_row,
+    out,
+    out_row,
+    mask,
+    mask_row,
+    last,
+    last_stride,
+    length,
+    start,
+    stop,
+    gamma,
+    mode,
+    like,
+):
     """Columns `start` to `stop`, whose elements lie one after the other in every row.
 
-    Places and strides of the rows are those of rewards, dones, out and mask; place 0 = no mask.
+    Of rewards, dones, out and mask the address, 0 for no mask, and the elements from row to row.
     """
-    paid = _from(places[0], like, (length - 1) * strides[0] + stop)
-    ends = _from(places[1], _BOOL, (length - 1) * strides[1] + stop)
-    result = _from(places[2], like, (length - 1) * strides[2] + stop)
-    masked = places[3] != 0
-    real = _from(places[3], _BOOL, (length - 1) * strides[3] + stop if masked else 0)
+    paid = _from(rewards, like, (length - 1) * rewards_row + stop)
+    ends = _from(dones, _BOOL, (length - 1) * dones_row + stop)
+    result = _from(out, like, (length - 1) * out_row + stop)
+    masked = mask != 0
+    real = _from(mask, _BOOL, (length - 1) * mask_row + stop if masked else 0)
     carry = np.empty(_COLUMNS)
-    for column in range(start, stop, _COLUMNS):
+    width = _COLUMNS
+    if 8 <= stop - start <= _NARROW:
+        width = 32 if stop - start >= 32 else 8
+    for begin in range(start, stop, width):
+        if width != _COLUMNS:
+            # The last ones may be done again: they are written as they were.
+            column = min(begin, stop - width)
+            _first_carry(carry, last, last_stride, column, width, like)
+            given = (
+                rewards + column * paid.itemsize,
+                rewards_row,
+                dones + column,
+                dones_row,
+                out + column * paid.itemsize,
+                out_row,
+                mask + column,
+                mask_row,
+                carry.ctypes.data,
+                length,
+                gamma,
+                1.0 if mode == _SKIP else gamma,
+                mode != _CUT,
+                like,
+            )
+            if masked and width == 32:
+                masked_steps_of_32(*given)
+            elif masked:
+                masked_steps_of_8(*given)
+            elif width == 32:
+                steps_of_32(*given)
+            else:
+                steps_of_8(*given)
+            continue
+        column = begin
         count = min(_COLUMNS, stop - column)
         _first_carry(carry, last, last_stride, column, count, like)
         t = length - 1
         if masked:
             while t >= 0:
                 _masked_step(
-                    _row(paid, t * strides[0] + column, count),
-                    _row(ends, t * strides[1] + column, count),
-                    _row(result, t * strides[2] + column, count),
-                    _row(real, t * strides[3] + column, count),
+                    _row(paid, t * rewards_row + column, count),
+                    _row(ends, t * dones_row + column, count),
+                    _row(result, t * out_row + column, count),
+                    _row(real, t * mask_row + column, count),
                     carry,
                     gamma,
                     mode,
@@ -200,21 +293,21 @@ def _rows(places, strides, last, last_stride, length, start, stop, gamma, mode, 
             continue
         if length % 2 == 1:
             _step(
-                _row(paid, t * strides[0] + column, count),
-                _row(ends, t * strides[1] + column, count),
-                _row(result, t * strides[2] + column, count),
+                _row(paid, t * rewards_row + column, count),
+                _row(ends, t * dones_row + column, count),
+                _row(result, t * out_row + column, count),
                 carry,
                 gamma,
                 like,
             )
             t -= 1
         while t > 0:  # two rows at a time: the carries are read and written half as often
-            row_paid = _row(paid, t * strides[0] + column, count)
-            row_ends = _row(ends, t * strides[1] + column, count)
-            row_result = _row(result, t * strides[2] + column, count)
-            before_paid = _row(paid, (t - 1) * strides[0] + column, count)
-            before_ends = _row(ends, (t - 1) * strides[1] + column, count)
-            before_result = _row(result, (t - 1) * strides[2] + column, count)
+            row_paid = _row(paid, t * rewards_row + column, count)
+            row_ends = _row(ends, t * dones_row + column, count)
+            row_result = _row(result, t * out_row + column, count)
+            before_paid = _row(paid, (t - 1) * rewards_row + column, count)
+            before_ends = _row(ends, (t - 1) * dones_row + column, count)
+            before_result = _row(result, (t - 1) * out_row + column, count)
             for j in range(count):
                 following = carry[j]
                 following = widen(row_paid[j]) + gamma * (0.0 if row_ends[j] else following)

@@ -11,11 +11,12 @@ from vecpg.returns.checks import (
     check_packed,
     check_rewards,
     check_row_inputs,
+    has_derivatives,
     is_common,
     is_commonly_packed,
     is_plain,
 )
-from vecpg.returns.packed import Lengthened, ends_of
+from vecpg.returns.packed import Lengthened, ends_of, packed_advantages
 
 
 def reward_to_go(
@@ -36,8 +37,8 @@ def reward_to_go(
 
     Values that are not given are 0. A masked row gets 0, and its reward, `dones` and `final_values`
     are ignored: they may hold NaN. What a masked row does to the rows before it is `mask_mode`:
-    "cut" lets nothing through; "skip" is transparent, as if the row were not there; "decay" counts
-    it as a row with reward 0, so the discount goes on.
+    "cut" lets nothing through; "skip" is transparent, as if the row were not there; "decay" and
+    "zero" count it as a row with reward 0, so the discount goes on (they differ for advantages).
 
     Args:
         rewards: (T, *batch) float32, float64, bfloat16 or float16, any strides. A (B, T) batch is
@@ -52,7 +53,7 @@ def reward_to_go(
             where the last episode is still open.
         mask: the shape of `rewards`. True or 1 = a real row, False or 0 = none: bool (fastest),
             integers or floats.
-        mask_mode: "cut", "skip" or "decay".
+        mask_mode: "cut", "skip", "decay" or "zero".
         out: a tensor like `rewards` to write to. It may not overlap an input, nor take part in
             gradients.
         backend: "auto" follows the device of `rewards`; "reference", "cpu" and "cuda" insist.
@@ -178,11 +179,15 @@ def packed_reward_to_go(
     scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
+    if mask is None and served and is_plain((rewards, offsets, gamma, final_values)):
+        out = kept.empty_like(rewards)
+        operator.write_packed(rewards, offsets, discount, final_values, out)
+        return out
+    if served and rewards.device.type == "cpu" and not has_derivatives(gamma):
+        return packed_advantages(
+            *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
+        )
     if mask is None:
-        if served and is_plain((rewards, offsets, gamma, final_values)):
-            out = kept.empty_like(rewards)
-            operator.write_packed(rewards, offsets, discount, final_values, out)
-            return out
         dones, values = ends_of(offsets, rewards, final_values)
         return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
     longer = Lengthened(offsets, rewards.shape[0])
