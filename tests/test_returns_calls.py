@@ -242,6 +242,22 @@ def test_a_mask_may_be_of_numbers(mask, layout, mode, backend):
     assert torch.equal(result, expected)
 
 
+def test_what_else_a_mask_of_numbers_may_be():
+    """Minus zero, strides that no matrix has, a dtype without a kernel, and no memory at all."""
+    rewards = torch.randn(6, 3, 4)
+    real = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(4)) < 0.6
+    expected = reward_to_go(rewards, None, 0.9, mask=real)
+    for numbers in (
+        torch.where(real, 1.0, -0.0),
+        real.long().transpose(1, 2).contiguous().transpose(1, 2),
+        real.to(torch.uint16),
+        torch.complex(-real.float(), -real.float()).conj().imag,
+    ):
+        assert torch.equal(reward_to_go(rewards, None, 0.9, mask=numbers), expected)
+    nothing = torch._efficientzerotensor((6, 3, 4))
+    assert not reward_to_go(rewards, None, 0.9, mask=nothing).any()
+
+
 @pairwise(
     shape=[(33,), (1, 1), (33, 9), (1025, 2), (2, 1025), (7, 3, 4), (0, 4), (5, 0), (0,)],
     layout=["rows", "columns", "apart"],
