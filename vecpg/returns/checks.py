@@ -286,16 +286,22 @@ def as_bools(mask: Tensor) -> Tensor:
             "mask: expected bool, or integers or floats that are 0 or 1, got"
             f" {name_of(mask.dtype)}; pass a bool mask, True for a real row"
         )
-    counted = mask != 0
-    if mask.device.type == "cpu" and is_eager():
-        ones = mask == 1
-        if not torch.equal(counted, ones):
-            place = tuple((counted != ones).nonzero()[0].tolist())
-            where = place if len(place) > 1 else place[0]
-            raise ValueError(
-                f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
-                " mask, True for a real row"
-            )
+    if mask.device.type != "cpu" or not is_eager():
+        return mask != 0
+    from vecpg.returns import flags  # when first needed: Numba takes a second
+
+    counted = flags.of_numbers(mask)
+    if counted is not None:
+        return counted
+    counted = mask == 1
+    others = (counted != (mask != 0)).nonzero()
+    if len(others):
+        place = tuple(others[0].tolist())
+        where = place if len(place) > 1 else place[0]
+        raise ValueError(
+            f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
+            " mask, True for a real row"
+        )
     return counted
 
 
