@@ -156,7 +156,9 @@ def _advantages(
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     options = final_values, last_values, mask, mask_mode
     scalar, gammas = check_gamma("gamma", gamma, rewards)
-    scalar_lambda, lambdas = check_gamma("lam" if plus_values else "gae_lambda", gae_lambda, rewards)
+    scalar_lambda, lambdas = check_gamma(
+        "lam" if plus_values else "gae_lambda", gae_lambda, rewards
+    )
     given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
     given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
     given |= {"final_values": final_values, "last_values": last_values}
