@@ -99,7 +99,9 @@ def reward_to_go(
         options = (places, strides, last, last_stride, gammas, gamma_strides)
         options += (values, value_strides, length)
         tail = scalar, mode, like
-    in_threads(kernel, options, num_envs, tail, length * num_envs)
+    # Fewer than eight columns are not stepped like eight.
+    least = 8 if kernel is _columns else 1
+    in_threads(kernel, options, num_envs, tail, length * num_envs, least)
 
 
 def common_reward_to_go(
@@ -203,15 +205,20 @@ def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
 
 
 def in_threads(
-    kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], size: int
+    kernel: Any,
+    options: tuple[Any, ...],
+    count: int,
+    tail: tuple[Any, ...],
+    size: int,
+    least: int = 1,
 ) -> None:
-    """Run a kernel over 0 to `count`, shared by threads where that pays.
+    """Run a kernel over 0 to `count`, shared by threads where that pays, `least` or more to each.
 
     A result does not depend on how the range is split.
     """
     parts = size // _THREAD_ELEMENTS
     if parts > 1:
-        parts = min(parts, count, threads.count())
+        parts = min(parts, count // least, threads.count())
     if parts <= 1:
         kernel(*options, 0, count, *tail)
         return
