@@ -275,7 +275,7 @@ def test_a_nan_or_infinity_stays_in_its_episode():
 
 
 def test_a_result_does_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
     case = make_case(3, 20, 301)
     before = torch.get_num_threads()
     results = []
