@@ -212,7 +212,7 @@ def test_long_returns_keep_their_digits(length, gamma, backend):
 
 
 def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
     case = poison(make_case(0, 50, 33))
     plain = {name: case[name] for name in ("rewards", "dones", "mask")}
     before = torch.get_num_threads()
@@ -235,7 +235,7 @@ def in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_threads_do_not_outlive_a_fork(monkeypatch):
     """A child of fork has a pool without threads; waiting for it would never end."""
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -97,7 +97,7 @@ def reward_to_go(
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     given: dict[str, object] = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
-    given |= {"final_values": final_values, "last_values": last_values}
+    given = {**given, "final_values": final_values, "last_values": last_values}
     if out is not None:
         check_out(out, rewards, given)
     if not is_served(backend, rewards):
