@@ -24,6 +24,7 @@ LENGTHS = [
     [1] * 50,
     [7] * 20 + [0, 130],
     [1 + i * i % 31 for i in range(50)],
+    [700, 0, 1, 1300],  # long ones are split
 ]
 
 
@@ -115,19 +116,21 @@ def assert_close(result, expected, dtype):
     dtype=TOLERANCE,
     mode=MODES,
     backend=BACKENDS,
-    options=["scalar", "tensors", "no values"],
+    options=["scalar", "tensors", "no values", "nothing", "apart"],
 )
 def test_packed_with_a_mask_is_the_double_sum_of_each_sequence(
     lengths, dtype, mode, backend, options
 ):
     case = make_packed(lengths, dtype)
-    if options == "scalar":
+    passed = dict(case)
+    if options in ("scalar", "nothing", "apart"):
         case["gamma"].fill_(0.9)
         case["gae_lambda"].fill_(0.8)
-    passed = dict(case)
-    if options == "scalar":
         passed |= {"gamma": 0.9, "gae_lambda": 0.8}
-    if options == "no values":
+    if options == "apart":
+        for name in ("rewards", "values", "mask", "final_values"):
+            passed[name] = torch.stack([case[name], case[name]], -1)[:, 0]
+    if options in ("no values", "nothing"):
         case["final_values"] = torch.zeros_like(case["final_values"])
         del passed["final_values"]
     given = {name: passed[name] for name in passed if name not in ("values", "gae_lambda")}
