@@ -116,21 +116,22 @@ def assert_close(result, expected, dtype):
     dtype=TOLERANCE,
     mode=MODES,
     backend=BACKENDS,
-    options=["scalar", "tensors", "no values", "nothing", "apart"],
+    options=["scalar", "tensors", "no values", "nothing", "apart", "mask apart"],
 )
 def test_packed_with_a_mask_is_the_double_sum_of_each_sequence(
     lengths, dtype, mode, backend, options
 ):
     case = make_packed(lengths, dtype)
     passed = dict(case)
-    if options in ("scalar", "nothing", "apart"):
+    if options not in ("tensors", "no values"):
         case["gamma"].fill_(0.9)
         case["gae_lambda"].fill_(0.8)
         passed |= {"gamma": 0.9, "gae_lambda": 0.8}
-    if options == "apart":
-        for name in ("rewards", "values", "mask", "final_values"):
+    if "apart" in options:
+        names = ("rewards", "values", "mask", "final_values")
+        for name in ("mask",) if options == "mask apart" else names:
             passed[name] = torch.stack([case[name], case[name]], -1)[:, 0]
-    if options in ("no values", "nothing"):
+    if options in ("no values", "nothing", "mask apart"):
         case["final_values"] = torch.zeros_like(case["final_values"])
         del passed["final_values"]
     given = {name: passed[name] for name in passed if name not in ("values", "gae_lambda")}
