@@ -179,17 +179,18 @@ def packed_reward_to_go(
     scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
-    on_cpu = rewards.device.type == "cpu"
-    plain = served and is_plain((rewards, offsets, gamma, final_values, mask))
-    if plain and mask is None:
+    on_cpu = served and rewards.device.type == "cpu"
+    is_simple = gammas is None if on_cpu else mask is None
+    if served and is_simple and is_plain((rewards, offsets, gamma, final_values, mask)):
         out = kept.empty_like(rewards)
-        operator.write_packed(rewards, offsets, discount, final_values, out)
+        if mask is None:
+            operator.write_packed(rewards, offsets, discount, final_values, out)
+        else:
+            operator.write_masked_packed(
+                rewards, offsets, scalar, final_values, mask, mask_mode, out
+            )
         return out
-    if plain and mask is not None and on_cpu and gammas is None:
-        out = kept.empty_like(rewards)
-        operator.write_masked_packed(rewards, offsets, scalar, final_values, mask, mask_mode, out)
-        return out
-    if served and on_cpu and not has_derivatives(gamma):
+    if on_cpu and not has_derivatives(gamma):
         return packed_advantages(
             *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
         )
