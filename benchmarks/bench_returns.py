@@ -168,7 +168,7 @@ def chunked(terms, weight):
     """sum over k >= t of weight^(k - t) * terms[k] for (B, T): the fastest trick of the field.
 
     Within chunks of 128 a product with a triangular matrix of powers, then a loop over the chunks
-    that carries what follows each: slime's way. It knows no mask.
+    that carries what follows each: slime's way. It knows no mask, and makes its matrix anew.
     """
     batch, length = terms.shape
     short = -length % CHUNK
@@ -476,13 +476,12 @@ def in_turn(functions, rounds):
 def markdown(name, lines):
     """A table of the figures that `returns.json` holds; of ratios the least and the most."""
     _, columns, title = TABLES[name]
-    rows = {}
+    rows, threads = {}, {line["threads"] for line in lines}
     for line in lines:
         cells, label = columns(line["us"]), line["name"]
         if name in ("advantages", "halves"):
             label = label.partition(", ")[2]
-        threads = {line["threads"] for line in lines}
-        label += f", {line['threads']} threads" if len(threads) > 1 else ""
+        label += f", {line['threads']} of {max(threads)} threads" if len(threads) > 1 else ""
         rows.setdefault(label, []).append(cells)
     heads = list(columns(lines[0]["us"]))
     text = [f"{title}:", "", "| | " + " | ".join(heads) + " |", "|-" * (len(heads) + 1) + "|"]
