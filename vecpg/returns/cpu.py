@@ -172,6 +172,40 @@ def packed_reward_to_go(
     _shorten(places[2], *_place(offsets), count, has_values, *_place(out), like)
 
 
+def masked_packed_reward_to_go(
+    rewards: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    final_values: Tensor | None,
+    mask: Tensor,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same with a mask, and one gamma."""
+    if rewards.shape[0] == 0:
+        return
+    like, total, count = LIKE[rewards.dtype], rewards.shape[0], offsets.shape[0] - 1
+    mode = MODES[mask_mode]
+    if final_values is None and rewards.stride(0) == mask.stride(0) == out.stride(0) == 1:
+        ends = kept.vector(total, torch.uint8)
+        _mark_real_ends(*_place(offsets), count, mask.data_ptr(), ends.data_ptr())
+        places = rewards.data_ptr(), ends.data_ptr(), out.data_ptr(), mask.data_ptr()
+        _in_spans(places, total, 0.0, gamma, mode, like)
+        return
+    # A row behind each episode, which is real and ends it, whatever of the episode is masked.
+    values = torch.zeros_like(rewards[:1]).expand(count) if final_values is None else final_values
+    real = torch.ones(1, dtype=torch.bool, device="cpu").expand(count)
+    longer = kept.vector(total + count, rewards.dtype)
+    results = kept.vector(total + count, rewards.dtype)
+    marks, ends = (kept.vector(total + count, torch.uint8) for _ in range(2))
+    places = longer.data_ptr(), ends.data_ptr(), results.data_ptr(), marks.data_ptr()
+    bounds = *_place(offsets), count
+    _lengthen(*_place(mask), *bounds, *_place(real), places[3], places[1], _BOOL)
+    length = _lengthen(*_place(rewards), *bounds, *_place(values), *places[:2], like)
+    _in_spans(places, length, 0.0, gamma, mode, like)
+    _shorten(places[2], *bounds, 1, *_place(out), like)
+
+
 def is_partition(offsets: Tensor, total: int) -> bool:
     """Whether offsets go from 0 to `total` and never fall."""
     right: bool = _is_partition(*_place(offsets), offsets.shape[0], total)
@@ -422,6 +456,21 @@ def _mark_ends(offsets, offsets_stride, count, ends):
         first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
         if after > first:
             flags[after - 1] = 1
+
+
+@jit
+def _mark_real_ends(offsets, offsets_stride, count, mask, ends):
+    """A flag for each element, set where it is the last of its episode that is real."""
+    bounds = elements(offsets, np.int64(0), count * offsets_stride + 1)
+    real = elements(mask, _BOOL, bounds[count * offsets_stride])
+    flags = elements(ends, _BOOL, bounds[count * offsets_stride])
+    flags[:] = 0
+    for episode in range(count):
+        first, t = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride] - 1
+        while t >= first and not real[t]:
+            t -= 1
+        if t >= first:
+            flags[t] = 1
 
 
 @jit

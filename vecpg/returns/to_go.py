@@ -180,10 +180,15 @@ def packed_reward_to_go(
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
     on_cpu = served and rewards.device.type == "cpu"
-    is_simple = mask is None and not (on_cpu and gammas is not None)
-    if served and is_simple and is_plain((rewards, offsets, gamma, final_values)):
+    is_simple = gammas is None if on_cpu else mask is None
+    if served and is_simple and is_plain((rewards, offsets, gamma, final_values, mask)):
         out = kept.empty_like(rewards)
-        operator.write_packed(rewards, offsets, discount, final_values, out)
+        if mask is None:
+            operator.write_packed(rewards, offsets, discount, final_values, out)
+        else:
+            operator.write_masked_packed(
+                rewards, offsets, scalar, final_values, mask, mask_mode, out
+            )
         return out
     if on_cpu and not has_derivatives(gamma):
         return packed_advantages(
