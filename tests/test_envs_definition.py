@@ -270,9 +270,10 @@ def test_what_a_function_does_wrong_is_said_in_one_line_when_it_is_made(changes,
             {"terminated": lambda state: state[0] > math.pi},
             ".<lambda>`: expected float32 numbers throughout, got one of float64; write whole",
         ),
-        (
+        pytest.param(
             {"reward": lambda state, action, following: ops.where(far(state[0]), 1.0, 0.0)},
             ".far`: expected float32 numbers throughout, got one of float64",
+            marks=pytest.mark.slow,
         ),
         (
             {"transition": importing},
@@ -305,6 +306,7 @@ def paying(amount):
     return changed(reward=reward), paid
 
 
+@pytest.mark.slow
 def test_machine_code_of_one_definition_is_not_used_for_another():
     found = []
     for amount in (1.0, 2.0):
@@ -358,7 +360,7 @@ def test_the_environment_that_the_documentation_shows_in_full_learns(tmp_path, m
     assert choose_collector(envs, names["result"].policy).backend == "cpu"
 
 
-@pytest.mark.parametrize("name", ["Dock", "Panel"])
+@pytest.mark.parametrize("name", [pytest.param("Dock", marks=pytest.mark.slow), "Panel"])
 def test_several_components_are_trained_too(tmp_path, name):
     config = short(tmp_path, env_id=f"on_tensors:{name}-v0", total_iterations=3)
     summary = train(config).summary

@@ -86,7 +86,12 @@ def soon(monkeypatch):
 @EACH_WAY
 @pytest.mark.parametrize(
     ("index", "moment"),
-    [(0, "between steps"), (2, "between steps"), (0, "during a step"), (3, "during a step")],
+    [
+        (0, "between steps"),
+        (2, "between steps"),
+        pytest.param(0, "during a step", marks=pytest.mark.slow),
+        (3, "during a step"),
+    ],
 )
 def test_a_killed_worker_is_named(envs, each, index, moment, soon):
     victim = envs.processes[index // each].pid
@@ -116,7 +121,11 @@ def kill_later(pid):
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("each", "index"), [(1, 2), (2, 3)], indirect=["each"])
+@pytest.mark.parametrize(
+    ("each", "index"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)],
+    indirect=["each"],
+)
 def test_a_stopped_worker_is_named_after_the_timeout(envs, each, index, soon):
     envs.step_timeout = 0.7
     os.kill(envs.processes[index // each].pid, signal.SIGSTOP)
@@ -125,6 +134,7 @@ def test_a_stopped_worker_is_named_after_the_timeout(envs, each, index, soon):
     assert "did not answer within 0.7 s; raise --step-timeout" in error.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [3])
 def test_a_worker_stopped_between_steps_and_at_reset_is_named(envs, index, soon):
     envs.step(ACTIONS)
@@ -134,7 +144,15 @@ def test_a_worker_stopped_between_steps_and_at_reset_is_named(envs, index, soon)
     assert (error.index, error.verb) == (index, "hung")
 
 
-@pytest.mark.parametrize(("each", "index"), [(1, 3), (2, 2), (4, 1)], indirect=["each"])
+@pytest.mark.parametrize(
+    ("each", "index"),
+    [
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        (4, 1),
+    ],
+    indirect=["each"],
+)
 def test_the_copy_that_hangs_is_named_wherever_it_is(envs, index, soon):
     actions = ACTIONS.copy()
     actions[index] = 1
@@ -161,6 +179,7 @@ def many_signals():
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_named_while_signals_keep_arriving(envs, soon, many_signals):
     envs.step_timeout = 0.7
     os.kill(envs.processes[2].pid, signal.SIGSTOP)
@@ -185,7 +204,11 @@ def in_the_middle_of_an_answer(envs, monkeypatch, signum):
 
 
 @pytest.mark.parametrize(
-    ("signum", "verb"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")], ids=["dies", "hangs"]
+    ("signum", "verb"),
+    [
+        pytest.param(signal.SIGKILL, "died", id="dies"),
+        pytest.param(signal.SIGSTOP, "hung", id="hangs", marks=pytest.mark.slow),
+    ],
 )
 def test_what_ends_in_the_middle_of_an_answer_is_named(
     envs, monkeypatch, soon, many_signals, signum, verb
@@ -196,6 +219,7 @@ def test_what_ends_in_the_middle_of_an_answer_is_named(
     assert (error.index, error.verb) == (2, verb)
 
 
+@pytest.mark.slow
 def test_an_answer_in_parts_may_take_its_time(envs, monkeypatch):
     in_the_middle_of_an_answer(envs, monkeypatch, signal.SIGSTOP)
     # Later than who waits for workers looks after them.
@@ -204,6 +228,7 @@ def test_an_answer_in_parts_may_take_its_time(envs, monkeypatch):
     assert all(np.array_equal(each, BIG) for each in envs.get_attr("big"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_before_it_has_read_what_it_is_told_is_named(envs, soon, many_signals):
     envs.step_timeout = 0.7
     os.kill(envs.processes[2].pid, signal.SIGSTOP)
@@ -243,6 +268,7 @@ def test_several_that_hang_are_counted(envs, soon):
     assert "within 0.7 s, nor did 2 others; raise" in error.detail
 
 
+@pytest.mark.slow
 def test_copies_that_take_their_time_one_after_the_other_do_not_hang():
     """Each is given its time, however many there are in a process, also while they are made."""
     settings = {"making": 0.25, "stepping": 0.25}
@@ -414,6 +440,7 @@ def test_copies_that_differ_in_their_spaces_are_named(tmp_path, each):
     assert workers() == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [1, 3])
 def test_constructors_that_share_few_cores_are_given_their_time(monkeypatch, soon, cores):
     """Three that take 1.2 s each could have been 0.4 s at work on one core."""
@@ -496,7 +523,10 @@ def test_a_worker_has_three_descriptors_of_this_process(envs, each):
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("spawn", "made"), ("fork", "this process is a fork of one that had workers")],
+    [
+        pytest.param("spawn", "made", marks=pytest.mark.slow),
+        ("fork", "this process is a fork of one that had workers"),
+    ],
 )
 def test_a_process_of_its_own_may_have_workers_and_need_not_close_them(envs, method, said):
     ours, theirs = multiprocessing.Pipe()
@@ -576,6 +606,7 @@ def lasting(tmp_path, num_envs, each, hanging=-1):
     return envs, lambda: sorted(map(int, noted.read_text().split()))
 
 
+@pytest.mark.slow
 def test_each_environment_in_a_worker_is_given_its_time_to_close(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(workers_module, "END_SECONDS", 0.6)
     envs, closed = lasting(tmp_path, 4, 4)
@@ -691,6 +722,7 @@ def shared_memory(pids):
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_takes_its_environments_programs_along(soon):
     envs = make_envs("environments:Simulated-v0", 2, vectorization="async", step_timeout=0.5)
     envs.reset(seed=[1, 2])

@@ -14,6 +14,7 @@ from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from vecpg import evaluate as evaluate_module
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure, make_envs, registered
+from vecpg.envs import workers as workers_module
 from vecpg.envs.answers import mask_sizes
 from vecpg.evaluate import EvalResult, evaluate, evaluate_in, make_judge
 from vecpg.noise import Purpose, Stream
@@ -136,7 +137,8 @@ def test_one_copy_is_made_in_each_process_and_closed_once(tmp_path):
     )
 
 
-def test_an_environment_that_hangs_is_given_so_long():
+def test_an_environment_that_hangs_is_given_so_long(monkeypatch):
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.2)
     hanging = {"how": "hang", "at": 3}
     settings = {"vectorization": "async", "num_envs": 2, "env_kwargs": hanging}
     with pytest.raises(EnvironmentFailure, match=r"environment 0 hung at step 2 .* within 0\.5 s"):

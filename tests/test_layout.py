@@ -1,5 +1,6 @@
 import ast
 import importlib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -178,15 +179,6 @@ def test_every_module_has_its_tests(path):
     assert any((ROOT / "tests" / f"test_{name}.py").exists() for name in names)
 
 
-def test_returns_needs_neither_gymnasium_nor_tensorboard():
-    import subprocess
-    import sys
-
-    code = "import sys, vecpg.returns; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert result.stdout.strip() == b"set()"
-
-
 def test_public_names_are_there_and_are_no_modules():
     assert sorted(vecpg._HOMES) == sorted(vecpg.__all__)
     for name in vecpg.__all__:
@@ -237,6 +229,28 @@ def test_the_readmes_set_up_lines_are_those_that_ci_runs():
     assert "-c constraints.txt -e '.[test]'" in script
     assert "python -m pytest\n" in README
     assert "python -m pytest\n" in script
+
+
+def test_the_workflow_runs_what_ci_runs():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"^ *(?:- )?run: (.*)$", workflow, re.M) == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    # The oldest that is served.
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert wanted == ">=" + re.search(r'python-version: "(.*)"', workflow)[1]
+
+
+def test_what_is_to_be_cited_is_this_version():
+    citation = dict(
+        line.split(": ", 1)
+        for line in (ROOT / "CITATION.cff").read_text().splitlines()
+        if re.match(r"[a-z-]+: ", line)
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == vecpg.__version__
+    assert citation["title"] == project["name"]
+    assert citation["abstract"] == project["description"]
+    assert citation["license"] == project["license"]
 
 
 @pytest.mark.parametrize("document", ["semantics", "reliability"])

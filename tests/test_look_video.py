@@ -392,6 +392,7 @@ def test_the_script_records_and_says_where(saved, capfd):
     assert resets[0] not in evaluation
 
 
+@pytest.mark.slow
 def test_the_script_takes_masks_from_the_stored_settings(tmp_path, capfd):
     wanted = policy()
     with torch.no_grad():

@@ -99,6 +99,15 @@ def test_an_out_that_overlaps_is_refused_and_one_beside_is_not(shape, layout, dt
         assert torch.equal(given[name], of_name)
 
 
+def test_an_out_between_the_elements_of_an_input_is_refused():
+    memory = torch.zeros(100)
+    rewards = memory[:48].view(6, 4, 2)[..., 0]
+    dones = torch.zeros(6, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="out: .*may overlap rewards"):
+        reward_to_go(rewards, dones, 0.5, out=memory[40:64].view(6, 4))
+    reward_to_go(rewards, dones, 0.5, out=memory[47:71].view(6, 4))
+
+
 def test_what_is_not_common_takes_the_long_way():
     rewards, dones = torch.ones(4, 3), torch.zeros(4, 3, dtype=torch.bool)
     common = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from pairs import pairwise
 
 from vecpg.envs import EnvironmentFailure, make_envs
 from vecpg.envs.in_process import InProcessEnvs
@@ -497,9 +498,9 @@ def collect_masked(num_steps=20, iteration=0, **settings):
         envs.close()
 
 
-@pytest.mark.parametrize("after_end", ["nothing", "all False"])
-@pytest.mark.parametrize("of", ["Discrete", "MultiDiscrete"])
-@pytest.mark.parametrize("num_steps", [1, 20, 3000])
+@pairwise(
+    num_steps=[1, 20, 3000], of=["Discrete", "MultiDiscrete"], after_end=["nothing", "all False"]
+)
 def test_a_rollout_has_what_was_allowed_and_nothing_else_was_taken(num_steps, of, after_end):
     """The environment shows what it allows, and raises for anything else, when nobody counts too.
 

@@ -222,8 +222,8 @@ def random_states(definition, count):
         (Pendulum, 4e-6, False),
         # An acceleration of up to 400, by 0.2 seconds, of terms that cancel.
         (Acrobot, 4e-4, True),
-        (MountainCarContinuous, 2e-7, True),
-        (Track, 1e-7, True),
+        pytest.param(MountainCarContinuous, 2e-7, True, marks=pytest.mark.slow),
+        pytest.param(Track, 1e-7, True, marks=pytest.mark.slow),
         (Dock, 1e-6, True),
     ],
 )
@@ -332,7 +332,7 @@ def test_any_environment_is_that_of_the_reference(env_id, rows, num_envs):
         assert counted.sum() > 10 * num_envs
 
 
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_normal_numbers_are_those_of_the_distribution(size):
     """However many components: radii are the first half of the uniform numbers, turns the other."""
 
@@ -445,6 +445,7 @@ def test_a_policy_for_other_spaces_is_not_served(observations, actions, reason):
     assert "its actions are not those" in cpu.why_not(swinging, wide)
 
 
+@pytest.mark.slow
 def test_a_definition_made_of_another_is_played_as_it_is_written():
     """Inherited functions and changed ones, with a number and a function of where it was made."""
     generous = make_generous(5.0)

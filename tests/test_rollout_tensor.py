@@ -68,8 +68,15 @@ def test_an_environment_elsewhere_than_the_policy_is_refused():
         collect(envs, policy, num_steps=1, seed=1, iteration=0)
 
 
-@pytest.mark.parametrize("what", ["reward", "observation"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("what", "backend"),
+    [
+        ("reward", "reference"),
+        ("observation", "reference"),
+        pytest.param("reward", "cpu", marks=pytest.mark.slow),
+        ("observation", "cpu"),
+    ],
+)
 def test_numbers_that_are_not_finite_are_named(what, backend):
     """The second environment to start is the only one of the three that starts above 0.5."""
     nan = math.nan

@@ -710,7 +710,7 @@ MANY = {"kind": "MultiDiscrete", "dtype": "int64", "nvec": [2, 3], "start": [0, 
             "policy.description: expected sizes that make at most 26 parameters",
         ),
         (
-            described(hidden_sizes=[1] * 10**6),
+            described(hidden_sizes=[1] * 10**5),
             "policy.description: expected sizes that make at most 26 parameters",
         ),
         (described(hidden_sizes=[2**63]), "hidden_sizes: expected a list of whole numbers"),

@@ -1,11 +1,10 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,15 +64,18 @@ def test_one_directory_is_trained_in_by_one(tmp_path):
         with pytest.raises(ValueError, match=f"one that process {os.getpid()} trains; end that"):
             hold(tmp_path)
         # Another process, and who holds it is still named.
-        code = (
-            "import pathlib, sys; from vecpg.run.directory import hold;"
-            " hold(pathlib.Path(sys.argv[1]))"
-        )
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-        )
-        assert other.returncode == 1
-        assert f"process {os.getpid()} trains" in other.stderr
+        holder, (ours, theirs) = os.getpid(), multiprocessing.Pipe()
+
+        def try_it():
+            with pytest.raises(ValueError, match=f"process {holder} trains"):
+                hold(tmp_path)
+            theirs.send("refused")
+
+        other = multiprocessing.get_context("fork").Process(target=try_it)
+        other.start()
+        assert ours.poll(30)
+        assert ours.recv() == "refused"
+        other.join()
     # What a process left that has ended holds nothing.
     (tmp_path / ".lock").write_text("999999\n")
     with hold(tmp_path):

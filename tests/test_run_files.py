@@ -166,7 +166,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("which", CASES)
+LONG = ("pictures, value", "tensor, everything", "vector entry point, normalized, dropout", "async")
+
+
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param(which, marks=pytest.mark.slow) if which in LONG else which for which in CASES],
+)
 def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(tmp_path, stopped, which):
     config = short(tmp_path / "whole", **CASES[which])
     whole = train(config)

@@ -318,6 +318,7 @@ def test_a_forked_child_is_on_its_own(ended, monkeypatch):
     assert ended == []
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_forked_child_is_its_own():
     """Sent at once, while it may still have what its parent has."""
     with Interrupts():

@@ -1,5 +1,6 @@
 """One state, one commit: what is saved is the state before an iteration or after it."""
 
+import collections
 import functools
 import importlib.metadata
 import json
@@ -173,10 +174,11 @@ class Fault(BaseException):
 class Injection:
     """Raises at the given line, of those run in vecpg from `collect`'s return to the commit's.
 
-    Lines that are run again are counted again.
+    Lines that are run again are counted again, but from one place no third time: that is a loop.
     """
 
     def __init__(self, monkeypatch, at):
+        self.runs = collections.Counter()
         self.at, self.lines, self.where = at, 0, None
         self.collections = 0
         real = train_module.collect
@@ -201,7 +203,11 @@ class Injection:
     def trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
+        caller = frame.f_back
+        place = frame.f_code, frame.f_lineno, caller.f_code, caller.f_lineno
         if event == "line":
+            self.runs[place] += 1
+        if event == "line" and self.runs[place] <= 2:
             if self.lines == self.at:
                 sys.settrace(None)
                 self.where = frame.f_code.co_filename, frame.f_lineno

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairs import pairwise
 
 from vecpg import advantage, update, value
 from vecpg import begin as begin_module
@@ -454,7 +455,8 @@ def fit_alone(critic, parts, final_values, config):
             value_function.zero_grad()
             each.append(torch.zeros((), dtype=torch.float64))
             for x, y in zip(obs.split(chunk_rows), targets.split(chunk_rows), strict=True):
-                loss = (value_function(x) - y).square().sum() / counted
+                # The bits of a product may depend on where in memory its rows begin.
+                loss = (value_function(x.clone()) - y).square().sum() / counted
                 loss.backward()
                 each[-1] += loss.detach()
             gradients.append([p.grad for p in value_function.parameters()])
@@ -479,9 +481,7 @@ def states_agree(ours, alone):
     return same(leaves(ours.state_dict()), leaves(alone.state_dict()))
 
 
-@pytest.mark.parametrize("chunk_rows", [13, 4096])
-@pytest.mark.parametrize("bootstrap", [False, True])
-@every_way
+@pairwise(way=WAYS, bootstrap=[False, True], chunk_rows=[13, 4096])
 def test_the_value_function_is_that_of_the_shards_one_by_one(
     monkeypatch, way, bootstrap, chunk_rows
 ):
@@ -570,7 +570,7 @@ def iterate_alone(run, way, config, iteration, repaid=None):
 
 # Each way with two settings, each setting with several ways. Starting processes takes its time.
 PAIRS = [
-    (way, settings)
+    pytest.param(way, settings, marks=[pytest.mark.slow] if (k + j) % len(SETTINGS) == 2 else [])
     for k, way in enumerate(WAYS)
     for j, settings in enumerate(SETTINGS)
     if way != "async" and (k + j) % len(SETTINGS) in (0, 2)

@@ -20,11 +20,13 @@ import numpy as np
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
-from numba.core.extending import _Intrinsic
+from numba.extending import intrinsic
 
 from vecpg.kernels.announce import once
 
 _log = logging.getLogger(__name__)
+# What `intrinsic` makes; Numba has no public name for it.
+_Intrinsic = type(intrinsic(lambda context: None))
 _DIGEST_BYTES = hashlib.sha256().digest_size
 # Whether there is a function for which no directory was found that machine code can be kept in.
 _not_kept = False
@@ -186,7 +188,8 @@ def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any,
         if isinstance(each, Dispatcher) and each.py_func not in (function, *callers):
             parts.append(_parts(each.py_func, (function, *callers)))
         elif isinstance(each, _Intrinsic):
-            parts.append(_parts(each._defn, (function, *callers)))
+            defined: Any = each
+            parts.append(_parts(defined.__wrapped__, (function, *callers)))
         elif isinstance(each, int | float | tuple | np.generic):
             parts.append(repr(each))
     return tuple(parts)

@@ -3,7 +3,8 @@
 `is_common` finds a right and simple call in a tenth of the time.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,10 +15,33 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BOOL, _STRIDED = torch.bool, torch.strided
 _MASK_MODES = ("cut", "skip", "decay", "zero")
 _OFFSETS_REMEDY = "pass the lengths' cumsum(0) behind a 0"
-# Found once: a small call is mostly made of looking things up.
-_has_transforms = torch._C._are_functorch_transforms_active
-_count_modes = torch._C._len_torch_dispatch_stack
-_get_tracing = torch._C._get_tracing_state
+
+
+def _unknown() -> bool:
+    """Stands for what can no longer be asked: no call counts as eager then."""
+    return True
+
+
+# Found once: a small call is mostly made of looking things up. The names are torch's own: where one
+# is gone, all calls go through torch's dispatcher, which is always right.
+_gone = False
+_has_transforms: Callable[[], bool]
+_count_modes: Callable[[], int]
+_get_tracing: Callable[[], object]
+try:
+    _has_transforms = torch._C._are_functorch_transforms_active
+    _count_modes = torch._C._len_torch_dispatch_stack
+    _get_tracing = torch._C._get_tracing_state
+    forward_ad._current_level  # noqa: B018 - it changes: looked up again where it is read
+except AttributeError as error:
+    _gone = True
+    _has_transforms = _count_modes = _get_tracing = _unknown
+    logging.getLogger("vecpg.returns").warning(
+        "torch %s: %s, which tells plain calls from traced ones; all take the longer way, and"
+        " numbers inside tensors are not checked",
+        torch.__version__,
+        error,
+    )
 
 
 def is_common(
@@ -54,6 +78,29 @@ def is_common(
                 and not _share_memory(out, rewards, dones, mask)
             )
         )
+    )
+
+
+def is_common_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor | None,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor | None,
+) -> bool:
+    """The same for advantages of (T, N) tensors."""
+    return (
+        dones is not None
+        and is_common(rewards, dones, gamma, mask, mask_mode, out)
+        and _is_discount(gae_lambda)
+        and _is_known(values)
+        and values.dtype is rewards.dtype
+        and len(values.shape) == 2
+        and values.shape == rewards.shape
+        and (out is None or not _share_memory(out, values))
     )
 
 
@@ -221,29 +268,40 @@ def _no_ends(rewards: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> Tensor | None:
-    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    """A mask as bools, or None."""
     if mask_mode not in _MASK_MODES:
         raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.is_complex():
+    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
+    return as_bools(mask)
+
+
+def as_bools(mask: Tensor) -> Tensor:
+    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
         raise TypeError(
             "mask: expected bool, or integers or floats that are 0 or 1, got"
             f" {name_of(mask.dtype)}; pass a bool mask, True for a real row"
         )
-    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
-    if mask.dtype == torch.bool:
-        return mask
-    counted = mask != 0
-    if mask.device.type == "cpu" and is_eager():
-        ones = mask == 1
-        if not torch.equal(counted, ones):
-            place = tuple((counted != ones).nonzero()[0].tolist())
-            where = place if len(place) > 1 else place[0]
-            raise ValueError(
-                f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
-                " mask, True for a real row"
-            )
+    if mask.device.type != "cpu" or not is_eager():
+        return mask != 0
+    from vecpg.returns import flags  # when first needed: Numba takes a second
+
+    counted = flags.of_numbers(mask)
+    if counted is not None:
+        return counted
+    counted = mask == 1
+    others = (counted != (mask != 0)).nonzero()
+    if len(others):
+        place = tuple(others[0].tolist())
+        where = place if len(place) > 1 else place[0]
+        raise ValueError(
+            f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
+            " mask, True for a real row"
+        )
     return counted
 
 
@@ -316,7 +374,8 @@ def check_gamma(
     `sequences` is their number where they are packed.
     """
     if not isinstance(gamma, Tensor):
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+        # A tuple: the compiler of torch 2.6 knows no union.
+        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
             remedy = f"float({name})" if gamma is not None else f"{name}=1.0, or a smaller one"
             raise TypeError(
                 f"{name}: expected a float or a tensor, got {type(gamma).__name__}; pass {remedy}"
@@ -434,7 +493,15 @@ def has_derivatives(*factors: float | Tensor) -> bool:
 
 def has_duals() -> bool:
     """Whether derivatives are carried along, in forward mode."""
-    return not is_compiling() and forward_ad._current_level >= 0
+    if is_compiling():
+        return False
+    if _gone:
+        try:
+            with forward_ad.dual_level():  # there is none within another
+                return False
+        except RuntimeError:
+            return True
+    return forward_ad._current_level >= 0
 
 
 def is_eager() -> bool:

@@ -5,12 +5,16 @@ and written where they lie; of others a tile at a time is brought into that orde
 adjoint, of which gradients are made, is the same forward in time. Sums are carried in float64.
 """
 
+import itertools
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.cpu import MODES, in_threads
 from vecpg.returns.halves import LIKE
+from vecpg.returns.ranges import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
 from vecpg.returns.tiles import elements, turn
 
@@ -21,8 +25,12 @@ _TILE_ROWS = 256
 _TILE_ELEMENTS = 8192
 # Environments of one that need not be, at most: what is carried for them is in the fastest cache.
 _COLUMNS = 1024
+# Of fewer columns than step together, so many spans do, if there are so many rows.
+_SPANS, _LONG = 64, 2**14
 
 _CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
+# Final values and tensors of gamma and lambda, which are not given.
+_ABSENT, _ABSENT_STRIDES = (0, 0, 0), (0, 1, 0, 1, 0, 1)
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
 # Rows that stand for what is not given: read, written to, or a factor for each element.
 _NOTHING, _UNREAD, _GAMMA, _LAMBDA = range(4)
@@ -34,25 +42,76 @@ _forth_plain, _forth_masked = forth(_TOGETHER, PLAIN), forth(_TOGETHER, MASKED)
 
 def generalized_advantage(
     rewards: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     dones: Tensor,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
     final_values: Tensor | None,
-    carried: Tensor,
+    last_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    resets: bool,
+    out: Tensor,
+) -> None:
+    """Write what `vecpg.returns.generalized_advantage` describes to `out`; all (T, N), checked.
+
+    Tensors of gamma and lambda are float64 in the shape of rewards. Without values they are 0. With
+    `plus_values` the values are added before it is rounded. With `resets` a row ends an episode
+    though it is masked.
+    """
+    carried = _nothing(rewards)
+    if last_values is not None:
+        carried[1] = last_values
+    places = rewards, values, dones, out, mask, final_values, _tensor(gamma), _tensor(gae_lambda)
+    _run(True, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
+
+
+def common_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
     mask: Tensor | None,
     mask_mode: str,
     plus_values: bool,
     out: Tensor,
 ) -> None:
-    """Write what `vecpg.returns.generalized_advantage` describes to `out`; all (T, N), checked.
-
-    Tensors of gamma and lambda are float64 in the shape of rewards. `carried` is float64 (2, N),
-    contiguous: the advantage and the value after the last row, which become those of the first.
-    With `plus_values` the values are added before it is rounded.
-    """
-    places = rewards, values, dones, out, mask, final_values, _tensor(gamma), _tensor(gae_lambda)
-    _run(_back, places, carried, gamma, gae_lambda, mask_mode, plus_values)
+    """The same without further options, at little cost for a small call."""
+    length, num_envs = rewards.shape
+    if num_envs < WIDTH or not 0 < length * num_envs < 2 * THREAD_ELEMENTS:
+        options = gamma, gae_lambda, None, None, mask, mask_mode, plus_values, False
+        generalized_advantage(rewards, values, dones, *options, out)
+        return
+    _back(
+        (
+            rewards.data_ptr(),
+            values.data_ptr(),
+            dones.data_ptr(),
+            out.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            *_ABSENT,
+        ),
+        (
+            *rewards.stride(),
+            *values.stride(),
+            *dones.stride(),
+            *out.stride(),
+            *((0, 1) if mask is None else mask.stride()),
+            *_ABSENT_STRIDES,
+        ),
+        0,
+        length,
+        num_envs,
+        0,
+        num_envs,
+        (gamma, gamma * gae_lambda, gae_lambda),
+        MODES[mask_mode],
+        plus_values,
+        False,
+        LIKE[rewards.dtype],
+    )
 
 
 def adjoint(
@@ -60,45 +119,157 @@ def adjoint(
     dones: Tensor,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
-    carried: Tensor,
     mask: Tensor | None,
     mask_mode: str,
     plus_values: bool,
+    resets: bool,
     to_rewards: Tensor,
     to_values: Tensor | None,
     to_final: Tensor | None,
+    to_last: Tensor,
 ) -> None:
-    """Write the gradients of rewards, values and final values, given that of the result.
-
-    `carried` (2, N), zeros, becomes those of the advantage and the value after the last row.
-    """
+    """Write the gradients of rewards, values, final and last values, given that of the result."""
+    carried = _nothing(grad)
     gammas, lambdas = _tensor(gamma), _tensor(gae_lambda)
     places = grad, to_values, dones, to_rewards, mask, to_final, gammas, lambdas
-    _run(_forth, places, carried, gamma, gae_lambda, mask_mode, plus_values)
+    _run(False, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
+    to_last.copy_(carried[1].view(to_last.shape))
+
+
+def _nothing(matrix: Tensor) -> Tensor:
+    """(2, N): an advantage and a value, or their gradients, where nothing is carried."""
+    return torch.zeros((2, matrix.shape[1]), dtype=torch.float64, device="cpu")
 
 
 def _run(
-    kernel: object,
+    is_back: bool,
     given: tuple[Tensor | None, ...],
     carried: Tensor,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
     mask_mode: str,
-    plus_values: bool,
+    flags: tuple[bool, bool],
 ) -> None:
+    """Run a kernel; `carried` becomes what is carried after the last row."""
     first = given[0]
     assert first is not None
     length, num_envs = first.shape
     if length == 0 or num_envs == 0:
         return
+    places, strides = _places(given)
+    factors = _number(gamma), _number(gamma) * _number(gae_lambda), _number(gae_lambda)
+    tail = factors, MODES[mask_mode], *flags, LIKE[first.dtype]
+    if num_envs < WIDTH and length >= _LONG:
+        for column in range(num_envs):
+            one = tuple([None if each is None else each[:, column, None] for each in given])
+            part = carried[:, column, None].contiguous()
+            _run_spans(is_back, one, *_places(one), part, tail)
+            carried[:, column, None] = part
+        return
+    _call(is_back, places, strides, carried, length, num_envs, tail)
+
+
+def _places(given: tuple[Tensor | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where matrices lie, 0 where one is not given, and two strides of each."""
     places = tuple([0 if each is None else each.data_ptr() for each in given])
     strides: tuple[int, ...] = ()
     for each in given:
         strides += (0, 1) if each is None else each.stride()
-    factors = _number(gamma), _number(gamma) * _number(gae_lambda), _number(gae_lambda)
+    return places, strides
+
+
+def _call(
+    is_back: bool,
+    places: tuple[int, ...],
+    strides: tuple[int, ...],
+    carried: Tensor,
+    length: int,
+    num_envs: int,
+    tail: tuple[Any, ...],
+) -> None:
     options = places, strides, carried.data_ptr(), length, num_envs
-    tail = factors, MODES[mask_mode], plus_values, LIKE[first.dtype]
-    in_threads(kernel, options, num_envs, tail, length * num_envs)
+    in_threads(_back if is_back else _forth, options, num_envs, tail, length * num_envs)
+
+
+def _run_spans(
+    is_back: bool,
+    given: tuple[Tensor | None, ...],
+    places: tuple[int, ...],
+    strides: tuple[int, ...],
+    carried: Tensor,
+    tail: tuple[Any, ...],
+) -> None:
+    """Run a kernel on a long column, of which spans step together as environments do.
+
+    What flows into a span is found first: it is what flows out of the one before. Where an episode
+    ends in that one, it does not depend on what flows into it; elsewhere it is linear in it.
+    """
+    first, values, dones, mask = given[0], given[1], given[2], given[4]
+    assert first is not None
+    assert dones is not None
+    length, size = len(first), first.element_size()
+    rows, rest = length // _SPANS, length % _SPANS
+    steps, sizes = strides[0::2], (size, size, 1, size, 1, size, 8, 8)
+    apart = tuple(each for step in steps for each in (step, step * rows))
+    single = tuple(each for step in steps for each in (step, 1))
+
+    def at(row: int, *blank: int) -> tuple[int, ...]:
+        """The places from a row on, without those that are not read or written."""
+        return tuple(
+            0 if place == 0 or number in blank else place + row * steps[number] * sizes[number]
+            for number, place in enumerate(places)
+        )
+
+    # Spans in the order of what flows.
+    order = range(_SPANS - 1, -1, -1) if is_back else range(_SPANS)
+    if is_back and rest > 0:
+        _call(is_back, at(rows * _SPANS), single, carried, rest, 1, tail)
+    into = torch.zeros((2, _SPANS), dtype=torch.float64, device="cpu")
+    into[:, order[0]] = carried[:, 0]
+    depth = _depth(*(places[2], steps[2], places[4], steps[4], tail[3], rows, is_back, _SPANS))
+    if 0 < 2 * depth < rows:
+        out = into.clone()
+        _call(is_back, at(0), apart, out, rows, _SPANS, tail)
+        into[:, list(order[1:])] = out[:, list(order[:-1])]
+        _call(is_back, at(rows - depth if is_back else 0), apart, into, depth, _SPANS, tail)
+    else:
+        unwritten = (3,) if is_back else (1, 3, 5)
+        if is_back and mask is None and values is not None:
+            into[1, :-1] = values[rows : rows * _SPANS : rows, 0]
+        out, by_advantage, by_value = into.clone(), torch.zeros_like(into), torch.zeros_like(into)
+        by_advantage[0] = 1.0
+        _call(is_back, at(0, *unwritten), apart, out, rows, _SPANS, tail)
+        _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
+        if mask is not None:
+            by_value[1] = 1.0
+            _call(is_back, at(0, 0, 1, 3, 5), apart, by_value, rows, _SPANS, tail)
+        _follow(into, out, by_advantage, by_value, order)
+        out = into
+        _call(is_back, at(0), apart, out, rows, _SPANS, tail)
+    carried[:, 0] = out[:, order[-1]]
+    if not is_back and rest > 0:
+        _call(is_back, at(rows * _SPANS), single, carried, rest, 1, tail)
+
+
+def _follow(
+    into: Tensor, out: Tensor, by_advantage: Tensor, by_value: Tensor, order: range
+) -> None:
+    """What flows into each span, given what flows out where nothing more than `into` flows in.
+
+    By both parts of what flows in, the other two say how much more flows out.
+    """
+    known, true = into.tolist(), into.tolist()
+    flows, first, second = out.tolist(), by_advantage.tolist(), by_value.tolist()
+    for before, span in itertools.pairwise(order):
+        for part in range(2):
+            flow = flows[part][before]
+            for number, factors in enumerate((first, second)):
+                # What does not flow on may be infinite.
+                if factors[part][before] != 0.0:
+                    more = true[number][before] - known[number][before]
+                    flow += factors[part][before] * more
+            true[part][span] = flow
+    into.copy_(torch.tensor(true, dtype=torch.float64, device="cpu"))
 
 
 def _tensor(factor: float | Tensor) -> Tensor | None:
@@ -110,11 +281,13 @@ def _number(factor: float | Tensor) -> float:
 
 
 @jit
-def _back(places, strides, carried, length, num_envs, start, stop, factors, mode, plus, like):
+def _back(
+    places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
+):
     """Columns `start` to `stop`. Places and strides are those of the arrays of `steps.back`."""
     room = _room(places, strides, start, stop, factors, like)
     state = room[0]
-    modes = mode == _CUT, mode == _SKIP, mode == _ZERO
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
     both = factors[0], factors[1]
     kind = _kind(places)
     column = start
@@ -148,11 +321,13 @@ def _back(places, strides, carried, length, num_envs, start, stop, factors, mode
 
 
 @jit
-def _forth(places, strides, carried, length, num_envs, start, stop, factors, mode, plus, like):
+def _forth(
+    places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
+):
     """The same of `steps.forth`."""
     room = _room(places, strides, start, stop, factors, like)
     state = room[0]
-    modes = mode == _CUT, mode == _SKIP, mode == _ZERO
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
     both = factors[0], factors[1]
     kind = _kind(places)
     column = start
@@ -185,6 +360,28 @@ def _forth(places, strides, carried, length, num_envs, start, stop, factors, mod
         _give(state, carried, num_envs, column, count)
         column += count
     return _held(room)
+
+
+@jit
+def _depth(dones, dones_step, mask, mask_step, resets, rows, is_back, spans):
+    """How far what flows into spans reaches: the most rows to an end. 0: somewhere there is none.
+
+    What flows into all of them comes from somewhere else, and is not asked for.
+    """
+    ends = elements(dones, _FLAG, (rows * spans - 1) * dones_step + 1)
+    real = elements(mask, _FLAG, 0 if mask == 0 else (rows * spans - 1) * mask_step + 1)
+    depth = 0
+    for span in range(0 if is_back else 1, spans - 1 if is_back else spans):
+        found = 0
+        for k in range(rows):
+            t = span * rows + (rows - 1 - k if is_back else k)
+            if ends[t * dones_step] and (resets or mask == 0 or real[t * mask_step]):
+                found = k + 1
+                break
+        if found == 0:
+            return 0
+        depth = max(depth, found)
+    return depth
 
 
 @jit
@@ -237,8 +434,10 @@ def _held(room):
 
 @jit
 def _take(state, carried, num_envs, column, count):
-    """Read what is carried into some columns."""
+    """Read what is carried into some columns; nothing is where there is no address."""
     state[:, :] = 0.0
+    if carried == 0:
+        return
     for i in range(2):
         row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
         state[i, :count] = row
@@ -247,6 +446,8 @@ def _take(state, carried, num_envs, column, count):
 @jit
 def _give(state, carried, num_envs, column, count):
     """Write what is carried out of them."""
+    if carried == 0:
+        return
     for i in range(2):
         row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
         row[:] = state[i, :count]
@@ -257,12 +458,16 @@ def _tiles(places, strides, block, room, is_back, like):
     """Where a tile of each array is, read unless it is a result, and the bytes from row to row."""
     _, rest, real, floats, flags, wide = room
     nothing, unread = rest[_NOTHING].ctypes.data, rest[_UNREAD].ctypes.data
-    a0, s0 = _tile(places[0], strides[0:2], block, floats[0].ctypes.data, True, like)
-    a1, s1 = unread, 0
+    a0, s0 = nothing, 0
+    if places[0] != 0:
+        a0, s0 = _tile(places[0], strides[0:2], block, floats[0].ctypes.data, True, like)
+    a1, s1 = nothing if is_back else unread, 0
     if places[1] != 0:
         a1, s1 = _tile(places[1], strides[2:4], block, floats[1].ctypes.data, is_back, like)
     a2, s2 = _tile(places[2], strides[4:6], block, flags[0].ctypes.data, True, _FLAG)
-    a3, s3 = _tile(places[3], strides[6:8], block, floats[2].ctypes.data, False, like)
+    a3, s3 = unread, 0
+    if places[3] != 0:
+        a3, s3 = _tile(places[3], strides[6:8], block, floats[2].ctypes.data, False, like)
     a4, s4 = real.ctypes.data, 0
     if places[4] != 0:
         a4, s4 = _tile(places[4], strides[8:10], block, flags[1].ctypes.data, True, _FLAG)

@@ -26,15 +26,15 @@ _library.define(  # type: ignore[no-untyped-call]
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(  # type: ignore[no-untyped-call]
-    "generalized_advantage(Tensor rewards, Tensor values, Tensor dones, float gamma,"
+    "generalized_advantage(Tensor rewards, Tensor? values, Tensor dones, float gamma,"
     " Tensor? gammas, float gae_lambda, Tensor? lambdas, Tensor? final_values, Tensor? last_values,"
-    " Tensor? mask, str mask_mode, bool plus_values) -> Tensor",
+    " Tensor? mask, str mask_mode, bool plus_values, bool resets) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(  # type: ignore[no-untyped-call]
     "advantage_adjoint(Tensor grad, Tensor dones, float gamma, Tensor? gammas, float gae_lambda,"
-    " Tensor? lambdas, Tensor? mask, str mask_mode, bool plus_values, bool has_values,"
-    " bool has_final) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? lambdas, Tensor? mask, str mask_mode, bool plus_values, bool resets,"
+    " bool has_values, bool has_final) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator = torch.ops.vecpg.reward_to_go.default
@@ -61,7 +61,7 @@ def differentiable(
 
 def differentiable_advantage(
     rewards: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     dones: Tensor,
     gamma: float,
     gammas: Tensor | None,
@@ -72,14 +72,17 @@ def differentiable_advantage(
     mask: Tensor | None,
     mask_mode: str,
     plus_values: bool,
+    resets: bool,
 ) -> Tensor:
     """The same of advantages on the CPU, but without gradients of gamma and lambda.
 
-    Those are float64 in the shape of `rewards`, or None.
+    Those are float64 in the shape of `rewards`, or None. Without values they are 0. With
+    `plus_values` the values are added before it is rounded; with `resets` a row ends an episode
+    though it is masked.
     """
     result: Tensor = (_DualAdvantage if has_duals() else _Advantage).apply(  # type: ignore[no-untyped-call]
         *(rewards, values, dones, gamma, gammas, gae_lambda, lambdas, final_values, last_values),
-        *(mask, mask_mode, plus_values),
+        *(mask, mask_mode, plus_values, resets),
     )
     return result
 
@@ -104,7 +107,7 @@ def write(
 
 def write_advantage(
     rewards: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     dones: Tensor,
     gamma: float,
     gammas: Tensor | None,
@@ -115,18 +118,21 @@ def write_advantage(
     mask: Tensor | None,
     mask_mode: str,
     plus_values: bool,
+    resets: bool,
     out: Tensor,
 ) -> None:
     """Write generalized advantages of (T, *batch) tensors on the CPU to `out`."""
     timed = rewards, values, dones, gammas, lambdas, final_values, mask, out
     for (r, v, d, g, k, f, m, o), last in _matrices(timed, last_values):
-        carried = torch.zeros((2, r.shape[1]), dtype=torch.float64, device="cpu")
-        if last is not None:
-            carried[1] = last
         discount, decay = gamma if g is None else g, gae_lambda if k is None else k
         _advantage_kernels().generalized_advantage(
-            r, v, d, discount, decay, f, carried, m, mask_mode, plus_values, o
+            r, v, d, discount, decay, f, last, m, mask_mode, plus_values, resets, o
         )
+
+
+def write_common_advantage(*arguments: Any) -> None:
+    """As `write_advantage`, of (T, N) tensors on the CPU, and without final and last values."""
+    _advantage_kernels().common_advantage(*arguments)
 
 
 def _matrices(
@@ -222,6 +228,7 @@ def _adjoint_implementation(
     mask: Tensor | None,
     mask_mode: str,
     plus_values: bool,
+    resets: bool,
     has_values: bool,
     has_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,13 +240,10 @@ def _adjoint_implementation(
         to_final if has_final else None,
     )
     for (x, d, g, k, m, r, v, f), last in _matrices(timed, to_last):
-        carried = torch.zeros((2, x.shape[1]), dtype=torch.float64, device="cpu")
         discount, decay = gamma if g is None else g, gae_lambda if k is None else k
         _advantage_kernels().adjoint(
-            x, d, discount, decay, carried, m, mask_mode, plus_values, r, v, f
+            *(x, d, discount, decay, m, mask_mode, plus_values, resets, r, v, f, last)
         )
-        assert last is not None
-        last.copy_(carried[1])
     return results
 
 
@@ -351,7 +355,7 @@ class _RewardToGo(torch.autograd.Function):
                 _DualAdvantageAdjoint if has_duals() else _AdvantageAdjoint
             ).apply(  # type: ignore[no-untyped-call]
                 *(grad, dones, ctx.gamma, gammas, 1.0, None, mask, ctx.mask_mode),
-                *(False, False, has_final),
+                *(False, False, False, has_final),
             )
             to_final, to_last = to_final if has_final else None, to_last if has_last else None
             return to_rewards, None, None, None, to_final, to_last, None, None
@@ -432,7 +436,7 @@ class _Advantage(torch.autograd.Function):
     @staticmethod
     def forward(
         rewards: Tensor,
-        values: Tensor,
+        values: Tensor | None,
         dones: Tensor,
         gamma: float,
         gammas: Tensor | None,
@@ -443,10 +447,11 @@ class _Advantage(torch.autograd.Function):
         mask: Tensor | None,
         mask_mode: str,
         plus_values: bool,
+        resets: bool,
     ) -> Tensor:
         result: Tensor = _advantage(
             *(rewards, values, dones, gamma, gammas, gae_lambda, lambdas, final_values),
-            *(last_values, mask, mask_mode, plus_values),
+            *(last_values, mask, mask_mode, plus_values, resets),
         )
         return result
 
@@ -454,7 +459,8 @@ class _Advantage(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         rewards, _, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, *_ = inputs
         ctx.dtype = rewards.dtype
-        mask, ctx.mask_mode, ctx.plus_values = inputs[9:]
+        mask, *ctx.options = inputs[9:]
+        ctx.has_values = inputs[1] is not None
         ctx.save_for_backward(dones, gammas, lambdas, mask)
         ctx.save_for_forward(dones, gammas, lambdas, mask)
 
@@ -465,13 +471,13 @@ class _Advantage(torch.autograd.Function):
         to_rewards, to_values, to_final, to_last = (
             _DualAdvantageAdjoint if has_duals() else _AdvantageAdjoint
         ).apply(  # type: ignore[no-untyped-call]
-            *(grads[0], dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, mask, ctx.mask_mode),
-            *(ctx.plus_values, True, has_final),
+            *(grads[0], dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, mask),
+            *(*ctx.options, ctx.has_values, has_final),
         )
+        to_values = to_values if ctx.has_values else None
         to_final = to_final if has_final else None
         to_last = to_last if ctx.needs_input_grad[8] else None
-        nothing = (None,) * 5
-        return to_rewards, to_values, *nothing, to_final, to_last, None, None, None
+        return to_rewards, to_values, *(None,) * 5, to_final, to_last, *(None,) * 4
 
 
 class _AdvantageAdjoint(torch.autograd.Function):
@@ -488,12 +494,13 @@ class _AdvantageAdjoint(torch.autograd.Function):
         mask: Tensor | None,
         mask_mode: str,
         plus_values: bool,
+        resets: bool,
         has_values: bool,
         has_final: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         results: tuple[Tensor, Tensor, Tensor, Tensor] = _adjoint(
             *(grad, dones, gamma, gammas, gae_lambda, lambdas, mask, mask_mode, plus_values),
-            *(has_values, has_final),
+            *(resets, has_values, has_final),
         )
         return results
 
@@ -506,19 +513,14 @@ class _AdvantageAdjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dones, gammas, lambdas, mask = ctx.saved_tensors
-        mask_mode, plus_values, has_values, has_final = ctx.options
+        *options, has_values, has_final = ctx.options
         rewards, values, of_final, last_values = grads
         final_values = of_final if has_final else None
-        if has_values:
-            result = differentiable_advantage(
-                *(rewards, values, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas),
-                *(final_values, last_values, mask, mask_mode, plus_values),
-            )
-        else:
-            result = differentiable(
-                *(rewards, dones, ctx.gamma, gammas, final_values, last_values, mask, mask_mode)
-            )
-        return (result,) + (None,) * 10
+        result = differentiable_advantage(
+            *(rewards, values if has_values else None, dones, ctx.gamma, gammas),
+            *(ctx.gae_lambda, lambdas, final_values, last_values, mask, *options),
+        )
+        return result, *(None,) * 11
 
 
 # Apart, with forward mode too: torch.compile traces no function that has it.
@@ -554,9 +556,8 @@ class _DualAdvantage(_Advantage):
         rewards, values, final_values, last_values = (tangents[i] for i in (0, 1, 7, 8))
         return differentiable_advantage(
             torch.zeros_like(dones, dtype=ctx.dtype) if rewards is None else rewards,
-            torch.zeros_like(dones, dtype=ctx.dtype) if values is None else values,
-            *(dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, final_values, last_values, mask),
-            *(ctx.mask_mode, ctx.plus_values),
+            *(values, dones, ctx.gamma, gammas, ctx.gae_lambda, lambdas, final_values),
+            *(last_values, mask, *ctx.options),
         )
 
 

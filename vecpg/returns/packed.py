@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from vecpg.returns import kept, operator
+from vecpg.returns.checks import is_plain
+
 
 def ends_of(
     offsets: Tensor, rewards: Tensor, final_values: Tensor | None
@@ -16,6 +19,28 @@ def ends_of(
     if final_values is None:
         return dones, None
     return dones, rewards.new_zeros(total + 1).index_copy(0, lasts, final_values)[:-1]
+
+
+def packed_advantages(
+    rewards: Tensor,
+    values: Tensor | None,
+    offsets: Tensor,
+    gamma: float,
+    gammas: Tensor | None,
+    gae_lambda: float,
+    lambdas: Tensor | None,
+    final_values: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+) -> Tensor:
+    """Advantages of packed sequences on the CPU; see `operator.differentiable_advantage`."""
+    dones, ending = ends_of(offsets, rewards, final_values)
+    arguments = rewards, values, dones, gamma, gammas, gae_lambda, lambdas, ending, None, mask
+    if is_plain((rewards, values, gammas, lambdas, ending, mask)):
+        out = kept.empty_like(rewards)
+        operator.write_advantage(*arguments, mask_mode, False, True, out)
+        return out
+    return operator.differentiable_advantage(*arguments, mask_mode, False, True)
 
 
 class Lengthened:

@@ -3,8 +3,15 @@
 from torch import Tensor
 
 from vecpg.returns.advantages import generalized_advantage
-from vecpg.returns.checks import check_gamma, check_packed, check_rewards, check_values
-from vecpg.returns.packed import Lengthened, ends_of
+from vecpg.returns.backend import is_served
+from vecpg.returns.checks import (
+    check_gamma,
+    check_packed,
+    check_rewards,
+    check_values,
+    has_derivatives,
+)
+from vecpg.returns.packed import Lengthened, ends_of, packed_advantages
 
 
 def packed_generalized_advantage(
@@ -64,6 +71,15 @@ def packed_generalized_advantage(
     sequences = offsets.shape[0] - 1
     scalar, gammas = check_gamma("gamma", gamma, rewards, sequences)
     scalar_lambda, lambdas = check_gamma("gae_lambda", gae_lambda, rewards, sequences)
+    if (
+        is_served(backend, rewards)
+        and rewards.device.type == "cpu"
+        and not has_derivatives(gamma, gae_lambda)
+    ):
+        return packed_advantages(
+            *(rewards, values, offsets, scalar, gammas, scalar_lambda, lambdas, final_values),
+            *(mask, mask_mode),
+        )
     if mask is None:
         dones, ending = ends_of(offsets, rewards, final_values)
         return generalized_advantage(

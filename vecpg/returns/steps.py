@@ -7,8 +7,8 @@ before it is multiplied: 0 times infinity is NaN.
 A step is given the addresses of its arrays' first rows, the bytes from row to row of each, and the
 row `t` and environment `j` to begin with. Gammas and lambdas are float64, flags and masks are
 bytes, all others of the type of `like`. What is not given by element is in `factors`: gamma, and
-gamma * lambda. `modes` are whether a masked row cuts, skips, or counts zero; if none, it decays. A
-kind is
+gamma * lambda. `modes` are whether a masked row cuts, skips, or counts zero (if none, it decays),
+and whether a row ends an episode though it is masked. A kind is
 
     PLAIN    without mask, final values and tensors of gamma and lambda
     MASKED   with a mask
@@ -31,6 +31,7 @@ _FLOATS = ir.VectorType(ir.DoubleType(), WIDTH)
 _BYTES = ir.VectorType(ir.IntType(8), WIDTH)
 _ZERO = ir.Constant(_FLOATS, [0.0] * WIDTH)
 _ONE = ir.Constant(_FLOATS, [1.0] * WIDTH)
+_ALL = ir.Constant(ir.VectorType(ir.IntType(1), WIDTH), [1] * WIDTH)
 _UNSET = ir.Constant(_BYTES, [0] * WIDTH)
 
 
@@ -57,6 +58,9 @@ def back(rows: int, kind: int) -> Any:
                     through = builder.fmul(gamma, row.wide(k, t))
                 ends, here = row.flags(d, t), row.floats(v, t)
                 final = row.floats(f, t) if kind == GENERAL else _ZERO
+                if kind != PLAIN:
+                    real = row.flags(m, t)
+                    ends = row.ending(ends, real)
                 shown = builder.select(ends, final, value)
                 following = builder.select(ends, _ZERO, advantage)
                 # The values take part before what was carried: the chain of additions is shorter.
@@ -64,9 +68,8 @@ def back(rows: int, kind: int) -> Any:
                 error = row.sum(builder.fsub(x, here), through, following)
                 written = builder.select(plus, row.sum(x, through, following), error)
                 if kind != PLAIN:
-                    real = row.flags(m, t)
                     written = builder.select(real, written, _ZERO)
-                    passed, seen = row.passed_back(advantage, value, gamma, through)
+                    passed, seen = row.passed_back(following, shown, gamma, through)
                     error = builder.select(real, error, passed)
                     here = builder.select(real, here, seen)
                 row.write(written, o, t)
@@ -107,12 +110,11 @@ def forth(rows: int, kind: int) -> Any:
                 ends = row.flags(d, t)
                 reached = builder.fadd(row.floats(x, t), advantage)
                 of_value = builder.fsub(value, builder.select(plus, advantage, reached))
-                discounted = builder.fmul(gamma, reached)
-                following = builder.select(ends, _ZERO, builder.fmul(through, reached))
-                shown = builder.select(ends, _ZERO, discounted)
+                following = builder.fmul(through, reached)
+                shown = builder.fmul(gamma, reached)
                 if kind != PLAIN:
                     real = row.flags(m, t)
-                    ends = builder.and_(ends, real)
+                    ends = row.ending(ends, real)
                     reached = builder.select(real, reached, _ZERO)
                     of_value = builder.select(real, of_value, _ZERO)
                     passed, seen = row.passed_forth(advantage, value, gamma, through)
@@ -121,8 +123,9 @@ def forth(rows: int, kind: int) -> Any:
                 row.write(reached, r, t)
                 row.write(of_value, v, t)
                 if kind == GENERAL:
-                    row.write(builder.select(ends, discounted, _ZERO), f, t)
-                advantage, value = following, shown
+                    row.write(builder.select(ends, shown, _ZERO), f, t)
+                advantage = builder.select(ends, _ZERO, following)
+                value = builder.select(ends, _ZERO, shown)
             row.keep(advantage, 4)
             row.keep(value, 5)
             return machine.get_dummy_value()
@@ -134,7 +137,7 @@ def forth(rows: int, kind: int) -> Any:
 
 def _signature(like):
     places, carried = types.UniTuple(types.intp, 8), types.intp
-    factors, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 3)
+    factors, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 4)
     given = places, places, types.intp, types.intp, carried, carried, factors, modes
     return types.none(*given, types.boolean, like)
 
@@ -209,15 +212,19 @@ class _Row:
         product = self.builder.fmul(factor, value, flags=("contract",))
         return self.builder.fadd(addend, product, flags=("contract",))
 
-    def _modes(self):
-        for number in range(3):
-            mode = self.builder.extract_value(self.args[7], number)
-            yield self.builder.trunc(mode, ir.IntType(1))
+    def _mode(self, number):
+        mode = self.builder.extract_value(self.args[7], number)
+        return self.builder.trunc(mode, ir.IntType(1))
+
+    def ending(self, ends, real):
+        """Where an episode ends."""
+        always = self.builder.select(self._mode(3), _ALL, real)
+        return self.builder.and_(ends, always)
 
     def passed_back(self, advantage, value, gamma, through):
         """What a masked row shows to the row before it, of the advantage and value after it."""
         builder = self.builder
-        cut, skip, zero = self._modes()
+        cut, skip, zero = (self._mode(number) for number in range(3))
         passed = builder.fmul(builder.select(skip, _ONE, through), advantage)
         # Without reward and value, the row's own error is the discounted value after it.
         error = builder.select(zero, builder.fmul(gamma, value), _ZERO)
@@ -228,7 +235,7 @@ class _Row:
     def passed_forth(self, advantage, value, gamma, through):
         """The adjoint: what of their gradients flows through a masked row to the row after it."""
         builder = self.builder
-        cut, skip, zero = self._modes()
+        cut, skip, zero = (self._mode(number) for number in range(3))
         passed = builder.fmul(builder.select(skip, _ONE, through), advantage)
         seen = builder.select(zero, advantage, value)
         seen = builder.fmul(builder.select(skip, _ONE, gamma), seen)

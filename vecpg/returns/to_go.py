@@ -11,11 +11,12 @@ from vecpg.returns.checks import (
     check_packed,
     check_rewards,
     check_row_inputs,
+    has_derivatives,
     is_common,
     is_commonly_packed,
     is_plain,
 )
-from vecpg.returns.packed import Lengthened, ends_of
+from vecpg.returns.packed import Lengthened, ends_of, packed_advantages
 
 
 def reward_to_go(
@@ -69,7 +70,10 @@ def reward_to_go(
         RuntimeError: a backend that was asked for and is not there.
 
     Numerics: gamma is held and sums are formed in float64 and rounded once; to 16 bits by way of
-    float32.
+    float32. No bit depends on the number of threads.
+    Memory: on the CPU a result of a mebibyte or more lies in memory that is kept for the next when
+    nobody refers to it any more, up to 256 MiB of it. It cannot grow: `resize_` to more elements
+    raises RuntimeError.
     Source: Williams (1992), section 3; Sutton & Barto (2018), section 13.3.
 
     Example:
@@ -96,7 +100,7 @@ def reward_to_go(
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)
     scalar, gammas = check_gamma("gamma", gamma, rewards)
     given: dict[str, object] = {"rewards": rewards, "dones": dones, "gamma": gamma, "mask": mask}
-    given |= {"final_values": final_values, "last_values": last_values}
+    given = {**given, "final_values": final_values, "last_values": last_values}
     if out is not None:
         check_out(out, rewards, given)
     if not is_served(backend, rewards):
@@ -155,7 +159,7 @@ def packed_reward_to_go(
             (On CUDA, and while a compiler traces, what the tensors hold is not looked at.)
         RuntimeError: a backend that was asked for and is not there.
 
-    Numerics and source: as `reward_to_go`.
+    Numerics, memory and source: as `reward_to_go`.
 
     Example:
         >>> rewards = torch.tensor([1.0, 1.0, 1.0])
@@ -178,11 +182,17 @@ def packed_reward_to_go(
     scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
+    on_cpu = served and rewards.device.type == "cpu"
+    is_simple = mask is None and not (on_cpu and gammas is not None)
+    if served and is_simple and is_plain((rewards, offsets, gamma, final_values)):
+        out = kept.empty_like(rewards)
+        operator.write_packed(rewards, offsets, discount, final_values, out)
+        return out
+    if on_cpu and not has_derivatives(gamma):
+        return packed_advantages(
+            *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
+        )
     if mask is None:
-        if served and is_plain((rewards, offsets, gamma, final_values)):
-            out = kept.empty_like(rewards)
-            operator.write_packed(rewards, offsets, discount, final_values, out)
-            return out
         dones, values = ends_of(offsets, rewards, final_values)
         return reward_to_go(rewards, dones, discount, final_values=values, backend=backend)
     longer = Lengthened(offsets, rewards.shape[0])
