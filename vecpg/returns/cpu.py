@@ -32,6 +32,7 @@ from vecpg.returns.spans import (
     end_spans,
     join_spans,
     step_lanes,
+    step_rest,
     step_sequence,
 )
 from vecpg.returns.tiles import elements
@@ -195,7 +196,8 @@ def _in_spans(
         lambda i: begin_spans(*places, length, bounds[i], bounds[i + 1], *given, through, like),
         parts,
     )
-    join_spans(*places, length, last, *given, through, like)
+    following = step_rest(*places, length, last, gamma, mode, like)
+    join_spans(0, blocks, following, gamma, sums, through)
     threads.run(lambda i: end_spans(*places, length, bounds[i], bounds[i + 1], *given, like), parts)
 
 
