@@ -32,6 +32,7 @@ from vecpg.returns.spans import (
     end_spans,
     join_spans,
     step_lanes,
+    step_rest,
     step_sequence,
 )
 from vecpg.returns.tiles import elements
@@ -110,34 +111,31 @@ def common_reward_to_go(
         rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
         mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    if (
-        0 < length * num_envs < 2 * THREAD_ELEMENTS
-        and num_envs > 1
-        and rewards.is_contiguous()
-        and dones.is_contiguous()
-        and out.is_contiguous()
-        and (mask is None or mask.is_contiguous())
-    ):
-        _rows(
-            rewards.data_ptr(),
-            num_envs,
-            dones.data_ptr(),
-            num_envs,
-            out.data_ptr(),
-            num_envs,
-            0 if mask is None else mask.data_ptr(),
-            num_envs,
-            0,
-            0,
-            length,
-            0,
-            num_envs,
-            gamma,
-            MODES[mask_mode],
-            LIKE[rewards.dtype],
-        )
-    else:
-        reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
+    if 0 < length * num_envs < 2 * THREAD_ELEMENTS:
+        marks = 0 if mask is None else mask.data_ptr()
+        places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), marks
+        tail = 0, 0, length, 0, num_envs, gamma, MODES[mask_mode], LIKE[rewards.dtype]
+        if (
+            rewards.is_contiguous()
+            and dones.is_contiguous()
+            and out.is_contiguous()
+            and (mask is None or mask.is_contiguous())
+            and num_envs > 1
+        ):
+            rewards_at, dones_at, out_at, _ = places
+            row = num_envs
+            _rows(rewards_at, row, dones_at, row, out_at, row, marks, row, *tail)
+            return
+        steps = rewards.stride()
+        if (
+            steps == (1, length)
+            and steps == dones.stride()
+            and steps == out.stride()
+            and (mask is None or steps == mask.stride())
+        ):
+            _columns(places, (length, length, length, length), *tail)
+            return
+    reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -232,7 +230,8 @@ def _in_spans(
         lambda i: begin_spans(*places, length, bounds[i], bounds[i + 1], *given, through, like),
         parts,
     )
-    join_spans(*places, length, last, *given, through, like)
+    following = step_rest(*places, length, last, gamma, mode, like)
+    join_spans(0, blocks, following, gamma, sums, through)
     threads.run(lambda i: end_spans(*places, length, bounds[i], bounds[i + 1], *given, like), parts)
 
 

@@ -70,7 +70,10 @@ def reward_to_go(
         RuntimeError: a backend that was asked for and is not there.
 
     Numerics: gamma is held and sums are formed in float64 and rounded once; to 16 bits by way of
-    float32.
+    float32. No bit depends on the number of threads.
+    Memory: on the CPU a result of a mebibyte or more lies in memory that is kept for the next when
+    nobody refers to it any more, up to 256 MiB of it. It cannot grow: `resize_` to more elements
+    raises RuntimeError.
     Source: Williams (1992), section 3; Sutton & Barto (2018), section 13.3.
 
     Example:
@@ -156,7 +159,7 @@ def packed_reward_to_go(
             (On CUDA, and while a compiler traces, what the tensors hold is not looked at.)
         RuntimeError: a backend that was asked for and is not there.
 
-    Numerics and source: as `reward_to_go`.
+    Numerics, memory and source: as `reward_to_go`.
 
     Example:
         >>> rewards = torch.tensor([1.0, 1.0, 1.0])
