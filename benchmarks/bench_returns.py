@@ -364,32 +364,42 @@ def halves_table(us):
 # ---- Packed
 
 
+def walked(rewards, offsets, values=None, mask=None, final=None):
+    """What packed calls give, one row after the other in Python's own floats."""
+    mask = torch.ones_like(rewards) if mask is None else mask
+    known = torch.zeros_like(rewards) if values is None else values
+    weight = GAMMA if values is None else GAMMA * LAMBDA
+    rows = list(zip(rewards.tolist(), known.tolist(), mask.tolist(), strict=True))
+    result = [0.0] * len(rows)
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        following, value = 0.0 if final is None else final[i].item(), 0.0
+        for t in range(stop - 1, start - 1, -1):
+            reward, own, real = rows[t]
+            if real:
+                following = reward + GAMMA * value - own + weight * following
+                value = own
+                result[t] = following
+    return torch.tensor(result, dtype=torch.float64)
+
+
 def in_sequences(offsets):
-    total, lasts = int(offsets[-1]), offsets[1:] - 1
+    total = int(offsets[-1])
     rewards, values = numbers(total), numbers(total, seed=4)
-    dones, final = torch.zeros(total, dtype=torch.bool), torch.zeros(total)
-    mask = flags(total, chance=0.9, seed=2)
-    # Where the last row of each is real, one column with ends is another way to say the same.
-    dones[lasts], mask[lasts], final[lasts] = True, True, numbers(len(lasts), seed=5)
+    final, mask = numbers(len(offsets) - 1, seed=5), flags(total, chance=0.9, seed=2)
     skipping = {"mask": mask, "mask_mode": "skip"}
-    of_rewards, column = (rewards, offsets, GAMMA), (rewards, dones, GAMMA)
-    values_after = final[lasts]
+    of_rewards, of_values = (rewards, offsets, GAMMA), (rewards, values, offsets, GAMMA, LAMBDA)
     functions = {
         "returns": lambda: packed_reward_to_go(*of_rewards),
-        "with final values": lambda: packed_reward_to_go(*of_rewards, final_values=values_after),
+        "with final values": lambda: packed_reward_to_go(*of_rewards, final_values=final),
         "masked": lambda: packed_reward_to_go(*of_rewards, **skipping),
-    }
-    check(functions["returns"](), exact(reward_to_go, *column))
-    check(functions["with final values"](), exact(reward_to_go, *column, final_values=final))
-    check(functions["masked"](), exact(reward_to_go, *column, **skipping))
-
-    of_values, column = ((rewards, values, places, GAMMA, LAMBDA) for places in (offsets, dones))
-    functions |= {
         "advantages": lambda: packed_generalized_advantage(*of_values),
         "advantages, masked": lambda: packed_generalized_advantage(*of_values, **skipping),
     }
-    check(functions["advantages"](), exact(generalized_advantage, *column))
-    check(functions["advantages, masked"](), exact(generalized_advantage, *column, **skipping))
+    check(functions["returns"](), walked(rewards, offsets))
+    check(functions["with final values"](), walked(rewards, offsets, final=final))
+    check(functions["masked"](), walked(rewards, offsets, mask=mask))
+    check(functions["advantages"](), walked(rewards, offsets, values))
+    check(functions["advantages, masked"](), walked(rewards, offsets, values, mask))
     return functions
 
 

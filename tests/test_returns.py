@@ -3,11 +3,9 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
@@ -214,7 +212,7 @@ def test_long_returns_keep_their_digits(length, gamma, backend):
 
 
 def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
     case = poison(make_case(0, 50, 33))
     plain = {name: case[name] for name in ("rewards", "dones", "mask")}
     before = torch.get_num_threads()
@@ -237,7 +235,7 @@ def in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_threads_do_not_outlive_a_fork(monkeypatch):
     """A child of fork has a pool without threads; waiting for it would never end."""
-    monkeypatch.setattr(cpu, "_THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -761,42 +759,6 @@ def test_out_and_gradients_do_not_go_together():
     rewards = torch.zeros(4, 3, requires_grad=True)
     with pytest.raises(ValueError, match="no gradients"):
         reward_to_go(rewards, D, 0.9, out=torch.empty(4, 3))
-
-
-def documented_examples():
-    text = (ROOT / "docs" / "returns.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_documented_examples_run_and_are_right():
-    rollout, tokens, packed = (exec(code, names := {}) or names for code in documented_examples())
-    ends = rollout["terminations"] | rollout["truncations"]
-    for n in (0, 63):
-        for t in (0, 60, 127):
-            total, factor, k = 0.0, 1.0, t
-            while True:
-                total += factor * rollout["rewards"][k, n].item()
-                factor *= 0.99
-                if ends[k, n] or k == 127:
-                    cut = k == 127 and not ends[k, n]
-                    cut = cut or (
-                        rollout["truncations"][k, n] and not rollout["terminations"][k, n]
-                    )
-                    total += factor * rollout["values_after"][k, n].item() if cut else 0.0
-                    break
-                k += 1
-            assert rollout["returns"][t, n].item() == pytest.approx(total, rel=1e-6)
-
-    sums = torch.where(tokens["mask"], tokens["rewards"], 0.0).flip(1).cumsum(1).flip(1)
-    expected = torch.where(tokens["mask"], sums, 0.0)
-    torch.testing.assert_close(tokens["returns"], expected, atol=1e-4, rtol=1e-4)
-
-    offsets, values = packed["offsets"].tolist(), packed["values"].tolist()
-    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        following = values[i]
-        for t in range(stop - 1, start - 1, -1):
-            following = packed["rewards"][t].item() + 0.99 * following
-            assert packed["returns"][t].item() == pytest.approx(following, abs=1e-5)
 
 
 def test_zeros_without_memory_are_read_as_zeros():

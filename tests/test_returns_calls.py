@@ -15,7 +15,7 @@ from vecpg.returns import (
 )
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
-MODES = ("cut", "skip", "decay")
+MODES = ("cut", "skip", "decay", "zero")
 BACKENDS = ("reference", "cpu")
 LENGTHS = [
     [5],
@@ -29,7 +29,7 @@ LENGTHS = [
 
 def passing(real, gamma, mode):
     """What a row multiplies what follows it by, for the rows before it."""
-    masked = {"cut": torch.zeros_like(gamma), "skip": torch.ones_like(gamma), "decay": gamma}[mode]
+    masked = {"cut": torch.zeros_like(gamma), "skip": torch.ones_like(gamma)}.get(mode, gamma)
     return torch.where(real, gamma, masked)
 
 
@@ -56,6 +56,10 @@ def summed_returns(rewards, gamma, real, mode, last):
 def summed_advantages(rewards, values, gamma, gae_lambda, real, mode, last):
     """Of one sequence, in float64."""
     paid, known = (torch.where(real, each.double(), 0.0) for each in (rewards, values))
+    if mode == "zero":  # rows like all others
+        every = torch.ones_like(real)
+        sums = summed_advantages(paid, known, gamma, gae_lambda, every, "cut", last)
+        return torch.where(real, sums, 0.0)
     delta = torch.zeros(len(rewards), dtype=torch.float64)
     between = passing(torch.zeros_like(real), gamma, mode)
     for t in range(len(rewards)):
@@ -236,6 +240,22 @@ def test_a_mask_may_be_of_numbers(mask, layout, mode, backend):
     expected = generalized_advantage(rewards, values, none, 0.9, 0.8, mask=real, **options)
     result = generalized_advantage(rewards, values, none, 0.9, 0.8, mask=numbers, **options)
     assert torch.equal(result, expected)
+
+
+def test_what_else_a_mask_of_numbers_may_be():
+    """Minus zero, strides that no matrix has, a dtype without a kernel, and no memory at all."""
+    rewards = torch.randn(6, 3, 4)
+    real = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(4)) < 0.6
+    expected = reward_to_go(rewards, None, 0.9, mask=real)
+    for numbers in (
+        torch.where(real, 1.0, -0.0),
+        real.long().transpose(1, 2).contiguous().transpose(1, 2),
+        real.to(torch.uint16),
+        torch.complex(-real.float(), -real.float()).conj().imag,
+    ):
+        assert torch.equal(reward_to_go(rewards, None, 0.9, mask=numbers), expected)
+    nothing = torch._efficientzerotensor((6, 3, 4))
+    assert not reward_to_go(rewards, None, 0.9, mask=nothing).any()
 
 
 @pairwise(

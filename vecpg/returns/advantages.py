@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vecpg.returns import operator, reference
-from vecpg.returns.backend import is_served, writable
+from vecpg.returns.backend import is_served, say_cpu, writable
 from vecpg.returns.checks import (
     check_gamma,
     check_out,
@@ -12,6 +12,7 @@ from vecpg.returns.checks import (
     check_row_inputs,
     check_values,
     has_derivatives,
+    is_common_advantage,
     is_plain,
 )
 from vecpg.returns.to_go import reward_to_go
@@ -151,6 +152,17 @@ def _advantages(
 ) -> Tensor:
     """Advantages, or with `plus_values` what they and the values add up to."""
     final_values, last_values, mask, mask_mode = options
+    if (
+        final_values is last_values is None
+        and backend == "auto"
+        and is_common_advantage(rewards, values, dones, gamma, gae_lambda, mask, mask_mode, out)
+    ):
+        say_cpu()
+        out = writable(rewards, out)
+        operator.write_common_advantage(
+            rewards, values, dones, gamma, gae_lambda, mask, mask_mode, plus_values, out
+        )
+        return out
     check_rewards(rewards)
     check_values(values, rewards, "dones")
     dones, mask = check_row_inputs(rewards, dones, final_values, last_values, mask, mask_mode)

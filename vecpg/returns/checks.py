@@ -81,6 +81,29 @@ def is_common(
     )
 
 
+def is_common_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor | None,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask: Tensor | None,
+    mask_mode: str,
+    out: Tensor | None,
+) -> bool:
+    """The same for advantages of (T, N) tensors."""
+    return (
+        dones is not None
+        and is_common(rewards, dones, gamma, mask, mask_mode, out)
+        and _is_discount(gae_lambda)
+        and _is_known(values)
+        and values.dtype is rewards.dtype
+        and len(values.shape) == 2
+        and values.shape == rewards.shape
+        and (out is None or not _share_memory(out, values))
+    )
+
+
 def is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) -> bool:
     """The same for packed rewards; not whether the offsets are right."""
     return (
@@ -245,29 +268,40 @@ def _no_ends(rewards: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor | None, mask_mode: str, rewards: Tensor) -> Tensor | None:
-    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    """A mask as bools, or None."""
     if mask_mode not in _MASK_MODES:
         raise ValueError(f"mask_mode: expected one of {', '.join(_MASK_MODES)}, got {mask_mode!r}")
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.is_complex():
+    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
+    return as_bools(mask)
+
+
+def as_bools(mask: Tensor) -> Tensor:
+    """A mask as bools; the numbers of one on a CPU are looked at, and must be 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
         raise TypeError(
             "mask: expected bool, or integers or floats that are 0 or 1, got"
             f" {name_of(mask.dtype)}; pass a bool mask, True for a real row"
         )
-    check_like("mask", mask, rewards, mask.dtype if isinstance(mask, Tensor) else torch.bool)
-    if mask.dtype == torch.bool:
-        return mask
-    counted = mask != 0
-    if mask.device.type == "cpu" and is_eager():
-        ones = mask == 1
-        if not torch.equal(counted, ones):
-            place = tuple((counted != ones).nonzero()[0].tolist())
-            where = place if len(place) > 1 else place[0]
-            raise ValueError(
-                f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
-                " mask, True for a real row"
-            )
+    if mask.device.type != "cpu" or not is_eager():
+        return mask != 0
+    from vecpg.returns import flags  # when first needed: Numba takes a second
+
+    counted = flags.of_numbers(mask)
+    if counted is not None:
+        return counted
+    counted = mask == 1
+    others = (counted != (mask != 0)).nonzero()
+    if len(others):
+        place = tuple(others[0].tolist())
+        where = place if len(place) > 1 else place[0]
+        raise ValueError(
+            f"mask: expected 0 or 1, got {mask[place].item()} at place {where}; pass a bool"
+            " mask, True for a real row"
+        )
     return counted
 
 

@@ -11,12 +11,13 @@ little. Sums are carried in float64. Three loops share the work:
 
 from typing import Any
 
-import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from vecpg.kernels import threads
 from vecpg.kernels.jit import jit
+from vecpg.returns import kept
 from vecpg.returns.columns import (
     masked_steps_of_8,
     masked_steps_of_32,
@@ -24,7 +25,15 @@ from vecpg.returns.columns import (
     steps_of_32,
 )
 from vecpg.returns.halves import LIKE, narrow, widen
-from vecpg.returns.lanes import at, eight_masked_steps, eight_steps
+from vecpg.returns.spans import (
+    BLOCK,
+    begin_spans,
+    end_spans,
+    join_spans,
+    step_lanes,
+    step_sequence,
+)
+from vecpg.returns.tiles import elements
 
 # Columns that step together. Their carries fill the fastest cache, but narrower blocks are slower:
 # the next row then lies on another page, and is not fetched ahead.
@@ -35,7 +44,7 @@ _NARROW = 256
 _GENERAL_COLUMNS = 1024
 _FAR_COLUMNS = 16
 # Fewer elements than this for each thread are done sooner by one.
-_THREAD_ELEMENTS = 2**18
+THREAD_ELEMENTS = 2**18
 
 MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
 _CUT, _SKIP = MODES["cut"], MODES["skip"]
@@ -73,6 +82,16 @@ def reward_to_go(
             options += (last, last_stride, length)
         elif _is_dense(rows, mask):
             kernel, options = _columns, (places, columns, last, last_stride, length)
+            if num_envs < 8 and length >= 2 * BLOCK:
+                sizes = rewards.itemsize, 1, rewards.itemsize, 1
+                for n in range(num_envs):
+                    moved = [
+                        place and place + n * step * size
+                        for place, step, size in zip(places, columns, sizes, strict=True)
+                    ]
+                    value = 0.0 if last_values is None else float(last_values[n])
+                    _in_spans(tuple(moved), length, value, gamma, mode, like)
+                return
         tail = gamma, mode, like
     if kernel is _general:
         scalar, gammas, gamma_strides = _gammas(gamma)
@@ -80,7 +99,9 @@ def reward_to_go(
         options = (places, strides, last, last_stride, gammas, gamma_strides)
         options += (values, value_strides, length)
         tail = scalar, mode, like
-    in_threads(kernel, options, num_envs, tail, length * num_envs)
+    # Fewer than eight columns are not stepped like eight.
+    least = 8 if kernel is _columns else 1
+    in_threads(kernel, options, num_envs, tail, length * num_envs, least)
 
 
 def common_reward_to_go(
@@ -96,9 +117,8 @@ def common_reward_to_go(
         rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
         mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    elements = length * num_envs
     if (
-        0 < elements < 2 * _THREAD_ELEMENTS
+        0 < length * num_envs < 2 * THREAD_ELEMENTS
         and num_envs > 1
         and rewards.is_contiguous()
         and dones.is_contiguous()
@@ -141,18 +161,26 @@ def packed_reward_to_go(
     """Write what `vecpg.returns.packed_reward_to_go` describes to `out`; checked."""
     if rewards.shape[0] == 0:
         return
-    scalar, gammas, gamma_strides = _gammas(gamma)
-    values_at, value_stride = (0, 0) if final_values is None else _place(final_values)
-    options: tuple[Any, ...] = (
-        *_place(rewards),
-        *_place(offsets),
-        *_place(out),
-        gammas,
-        gamma_strides[0],
-    )
-    options += (values_at, value_stride)
-    tail = scalar, LIKE[rewards.dtype]
-    in_threads(_packed, options, offsets.shape[0] - 1, tail, rewards.shape[0])
+    like, total, count = LIKE[rewards.dtype], rewards.shape[0], offsets.shape[0] - 1
+    values = (0, 0) if final_values is None else _place(final_values)
+    if isinstance(gamma, Tensor):
+        options = _place(rewards) + _place(offsets) + _place(out) + _place(gamma) + values
+        in_threads(_packed, options, count, (like,), total)
+        return
+    if final_values is None and rewards.stride(0) == out.stride(0) == 1:
+        ends = kept.vector(total, torch.uint8)
+        _mark_ends(*_place(offsets), count, ends.data_ptr())
+        places = rewards.data_ptr(), ends.data_ptr(), out.data_ptr(), 0
+        _in_spans(places, total, 0.0, gamma, _CUT, like)
+        return
+    longer = kept.vector(total + count, rewards.dtype)
+    results = kept.vector(total + count, rewards.dtype)
+    ends = kept.vector(total + count, torch.uint8)
+    places = longer.data_ptr(), ends.data_ptr(), results.data_ptr(), 0
+    length = _lengthen(*_place(rewards), *_place(offsets), count, *values, *places[:2], like)
+    _in_spans(places, length, 0.0, gamma, _CUT, like)
+    has_values = int(final_values is not None)
+    _shorten(places[2], *_place(offsets), count, has_values, *_place(out), like)
 
 
 def is_partition(offsets: Tensor, total: int) -> bool:
@@ -177,15 +205,20 @@ def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
 
 
 def in_threads(
-    kernel: Any, options: tuple[Any, ...], count: int, tail: tuple[Any, ...], elements: int
+    kernel: Any,
+    options: tuple[Any, ...],
+    count: int,
+    tail: tuple[Any, ...],
+    size: int,
+    least: int = 1,
 ) -> None:
-    """Run a kernel over 0 to `count`, shared by threads where that pays.
+    """Run a kernel over 0 to `count`, shared by threads where that pays, `least` or more to each.
 
     A result does not depend on how the range is split.
     """
-    parts = elements // _THREAD_ELEMENTS
+    parts = size // THREAD_ELEMENTS
     if parts > 1:
-        parts = min(parts, count, threads.count())
+        parts = min(parts, count // least, threads.count())
     if parts <= 1:
         kernel(*options, 0, count, *tail)
         return
@@ -193,10 +226,24 @@ def in_threads(
     threads.run(lambda i: kernel(*options, bounds[i], bounds[i + 1], *tail), parts)
 
 
-@jit
-def _from(address, like, count):
-    """`count` elements of the type of `like`, as they lie in memory."""
-    return numba.carray(at(address, like), (count,))
+def _in_spans(
+    places: tuple[int, ...], length: int, last: float, gamma: float, mode: int, like: Any
+) -> None:
+    """A sequence that lies in one piece, shared by threads where that pays."""
+    blocks = length // BLOCK
+    parts = min(blocks, threads.count()) if blocks > 1 else 1
+    if parts == 1:
+        step_sequence(*places, length, last, gamma, mode, like)
+        return
+    bounds = [blocks * i // parts for i in range(parts + 1)]
+    sums, through = np.empty(8 * blocks), np.empty(8 * blocks)
+    given = gamma, mode, sums
+    threads.run(
+        lambda i: begin_spans(*places, length, bounds[i], bounds[i + 1], *given, through, like),
+        parts,
+    )
+    join_spans(*places, length, last, *given, through, like)
+    threads.run(lambda i: end_spans(*places, length, bounds[i], bounds[i + 1], *given, like), parts)
 
 
 @jit
@@ -206,7 +253,7 @@ def _first_carry(carry, last, last_stride, start, count, like):
         for j in range(count):
             carry[j] = 0.0
     else:
-        values = _from(last, like, (start + count - 1) * last_stride + 1)
+        values = elements(last, like, (start + count - 1) * last_stride + 1)
         for j in range(count):
             carry[j] = widen(values[(start + j) * last_stride])
 
@@ -234,11 +281,11 @@ def _rows(
 
     Of rewards, dones, out and mask the address, 0 for no mask, and the elements from row to row.
     """
-    paid = _from(rewards, like, (length - 1) * rewards_row + stop)
-    ends = _from(dones, _BOOL, (length - 1) * dones_row + stop)
-    result = _from(out, like, (length - 1) * out_row + stop)
+    paid = elements(rewards, like, (length - 1) * rewards_row + stop)
+    ends = elements(dones, _BOOL, (length - 1) * dones_row + stop)
+    result = elements(out, like, (length - 1) * out_row + stop)
     masked = mask != 0
-    real = _from(mask, _BOOL, (length - 1) * mask_row + stop if masked else 0)
+    real = elements(mask, _BOOL, (length - 1) * mask_row + stop if masked else 0)
     carry = np.empty(_COLUMNS)
     width = _COLUMNS
     if 8 <= stop - start <= _NARROW:
@@ -353,22 +400,37 @@ def _columns(places, strides, last, last_stride, length, start, stop, gamma, mod
     """As `_rows`, of columns that lie in one piece each; strides from column to column."""
     carry = np.empty(8)
     bases = np.zeros((4, 8), np.int64)
+    if stop - start < 8:
+        for column in range(start, stop):
+            _place_lanes(bases, carry, places, strides, last, last_stride, column, 1, 1, like)
+            step_sequence(
+                bases[0, 0],
+                bases[1, 0],
+                bases[2, 0],
+                bases[3, 0],
+                length,
+                carry[0],
+                gamma,
+                mode,
+                like,
+            )
+        return
     # Lanes lie `apart` columns from each other, so that each walks through memory without a jump;
     # an odd number, so that they do not all fall on the same few lines of the cache.
     apart = (stop - start) // 8
-    apart -= 1 - apart % 2 if apart > 0 else 0
+    apart -= 1 - apart % 2
     for first in range(start + apart - 1, start - 1, -1):
         _place_lanes(bases, carry, places, strides, last, last_stride, first, apart, 8, like)
-        _lanes(bases, carry, 8, length, gamma, mode, like)
-    for first in range(start + 8 * apart, stop, 8):
-        count = min(8, stop - first)
-        _place_lanes(bases, carry, places, strides, last, last_stride, first, 1, count, like)
-        _lanes(bases, carry, count, length, gamma, mode, like)
+        step_lanes(bases, carry, 8, length, gamma, mode, like)
+    for begin in range(start + 8 * apart, stop, 8):
+        first = min(begin, stop - 8)  # the last may be done again: they are written as they were
+        _place_lanes(bases, carry, places, strides, last, last_stride, first, 1, 8, like)
+        step_lanes(bases, carry, 8, length, gamma, mode, like)
 
 
 @jit
 def _place_lanes(bases, carry, places, strides, last, last_stride, first, apart, count, like):
-    """Addresses and carries of the columns `first`, `first + apart`, ... for `_lanes`."""
+    """Addresses and carries of the columns `first`, `first + apart`, ... for `step_lanes`."""
     size = np.full(1, like).itemsize
     for lane in range(count):
         column = first + lane * apart
@@ -381,49 +443,8 @@ def _place_lanes(bases, carry, places, strides, last, last_stride, first, apart,
 
 
 @jit
-def _lanes(bases, carry, count, length, gamma, mode, like):
-    """`length` steps back from a carry in each of `count` lanes, at most eight.
-
-    `bases` holds the addresses of the first rewards, dones, results and mask of every lane.
-    """
-    t = length
-    masked = bases[3, 0] != 0
-    if count == 8:
-        while t >= 8:
-            t -= 8
-            if masked:
-                eight_masked_steps(
-                    bases.ctypes.data,
-                    t,
-                    carry.ctypes.data,
-                    gamma,
-                    1.0 if mode == _SKIP else gamma,
-                    0 if mode == _CUT else -1,
-                    like,
-                )
-            else:
-                eight_steps(bases.ctypes.data, t, carry.ctypes.data, gamma, like)
-    for lane in range(count):
-        paid = _from(bases[0, lane], like, t)
-        ends = _from(bases[1, lane], _BOOL, t)
-        result = _from(bases[2, lane], like, t)
-        following = carry[lane]
-        for k in range(t - 1, -1, -1):
-            if masked and not _from(bases[3, lane], _BOOL, t)[k]:
-                result[k] = narrow(0.0, like)
-                if mode == _CUT:
-                    following = 0.0
-                elif mode != _SKIP:
-                    following *= gamma
-            else:
-                following = widen(paid[k]) + gamma * (0.0 if ends[k] else following)
-                result[k] = narrow(following, like)
-        carry[lane] = following
-
-
-@jit
 def _is_partition(offsets, stride, count, total):
-    bounds = _from(offsets, np.int64(0), (count - 1) * stride + 1)
+    bounds = elements(offsets, np.int64(0), (count - 1) * stride + 1)
     falls = 0
     if stride == 1:
         before, after = bounds[:-1], bounds[1:]
@@ -433,6 +454,72 @@ def _is_partition(offsets, stride, count, total):
         for i in range(1, count):
             falls += bounds[i * stride] < bounds[(i - 1) * stride]
     return falls == 0 and bounds[0] == 0 and bounds[(count - 1) * stride] == total
+
+
+@jit
+def _mark_ends(offsets, offsets_stride, count, ends):
+    """A flag for each element, set where it is the last of its episode."""
+    bounds = elements(offsets, np.int64(0), count * offsets_stride + 1)
+    flags = elements(ends, _BOOL, bounds[count * offsets_stride])
+    flags[:] = 0
+    for episode in range(count):
+        first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
+        if after > first:
+            flags[after - 1] = 1
+
+
+@jit
+def _lengthen(
+    rewards, stride, offsets, offsets_stride, count, values, values_stride, longer, ends, like
+):
+    """Rewards in one piece, with each episode's final value behind it, where there are some.
+
+    Returns how many elements that is. What is behind an episode is the reward of an end.
+    """
+    bounds = elements(offsets, np.int64(0), count * offsets_stride + 1)
+    total = bounds[count * offsets_stride]
+    paid = elements(rewards, like, max(0, (total - 1) * stride + 1))
+    into = elements(longer, like, total + count)
+    flags = elements(ends, _BOOL, total + count)
+    flags[:] = 0
+    place = 0
+    for episode in range(count):
+        first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
+        if after == first:
+            continue
+        _copy(paid, first, stride, into, place, 1, after - first)
+        place += after - first
+        if values != 0:
+            into[place] = elements(values, like, episode * values_stride + 1)[-1]
+            place += 1
+        flags[place - 1] = 1
+    return place
+
+
+@jit
+def _shorten(longer, offsets, offsets_stride, count, has_values, out, stride, like):
+    """Of the results of what `_lengthen` wrote, those of the rewards."""
+    bounds = elements(offsets, np.int64(0), count * offsets_stride + 1)
+    total = bounds[count * offsets_stride]
+    source = elements(longer, like, total + count)
+    into = elements(out, like, max(0, (total - 1) * stride + 1))
+    place = 0
+    for episode in range(count):
+        first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
+        if after > first:
+            _copy(source, place, 1, into, first, stride, after - first)
+            place += after - first + has_values
+
+
+@jit
+def _copy(source, start, stride, into, into_start, into_stride, count):
+    if stride == 1 and into_stride == 1:
+        read, written = source[start : start + count], into[into_start : into_start + count]
+        for k in range(count):
+            written[k] = read[k]
+    else:
+        for k in range(count):
+            into[(into_start + k) * into_stride] = source[(start + k) * stride]
 
 
 @jit
@@ -449,53 +536,21 @@ def _packed(
     values_stride,
     start,
     stop,
-    gamma,
     like,
 ):
-    """Episodes `start` to `stop` of a packed batch."""
-    bounds = _from(offsets, np.int64(0), stop * offsets_stride + 1)
-    begin, end = bounds[start * offsets_stride], bounds[stop * offsets_stride]
-    paid = _from(rewards, like, max(0, (end - 1) * rewards_stride + 1))
-    result = _from(out, like, max(0, (end - 1) * out_stride + 1))
-    if gammas == 0 and values == 0 and rewards_stride == 1 and out_stride == 1:
-        ends = np.zeros(end - begin, np.uint8)
-        # Runs of whole episodes, as even as their bounds allow, side by side.
-        cuts = np.full(8 + 1, end)
-        run = 0
-        for episode in range(start, stop):
-            first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
-            if after > first:
-                ends[after - 1 - begin] = 1
-            while run < 8 and 8 * (first - begin) >= run * (end - begin):
-                cuts[run] = first
-                run += 1
-        shortest = end - begin
-        for run in range(8):
-            shortest = min(shortest, cuts[run + 1] - cuts[run])
-        carry = np.zeros(8)
-        bases = np.zeros((4, 8), np.int64)
-        size = np.full(1, like).itemsize
-        for run in range(8):
-            bases[0, run] = rewards + (cuts[run + 1] - shortest) * size
-            bases[1, run] = ends.ctypes.data + (cuts[run + 1] - shortest - begin)
-            bases[2, run] = out + (cuts[run + 1] - shortest) * size
-        _lanes(bases, carry, 8, shortest, gamma, _CUT, like)
-        for run in range(8):
-            following = carry[run]
-            for t in range(cuts[run + 1] - shortest - 1, cuts[run] - 1, -1):
-                following = widen(paid[t]) + gamma * (0.0 if ends[t - begin] else following)
-                result[t] = narrow(following, like)
-        return
+    """Episodes `start` to `stop` of a packed batch, with a gamma for each element."""
+    bounds = elements(offsets, np.int64(0), stop * offsets_stride + 1)
+    end = bounds[stop * offsets_stride]
+    paid = elements(rewards, like, max(0, (end - 1) * rewards_stride + 1))
+    result = elements(out, like, max(0, (end - 1) * out_stride + 1))
+    discounts = elements(gammas, 0.0, max(0, (end - 1) * gammas_stride + 1))
     for episode in range(start, stop):
         first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
         following = 0.0
         if values != 0:
-            following = float(widen(_from(values, like, episode * values_stride + 1)[-1]))
+            following = float(widen(elements(values, like, episode * values_stride + 1)[-1]))
         for t in range(after - 1, first - 1, -1):
-            discount = gamma
-            if gammas != 0:
-                discount = _from(gammas, 0.0, t * gammas_stride + 1)[-1]
-            following = widen(paid[t * rewards_stride]) + discount * following
+            following = widen(paid[t * rewards_stride]) + discounts[t * gammas_stride] * following
             result[t * out_stride] = narrow(following, like)
 
 
@@ -520,12 +575,12 @@ def _general(
     rewards, dones, out, marks = places
     rewards_strides, dones_strides = strides[0:2], strides[2:4]
     out_strides, marks_strides = strides[4:6], strides[6:8]
-    paid = _from(rewards, like, _reach(rewards_strides, length, stop))
-    ends = _from(dones, _BOOL, _reach(dones_strides, length, stop))
-    result = _from(out, like, _reach(out_strides, length, stop))
-    discounts = _from(gammas, 0.0, 0 if gammas == 0 else _reach(gammas_strides, length, stop))
-    real = _from(marks, _BOOL, 0 if marks == 0 else _reach(marks_strides, length, stop))
-    final = _from(values, like, 0 if values == 0 else _reach(values_strides, length, stop))
+    paid = elements(rewards, like, _reach(rewards_strides, length, stop))
+    ends = elements(dones, _BOOL, _reach(dones_strides, length, stop))
+    result = elements(out, like, _reach(out_strides, length, stop))
+    discounts = elements(gammas, 0.0, 0 if gammas == 0 else _reach(gammas_strides, length, stop))
+    real = elements(marks, _BOOL, 0 if marks == 0 else _reach(marks_strides, length, stop))
+    final = elements(values, like, 0 if values == 0 else _reach(values_strides, length, stop))
     carry = np.empty(_GENERAL_COLUMNS)
     reward = np.empty(_GENERAL_COLUMNS)
     discount = np.empty(_GENERAL_COLUMNS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.cpu import MODES, in_threads
+from vecpg.returns.cpu import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.halves import LIKE
 from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
 from vecpg.returns.tiles import elements, turn
@@ -29,6 +29,8 @@ _COLUMNS = 1024
 _SPANS, _LONG = 64, 2**14
 
 _CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
+# Final values and tensors of gamma and lambda, which are not given.
+_ABSENT, _ABSENT_STRIDES = (0, 0, 0), (0, 1, 0, 1, 0, 1)
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
 # Rows that stand for what is not given: read, written to, or a factor for each element.
 _NOTHING, _UNREAD, _GAMMA, _LAMBDA = range(4)
@@ -63,6 +65,53 @@ def generalized_advantage(
         carried[1] = last_values
     places = rewards, values, dones, out, mask, final_values, _tensor(gamma), _tensor(gae_lambda)
     _run(True, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
+
+
+def common_advantage(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    out: Tensor,
+) -> None:
+    """The same without further options, at little cost for a small call."""
+    length, num_envs = rewards.shape
+    if num_envs < WIDTH or not 0 < length * num_envs < 2 * THREAD_ELEMENTS:
+        options = gamma, gae_lambda, None, None, mask, mask_mode, plus_values, False
+        generalized_advantage(rewards, values, dones, *options, out)
+        return
+    _back(
+        (
+            rewards.data_ptr(),
+            values.data_ptr(),
+            dones.data_ptr(),
+            out.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            *_ABSENT,
+        ),
+        (
+            *rewards.stride(),
+            *values.stride(),
+            *dones.stride(),
+            *out.stride(),
+            *((0, 1) if mask is None else mask.stride()),
+            *_ABSENT_STRIDES,
+        ),
+        0,
+        length,
+        num_envs,
+        0,
+        num_envs,
+        (gamma, gamma * gae_lambda, gae_lambda),
+        MODES[mask_mode],
+        plus_values,
+        False,
+        LIKE[rewards.dtype],
+    )
 
 
 def adjoint(
@@ -385,8 +434,10 @@ def _held(room):
 
 @jit
 def _take(state, carried, num_envs, column, count):
-    """Read what is carried into some columns."""
+    """Read what is carried into some columns; nothing is where there is no address."""
     state[:, :] = 0.0
+    if carried == 0:
+        return
     for i in range(2):
         row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
         state[i, :count] = row
@@ -395,6 +446,8 @@ def _take(state, carried, num_envs, column, count):
 @jit
 def _give(state, carried, num_envs, column, count):
     """Write what is carried out of them."""
+    if carried == 0:
+        return
     for i in range(2):
         row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
         row[:] = state[i, :count]

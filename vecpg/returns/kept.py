@@ -6,6 +6,7 @@ any more is kept for the next, up to 256 MiB of it.
 """
 
 import itertools
+import math
 import weakref
 from typing import Any
 
@@ -41,20 +42,29 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         True
     """
     dtype = tensor.dtype if dtype is None else dtype
-    nbytes = tensor.numel() * dtype.itemsize
-    if nbytes < _LARGE or not tensor.is_cpu:
+    if tensor.numel() * dtype.itemsize < _LARGE or not tensor.is_cpu:
         return torch.empty_like(tensor, dtype=dtype)
     if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous()):
-        strides = tensor.stride()
-    else:
-        strides = torch.empty_like(tensor, device="meta").stride()
+        return _strided(tensor.shape, tensor.stride(), dtype)
+    return _strided(tensor.shape, torch.empty_like(tensor, device="meta").stride(), dtype)
+
+
+def vector(count: int, dtype: torch.dtype) -> Tensor:
+    """So many elements on the CPU, with memory of an earlier result where that is large."""
+    if count * dtype.itemsize < _LARGE:
+        return torch.empty(count, dtype=dtype, device="cpu")
+    return _strided((count,), (1,), dtype)
+
+
+def _strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    nbytes = math.prod(shape) * dtype.itemsize
     buffer = _take(nbytes)
     # Torch holds the view until the memory of the last tensor in it is given back.
     view = buffer[:nbytes]
     number = next(_numbers)
     _in_use[number] = weakref.ref(view, lambda _: _keep(number, buffer))
     storage = torch.from_numpy(view).untyped_storage()
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tensor.shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
 
 
 def _take(nbytes: int) -> npt.NDArray[np.uint8]:

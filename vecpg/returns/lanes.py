@@ -12,16 +12,6 @@ from vecpg.returns.halves import narrowed, widened
 
 
 @intrinsic
-def at(context, address, like):
-    """A pointer to elements of the type of `like`."""
-
-    def build(target, builder, signature, args):
-        return builder.inttoptr(args[0], target.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.intp, like), build
-
-
-@intrinsic
 def eight_steps(context, bases, offset, carries, gamma, like):
     """Eight steps back in eight lanes at once, from step `offset` + 7 to `offset`.
 

@@ -130,6 +130,11 @@ def write_advantage(
         )
 
 
+def write_common_advantage(*arguments: Any) -> None:
+    """As `write_advantage`, of (T, N) tensors on the CPU, and without final and last values."""
+    _advantage_kernels().common_advantage(*arguments)
+
+
 def _matrices(
     timed: tuple[Tensor | None, ...], last_values: Tensor | None
 ) -> Iterator[tuple[list[Any], Tensor | None]]:

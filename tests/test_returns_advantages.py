@@ -1,0 +1,413 @@
+"""Advantages and lambda-returns: every loop, layout, mode and derivative of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs import pairwise
+from test_returns import TOLERANCE, laid_out, make_case, poison
+
+from vecpg.returns import (
+    cpu,
+    cpu_advantages,
+    generalized_advantage,
+    lambda_returns,
+    packed_generalized_advantage,
+    packed_reward_to_go,
+    reward_to_go,
+)
+
+MODES = ("cut", "skip", "decay", "zero")
+NAMES = ("rewards", "values", "final_values", "last_values")
+
+
+# Which torch's own forward mode uses.
+of_forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def definition(case, mode):
+    """The sum over what follows of discounted errors, term by term, in float64: no recurrence."""
+    r, v, dones, real = (case[name] for name in ("rewards", "values", "dones", "mask"))
+    gamma, decay = case["gamma"].expand(r.shape), case["gae_lambda"].expand(r.shape)
+    out = torch.zeros(r.shape, dtype=torch.float64)
+    length = len(r)
+
+    def shown(t, n):
+        """The value after row t, by what masked rows let through."""
+        factor = 1.0
+        for after in range(t + 1, length):
+            if real[after, n]:
+                return factor * v[after, n].item()
+            if mode in ("cut", "zero"):
+                return 0.0
+            factor *= gamma[after, n].item() if mode == "decay" else 1.0
+        return factor * case["last_values"][n].item()
+
+    for n, start in itertools.product(range(r.shape[1]), range(length)):
+        if not real[start, n]:
+            continue
+        weight, total = 1.0, 0.0
+        for t in range(start, length):
+            g, k = gamma[t, n].item(), decay[t, n].item()
+            if real[t, n]:
+                following = case["final_values"][t, n].item() if dones[t, n] else shown(t, n)
+                total += weight * (r[t, n].item() + g * following - v[t, n].item())
+                if dones[t, n]:
+                    break
+                weight *= g * k
+            elif mode == "cut":
+                break
+            elif mode == "zero":
+                total += weight * g * shown(t, n)
+                weight *= g * k
+            elif mode == "decay":
+                weight *= g * k
+        out[start, n] = total
+    return out
+
+
+def make(seed, length, num_envs, dtype=torch.float32, done=0.2, masked=0.3):
+    case = make_case(seed, length, num_envs, dtype, done=done, masked=masked)
+    g = torch.Generator().manual_seed(seed + 1)
+    case["values"] = torch.randn(length, num_envs, generator=g).to(dtype)
+    case["values"].masked_fill_(~case["mask"], math.nan)
+    case["gae_lambda"] = torch.rand(num_envs, generator=g, dtype=torch.float64)
+    return poison(case)
+
+
+def arranged(case, layout):
+    return {
+        name: laid_out(value, layout)
+        if isinstance(value, torch.Tensor) and value.ndim == 2
+        else value
+        for name, value in case.items()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 18),
+    num_envs=st.integers(1, 20),
+    mode=st.sampled_from(MODES),
+    done=st.sampled_from([0.0, 0.3, 1.0]),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
+    given=st.sets(st.sampled_from(["final_values", "last_values", "mask"])),
+    gamma=st.one_of(st.none(), st.floats(0, 1)),
+    gae_lambda=st.one_of(st.none(), st.floats(0, 1)),
+    layout=st.sampled_from(["rows", "columns", "apart"]),
+    backend=st.sampled_from(["reference", "cpu"]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_any_combination_is_the_definition(
+    seed,
+    length,
+    num_envs,
+    mode,
+    done,
+    masked,
+    given,
+    gamma,
+    gae_lambda,
+    layout,
+    backend,
+    dtype,
+):
+    masked = masked if "mask" in given else 0.0
+    case = make(seed, length, num_envs, dtype, done=done, masked=masked)
+    for name in {"final_values", "last_values"} - given:
+        case[name] = torch.zeros_like(case[name])
+    if gamma is not None:
+        case["gamma"] = torch.full((length, num_envs), gamma, dtype=torch.float64)
+    if gae_lambda is not None:
+        case["gae_lambda"] = torch.full((num_envs,), gae_lambda, dtype=torch.float64)
+    passed = arranged(case, layout)
+    for name in {"final_values", "last_values", "mask"} - given:
+        del passed[name]
+    passed["gamma"] = passed["gamma"] if gamma is None else gamma
+    passed["gae_lambda"] = passed["gae_lambda"] if gae_lambda is None else gae_lambda
+    expected = definition(case, mode)
+    result = generalized_advantage(**passed, mask_mode=mode, backend=backend)
+    known = torch.where(case["mask"], case["values"], 0.0).double()
+    passed["lam"] = passed.pop("gae_lambda")
+    returns = lambda_returns(**passed, mask_mode=mode, backend=backend)
+    for ours, exact in ((result, expected), (returns, expected + known)):
+        assert ours.dtype == dtype
+        scale = max(1.0, expected.abs().max().item(), known.abs().max().item())
+        assert (ours.double() - exact).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+def options(case, kind):
+    """What a call is given, so that it runs on one of the three loops."""
+    passed = dict(case)
+    if kind != "general":
+        del passed["final_values"]
+        passed["gamma"], passed["gae_lambda"] = 0.97, 0.9
+    if kind == "plain":
+        del passed["mask"]
+        for name in ("rewards", "values"):
+            passed[name] = torch.where(passed[name].isnan(), 0.5, passed[name])
+    return passed
+
+
+# Around what is done together: 16 environments, 8 rows; and a tile of 256 rows, or 1024 columns.
+SHAPES = [(1, 16), (7, 17), (8, 15), (9, 33), (16, 32), (255, 3), (257, 18), (2, 1041), (530, 16)]
+KINDS = ["plain", "masked", "general"]
+
+
+@pairwise(
+    shape=SHAPES,
+    kind=KINDS,
+    layout=["rows", "columns", "apart"],
+    mode=MODES,
+    dtype=list(TOLERANCE),
+)
+def test_every_loop_is_the_reference_with_its_gradients(shape, kind, layout, mode, dtype):
+    passed = arranged(options(make(sum(shape), *shape, dtype), kind), layout)
+    weight = laid_out(torch.randn(shape).to(dtype), layout)
+    names = [name for name in NAMES if name in passed]
+    found = []
+    for backend in ("reference", "cpu"):
+        inputs = {name: passed[name].detach().clone().requires_grad_() for name in names}
+        result = generalized_advantage(**(passed | inputs), mask_mode=mode, backend=backend)
+        found.append([result, *torch.autograd.grad((result * weight).sum(), inputs.values())])
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        bound = 3 * TOLERANCE[dtype]
+        torch.testing.assert_close(ours, exact, rtol=bound, atol=bound * exact.abs().max().item())
+    out = laid_out(torch.full(shape, math.nan, dtype=dtype), layout)
+    generalized_advantage(**passed, mask_mode=mode, out=out)
+    assert torch.equal(out, found[1][0])
+
+
+@of_forward_mode
+@pairwise(kind=KINDS, mode=MODES, layout=["rows", "columns"], function=["gae", "lambda"])
+def test_derivatives_of_every_kind(kind, mode, layout, function):
+    case = arranged(options(make(3, 5, 3, torch.float64, masked=0.2), kind), layout)
+    case = {
+        name: torch.nan_to_num(value, 0.5, 0.5) if name in NAMES else value
+        for name, value in case.items()
+    }
+    names = [name for name in NAMES if name in case]
+
+    def call(*inputs):
+        passed = case | dict(zip(names, inputs, strict=True))
+        if function == "gae":
+            return generalized_advantage(**passed, mask_mode=mode)
+        lam = passed.pop("gae_lambda")
+        return lambda_returns(**passed, lam=lam, mask_mode=mode)
+
+    inputs = [case[name].requires_grad_() for name in names]
+    torch.autograd.gradcheck(call, inputs, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(call, inputs, check_fwd_over_rev=True)
+
+
+@of_forward_mode
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_of_gamma_and_lambda(mode):
+    case = make(4, 5, 2, torch.float64)
+    case["final_values"] = torch.nan_to_num(case["final_values"], 0.5, 0.5, 0.5)
+    for name in ("rewards", "values"):
+        case[name] = torch.nan_to_num(case[name], 0.5)
+    names = (*NAMES, "gamma", "gae_lambda")
+    inputs = [case.pop(name).requires_grad_() for name in names]
+
+    def call(*inputs):
+        return generalized_advantage(
+            **dict(zip(names, inputs, strict=True)), mask_mode=mode, **case
+        )
+
+    torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+
+    def returns(rewards, final_values, last_values, gamma):
+        return reward_to_go(
+            rewards,
+            case["dones"],
+            gamma,
+            final_values=final_values,
+            last_values=last_values,
+            mask=case["mask"],
+            mask_mode=mode,
+        )
+
+    few = [inputs[0], *inputs[2:5]]
+    torch.autograd.gradcheck(returns, few, check_forward_ad=True)
+    torch.autograd.gradgradcheck(returns, few, check_fwd_over_rev=True)
+
+
+@of_forward_mode
+@pytest.mark.parametrize("function", [generalized_advantage, reward_to_go])
+def test_forward_mode_is_what_the_function_makes_of_a_direction(function):
+    """It is linear in the rewards: its derivative along a direction is itself, of the direction."""
+    dones, direction = torch.rand(9, 4) < 0.2, torch.randn(9, 4)
+    values = torch.zeros(9, 4)
+
+    def call(rewards):
+        if function is reward_to_go:
+            return reward_to_go(rewards, dones, 0.9)
+        return generalized_advantage(rewards, values, dones, 0.9, 0.8)
+
+    _, along = torch.func.jvp(call, (torch.randn(9, 4),), (direction,))
+    torch.testing.assert_close(along, call(direction))
+    hessian = torch.func.jacfwd(torch.func.grad(lambda r: call(r).square().sum()))
+    rewards = torch.randn(9, 4)
+    backwards = torch.func.jacrev(torch.func.grad(lambda r: call(r).square().sum()))
+    torch.testing.assert_close(hessian(rewards), backwards(rewards))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_they_compile_with_their_gradients_and_can_be_mapped():
+    case = make(6, 9, 3)
+    for name in ("rewards", "values"):
+        case[name] = torch.nan_to_num(case[name], 0.5)
+    rewards, values = (case.pop(name).requires_grad_() for name in ("rewards", "values"))
+    del case["final_values"]
+
+    def function(rewards, values):
+        first = generalized_advantage(rewards, values, mask_mode="zero", **case)
+        lam = case["gae_lambda"]
+        rest = {name: case[name] for name in case if name != "gae_lambda"}
+        return first + lambda_returns(rewards, values, lam=lam, mask_mode="skip", **rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rewards, values), function(rewards, values))
+    inputs = rewards, values
+    ours = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    torch.testing.assert_close(ours, torch.autograd.grad(function(*inputs).square().sum(), inputs))
+    several = torch.randn(4, 9, 3)
+    mapped = torch.vmap(torch.func.grad(lambda r: function(r, values).square().sum()))(several)
+    for one, found in zip(several, mapped, strict=True):
+        one.requires_grad_()
+        (expected,) = torch.autograd.grad(function(one, values).square().sum(), one)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_operators_keep_torchs_rules(everything):
+    case = make(6, 9, 3)
+    r, v, dones = case["rewards"].nan_to_num(0.5), case["values"].nan_to_num(0.5), case["dones"]
+    rest = (None,) * 3
+    factors = 0.9, None, 0.8, None
+    if everything:
+        rest = case["final_values"], case["last_values"], case["mask"]
+        factors = 0.9, case["gamma"], 0.8, case["gae_lambda"].expand(9, 3)
+    torch.library.opcheck(
+        torch.ops.vecpg.generalized_advantage.default,
+        (r, v if everything else None, dones, *factors, *rest, "skip", everything, False),
+    )
+    torch.library.opcheck(
+        torch.ops.vecpg.advantage_adjoint.default,
+        (
+            torch.randn(9, 3),
+            dones,
+            *factors,
+            rest[-1],
+            "skip",
+            everything,
+            False,
+            everything,
+            everything,
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinity_and_nan_stay_in_their_episode(kind, layout):
+    case = make(5, 40, 18, done=0.0, masked=0.0)
+    case["dones"][20] = True
+    case["final_values"][20] = 0.0
+    case["rewards"][30, 3], case["values"][31, 4] = math.inf, math.nan
+    passed = arranged(options(case, kind), layout)
+    if kind == "plain":
+        passed["values"][31, 4] = math.nan
+    result = generalized_advantage(**passed)
+    assert not result[21:31, 3].isfinite().any()
+    assert result[21:32, 4].isnan().all()
+    rest = result.clone()
+    rest[21:31, 3], rest[21:32, 4] = 0, 0
+    assert rest.isfinite().all()
+
+
+def test_lambda_returns_do_not_look_at_their_own_value():
+    rewards, dones = torch.rand(6, 20), torch.zeros(6, 20, dtype=bool)
+    values = torch.rand(6, 20)
+    expected = lambda_returns(rewards, values, dones, 0.9, 0.7)
+    values[0] = 1e30
+    assert torch.equal(lambda_returns(rewards, values, dones, 0.9, 0.7), expected)
+    values[0] = math.nan
+    assert torch.equal(lambda_returns(rewards, values, dones, 0.9, 0.7), expected)
+
+
+def test_a_result_does_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    case = make(0, 50, 53)
+    plain = options(case, "plain")
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((generalized_advantage(**case), generalized_advantage(**plain)))
+    torch.set_num_threads(before)
+    for general, rows in results[1:]:
+        assert torch.equal(general, results[0][0])
+        assert torch.equal(rows, results[0][1])
+
+
+@pairwise(
+    total=[200, 997],
+    sequences=[1, 2, 40],
+    mode=[None, *MODES],
+    factors=["numbers", "tensors"],
+    dtype=list(TOLERANCE),
+)
+def test_long_columns_go_by_spans(total, sequences, mode, factors, dtype, monkeypatch):
+    """Of packed sequences, whose last row may be masked: what flows on is cut there nonetheless."""
+    monkeypatch.setattr(cpu_advantages, "_LONG", 200)
+    g = torch.Generator().manual_seed(total + sequences)
+    cuts = torch.randint(0, total + 1, (sequences - 1,), generator=g).sort().values
+    offsets = torch.tensor([0, *cuts.tolist(), total])
+    case = make(total, total, 1, dtype, masked=0.3 if mode else 0.0)
+    rewards, values, mask = (case[name][:, 0] for name in ("rewards", "values", "mask"))
+    final = torch.randn(sequences, generator=g).to(dtype)
+    given = {"mask": mask, "mask_mode": mode} if mode else {}
+    gamma, gae_lambda = 0.99, 0.95
+    if factors == "tensors":
+        gamma, gae_lambda = case["gamma"][:, 0], torch.rand(total, dtype=torch.float64)
+    weight = torch.randn(total, generator=g).to(dtype)
+    found = []
+    for backend in ("reference", "cpu"):
+        inputs = [each.detach().clone().requires_grad_() for each in (rewards, values, final)]
+        advantages = packed_generalized_advantage(
+            *inputs[:2],
+            offsets,
+            gamma,
+            gae_lambda,
+            final_values=inputs[2],
+            backend=backend,
+            **given,
+        )
+        returns = packed_reward_to_go(
+            inputs[0], offsets, gamma, final_values=inputs[2], backend=backend, **given
+        )
+        total_ = ((advantages + returns) * weight).sum()
+        found.append([advantages, returns, *torch.autograd.grad(total_, inputs)])
+    for exact, ours in zip(*found, strict=True):
+        bound = 3 * TOLERANCE[dtype]
+        torch.testing.assert_close(ours, exact, rtol=bound, atol=bound * exact.abs().max().item())
+
+
+def test_what_is_infinite_flows_no_further_than_its_span(monkeypatch):
+    monkeypatch.setattr(cpu_advantages, "_LONG", 200)
+    rewards, dones = torch.ones(640, 1), torch.zeros(640, 1, dtype=bool)
+    dones[300] = True  # inside a span; and what flows into the spans before it depends on it
+    rewards[500] = math.inf
+    result = generalized_advantage(rewards, torch.zeros(640, 1), dones, 0.9, 1.0)[:, 0]
+    assert result[:301].isfinite().all()
+    assert result[301:501].isinf().all()
+    assert result[501:].isfinite().all()
+    torch.testing.assert_close(result, reward_to_go(rewards, dones, 0.9, backend="reference")[:, 0])

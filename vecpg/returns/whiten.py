@@ -1,0 +1,121 @@
+"""Numbers with mean 0 and standard deviation 1 over the elements that count."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vecpg.returns.checks import as_bools, name_of
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor | None, *, dim: int | Sequence[int] | None = None, ddof: int = 1
+) -> Tensor:
+    """Whiten over the counted elements, all together or along dimensions.
+
+        y = (x - mean) / std,   std^2 = sum of (x - mean)^2 over counted / (number counted - ddof)
+
+    Where std is 0 or is not defined (equal elements, at most ddof of them) y is 0: never NaN, and
+    no epsilon in the divisor. A masked element gets 0, and it is not read: it may be NaN.
+
+    Args:
+        x: any shape, float32, float64, bfloat16 or float16.
+        mask: a shape that broadcasts to that of `x` (so (B, 1) counts whole rows), bool, or numbers
+            that are 0 or 1. True = counted. None counts all.
+        dim: the dimension, or dimensions, that an element is compared along; all if not given.
+        ddof: what the number of counted elements is lowered by in the variance: 1 for that of a
+            sample, 0 for that of a population.
+
+    Returns:
+        the shape, dtype and device of `x`; differentiable in `x`, any number of times.
+
+    Raises:
+        TypeError: a dtype that is not as above, an argument that is not a tensor or an integer.
+        ValueError: shapes or devices that differ, a `dim` that `x` has not, or twice, a negative
+            `ddof`, a mask with other numbers.
+
+    Numerics: float64 throughout, rounded once. What is summed are differences from one element, so
+    equal elements give 0 exactly, and large ones keep their digits.
+    Source: Stiennon et al. (2020), "Learning to summarize from human feedback", whose code whitens
+    advantages so.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0, torch.nan])
+        >>> masked_whiten(x, torch.tensor([True, True, False]))
+        tensor([-0.7071,  0.7071,  0.0000])
+    """
+    _check_floats(x)
+    dims = _dims(dim, x)
+    if isinstance(ddof, bool) or not isinstance(ddof, int):
+        raise TypeError(f"ddof: expected an int, got {type(ddof).__name__}; pass 1 or 0")
+    if ddof < 0:
+        raise ValueError(f"ddof: expected 0 or more, got {ddof}; pass 1 or 0")
+    counts = _counted(mask, x)
+    if x.numel() == 0:
+        return x.clone()
+
+    wide = torch.float64
+    number = counts.sum(dims, keepdim=True, dtype=wide)
+    origin = torch.where(counts, x.detach(), -torch.inf).amax(dims, keepdim=True)
+    origin = torch.where(number > 0.0, origin, 0.0)
+    # Selected before anything is done with it, a masked element, which may be NaN, is 0 from here.
+    apart = torch.where(counts, x, origin).to(wide) - origin.to(wide)
+    mean = apart.sum(dims, keepdim=True) / number.clamp(min=1.0)
+    away = (apart - mean) * counts
+    variance = (away * away).sum(dims, keepdim=True) / (number - ddof).clamp(min=1.0)
+    differ = (variance != 0.0) & (number > ddof)
+    scale = torch.where(differ, torch.where(differ, variance, 1.0).rsqrt(), 0.0)
+    return torch.where(counts, (away * scale).to(x.dtype), 0.0)
+
+
+def _dims(dim: int | Sequence[int] | None, x: Tensor) -> tuple[int, ...]:
+    if dim is None:
+        return tuple(range(x.ndim))
+    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in given):
+        raise TypeError(f"dim: expected an int, several, or None, got {dim!r}")
+    dims = tuple(each % x.ndim for each in given if -x.ndim <= each < x.ndim)
+    if not given or len(set(dims)) < len(given):
+        raise ValueError(
+            f"dim: expected different dimensions of x, which has {x.ndim}, got {dim!r}; pass None"
+            " for all"
+        )
+    return dims
+
+
+def _check_floats(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}; pass torch.as_tensor(x)")
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"x: expected float32, float64, bfloat16 or float16, got {name_of(x.dtype)};"
+            f" pass {'x.real' if x.is_complex() else 'x.float()'}"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass x.to_dense()")
+
+
+def _counted(mask: Tensor | None, x: Tensor) -> Tensor:
+    """A mask as bools in the shape of `x`."""
+    if mask is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"mask: expected a tensor or None, got {type(mask).__name__}; pass"
+            " torch.as_tensor(mask)"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"mask: expected a tensor on {x.device} like x, got {mask.device}; pass"
+            " mask.to(x.device)"
+        )
+    try:
+        mask = mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to that of x, {tuple(x.shape)}, got"
+            f" {tuple(mask.shape)}; pass one flag for each element"
+        ) from None
+    return as_bools(mask)
