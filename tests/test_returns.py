@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pairs import pairwise
 
 from vecpg.kernels.announce import anew
-from vecpg.returns import cpu, generalized_advantage, packed_reward_to_go, reward_to_go
+from vecpg.returns import generalized_advantage, packed_reward_to_go, ranges, reward_to_go
 
 # The error of rounding the result once, with a little room.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -212,7 +212,7 @@ def test_long_returns_keep_their_digits(length, gamma, backend):
 
 
 def test_a_result_does_not_depend_on_threads_or_repetition(monkeypatch):
-    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
     case = poison(make_case(0, 50, 33))
     plain = {name: case[name] for name in ("rewards", "dones", "mask")}
     before = torch.get_num_threads()
@@ -235,7 +235,7 @@ def in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_threads_do_not_outlive_a_fork(monkeypatch):
     """A child of fork has a pool without threads; waiting for it would never end."""
-    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

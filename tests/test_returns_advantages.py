@@ -11,12 +11,12 @@ from pairs import pairwise
 from test_returns import TOLERANCE, laid_out, make_case, poison
 
 from vecpg.returns import (
-    cpu,
     cpu_advantages,
     generalized_advantage,
     lambda_returns,
     packed_generalized_advantage,
     packed_reward_to_go,
+    ranges,
     reward_to_go,
 )
 
@@ -344,7 +344,7 @@ def test_lambda_returns_do_not_look_at_their_own_value():
 
 
 def test_a_result_does_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
     case = make(0, 50, 53)
     plain = options(case, "plain")
     before = torch.get_num_threads()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
 
-from vecpg.returns import cpu, generalized_advantage, off_policy, reward_to_go, vtrace
+from vecpg.returns import generalized_advantage, off_policy, ranges, reward_to_go, vtrace
 from vecpg.returns.checks import _MASK_MODES as MODES
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -267,7 +267,7 @@ def test_a_nan_or_infinity_stays_in_its_episode():
 
 
 def test_a_result_does_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
     case = make_case(3, 20, 301)
     before = torch.get_num_threads()
     results = []

@@ -5,7 +5,7 @@ import torch
 from pairs import pairwise
 
 from vecpg.kernels import threads
-from vecpg.returns import cpu, packed_reward_to_go, reward_to_go, spans
+from vecpg.returns import packed_reward_to_go, ranges, reward_to_go, spans
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
@@ -130,7 +130,7 @@ def test_infinity_and_nan_come_through_all_spans_to_the_end_before(gamma, mode, 
 
 @pytest.mark.parametrize("num_envs", [9, 12, 20])
 def test_no_bit_of_some_columns_depends_on_the_number_of_threads(num_envs, monkeypatch):
-    monkeypatch.setattr(cpu, "THREAD_ELEMENTS", 100)
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
     columns = [made(seed, 1000, torch.float64, 0.001) for seed in range(num_envs)]
     rewards, ends, _ = (torch.stack(each).t() for each in zip(*columns, strict=True))
     results = []

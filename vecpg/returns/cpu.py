@@ -4,9 +4,9 @@ Kernels take addresses and strides in elements: any layout is read where it lies
 little. Sums are carried in float64. Three loops share the work:
 
 - `_rows`: the elements of a row lie one after the other; all columns of a block step together.
-- `_lanes`: time lies contiguous (a transposed batch, packed episodes). Eight steps of eight
-  environments are turned in registers, and then step like rows.
-- `_general`: values at ends, a gamma for each element, any strides.
+- `_columns`: time lies contiguous (a transposed batch). Eight steps of eight environments are
+  turned in registers, and then step like rows. A sequence alone is eight spans (`spans`).
+- `cpu_advantages`: values at ends, a gamma for each element, any strides.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vecpg.kernels import threads
 from vecpg.kernels.jit import jit
-from vecpg.returns import kept
+from vecpg.returns import cpu_advantages, kept
 from vecpg.returns.columns import (
     masked_steps_of_8,
     masked_steps_of_32,
@@ -25,6 +25,7 @@ from vecpg.returns.columns import (
     steps_of_32,
 )
 from vecpg.returns.halves import LIKE, narrow, widen
+from vecpg.returns.ranges import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.spans import (
     BLOCK,
     begin_spans,
@@ -40,13 +41,6 @@ from vecpg.returns.tiles import elements
 _COLUMNS = 4096
 # So many and fewer step together with their carries in registers.
 _NARROW = 256
-# The same with more to keep for each, and where a row's elements are far apart.
-_GENERAL_COLUMNS = 1024
-_FAR_COLUMNS = 16
-# Fewer elements than this for each thread are done sooner by one.
-THREAD_ELEMENTS = 2**18
-
-MODES = {"cut": 0, "skip": 1, "decay": 2, "zero": 3}
 _CUT, _SKIP = MODES["cut"], MODES["skip"]
 _BOOL = np.uint8(0)
 
@@ -73,35 +67,34 @@ def reward_to_go(
     last, last_stride = (0, 0) if last_values is None else _place(last_values)
     mode = MODES[mask_mode]
     rows, columns = strides[0::2], strides[1::2]
-    kernel = _general
-    options: tuple[Any, ...] = ()
-    if final_values is None and not isinstance(gamma, Tensor):
-        if num_envs > 1 and _is_dense(columns, mask):
-            kernel = _rows
-            options = tuple(each for pair in zip(places, rows, strict=True) for each in pair)
-            options += (last, last_stride, length)
-        elif _is_dense(rows, mask):
-            kernel, options = _columns, (places, columns, last, last_stride, length)
-            if num_envs < 8 and length >= 2 * BLOCK:
-                sizes = rewards.itemsize, 1, rewards.itemsize, 1
-                for n in range(num_envs):
-                    moved = [
-                        place and place + n * step * size
-                        for place, step, size in zip(places, columns, sizes, strict=True)
-                    ]
-                    value = 0.0 if last_values is None else float(last_values[n])
-                    _in_spans(tuple(moved), length, value, gamma, mode, like)
-                return
-        tail = gamma, mode, like
-    if kernel is _general:
-        scalar, gammas, gamma_strides = _gammas(gamma)
-        values, value_strides = (0, (0, 0)) if final_values is None else _matrix(final_values)
-        options = (places, strides, last, last_stride, gammas, gamma_strides)
-        options += (values, value_strides, length)
-        tail = scalar, mode, like
+    in_rows = num_envs > 1 and _is_dense(columns, mask)
+    if (
+        isinstance(gamma, Tensor)
+        or final_values is not None
+        or not (in_rows or _is_dense(rows, mask))
+    ):
+        # It is an advantage over values of 0.
+        advantages = final_values, last_values, mask, mask_mode, False, False
+        cpu_advantages.generalized_advantage(rewards, None, dones, gamma, 1.0, *advantages, out)
+        return
+    tail = gamma, mode, like
+    if in_rows:
+        options = tuple(each for pair in zip(places, rows, strict=True) for each in pair)
+        in_threads(_rows, (*options, last, last_stride, length), num_envs, tail, length * num_envs)
+        return
+    if num_envs < 8 and length >= 2 * BLOCK:
+        sizes = rewards.itemsize, 1, rewards.itemsize, 1
+        for n in range(num_envs):
+            moved = [
+                place and place + n * step * size
+                for place, step, size in zip(places, columns, sizes, strict=True)
+            ]
+            value = 0.0 if last_values is None else float(last_values[n])
+            _in_spans(tuple(moved), length, value, gamma, mode, like)
+        return
     # Fewer than eight columns are not stepped like eight.
-    least = 8 if kernel is _columns else 1
-    in_threads(kernel, options, num_envs, tail, length * num_envs, least)
+    given = places, columns, last, last_stride, length
+    in_threads(_columns, given, num_envs, tail, length * num_envs, least=8)
 
 
 def common_reward_to_go(
@@ -154,7 +147,7 @@ def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
 def packed_reward_to_go(
     rewards: Tensor,
     offsets: Tensor,
-    gamma: float | Tensor,
+    gamma: float,
     final_values: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -163,10 +156,6 @@ def packed_reward_to_go(
         return
     like, total, count = LIKE[rewards.dtype], rewards.shape[0], offsets.shape[0] - 1
     values = (0, 0) if final_values is None else _place(final_values)
-    if isinstance(gamma, Tensor):
-        options = _place(rewards) + _place(offsets) + _place(out) + _place(gamma) + values
-        in_threads(_packed, options, count, (like,), total)
-        return
     if final_values is None and rewards.stride(0) == out.stride(0) == 1:
         ends = kept.vector(total, torch.uint8)
         _mark_ends(*_place(offsets), count, ends.data_ptr())
@@ -191,39 +180,6 @@ def is_partition(offsets: Tensor, total: int) -> bool:
 
 def _place(vector: Tensor) -> tuple[int, int]:
     return vector.data_ptr(), vector.stride(0)
-
-
-def _matrix(matrix: Tensor) -> tuple[int, tuple[int, ...]]:
-    return matrix.data_ptr(), matrix.stride()
-
-
-def _gammas(gamma: float | Tensor) -> tuple[float, int, tuple[int, ...]]:
-    """One number for all, or 0.0 and where each element's is."""
-    if isinstance(gamma, Tensor):
-        return 0.0, gamma.data_ptr(), gamma.stride()
-    return gamma, 0, (0, 0)
-
-
-def in_threads(
-    kernel: Any,
-    options: tuple[Any, ...],
-    count: int,
-    tail: tuple[Any, ...],
-    size: int,
-    least: int = 1,
-) -> None:
-    """Run a kernel over 0 to `count`, shared by threads where that pays, `least` or more to each.
-
-    A result does not depend on how the range is split.
-    """
-    parts = size // THREAD_ELEMENTS
-    if parts > 1:
-        parts = min(parts, count // least, threads.count())
-    if parts <= 1:
-        kernel(*options, 0, count, *tail)
-        return
-    bounds = [count * i // parts for i in range(parts + 1)]
-    threads.run(lambda i: kernel(*options, bounds[i], bounds[i + 1], *tail), parts)
 
 
 def _in_spans(
@@ -520,133 +476,3 @@ def _copy(source, start, stride, into, into_start, into_stride, count):
     else:
         for k in range(count):
             into[(into_start + k) * into_stride] = source[(start + k) * stride]
-
-
-@jit
-def _packed(
-    rewards,
-    rewards_stride,
-    offsets,
-    offsets_stride,
-    out,
-    out_stride,
-    gammas,
-    gammas_stride,
-    values,
-    values_stride,
-    start,
-    stop,
-    like,
-):
-    """Episodes `start` to `stop` of a packed batch, with a gamma for each element."""
-    bounds = elements(offsets, np.int64(0), stop * offsets_stride + 1)
-    end = bounds[stop * offsets_stride]
-    paid = elements(rewards, like, max(0, (end - 1) * rewards_stride + 1))
-    result = elements(out, like, max(0, (end - 1) * out_stride + 1))
-    discounts = elements(gammas, 0.0, max(0, (end - 1) * gammas_stride + 1))
-    for episode in range(start, stop):
-        first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
-        following = 0.0
-        if values != 0:
-            following = float(widen(elements(values, like, episode * values_stride + 1)[-1]))
-        for t in range(after - 1, first - 1, -1):
-            following = widen(paid[t * rewards_stride]) + discounts[t * gammas_stride] * following
-            result[t * out_stride] = narrow(following, like)
-
-
-@jit
-def _general(
-    places,
-    strides,
-    last,
-    last_stride,
-    gammas,
-    gammas_strides,
-    values,
-    values_strides,
-    length,
-    start,
-    stop,
-    gamma,
-    mode,
-    like,
-):
-    """As `_rows`, of matrices with any strides; of `strides` two for each. Place 0 = not given."""
-    rewards, dones, out, marks = places
-    rewards_strides, dones_strides = strides[0:2], strides[2:4]
-    out_strides, marks_strides = strides[4:6], strides[6:8]
-    paid = elements(rewards, like, _reach(rewards_strides, length, stop))
-    ends = elements(dones, _BOOL, _reach(dones_strides, length, stop))
-    result = elements(out, like, _reach(out_strides, length, stop))
-    discounts = elements(gammas, 0.0, 0 if gammas == 0 else _reach(gammas_strides, length, stop))
-    real = elements(marks, _BOOL, 0 if marks == 0 else _reach(marks_strides, length, stop))
-    final = elements(values, like, 0 if values == 0 else _reach(values_strides, length, stop))
-    carry = np.empty(_GENERAL_COLUMNS)
-    reward = np.empty(_GENERAL_COLUMNS)
-    discount = np.empty(_GENERAL_COLUMNS)
-    value = np.empty(_GENERAL_COLUMNS)
-    closed = np.empty(_GENERAL_COLUMNS, np.uint8)
-    counted = np.ones(_GENERAL_COLUMNS, np.uint8)
-    cut, skip = mode == _CUT, mode == _SKIP
-    width = _GENERAL_COLUMNS if rewards_strides[1] == 1 else _FAR_COLUMNS
-    for column in range(start, stop, width):
-        count = min(width, stop - column)
-        _first_carry(carry, last, last_stride, column, count, like)
-        for t in range(length - 1, -1, -1):
-            _load(paid, rewards_strides, t, column, count, reward)
-            _load(ends, dones_strides, t, column, count, closed)
-            if gammas == 0:
-                for j in range(count):
-                    discount[j] = gamma
-            else:
-                _load(discounts, gammas_strides, t, column, count, discount)
-            if values != 0:
-                _load(final, values_strides, t, column, count, value)
-                for j in range(count):
-                    # Selected before it is multiplied, here and below: 0 times infinity is NaN.
-                    following = value[j]
-                    reward[j] += discount[j] * (following if closed[j] else 0.0)
-            if marks != 0:
-                _load(real, marks_strides, t, column, count, counted)
-                for j in range(count):
-                    kept = reward[j]
-                    reward[j] = kept if counted[j] else 0.0
-                for j in range(count):
-                    ending = closed[j]
-                    closed[j] = ending if counted[j] else cut
-                if skip:
-                    for j in range(count):
-                        kept = discount[j]
-                        discount[j] = kept if counted[j] else 1.0
-            for j in range(count):
-                following = carry[j]
-                following = reward[j] + discount[j] * (0.0 if closed[j] else following)
-                carry[j] = following
-                value[j] = following if counted[j] else 0.0
-            at, step = t * out_strides[0] + column * out_strides[1], out_strides[1]
-            if step == 1:
-                row = result[at : at + count]
-                for j in range(count):
-                    row[j] = narrow(value[j], like)
-            else:
-                for j in range(count):
-                    result[at + j * step] = narrow(value[j], like)
-
-
-@jit
-def _load(flat, strides, t, column, count, into):
-    """Some of a row's elements. Apart from the rest, so that it vectorizes where it can."""
-    at, step = t * strides[0] + column * strides[1], strides[1]
-    if step == 1:
-        row = flat[at : at + count]
-        for j in range(count):
-            into[j] = widen(row[j])
-    else:
-        for j in range(count):
-            into[j] = widen(flat[at + j * step])
-
-
-@jit
-def _reach(strides, length, columns):
-    """How many elements lie between the first and the last."""
-    return (length - 1) * strides[0] + (columns - 1) * strides[1] + 1

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.cpu import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.halves import LIKE
+from vecpg.returns.ranges import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
 from vecpg.returns.tiles import elements, turn
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.cpu import MODES, in_threads
+from vecpg.returns.ranges import MODES, in_threads
 from vecpg.returns.tiles import elements
 
 # Columns that step together, and fewer where a row's elements are far apart.

@@ -1,12 +1,11 @@
 """A mask of numbers as bools, in machine code: looked at and converted in one pass."""
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
-from vecpg.returns.lanes import at
+from vecpg.returns.tiles import elements
 
 # What a one looks like in memory, and what has that many bits.
 _ONE = {
@@ -38,8 +37,8 @@ def of_numbers(mask: Tensor) -> Tensor | None:
 
 @jit
 def _convert(numbers, flags, count, one, like):
-    given = numba.carray(at(numbers, like), (count,))
-    result = numba.carray(at(flags, np.uint8(0)), (count,))
+    given = elements(numbers, like, count)
+    result = elements(flags, np.uint8(0), count)
     others = 0
     for i in range(count):
         bits = given[i]

@@ -179,11 +179,13 @@ def packed_reward_to_go(
     scalar, gammas = check_gamma("gamma", gamma, rewards, offsets.shape[0] - 1)
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
-    if mask is None and served and is_plain((rewards, offsets, gamma, final_values)):
+    on_cpu = served and rewards.device.type == "cpu"
+    is_simple = mask is None and not (on_cpu and gammas is not None)
+    if served and is_simple and is_plain((rewards, offsets, gamma, final_values)):
         out = kept.empty_like(rewards)
         operator.write_packed(rewards, offsets, discount, final_values, out)
         return out
-    if served and rewards.device.type == "cpu" and not has_derivatives(gamma):
+    if on_cpu and not has_derivatives(gamma):
         return packed_advantages(
             *(rewards, None, offsets, scalar, gammas, 1.0, None, final_values, mask, mask_mode)
         )
