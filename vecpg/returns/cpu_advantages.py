@@ -226,22 +226,30 @@ def _run_spans(
         _call(is_back, at(rows * _SPANS), single, carried, rest, 1, tail)
     into = torch.zeros((2, _SPANS), dtype=torch.float64, device="cpu")
     into[:, order[0]] = carried[:, 0]
-    depth = _depth(*(places[2], steps[2], places[4], steps[4], tail[3], rows, is_back, _SPANS))
-    if 0 < 2 * depth < rows:
+    # The rows that what flows in reaches in every span: to the first end, or 0 if there is none.
+    reached = np.empty(_SPANS, np.int64)
+    _reach(places[2], steps[2], places[4], steps[4], tail[3], rows, is_back, reached)
+    depths = reached[list(order[1:])]
+    depth = int(depths.max())
+    if depths.all() and 2 * depth < rows:
         out = into.clone()
         _call(is_back, at(0), apart, out, rows, _SPANS, tail)
         into[:, list(order[1:])] = out[:, list(order[:-1])]
         _call(is_back, at(rows - depth if is_back else 0), apart, into, depth, _SPANS, tail)
     else:
         unwritten = (3,) if is_back else (1, 3, 5)
-        if is_back and mask is None and values is not None:
+        if is_back and mask is None and values is not None:  # then they are known
             into[1, :-1] = values[rows : rows * _SPANS : rows, 0]
         out, by_advantage, by_value = into.clone(), torch.zeros_like(into), torch.zeros_like(into)
-        by_advantage[0] = 1.0
         _call(is_back, at(0, *unwritten), apart, out, rows, _SPANS, tail)
-        _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
-        if mask is not None:
-            by_value[1] = 1.0
+        if mask is None and places[6] == places[7] == 0:
+            gamma, through, _ = tail[0]
+            open_spans = torch.from_numpy(reached == 0)
+            by_advantage[0, open_spans] = through**rows
+            by_advantage[1, open_spans] = 0.0 if is_back else gamma * through ** (rows - 1)
+        else:
+            by_advantage[0] = by_value[1] = 1.0
+            _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
             _call(is_back, at(0, 0, 1, 3, 5), apart, by_value, rows, _SPANS, tail)
         _follow(into, out, by_advantage, by_value, order)
         out = into
@@ -363,25 +371,32 @@ def _forth(
 
 
 @jit
-def _depth(dones, dones_step, mask, mask_step, resets, rows, is_back, spans):
-    """How far what flows into spans reaches: the most rows to an end. 0: somewhere there is none.
-
-    What flows into all of them comes from somewhere else, and is not asked for.
-    """
+def _reach(dones, dones_step, mask, mask_step, resets, rows, is_back, reached):
+    """How many rows of each span what flows into it reaches: to the first end. 0: there is none."""
+    spans = len(reached)
     ends = elements(dones, _FLAG, (rows * spans - 1) * dones_step + 1)
     real = elements(mask, _FLAG, 0 if mask == 0 else (rows * spans - 1) * mask_step + 1)
-    depth = 0
-    for span in range(0 if is_back else 1, spans - 1 if is_back else spans):
-        found = 0
-        for k in range(rows):
-            t = span * rows + (rows - 1 - k if is_back else k)
-            if ends[t * dones_step] and (resets or mask == 0 or real[t * mask_step]):
-                found = k + 1
-                break
-        if found == 0:
-            return 0
-        depth = max(depth, found)
-    return depth
+    for span in range(spans):
+        reached[span] = 0
+        k = 0
+        while k < rows and reached[span] == 0:
+            count = min(_TILE_ROWS, rows - k)
+            begin = span * rows + (rows - k - count if is_back else k)
+            if dones_step != 1 or _any(ends[begin : begin + count]):
+                for i in range(count):
+                    t = begin + (count - 1 - i if is_back else i)
+                    if ends[t * dones_step] and (resets or mask == 0 or real[t * mask_step]):
+                        reached[span] = k + i + 1
+                        break
+            k += count
+
+
+@jit
+def _any(flags):
+    found = 0
+    for i in range(len(flags)):  # all of them: a loop that may stop early is not vectorized
+        found |= flags[i]
+    return found != 0
 
 
 @jit

@@ -43,7 +43,7 @@ def group_advantage(
 
     Numerics: float64 throughout, rounded once. What is summed are differences from one member, so
     equal rewards give 0 exactly, and large ones keep their digits. The order of completions changes
-    no more than the last rounding; sums are in a fixed order, on CUDA too.
+    no more than the last rounding.
     Source: Kool et al. (2019), "Buy 4 REINFORCE samples, get a baseline for free!"; Shao et al.
     (2024), "DeepSeekMath", section 4.1.2.
 
@@ -76,7 +76,7 @@ def group_advantage(
     nothing = torch.zeros(max(size, groups.shape[0]), dtype=wide, device=rewards.device)
 
     def total(values: Tensor) -> Tensor:
-        # Unlike index_add, this has a fixed order on CUDA.
+        # Not index_add, which on CUDA adds in any order: index_put sorts.
         return nothing.index_put((group,), values, accumulate=True)[group]
 
     paid = rewards.to(wide)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vecpg.returns import kept, operator
-from vecpg.returns.checks import is_plain
+from vecpg.returns.checks import is_eager, is_plain
 
 
 def ends_of(
@@ -34,7 +34,11 @@ def packed_advantages(
     mask_mode: str,
 ) -> Tensor:
     """Advantages of packed sequences on the CPU; see `operator.differentiable_advantage`."""
-    dones, ending = ends_of(offsets, rewards, final_values)
+    if final_values is None and is_eager():
+        ending, dones = None, kept.vector(rewards.shape[0], torch.bool).zero_()
+        dones[offsets[1:][offsets[1:] > offsets[:-1]] - 1] = True
+    else:
+        dones, ending = ends_of(offsets, rewards, final_values)
     arguments = rewards, values, dones, gamma, gammas, gae_lambda, lambdas, ending, None, mask
     if is_plain((rewards, values, gammas, lambdas, ending, mask)):
         out = kept.empty_like(rewards)

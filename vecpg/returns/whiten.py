@@ -60,10 +60,10 @@ def masked_whiten(
     number = counts.sum(dims, keepdim=True, dtype=wide)
     origin = torch.where(counts, x.detach(), -torch.inf).amax(dims, keepdim=True)
     origin = torch.where(number > 0.0, origin, 0.0)
-    # Selected before anything is done with it, a masked element, which may be NaN, is 0 from here.
-    apart = torch.where(counts, x, origin).to(wide) - origin.to(wide)
-    mean = apart.sum(dims, keepdim=True) / number.clamp(min=1.0)
-    away = (apart - mean) * counts
+    # Selected before it is multiplied by anything: a masked element may be NaN.
+    away = torch.where(counts, x, origin).to(wide).sub_(origin)
+    mean = away.sum(dims, keepdim=True) / number.clamp(min=1.0)
+    away = away.sub_(mean).mul_(counts)
     variance = (away * away).sum(dims, keepdim=True) / (number - ddof).clamp(min=1.0)
     differ = (variance != 0.0) & (number > ddof)
     scale = torch.where(differ, torch.where(differ, variance, 1.0).rsqrt(), 0.0)
