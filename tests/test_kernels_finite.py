@@ -198,7 +198,13 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize("case", STOPPED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case == "action, machine code" else case
+        for case in STOPPED
+    ],
+)
 def test_a_run_ends_before_the_commit_with_one_line(tmp_path, saved, case):
     """What is saved then is finite, and so is every row."""
     given, message = STOPPED[case]

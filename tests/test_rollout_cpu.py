@@ -332,7 +332,8 @@ def test_any_environment_is_that_of_the_reference(env_id, rows, num_envs):
         assert counted.sum() > 10 * num_envs
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 5])
 def test_normal_numbers_are_those_of_the_distribution(size):
     """However many components: radii are the first half of the uniform numbers, turns the other."""
 

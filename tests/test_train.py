@@ -922,6 +922,7 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("closing", ["the checkpoint", "the metrics"])
 def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypatch, closing):
+    gc.collect()  # environments that another test has left are closed now
     closed = []
     real = Metrics.close
     monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append("envs"))
@@ -956,6 +957,7 @@ def test_what_cannot_be_saved_keeps_nothing_from_being_closed(tmp_path, monkeypa
 @pytest.mark.parametrize("when", ["entering", "leaving", "making the draft"])
 def test_what_comes_between_still_saves_and_closes(tmp_path, monkeypatch, when):
     """A signal before the first line that is guarded, or just before the last save is held."""
+    gc.collect()  # environments that another test has left are closed now
     closed = []
     monkeypatch.setattr(InProcessEnvs, "close_extras", lambda self, **kw: closed.append(True))
     raised = Interrupted

@@ -172,8 +172,8 @@ def _advantages(
         "lam" if plus_values else "gae_lambda", gae_lambda, rewards
     )
     given: dict[str, object] = {"rewards": rewards, "values": values, "dones": dones}
-    given |= {"gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
-    given |= {"final_values": final_values, "last_values": last_values}
+    given = {**given, "gamma": gamma, "gae_lambda": gae_lambda, "mask": mask}
+    given = {**given, "final_values": final_values, "last_values": last_values}
     if out is not None:
         check_out(out, rewards, given)
     arguments = rewards, values, dones, scalar, gammas, scalar_lambda, lambdas

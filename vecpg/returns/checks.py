@@ -249,7 +249,7 @@ def check_dones(dones: Tensor | None, rewards: Tensor) -> Tensor:
     """A flag for each row; none are given where no row ends an episode."""
     if dones is None:
         return _no_ends(rewards)
-    if isinstance(dones, int | float):
+    if isinstance(dones, (int, float)):  # a tuple: the compiler of torch 2.6 knows no union
         raise TypeError(
             f"dones: expected a bool tensor or None, got {type(dones).__name__}; pass gamma by"
             " name, or None for dones before it"
@@ -488,7 +488,7 @@ def is_plain(given: Iterable[object]) -> bool:
 def has_derivatives(*factors: float | Tensor) -> bool:
     """Whether one of them takes part in derivatives, or may, in forward mode."""
     tensors = [each for each in factors if isinstance(each, Tensor)]
-    return any(each.requires_grad for each in tensors) or (bool(tensors) and has_duals())
+    return any(each.requires_grad for each in tensors) or (len(tensors) > 0 and has_duals())
 
 
 def has_duals() -> bool:
