@@ -24,6 +24,7 @@ LENGTHS = [
     [1] * 50,
     [7] * 20 + [0, 130],
     [1 + i * i % 31 for i in range(50)],
+    [700, 0, 1, 1300],  # long ones are split
 ]
 
 
@@ -115,19 +116,22 @@ def assert_close(result, expected, dtype):
     dtype=TOLERANCE,
     mode=MODES,
     backend=BACKENDS,
-    options=["scalar", "tensors", "no values"],
+    options=["scalar", "tensors", "no values", "nothing", "apart", "mask apart"],
 )
 def test_packed_with_a_mask_is_the_double_sum_of_each_sequence(
     lengths, dtype, mode, backend, options
 ):
     case = make_packed(lengths, dtype)
-    if options == "scalar":
+    passed = dict(case)
+    if options not in ("tensors", "no values"):
         case["gamma"].fill_(0.9)
         case["gae_lambda"].fill_(0.8)
-    passed = dict(case)
-    if options == "scalar":
         passed |= {"gamma": 0.9, "gae_lambda": 0.8}
-    if options == "no values":
+    if "apart" in options:
+        names = ("rewards", "values", "mask", "final_values")
+        for name in ("mask",) if options == "mask apart" else names:
+            passed[name] = torch.stack([case[name], case[name]], -1)[:, 0]
+    if options in ("no values", "nothing", "mask apart"):
         case["final_values"] = torch.zeros_like(case["final_values"])
         del passed["final_values"]
     given = {name: passed[name] for name in passed if name not in ("values", "gae_lambda")}
@@ -256,6 +260,8 @@ def test_what_else_a_mask_of_numbers_may_be():
         assert torch.equal(reward_to_go(rewards, None, 0.9, mask=numbers), expected)
     nothing = torch._efficientzerotensor((6, 3, 4))
     assert not reward_to_go(rewards, None, 0.9, mask=nothing).any()
+    with pytest.raises(ValueError, match="mask: expected 0 or 1, got -1"):
+        reward_to_go(rewards, None, 0.9, mask=torch._neg_view(real.float()))
 
 
 @pairwise(

@@ -74,7 +74,7 @@ def is_common(
                 _is_known(out)
                 and out.dtype is dtype
                 and out.shape == shape
-                and (out.is_contiguous() or (len(shape) == 2 and out.mT.is_contiguous()))
+                and (out.is_contiguous() or out.stride() == (1, shape[0]))
                 and not _share_memory(out, rewards, dones, mask)
             )
         )
@@ -463,7 +463,7 @@ def _share_memory(out: Tensor, *others: Tensor | None) -> bool:
 
 def _reach(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
-    if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous()):
+    if tensor.is_contiguous() or tensor.stride() == (1, tensor.shape[0]):
         return tensor.nbytes
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * step for size, step in steps) + 1) * tensor.element_size()

@@ -32,6 +32,7 @@ from vecpg.returns.spans import (
     end_spans,
     join_spans,
     step_lanes,
+    step_rest,
     step_sequence,
 )
 from vecpg.returns.tiles import elements
@@ -110,34 +111,31 @@ def common_reward_to_go(
         rewards, dones, out = rewards[:, None], dones[:, None], out[:, None]
         mask = None if mask is None else mask[:, None]
     length, num_envs = rewards.shape
-    if (
-        0 < length * num_envs < 2 * THREAD_ELEMENTS
-        and num_envs > 1
-        and rewards.is_contiguous()
-        and dones.is_contiguous()
-        and out.is_contiguous()
-        and (mask is None or mask.is_contiguous())
-    ):
-        _rows(
-            rewards.data_ptr(),
-            num_envs,
-            dones.data_ptr(),
-            num_envs,
-            out.data_ptr(),
-            num_envs,
-            0 if mask is None else mask.data_ptr(),
-            num_envs,
-            0,
-            0,
-            length,
-            0,
-            num_envs,
-            gamma,
-            MODES[mask_mode],
-            LIKE[rewards.dtype],
-        )
-    else:
-        reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
+    if 0 < length * num_envs < 2 * THREAD_ELEMENTS:
+        marks = 0 if mask is None else mask.data_ptr()
+        places = rewards.data_ptr(), dones.data_ptr(), out.data_ptr(), marks
+        tail = 0, 0, length, 0, num_envs, gamma, MODES[mask_mode], LIKE[rewards.dtype]
+        if (
+            rewards.is_contiguous()
+            and dones.is_contiguous()
+            and out.is_contiguous()
+            and (mask is None or mask.is_contiguous())
+            and num_envs > 1
+        ):
+            rewards_at, dones_at, out_at, _ = places
+            row = num_envs
+            _rows(rewards_at, row, dones_at, row, out_at, row, marks, row, *tail)
+            return
+        steps = rewards.stride()
+        if (
+            steps == (1, length)
+            and steps == dones.stride()
+            and steps == out.stride()
+            and (mask is None or steps == mask.stride())
+        ):
+            _columns(places, (length, length, length, length), *tail)
+            return
+    reward_to_go(rewards, dones, gamma, None, None, mask, mask_mode, out)
 
 
 def _is_dense(steps: tuple[int, ...], mask: Tensor | None) -> bool:
@@ -172,6 +170,40 @@ def packed_reward_to_go(
     _shorten(places[2], *_place(offsets), count, has_values, *_place(out), like)
 
 
+def masked_packed_reward_to_go(
+    rewards: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    final_values: Tensor | None,
+    mask: Tensor,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same with a mask, and one gamma."""
+    if rewards.shape[0] == 0:
+        return
+    like, total, count = LIKE[rewards.dtype], rewards.shape[0], offsets.shape[0] - 1
+    mode = MODES[mask_mode]
+    if final_values is None and rewards.stride(0) == mask.stride(0) == out.stride(0) == 1:
+        ends = kept.vector(total, torch.uint8)
+        _mark_real_ends(*_place(offsets), count, mask.data_ptr(), ends.data_ptr())
+        places = rewards.data_ptr(), ends.data_ptr(), out.data_ptr(), mask.data_ptr()
+        _in_spans(places, total, 0.0, gamma, mode, like)
+        return
+    # A row behind each episode, which is real and ends it, whatever of the episode is masked.
+    values = torch.zeros_like(rewards[:1]).expand(count) if final_values is None else final_values
+    real = torch.ones(1, dtype=torch.bool, device="cpu").expand(count)
+    longer = kept.vector(total + count, rewards.dtype)
+    results = kept.vector(total + count, rewards.dtype)
+    marks, ends = (kept.vector(total + count, torch.uint8) for _ in range(2))
+    places = longer.data_ptr(), ends.data_ptr(), results.data_ptr(), marks.data_ptr()
+    bounds = *_place(offsets), count
+    _lengthen(*_place(mask), *bounds, *_place(real), places[3], places[1], _BOOL)
+    length = _lengthen(*_place(rewards), *bounds, *_place(values), *places[:2], like)
+    _in_spans(places, length, 0.0, gamma, mode, like)
+    _shorten(places[2], *bounds, 1, *_place(out), like)
+
+
 def is_partition(offsets: Tensor, total: int) -> bool:
     """Whether offsets go from 0 to `total` and never fall."""
     right: bool = _is_partition(*_place(offsets), offsets.shape[0], total)
@@ -198,7 +230,8 @@ def _in_spans(
         lambda i: begin_spans(*places, length, bounds[i], bounds[i + 1], *given, through, like),
         parts,
     )
-    join_spans(*places, length, last, *given, through, like)
+    following = step_rest(*places, length, last, gamma, mode, like)
+    join_spans(0, blocks, following, gamma, sums, through)
     threads.run(lambda i: end_spans(*places, length, bounds[i], bounds[i + 1], *given, like), parts)
 
 
@@ -422,6 +455,21 @@ def _mark_ends(offsets, offsets_stride, count, ends):
         first, after = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride]
         if after > first:
             flags[after - 1] = 1
+
+
+@jit
+def _mark_real_ends(offsets, offsets_stride, count, mask, ends):
+    """A flag for each element, set where it is the last of its episode that is real."""
+    bounds = elements(offsets, np.int64(0), count * offsets_stride + 1)
+    real = elements(mask, _BOOL, bounds[count * offsets_stride])
+    flags = elements(ends, _BOOL, bounds[count * offsets_stride])
+    flags[:] = 0
+    for episode in range(count):
+        first, t = bounds[episode * offsets_stride], bounds[(episode + 1) * offsets_stride] - 1
+        while t >= first and not real[t]:
+            t -= 1
+        if t >= first:
+            flags[t] = 1
 
 
 @jit

@@ -26,7 +26,8 @@ def of_numbers(mask: Tensor) -> Tensor | None:
     """True for 1 and False for 0; None where there is another number, or no kernel for it."""
     if type(mask) is not Tensor or mask.dtype not in _ONE or mask._is_zerotensor():
         return None
-    if mask.is_neg() or not (mask.is_contiguous() or (mask.ndim == 2 and mask.mT.is_contiguous())):
+    mask = mask.resolve_neg()
+    if not (mask.is_contiguous() or (mask.ndim == 2 and mask.mT.is_contiguous())):
         mask = mask.contiguous()
     flags = torch.empty_like(mask, dtype=torch.bool)
     like = _LIKE[mask.itemsize]

@@ -186,6 +186,21 @@ def write_packed(
     _kernels(rewards.is_cuda).packed_reward_to_go(rewards, offsets, gamma, final_values, out)
 
 
+def write_masked_packed(
+    rewards: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    final_values: Tensor | None,
+    mask: Tensor,
+    mask_mode: str,
+    out: Tensor,
+) -> None:
+    """The same on the CPU, with a mask and one gamma."""
+    _kernels(False).masked_packed_reward_to_go(
+        rewards, offsets, gamma, final_values, mask, mask_mode, out
+    )
+
+
 @functools.cache
 def _kernels(on_cuda: bool) -> ModuleType:
     """Imported when first needed: Numba takes a second, and Triton may not be there."""

@@ -127,13 +127,16 @@ def begin_spans(rewards, dones, out, mask, length, start, stop, gamma, mode, sum
 
 @jit
 def _first_return(rewards, dones, out, length, gamma, like):
-    """The return of the first row, where no row is an end: of rows of 32, and then of the first."""
+    """The return of the first row, where no row is an end: of rows of 32, and then of the first.
+
+    All rows of 32 are written to the first elements of `out`, which are written again.
+    """
     rows = length // 32
     paid = elements(rewards, like, length)
     carry = np.zeros(32)
     power = gamma**32
     steps_of_32(
-        rewards, 32, dones, 32, out, 32, 0, 0, carry.ctypes.data, rows, power, power, True, like
+        rewards, 32, dones, 32, out, 0, 0, 0, carry.ctypes.data, rows, power, power, True, like
     )
     rest = 0.0
     for t in range(length - 1, 32 * rows - 1, -1):
@@ -145,18 +148,23 @@ def _first_return(rewards, dones, out, length, gamma, like):
 
 
 @jit
-def join_spans(rewards, dones, out, mask, length, last, gamma, mode, sums, through, like):
-    """Step what is left behind the spans, from the value `last`; then `sums` becomes what follows
-    each span.
-    """
+def step_rest(rewards, dones, out, mask, length, last, gamma, mode, like):
+    """Step what is left behind the spans, from the value `last`; returns what follows them."""
     blocks, span = divide(length)
-    spans = 8 * blocks
     bases = np.zeros((4, 8), np.int64)
     carry = np.full(8, last)
-    _place(bases, rewards, dones, out, mask, spans, span, like)
-    step_lanes(bases, carry, 1, length - spans * span, gamma, mode, like)
-    following = carry[0]
-    for number in range(spans - 1, -1, -1):
+    _place(bases, rewards, dones, out, mask, 8 * blocks, span, like)
+    step_lanes(bases, carry, 1, length - 8 * blocks * span, gamma, mode, like)
+    return carry[0]
+
+
+@jit
+def join_spans(start, stop, following, gamma, sums, through):
+    """Turn `sums` of blocks `start` to `stop` into what follows each span; `following` follows all.
+
+    Returns what follows the spans before them.
+    """
+    for number in range(8 * stop - 1, 8 * start - 1, -1):
         value = sums[number]
         if through[number] != _CLOSED:
             passed = through[number] * following
@@ -164,6 +172,7 @@ def join_spans(rewards, dones, out, mask, length, last, gamma, mode, sums, throu
             value += following if gamma > 0.0 and not np.isfinite(following) else passed
         sums[number] = following
         following = value
+    return following
 
 
 @jit
@@ -189,9 +198,13 @@ def step_sequence(rewards, dones, out, mask, length, last, gamma, mode, like):
         return
     blocks = divide(length)[0]
     sums, through = np.empty(8 * blocks), np.empty(8 * blocks)
-    begin_spans(rewards, dones, out, mask, length, 0, blocks, gamma, mode, sums, through, like)
-    join_spans(rewards, dones, out, mask, length, last, gamma, mode, sums, through, like)
-    end_spans(rewards, dones, out, mask, length, 0, blocks, gamma, mode, sums, like)
+    following = step_rest(rewards, dones, out, mask, length, last, gamma, mode, like)
+    for block in range(blocks - 1, -1, -1):  # one by one: what was read once is in a cache still
+        begin_spans(
+            rewards, dones, out, mask, length, block, block + 1, gamma, mode, sums, through, like
+        )
+        following = join_spans(block, block + 1, following, gamma, sums, through)
+        end_spans(rewards, dones, out, mask, length, block, block + 1, gamma, mode, sums, like)
 
 
 @jit

@@ -70,7 +70,10 @@ def reward_to_go(
         RuntimeError: a backend that was asked for and is not there.
 
     Numerics: gamma is held and sums are formed in float64 and rounded once; to 16 bits by way of
-    float32.
+    float32. No bit depends on the number of threads.
+    Memory: on the CPU a result of a mebibyte or more lies in memory that is kept for the next when
+    nobody refers to it any more, up to 256 MiB of it. It cannot grow: `resize_` to more elements
+    raises RuntimeError.
     Source: Williams (1992), section 3; Sutton & Barto (2018), section 13.3.
 
     Example:
@@ -156,7 +159,7 @@ def packed_reward_to_go(
             (On CUDA, and while a compiler traces, what the tensors hold is not looked at.)
         RuntimeError: a backend that was asked for and is not there.
 
-    Numerics and source: as `reward_to_go`.
+    Numerics, memory and source: as `reward_to_go`.
 
     Example:
         >>> rewards = torch.tensor([1.0, 1.0, 1.0])
@@ -180,10 +183,15 @@ def packed_reward_to_go(
     discount = scalar if gammas is None else gammas
     served = is_served(backend, rewards)
     on_cpu = served and rewards.device.type == "cpu"
-    is_simple = mask is None and not (on_cpu and gammas is not None)
-    if served and is_simple and is_plain((rewards, offsets, gamma, final_values)):
+    is_simple = gammas is None if on_cpu else mask is None
+    if served and is_simple and is_plain((rewards, offsets, gamma, final_values, mask)):
         out = kept.empty_like(rewards)
-        operator.write_packed(rewards, offsets, discount, final_values, out)
+        if mask is None:
+            operator.write_packed(rewards, offsets, discount, final_values, out)
+        else:
+            operator.write_masked_packed(
+                rewards, offsets, scalar, final_values, mask, mask_mode, out
+            )
         return out
     if on_cpu and not has_derivatives(gamma):
         return packed_advantages(
