@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from vecpg.returns import kept
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BOOL, _STRIDED = torch.bool, torch.strided
 _MASK_MODES = ("cut", "skip", "decay", "zero")
@@ -404,15 +406,14 @@ def check_gamma(
             f"{name}: expected a shape that broadcasts to {tuple(rewards.shape)},"
             f" got {tuple(gamma.shape)}; {remedy}"
         ) from None
-    if (
-        gamma.device.type == "cpu"
-        and is_eager()
-        and gamma.numel()
-        and not bool(((gamma >= 0) & (gamma <= 1)).all())
-    ):
-        raise ValueError(
-            f"{name}: expected numbers in [0, 1], got {gamma.min().item()} to {gamma.max().item()}"
-        )
+    if gamma.device.type == "cpu" and is_eager():
+        if gamma.numel():
+            low, high = (end.item() for end in gamma.detach().aminmax())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"{name}: expected numbers in [0, 1], got {low} to {high}")
+        if type(gamma) is Tensor and not gamma.requires_grad and gamma.dtype != torch.float64:
+            wide = kept.empty_like(gamma, torch.float64).copy_(gamma)
+            return 0.0, wide.expand(rewards.shape)
     return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)
 
 
