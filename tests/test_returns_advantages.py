@@ -411,3 +411,20 @@ def test_what_is_infinite_flows_no_further_than_its_span(monkeypatch):
     assert result[301:501].isinf().all()
     assert result[501:].isfinite().all()
     torch.testing.assert_close(result, reward_to_go(rewards, dones, 0.9, backend="reference")[:, 0])
+
+
+@pairwise(
+    mode=MODES,
+    given=[(), ("mask",), ("mask", "final_values"), ("mask", "last_values"), ("final_values",)],
+    function=[generalized_advantage, lambda_returns],
+)
+def test_with_gradients_of_gamma_it_is_the_same(mode, given, function):
+    """It is composed of other calls then, as it is on CUDA."""
+    case = make(11, 23, 5, torch.float64, masked=0.4 if "mask" in given else 0.0)
+    case = {name: case[name] for name in ("rewards", "values", "dones", "gamma", *given)}
+    decay = {"lam" if function is lambda_returns else "gae_lambda": 0.9}
+    expected = function(**case, **decay, mask_mode=mode)
+    case["gamma"].requires_grad_()
+    result = function(**case, **decay, mask_mode=mode)
+    assert result.requires_grad
+    torch.testing.assert_close(result.detach(), expected, rtol=1e-12, atol=1e-12)
