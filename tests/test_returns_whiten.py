@@ -170,6 +170,7 @@ def test_it_compiles_as_one_graph_and_maps():
         ),
         (TypeError, "x: expected a dense tensor", {"x": torch.eye(3).to_sparse()}),
         (ValueError, r"mask: expected a shape .*\(2, 3\), got \(2,\)", {"mask": torch.ones(2)}),
+        (ValueError, r"mask: expected a shape .*; pass mask.mT", {"mask": torch.ones(3, 2)}),
         (ValueError, "mask: expected 0 or 1, got 2 at place", {"mask": torch.tensor([0, 1, 2])}),
         (ValueError, "dim: expected different dimensions of x, which has 2, got 2", {"dim": 2}),
         (ValueError, r"dim: expected different .* got \(0, -2\)", {"dim": (0, -2)}),

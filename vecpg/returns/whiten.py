@@ -114,8 +114,9 @@ def _counted(mask: Tensor | None, x: Tensor) -> Tensor:
     try:
         mask = mask.expand(x.shape)
     except RuntimeError:
+        is_turned = mask.ndim == 2 and mask.mT.shape == x.shape
         raise ValueError(
             f"mask: expected a shape that broadcasts to that of x, {tuple(x.shape)}, got"
-            f" {tuple(mask.shape)}; pass one flag for each element"
+            f" {tuple(mask.shape)}; pass {'mask.mT' if is_turned else 'one flag for each element'}"
         ) from None
     return as_bools(mask)
