@@ -513,6 +513,9 @@ def test_what_is_refused_says_what_to_do(error, message, call):
         call()
 
 
+JAGGED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
 def to_go(**given):
     return reward_to_go(**{"rewards": R, "gamma": 0.9} | given)
 
@@ -531,6 +534,7 @@ def advantages(**given):
     [
         (to_go, {"rewards": [R[0], R[1]]}, "torch.stack(rewards, 1), or torch.cat(rewards) to a"),
         (to_go, {"rewards": [1.0, 2.0]}, "torch.as_tensor(rewards)"),
+        (to_go, {"rewards": JAGGED}, "rewards.values(), and rewards.offsets(), to a packed"),
         (to_go, {"mask": ONES[..., None]}, "mask[..., 0]"),
         (to_go, {"mask": ONES[:, 0]}, "one for each element of rewards"),
         (to_go, {"last_values": torch.ones(3, 1)}, "last_values[..., 0]"),

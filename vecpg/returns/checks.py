@@ -175,7 +175,7 @@ def _check_layout(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         remedy = f"{name}.to_dense()"
         if tensor.is_nested:
-            remedy = f"packed_reward_to_go({name}.values(), {name}.offsets(), ...)"
+            remedy = f"{name}.values(), and rewards.offsets(), to a packed function"
         raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; pass {remedy}")
 
 

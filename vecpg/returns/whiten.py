@@ -94,7 +94,8 @@ def _check_floats(x: Tensor) -> None:
             f" pass {'x.real' if x.is_complex() else 'x.float()'}"
         )
     if x.layout is not torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass x.to_dense()")
+        remedy = "x.values()" if x.is_nested else "x.to_dense()"
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass {remedy}")
 
 
 def _counted(mask: Tensor | None, x: Tensor) -> Tensor:
