@@ -159,6 +159,9 @@ def test_it_compiles_as_one_graph_and_maps():
         torch.testing.assert_close(compiled(x[0], mask[0], dim=dim), expected[0])
 
 
+JAGGED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "given"),
     [
@@ -168,8 +171,10 @@ def test_it_compiles_as_one_graph_and_maps():
             "x: expected float32.* got complex64; pass x.real",
             {"x": torch.ones(2, 3) + 0j},
         ),
-        (TypeError, "x: expected a dense tensor", {"x": torch.eye(3).to_sparse()}),
+        (TypeError, "x: expected a dense .*pass x.to_dense", {"x": torch.eye(3).to_sparse()}),
+        (TypeError, "x: expected a dense .*; pass x.values", {"x": JAGGED}),
         (ValueError, r"mask: expected a shape .*\(2, 3\), got \(2,\)", {"mask": torch.ones(2)}),
+        (ValueError, r"mask: expected a shape .*; pass mask.mT", {"mask": torch.ones(3, 2)}),
         (ValueError, "mask: expected 0 or 1, got 2 at place", {"mask": torch.tensor([0, 1, 2])}),
         (ValueError, "dim: expected different dimensions of x, which has 2, got 2", {"dim": 2}),
         (ValueError, r"dim: expected different .* got \(0, -2\)", {"dim": (0, -2)}),
