@@ -116,3 +116,24 @@ def test_an_interrupt_leaves_no_thread_at_work():
     with threads.using(3), pytest.raises(KeyboardInterrupt):
         threads.run(task, 3)
     assert len(ended) == 2
+
+
+def test_an_interrupt_while_a_thread_is_given_work_waits_for_it(monkeypatch):
+    begun, finished = threading.Event(), []
+
+    class Interrupted(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, *arguments):
+            super().submit(*arguments)
+            assert begun.wait(10)
+            raise KeyboardInterrupt  # before anybody knows the future
+
+    def slow(block):
+        begun.set()
+        time.sleep(0.2)
+        finished.append(block)
+
+    with Interrupted(2) as pool:
+        monkeypatch.setattr(threads, "_pool", pool)
+        with threads.using(2), pytest.raises(KeyboardInterrupt):
+            threads.run(slow, 2)
+        assert finished == [0]

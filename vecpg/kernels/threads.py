@@ -5,6 +5,7 @@ It lies in this package because this package imports nothing else of vecpg.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -111,6 +112,17 @@ def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
             _exhaust(waiting)
             raise
 
+    # An interrupt may come before the future of a thread that has begun is known.
+    came: list[None] = []
+    left: list[None] = []
+
+    def help_out() -> None:
+        came.append(None)
+        try:
+            work()
+        finally:
+            left.append(None)
+
     futures: list[Future[None]] = []
     problem: BaseException | None = None
     begun = False
@@ -119,10 +131,12 @@ def run(task: Callable[[int], Result], blocks: int) -> list[Result]:
         try:
             if not begun:
                 begun = True
-                futures.extend(_pool.submit(work) for _ in range(workers - 1))
+                futures.extend(_pool.submit(help_out) for _ in range(workers - 1))
                 work()
             if problem is not None:
                 _exhaust(waiting)
+                while len(left) < len(came):  # who comes later finds nothing to do
+                    time.sleep(0.001)
             wait(futures)
             break
         except BaseException as error:
