@@ -371,6 +371,24 @@ def test_a_result_does_not_depend_on_threads(monkeypatch):
         assert torch.equal(rows, results[0][1])
 
 
+def test_the_last_digit_does_not_depend_on_threads(monkeypatch):
+    # Rows that are left over of eights step one by one, and which they are depends on the columns.
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (
+        torch.randn(257, 400, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    dones = torch.rand(257, 400, generator=generator) < 0.01
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(generalized_advantage(rewards, values, dones, 0.97, 0.9))
+    torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
 @pairwise(
     total=[200, 997],
     sequences=[1, 2, 40],

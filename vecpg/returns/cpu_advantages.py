@@ -288,7 +288,7 @@ def _number(factor: float | Tensor) -> float:
     return 1.0 if isinstance(factor, Tensor) else factor
 
 
-@jit
+@jit(as_written=True)
 def _back(
     places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
 ):
@@ -328,7 +328,7 @@ def _back(
     return _held(room)
 
 
-@jit
+@jit(as_written=True)
 def _forth(
     places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
 ):

@@ -117,6 +117,12 @@ def _has_float16(target):
     return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
 
 
+def fuses(target):
+    """Whether the processor that code is made for multiplies and adds in one instruction."""
+    triple, _, features = target.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64")) or "+fma" in features.split(",")
+
+
 def _of(like, element):
     """A scalar type, or one of vectors as long as those of `like`."""
     return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element

@@ -18,10 +18,10 @@ and whether a row ends an episode though it is masked. A kind is
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from vecpg.returns.halves import narrowed, widened
+from vecpg.returns.halves import fuses, narrowed, widened
 
 PLAIN, MASKED, GENERAL = range(3)
 # Environments that step together: enough for two chains of additions in the widest registers.
@@ -208,9 +208,17 @@ class _Row:
             yield self.builder.shuffle_vector(one, one, places)
 
     def sum(self, addend, factor, value):
-        """`addend + factor * value`."""
-        product = self.builder.fmul(factor, value, flags=("contract",))
-        return self.builder.fadd(addend, product, flags=("contract",))
+        """`addend + factor * value`, rounded once where the processor can.
+
+        Said in so many words: what a compiler fuses as it likes has other bits in other kinds of
+        steps, and which steps a row is done in depends on how threads share the environments.
+        """
+        if fuses(self.machine):
+            kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+            name = f"llvm.fma.v{WIDTH}f64"  # llvmlite's own takes no vectors
+            fused = cgutils.get_or_insert_function(self.builder.module, kind, name)
+            return self.builder.call(fused, [factor, value, addend])
+        return self.builder.fadd(addend, self.builder.fmul(factor, value))
 
     def _mode(self, number):
         mode = self.builder.extract_value(self.args[7], number)
