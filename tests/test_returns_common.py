@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairs import pairwise
 
-from vecpg.returns import checks, cpu, operator, reward_to_go
+from vecpg.returns import checks, cpu, operator, packed_reward_to_go, reward_to_go
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -160,3 +160,53 @@ def test_what_is_not_common_takes_the_long_way():
     seen = []
     torch.vmap(lambda each: seen.append(checks.is_common(**common)) or each)(rewards)
     assert seen == [False]
+
+
+def test_what_is_not_a_common_advantage_takes_the_long_way():
+    rewards, dones = torch.ones(4, 3), torch.zeros(4, 3, dtype=torch.bool)
+    common = {"rewards": rewards, "values": torch.ones(4, 3), "dones": dones, "gamma": 0.5}
+    common |= {"gae_lambda": 0.5, "mask": None, "mask_mode": "cut", "out": None}
+    assert checks.is_common_advantage(**common)
+    for name, value in [
+        ("rewards", rewards[0]),
+        ("values", rewards[0]),
+        ("values", rewards[None]),
+        ("values", rewards.mT),
+        ("values", rewards.double()),
+        ("values", rewards.clone().requires_grad_()),
+        ("values", torch._neg_view(rewards)),
+        ("values", torch._efficientzerotensor((4, 3))),
+        ("values", None),
+        ("dones", None),
+        ("gae_lambda", 1.5),
+        ("gae_lambda", math.nan),
+        ("gae_lambda", torch.tensor(0.5)),
+        ("out", common["values"]),
+        ("out", rewards),
+    ]:
+        assert not checks.is_common_advantage(**(common | {name: value})), (name, value)
+
+
+def test_what_is_not_commonly_packed_takes_the_long_way():
+    rewards, offsets = torch.ones(4), torch.tensor([0, 1, 4])
+    common = {"rewards": rewards, "offsets": offsets, "gamma": 0.5}
+    assert checks.is_commonly_packed(**common)
+    for name, value in [
+        ("rewards", rewards[None]),
+        ("rewards", rewards.clone().requires_grad_()),
+        ("rewards", rewards.long()),
+        ("offsets", [0, 1, 4]),
+        ("offsets", offsets.int()),
+        ("offsets", offsets[None]),
+        ("offsets", offsets[:0]),
+        ("offsets", offsets.to("meta")),
+        ("offsets", offsets.to_sparse()),
+        ("offsets", torch._neg_view(offsets)),
+        ("offsets", torch._efficientzerotensor((3,), dtype=torch.int64)),
+        ("gamma", 1.5),
+        ("gamma", torch.tensor(0.5)),
+    ]:
+        assert not checks.is_commonly_packed(**(common | {name: value})), (name, value)
+    nothing = torch._efficientzerotensor((3,), dtype=torch.int64)
+    with pytest.raises(ValueError, match="offsets: expected numbers from 0 to 4"):
+        packed_reward_to_go(rewards, nothing, 0.5)
