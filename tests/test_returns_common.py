@@ -6,7 +6,16 @@ import pytest
 import torch
 from pairs import pairwise
 
-from vecpg.returns import checks, cpu, operator, packed_reward_to_go, reward_to_go
+from vecpg.returns import (
+    checks,
+    cpu,
+    cpu_advantages,
+    generalized_advantage,
+    lambda_returns,
+    operator,
+    packed_reward_to_go,
+    reward_to_go,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -160,6 +169,37 @@ def test_what_is_not_common_takes_the_long_way():
     seen = []
     torch.vmap(lambda each: seen.append(checks.is_common(**common)) or each)(rewards)
     assert seen == [False]
+
+
+@pairwise(
+    shape=[(5, 3), (8, 16), (9, 17), (7, 33), (2, 1041)],
+    layout=["rows", "columns", "apart"],
+    mode=[None, "cut", "skip", "decay", "zero"],
+    function=[generalized_advantage, lambda_returns],
+    given_out=[False, True],
+)
+def test_a_common_advantage_is_the_reference(shape, layout, mode, function, given_out, monkeypatch):
+    g = torch.Generator().manual_seed(sum(shape))
+    rewards, values = torch.randn(2, *shape, generator=g)
+    dones = torch.rand(shape, generator=g) < 0.2
+    mask = torch.rand(shape, generator=g) < 0.7
+    options = {} if mode is None else {"mask": mask, "mask_mode": mode}
+    expected = function(rewards, values, dones, 0.9, 0.8, backend="reference", **options)
+    if mode is not None:
+        rewards, values = (each.masked_fill(~mask, math.nan) for each in (rewards, values))
+        options["mask"] = laid_out(mask, layout)
+    if given_out:
+        options["out"] = torch.full(shape, math.nan)
+    rewards, values, dones = (laid_out(each, layout) for each in (rewards, values, dones))
+    short = []
+    monkeypatch.setattr(
+        operator,
+        "write_common_advantage",
+        lambda *given: short.append(1) or cpu_advantages.common_advantage(*given),
+    )
+    result = function(rewards, values, dones, 0.9, 0.8, **options)
+    assert short == [1]
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_not_a_common_advantage_takes_the_long_way():
