@@ -218,8 +218,8 @@ def test_threads_share_what_is_kept_and_no_result():
     gc.collect()
     assert wrong == []
     assert len(kept._in_use) == 0
-    # As many as there were results at once, or some more for when two threads made one.
-    assert 4 <= len(kept._free) <= 24
+    # A thread holds seven at once, and two in cycles; 400 were made.
+    assert 4 <= len(kept._free) <= 4 * (7 + 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

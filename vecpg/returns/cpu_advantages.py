@@ -435,7 +435,7 @@ def _extent(strides, column, stop):
 def _room(places, strides, start, stop, factors, like):
     """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
     dense = _is_dense(strides)
-    row = _COLUMNS if dense else WIDTH
+    row = min(_COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
     fit = 0 if dense and (stop - start) % WIDTH == 0 else _TILE_ROWS * WIDTH
     state = np.zeros((2, row))
     rest = np.zeros((4, row))
