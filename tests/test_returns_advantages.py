@@ -459,9 +459,10 @@ def test_spans_of_a_long_column_that_all_end_early(mode, monkeypatch):
     """Then only the rows that something flows into are done again."""
     monkeypatch.setattr(cpu_advantages, "_LONG", 200)
     case = options(make(12, 64 * 20 + 5, 1, torch.float64), "masked" if mode else "final")
-    places = torch.arange(len(case["dones"]))[:, None]
-    case["dones"] = places % 5 == 2
-    case["mask"] = case["mask"] | case["dones"] | (mode is None)
+    places = torch.arange(len(case["dones"]))[:, None] % 20  # in a span
+    case["dones"] = (places == 8) | (places == 11)
+    masked = ~case["mask"] & ~case["dones"] | (places == 2) | (places == 17)
+    case["mask"] = ~masked if mode else torch.ones_like(masked)
     case["dones"] = case["dones"] | ~case["mask"]  # masked ones end nothing
     case |= {name: case[name].nan_to_num(0.5) for name in case if name in NAMES}
     names = [name for name in NAMES if name in case]

@@ -86,6 +86,9 @@ def test_hand_computed():
     expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
     torch.testing.assert_close(result, expected / (14 / 3) ** 0.5)
     torch.testing.assert_close(masked_whiten(x, mask, ddof=0), expected / (14 / 4) ** 0.5)
+    several = torch.stack([x, 2.0 * x, x - 1.0])
+    last = masked_whiten(several, mask, dim=-1)
+    torch.testing.assert_close(last, torch.stack([masked_whiten(x, mask, dim=1)] * 3))
     rows = torch.tensor([[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]) * 0.5**0.5
     torch.testing.assert_close(masked_whiten(x, mask, dim=1), rows)
 
