@@ -184,6 +184,11 @@ def test_a_buffer_serves_sizes_near_its_own():
     assert result_of((101, 1)).data_ptr() != place
 
 
+def test_no_two_results_share_a_line_of_the_cache():
+    results = [result_of((n, 7)) for n in range(1, 40)]
+    assert {result.data_ptr() % 64 for result in results} == {0}
+
+
 def test_threads_share_what_is_kept_and_no_result():
     wrong = []
 

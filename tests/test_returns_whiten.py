@@ -86,6 +86,9 @@ def test_hand_computed():
     expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
     torch.testing.assert_close(result, expected / (14 / 3) ** 0.5)
     torch.testing.assert_close(masked_whiten(x, mask, ddof=0), expected / (14 / 4) ** 0.5)
+    several = torch.stack([x, 2.0 * x, x - 1.0])
+    last = masked_whiten(several, mask, dim=-1)
+    torch.testing.assert_close(last, torch.stack([masked_whiten(x, mask, dim=1)] * 3))
     rows = torch.tensor([[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]) * 0.5**0.5
     torch.testing.assert_close(masked_whiten(x, mask, dim=1), rows)
 
@@ -97,6 +100,8 @@ def test_equal_elements_are_exactly_zero_and_one_too(dtype):
         assert torch.equal(masked_whiten(x, None), torch.zeros_like(x))
         assert torch.equal(masked_whiten(x, None, ddof=0), torch.zeros_like(x))
     assert torch.equal(masked_whiten(torch.tensor([1.0, 3.0]), None, ddof=2), torch.zeros(2))
+    below = masked_whiten(torch.full((9,), -0.1, dtype=dtype), torch.arange(9) < 7)
+    assert torch.equal(below, torch.zeros(9, dtype=dtype))
     token = masked_whiten(torch.randn(2, 9, dtype=dtype), torch.eye(2, 9), dim=1)
     assert torch.equal(token, torch.zeros(2, 9, dtype=dtype))
 

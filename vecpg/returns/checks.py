@@ -118,7 +118,9 @@ def is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) 
         and offsets.is_cpu
         and offsets.ndim == 1
         and offsets.shape[0] > 0
-        and offsets.layout is torch.strided
+        and offsets.layout is _STRIDED
+        and not offsets.is_neg()
+        and not offsets._is_zerotensor()
     )
 
 
@@ -368,7 +370,7 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> Tensor:
     offsets = offsets.long()
     if offsets.device.type != "cpu" or not is_eager():
         return offsets
-    places = offsets.numpy()
+    places = offsets.numpy(force=True)  # whatever view it is
     if places.item(0) != 0 or places.item(-1) != rewards.shape[0]:
         raise ValueError(
             f"offsets: expected numbers from 0 to {rewards.shape[0]}, the length of rewards, got"
