@@ -112,7 +112,7 @@ def assert_equals_definition(result, case, mode, rho_bar=1.0, c_bar=1.0):
     dtype=TOLERANCE,
     mode=MODES,
     how=["reference", "cpu", "composed"],
-    bounds=[(1.0, 1.0), (2.0, 0.5)],
+    bounds=[(1.0, 1.0), (2.0, 0.5), (0.5, 0.25)],
     layout=["rows", "columns", "apart"],
 )
 def test_it_is_the_definition(shape, dtype, mode, how, bounds, layout):
@@ -271,7 +271,7 @@ def gradients_of(case, weights, **options):
     shape=[(1, 1), (2, 3), (63, 33), (5, 300), (130, 2)],
     dtype=TOLERANCE,
     mode=MODES,
-    bounds=[(1.0, 1.0), (2.0, 0.5), (0.0, math.inf)],
+    bounds=[(1.0, 1.0), (2.0, 0.25), (0.5, math.inf), (0.0, 0.5)],
     layout=["rows", "columns", "apart"],
     weighed=["both", "targets", "advantages", "expanded"],
 )

@@ -83,13 +83,16 @@ def adjoint(
     c_bar: float,
     mask: Tensor | None,
     mask_mode: str,
-    to_rewards: Tensor,
-    to_values: Tensor,
+    to_rewards: Tensor | None,
+    to_values: Tensor | None,
     to_log_ratios: Tensor | None,
     to_final: Tensor | None,
     to_last: Tensor,
 ) -> None:
-    """Write the gradients of what V-trace is made of, given those of its results, or None for 0."""
+    """Write the gradients of what V-trace is made of, given those of its results.
+
+    Of the results' gradients None is 0; of those that are written, none that is wanted.
+    """
     carried = torch.zeros((2, log_ratios.shape[1]), dtype=torch.float64, device="cpu")
     read = of_targets, of_advantages, log_ratios, advantages, own, traced
     written = to_rewards, to_values, to_log_ratios, to_final
@@ -100,7 +103,7 @@ def adjoint(
 
 def _run(
     kernel: Any,
-    read: tuple[Tensor | None, ...],
+    read: tuple[Any, ...],
     dones: Tensor,
     mask: Tensor | None,
     factors: tuple[float | Tensor, float | Tensor, float, float],
@@ -111,6 +114,7 @@ def _run(
     length, num_envs = dones.shape
     if length == 0 or num_envs == 0:
         return
+    _, _, log_ratios, *_ = read
     gamma, lam, *bounds = factors
     tensors = [each if isinstance(each, Tensor) else None for each in (gamma, lam)]
     numbers = tuple([1.0 if isinstance(each, Tensor) else each for each in (gamma, lam)])
@@ -120,9 +124,7 @@ def _run(
     for each in given:
         strides += (0, 1) if each is None else each.stride()
     options = places, strides, 0 if carried is None else carried.data_ptr(), length, num_envs
-    first = written[0]
-    assert first is not None
-    tail = numbers, tuple(bounds), MODES[mask_mode], LIKE[first.dtype]
+    tail = numbers, tuple(bounds), MODES[mask_mode], LIKE[log_ratios.dtype]
     in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 

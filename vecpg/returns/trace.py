@@ -148,7 +148,7 @@ class _Trace(torch.autograd.Function):
         dones, gamma, lam, rho_bar, c_bar, mask, mask_mode = options
         parts = saved[13:] or (None, None)
         like = _matrix(rewards)
-        written = [kept.empty_like(like) if each else None for each in (True, True, *needed[2:4])]
+        written = [kept.empty_like(like) if each else None for each in needed[:4]]
         to_last = rewards.new_empty(rewards.shape[1:])
         _kernels().adjoint(
             *(_matrix(each) for each in (*grads, log_ratios, advantages, *parts)),
