@@ -330,6 +330,17 @@ def test_gradients_have_derivatives_and_can_be_mapped(mode):
     ]
     torch.testing.assert_close(*hessians)
 
+    def summed(logs, backend):  # whose result's gradient is a constant
+        given = {"log_ratios": logs, "mask_mode": mode, "backend": backend}
+        return vtrace(**case | plain | given).targets.sum()
+
+    plain = {name: value.detach() for name, value in given.items()}
+    hessians = [
+        torch.autograd.functional.hessian(lambda x, b=backend: summed(x, b), plain["log_ratios"])
+        for backend in BACKENDS
+    ]
+    torch.testing.assert_close(*hessians)
+
 
 def test_what_gradients_are_made_of_must_not_change():
     case = make_case(8, 4, 2)
@@ -440,6 +451,8 @@ def test_what_is_wrong_is_named():
     x, none = torch.zeros(3, 2), torch.zeros(3, 2, dtype=bool)
     with pytest.raises(TypeError, match="log_ratios: expected float32, got bool; pass rewards, v"):
         vtrace(x, x, none, x, 0.9)
+    with pytest.raises(TypeError, match="log_ratios: expected float32.*, got float64"):
+        vtrace(x, x, x.double(), none, 0.9)
     with pytest.raises(ValueError, match=r"values: expected shape \(3, 2\), got \(2, 3\)"):
         vtrace(x, x.t(), x, none, 0.9)
     with pytest.raises(ValueError, match=r"lam: expected a number in \[0, 1\], got 2; pass"):
