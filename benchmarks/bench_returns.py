@@ -3,11 +3,11 @@
     python benchmarks/bench_returns.py
     python benchmarks/bench_returns.py --only tokens --rounds 5
 
-Writes benchmarks/results/<machine>/returns.json and prints its tables in Markdown. Before anything
-is timed, everything that computes is compared with float64. Then all of a line are timed in turn,
-each for about a millisecond or one call; figures are medians, and ratios are of medians. Every
-buffer has been written before: memory that never was is read from one page of zeros, and makes a
-copy look twice as fast. Under pytest nothing is timed.
+Writes benchmarks/results/<machine>/returns.json, unless only some tables are asked for, and prints
+its tables in Markdown. Before anything is timed, everything that computes is compared with float64.
+Then all of a line are timed in turn, each for about a millisecond or one call; figures are medians,
+and ratios are of medians. Every buffer has been written before: memory that never was is read from
+one page of zeros, and makes a copy look twice as fast. Under pytest nothing is timed.
 """
 
 import argparse
@@ -499,8 +499,14 @@ def _range(cells):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--rounds", type=int, default=15, help="figures are medians of so many")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=TABLES,
+        default=list(TABLES),
+        help="these tables, printed; the file is written with all of them only",
+    )
     args = parser.parse_args()
     from vecpg.machine import commit, results_folder, system
 

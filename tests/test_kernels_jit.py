@@ -109,6 +109,44 @@ def test_machine_code_is_renewed_when_a_file_changes_that_it_calls_into(tmp_path
 
 
 @pytest.mark.slow
+def test_machine_code_is_renewed_when_what_its_instructions_are_built_with_changes(tmp_path):
+    (tmp_path / "builder.py").write_text(
+        "from numba.extending import intrinsic\n"
+        "from inner import scaled\n"
+        "class Building:\n"
+        "    def build(self, builder, value):\n"
+        "        return scaled(builder, value)\n"
+        "@intrinsic\n"
+        "def scale(context, value):\n"
+        "    def build(target, builder, signature, args):\n"
+        "        return Building().build(builder, args[0])\n"
+        "    return value(value), build\n"
+    )
+    (tmp_path / "outer.py").write_text(
+        "from builder import scale\n"
+        "from vecpg.kernels.jit import Compilation, jit\n"
+        "@jit\n"
+        "def scaled(x):\n"
+        "    return scale(x)\n"
+        "with Compilation() as compilation:\n"
+        "    print(scaled(2), compilation.seconds > 0)\n"
+    )
+
+    def run(factor):
+        (tmp_path / "inner.py").write_text(
+            f"def scaled(builder, value):\n    return builder.mul(value, value.type({factor}))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "outer.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert run(3) == ["6", "True"]
+    assert run(3) == ["6", "False"]
+    assert run(5) == ["10", "True"]
+
+
+@pytest.mark.slow
 def test_a_number_or_a_function_it_was_made_with_is_part_of_the_key(tmp_path):
     (tmp_path / "made.py").write_text(
         "import sys\n"

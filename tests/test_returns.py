@@ -266,6 +266,26 @@ def test_strides_that_no_matrix_has():
     assert torch.equal(result, reward_to_go(**wide))
 
 
+@pytest.mark.parametrize("function", [reward_to_go, generalized_advantage])
+def test_gradients_where_last_values_lie_as_no_vector_does(function):
+    """Parts of (T, 3, 2, 4) are matrices, but those of the (3, 2, 4) last values no vectors."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values = (
+        torch.randn(2, 5, 3, 4, generator=g, dtype=torch.float64).permute(1, 2, 0, 3)
+        for _ in range(2)
+    )
+    dones = (torch.rand(2, 5, 3, 4, generator=g) < 0.1).permute(1, 2, 0, 3)
+    last = torch.randn(3, 2, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    given = (
+        (rewards, dones, 0.9) if function is reward_to_go else (rewards, values, dones, 0.9, 0.8)
+    )
+    found = []
+    for backend in BACKENDS:
+        result = function(*given, last_values=last, backend=backend)
+        found.append([result, *torch.autograd.grad(result.sum(), last)])
+    torch.testing.assert_close(*found)
+
+
 def test_expanded_rewards_are_read_in_place():
     rewards = torch.tensor(2.0).expand(9, 5)
     dones = torch.tensor(False).expand(9, 5)

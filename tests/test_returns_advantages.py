@@ -22,6 +22,8 @@ from vecpg.returns import (
 
 MODES = ("cut", "skip", "decay", "zero")
 NAMES = ("rewards", "values", "final_values", "last_values")
+# float16 has machine code of its own, which takes its time to compile: a slow test has it.
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 # Which torch's own forward mode uses.
@@ -100,7 +102,7 @@ def arranged(case, layout):
     gae_lambda=st.one_of(st.none(), st.floats(0, 1)),
     layout=st.sampled_from(["rows", "columns", "apart"]),
     backend=st.sampled_from(["reference", "cpu"]),
-    dtype=st.sampled_from(list(TOLERANCE)),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_any_combination_is_the_definition(
     seed,
@@ -141,11 +143,12 @@ def test_any_combination_is_the_definition(
 
 
 def options(case, kind):
-    """What a call is given, so that it runs on one of the three loops."""
+    """What a call is given, so that it runs on one of the three loops; "final": on the last too."""
     passed = dict(case)
     if kind != "general":
-        del passed["final_values"]
         passed["gamma"], passed["gae_lambda"] = 0.97, 0.9
+    if kind in ("plain", "masked"):
+        del passed["final_values"]
     if kind == "plain":
         del passed["mask"]
         for name in ("rewards", "values"):
@@ -163,9 +166,13 @@ KINDS = ["plain", "masked", "general"]
     kind=KINDS,
     layout=["rows", "columns", "apart"],
     mode=MODES,
-    dtype=list(TOLERANCE),
+    dtype=DTYPES,
 )
 def test_every_loop_is_the_reference_with_its_gradients(shape, kind, layout, mode, dtype):
+    check_with_gradients(shape, kind, layout, mode, dtype)
+
+
+def check_with_gradients(shape, kind, layout, mode, dtype):
     passed = arranged(options(make(sum(shape), *shape, dtype), kind), layout)
     weight = laid_out(torch.randn(shape).to(dtype), layout)
     names = [name for name in NAMES if name in passed]
@@ -183,8 +190,21 @@ def test_every_loop_is_the_reference_with_its_gradients(shape, kind, layout, mod
     assert torch.equal(out, found[1][0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_is_the_reference_with_its_gradients(kind, layout):
+    check_with_gradients((40, 35), kind, layout, "skip", torch.float16)
+
+
 @of_forward_mode
-@pairwise(kind=KINDS, mode=MODES, layout=["rows", "columns"], function=["gae", "lambda"])
+# A tensor of gamma has derivatives of another way, in forward mode.
+@pairwise(
+    kind=[*KINDS, "final"],
+    mode=MODES,
+    layout=["rows", "columns"],
+    function=["gae", "lambda"],
+)
 def test_derivatives_of_every_kind(kind, mode, layout, function):
     case = arranged(options(make(3, 5, 3, torch.float64, masked=0.2), kind), layout)
     case = {
@@ -209,6 +229,8 @@ def test_derivatives_of_every_kind(kind, mode, layout, function):
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_gamma_and_lambda(mode):
     case = make(4, 5, 2, torch.float64)
+    case["dones"][1, 1] = case["dones"][3, 0] = True
+    assert (case["dones"] & case["mask"]).sum() == 2
     case["final_values"] = torch.nan_to_num(case["final_values"], 0.5, 0.5, 0.5)
     for name in ("rewards", "values"):
         case[name] = torch.nan_to_num(case[name], 0.5)
@@ -363,7 +385,7 @@ def test_a_result_does_not_depend_on_threads(monkeypatch):
     sequences=[1, 2, 40],
     mode=[None, *MODES],
     factors=["numbers", "tensors"],
-    dtype=list(TOLERANCE),
+    dtype=DTYPES,
 )
 def test_long_columns_go_by_spans(total, sequences, mode, factors, dtype, monkeypatch):
     """Of packed sequences, whose last row may be masked: what flows on is cut there nonetheless."""
@@ -401,13 +423,53 @@ def test_long_columns_go_by_spans(total, sequences, mode, factors, dtype, monkey
         torch.testing.assert_close(ours, exact, rtol=bound, atol=bound * exact.abs().max().item())
 
 
-def test_what_is_infinite_flows_no_further_than_its_span(monkeypatch):
+@pytest.mark.parametrize("gamma", [0.9, 1e-200])  # of which ten make 0
+def test_what_is_infinite_flows_no_further_than_its_episode(gamma, monkeypatch):
     monkeypatch.setattr(cpu_advantages, "_LONG", 200)
     rewards, dones = torch.ones(640, 1), torch.zeros(640, 1, dtype=bool)
     dones[300] = True  # inside a span; and what flows into the spans before it depends on it
     rewards[500] = math.inf
-    result = generalized_advantage(rewards, torch.zeros(640, 1), dones, 0.9, 1.0)[:, 0]
+    result = generalized_advantage(rewards, torch.zeros(640, 1), dones, gamma, 1.0)[:, 0]
     assert result[:301].isfinite().all()
     assert result[301:501].isinf().all()
     assert result[501:].isfinite().all()
-    torch.testing.assert_close(result, reward_to_go(rewards, dones, 0.9, backend="reference")[:, 0])
+    expected = reward_to_go(rewards, dones, gamma, backend="reference")[:, 0]
+    torch.testing.assert_close(result, expected)
+
+
+@pairwise(
+    mode=MODES,
+    given=[(), ("mask",), ("mask", "final_values"), ("mask", "last_values"), ("final_values",)],
+    function=[generalized_advantage, lambda_returns],
+)
+def test_with_gradients_of_gamma_it_is_the_same(mode, given, function):
+    """It is composed of other calls then, as it is on CUDA."""
+    case = make(11, 23, 5, torch.float64, masked=0.4 if "mask" in given else 0.0)
+    case = {name: case[name] for name in ("rewards", "values", "dones", "gamma", *given)}
+    decay = {"lam" if function is lambda_returns else "gae_lambda": 0.9}
+    expected = function(**case, **decay, mask_mode=mode)
+    case["gamma"].requires_grad_()
+    result = function(**case, **decay, mask_mode=mode)
+    assert result.requires_grad
+    torch.testing.assert_close(result.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_spans_of_a_long_column_that_all_end_early(mode, monkeypatch):
+    """Then only the rows that something flows into are done again."""
+    monkeypatch.setattr(cpu_advantages, "_LONG", 200)
+    case = options(make(12, 64 * 20 + 5, 1, torch.float64), "masked" if mode else "final")
+    places = torch.arange(len(case["dones"]))[:, None] % 20  # in a span
+    case["dones"] = (places == 8) | (places == 11)
+    masked = ~case["mask"] & ~case["dones"] | (places == 2) | (places == 17)
+    case["mask"] = ~masked if mode else torch.ones_like(masked)
+    case["dones"] = case["dones"] | ~case["mask"]  # masked ones end nothing
+    case |= {name: case[name].nan_to_num(0.5) for name in case if name in NAMES}
+    names = [name for name in NAMES if name in case]
+    found = []
+    for backend in ("reference", "cpu"):
+        inputs = {name: case[name].detach().clone().requires_grad_() for name in names}
+        result = generalized_advantage(**(case | inputs), mask_mode=mode or "cut", backend=backend)
+        weight = torch.linspace(-1, 2, len(result), dtype=torch.float64)[:, None]
+        found.append([result, *torch.autograd.grad((result * weight).sum(), inputs.values())])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

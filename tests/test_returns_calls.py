@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -510,3 +511,56 @@ def test_a_mask_of_other_numbers_is_named_with_its_place(call, mask, message):
 def test_what_is_refused_says_what_to_do(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+JAGGED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
+def to_go(**given):
+    return reward_to_go(**{"rewards": R, "gamma": 0.9} | given)
+
+
+def packed(**given):
+    offsets = torch.tensor([0, 1, 4])
+    return packed_reward_to_go(**{"rewards": R[:, 0], "offsets": offsets, "gamma": 0.9} | given)
+
+
+def advantages(**given):
+    return generalized_advantage(R, **{"gamma": 0.9, "gae_lambda": 0.9} | given)
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "remedy"),
+    [
+        (to_go, {"rewards": [R[0], R[1]]}, "torch.stack(rewards, 1), or torch.cat(rewards) to a"),
+        (to_go, {"rewards": [1.0, 2.0]}, "torch.as_tensor(rewards)"),
+        (to_go, {"rewards": JAGGED}, "rewards.values(), and rewards.offsets(), to a packed"),
+        (to_go, {"mask": ONES[..., None]}, "mask[..., 0]"),
+        (to_go, {"mask": ONES[:, 0]}, "one for each element of rewards"),
+        (to_go, {"last_values": torch.ones(3, 1)}, "last_values[..., 0]"),
+        (to_go, {"last_values": V}, "one for each sequence or environment, without time"),
+        (to_go, {"final_values": V[-1]}, "one for each row, or what follows the last row as last_"),
+        (to_go, {"gamma": torch.ones(3, 1)}, "gamma.mT"),
+        (to_go, {"gamma": torch.ones(4)}, "gamma[:, None]"),
+        (to_go, {"gamma": torch.ones(2)}, "a number, or one for each row or column"),
+        (to_go, {"gamma": [0.9] * 3}, "torch.as_tensor(gamma)"),
+        (to_go, {"gamma": "0.9"}, "float(gamma)"),
+        (to_go, {"gamma": torch.tensor(1)}, "gamma.float()"),
+        (to_go, {"gamma": torch.tensor([0.9, 1.5, 0.9])}, "ones such as 0.99"),
+        (to_go, {"out": True}, "torch.empty_like(rewards)"),
+        (
+            to_go,
+            {"rewards": R.clone().requires_grad_(), "out": R.clone()},
+            "no out, or call it under torch.no_grad()",
+        ),
+        (packed, {"rewards": R[:, 0][None]}, "rewards[0]"),
+        (packed, {"offsets": 0.9, "gamma": torch.tensor([0, 1, 4])}, "offsets before gamma"),
+        (packed, {"offsets": [0, 1, 4]}, "torch.tensor(offsets)"),
+        (packed, {"final_values": R[:, 0]}, "one for each row, or, packed, one for each sequence"),
+        (advantages, {"values": torch.zeros(5, 3)}, "values[:-1], and values[-1] as last_values"),
+        (advantages, {"values": None}, "V of each state, or call reward_to_go or packed_reward_to"),
+    ],
+)
+def test_the_way_out_fits_the_mistake(call, given, remedy):
+    with pytest.raises((TypeError, ValueError), match="; pass " + re.escape(remedy)):
+        call(**given)

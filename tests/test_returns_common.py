@@ -6,7 +6,16 @@ import pytest
 import torch
 from pairs import pairwise
 
-from vecpg.returns import checks, cpu, operator, reward_to_go
+from vecpg.returns import (
+    checks,
+    cpu,
+    cpu_advantages,
+    generalized_advantage,
+    lambda_returns,
+    operator,
+    packed_reward_to_go,
+    reward_to_go,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -160,3 +169,84 @@ def test_what_is_not_common_takes_the_long_way():
     seen = []
     torch.vmap(lambda each: seen.append(checks.is_common(**common)) or each)(rewards)
     assert seen == [False]
+
+
+@pairwise(
+    shape=[(5, 3), (8, 16), (9, 17), (7, 33), (2, 1041)],
+    layout=["rows", "columns", "apart"],
+    mode=[None, "cut", "skip", "decay", "zero"],
+    function=[generalized_advantage, lambda_returns],
+    given_out=[False, True],
+)
+def test_a_common_advantage_is_the_reference(shape, layout, mode, function, given_out, monkeypatch):
+    g = torch.Generator().manual_seed(sum(shape))
+    rewards, values = torch.randn(2, *shape, generator=g)
+    dones = torch.rand(shape, generator=g) < 0.2
+    mask = torch.rand(shape, generator=g) < 0.7
+    options = {} if mode is None else {"mask": mask, "mask_mode": mode}
+    expected = function(rewards, values, dones, 0.9, 0.8, backend="reference", **options)
+    if mode is not None:
+        rewards, values = (each.masked_fill(~mask, math.nan) for each in (rewards, values))
+        options["mask"] = laid_out(mask, layout)
+    if given_out:
+        options["out"] = torch.full(shape, math.nan)
+    rewards, values, dones = (laid_out(each, layout) for each in (rewards, values, dones))
+    short = []
+    monkeypatch.setattr(
+        operator,
+        "write_common_advantage",
+        lambda *given: short.append(1) or cpu_advantages.common_advantage(*given),
+    )
+    result = function(rewards, values, dones, 0.9, 0.8, **options)
+    assert short == [1]
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_a_common_advantage_takes_the_long_way():
+    rewards, dones = torch.ones(4, 3), torch.zeros(4, 3, dtype=torch.bool)
+    common = {"rewards": rewards, "values": torch.ones(4, 3), "dones": dones, "gamma": 0.5}
+    common |= {"gae_lambda": 0.5, "mask": None, "mask_mode": "cut", "out": None}
+    assert checks.is_common_advantage(**common)
+    for name, value in [
+        ("rewards", rewards[0]),
+        ("values", rewards[0]),
+        ("values", rewards[None]),
+        ("values", rewards.mT),
+        ("values", rewards.double()),
+        ("values", rewards.clone().requires_grad_()),
+        ("values", torch._neg_view(rewards)),
+        ("values", torch._efficientzerotensor((4, 3))),
+        ("values", None),
+        ("dones", None),
+        ("gae_lambda", 1.5),
+        ("gae_lambda", math.nan),
+        ("gae_lambda", torch.tensor(0.5)),
+        ("out", common["values"]),
+        ("out", rewards),
+    ]:
+        assert not checks.is_common_advantage(**(common | {name: value})), (name, value)
+
+
+def test_what_is_not_commonly_packed_takes_the_long_way():
+    rewards, offsets = torch.ones(4), torch.tensor([0, 1, 4])
+    common = {"rewards": rewards, "offsets": offsets, "gamma": 0.5}
+    assert checks.is_commonly_packed(**common)
+    for name, value in [
+        ("rewards", rewards[None]),
+        ("rewards", rewards.clone().requires_grad_()),
+        ("rewards", rewards.long()),
+        ("offsets", [0, 1, 4]),
+        ("offsets", offsets.int()),
+        ("offsets", offsets[None]),
+        ("offsets", offsets[:0]),
+        ("offsets", offsets.to("meta")),
+        ("offsets", offsets.to_sparse()),
+        ("offsets", torch._neg_view(offsets)),
+        ("offsets", torch._efficientzerotensor((3,), dtype=torch.int64)),
+        ("gamma", 1.5),
+        ("gamma", torch.tensor(0.5)),
+    ]:
+        assert not checks.is_commonly_packed(**(common | {name: value})), (name, value)
+    nothing = torch._efficientzerotensor((3,), dtype=torch.int64)
+    with pytest.raises(ValueError, match="offsets: expected numbers from 0 to 4"):
+        packed_reward_to_go(rewards, nothing, 0.5)

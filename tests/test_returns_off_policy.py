@@ -461,7 +461,9 @@ def test_what_is_wrong_is_named():
         vtrace(x, x, x, none, 0.9, rho_bar=-1)
     with pytest.raises(ValueError, match="c_bar: expected 0 or more, got nan; pass 1.0"):
         vtrace(x, x, x, none, 0.9, c_bar=math.nan)
-    with pytest.raises(TypeError, match="c_bar: expected a float, got Tensor; pass 1.0"):
+    with pytest.raises(
+        TypeError, match="c_bar: expected a float, got Tensor; pass 1.0, or math.inf"
+    ):
         vtrace(x, x, x, none, 0.9, c_bar=torch.ones(()))
     with pytest.raises(RuntimeError, match='backend: expected one for cpu tensors, got "?.?cuda'):
         vtrace(x, x, x, none, 0.9, backend="cuda")

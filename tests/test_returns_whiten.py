@@ -90,6 +90,9 @@ def test_hand_computed():
     expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
     torch.testing.assert_close(result, expected / (14 / 3) ** 0.5)
     torch.testing.assert_close(masked_whiten(x, mask, ddof=0), expected / (14 / 4) ** 0.5)
+    several = torch.stack([x, 2.0 * x, x - 1.0])
+    last = masked_whiten(several, mask, dim=-1)
+    torch.testing.assert_close(last, torch.stack([masked_whiten(x, mask, dim=1)] * 3))
     rows = torch.tensor([[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]) * 0.5**0.5
     torch.testing.assert_close(masked_whiten(x, mask, dim=1), rows)
 
@@ -101,6 +104,8 @@ def test_equal_elements_are_exactly_zero_and_one_too(dtype):
         assert torch.equal(masked_whiten(x, None), torch.zeros_like(x))
         assert torch.equal(masked_whiten(x, None, ddof=0), torch.zeros_like(x))
     assert torch.equal(masked_whiten(torch.tensor([1.0, 3.0]), None, ddof=2), torch.zeros(2))
+    below = masked_whiten(torch.full((9,), -0.1, dtype=dtype), torch.arange(9) < 7)
+    assert torch.equal(below, torch.zeros(9, dtype=dtype))
     token = masked_whiten(torch.randn(2, 9, dtype=dtype), torch.eye(2, 9), dim=1)
     assert torch.equal(token, torch.zeros(2, 9, dtype=dtype))
 
@@ -220,6 +225,9 @@ def test_it_compiles_as_one_graph_and_maps():
         torch.testing.assert_close(compiled(x[0], mask[0], dim=dim), expected[0])
 
 
+JAGGED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "given"),
     [
@@ -229,8 +237,10 @@ def test_it_compiles_as_one_graph_and_maps():
             "x: expected float32.* got complex64; pass x.real",
             {"x": torch.ones(2, 3) + 0j},
         ),
-        (TypeError, "x: expected a dense tensor", {"x": torch.eye(3).to_sparse()}),
+        (TypeError, "x: expected a dense .*pass x.to_dense", {"x": torch.eye(3).to_sparse()}),
+        (TypeError, "x: expected a dense .*; pass x.values", {"x": JAGGED}),
         (ValueError, r"mask: expected a shape .*\(2, 3\), got \(2,\)", {"mask": torch.ones(2)}),
+        (ValueError, r"mask: expected a shape .*; pass mask.mT", {"mask": torch.ones(3, 2)}),
         (ValueError, "mask: expected 0 or 1, got 2 at place", {"mask": torch.tensor([0, 1, 2])}),
         (ValueError, "dim: expected different dimensions of x, which has 2, got 2", {"dim": 2}),
         (ValueError, r"dim: expected different .* got \(0, -2\)", {"dim": (0, -2)}),

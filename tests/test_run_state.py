@@ -267,7 +267,8 @@ def check_faults(tmp_path, monkeypatch, which, step):
         assert at <= rows <= 2, injection.where
         found.add((at, rows))
         line += step
-    assert found >= {(1, 1), (2, 2)}
+    # A few lines only follow the last save.
+    assert found >= ({(1, 1), (2, 2)} if step == 1 else {(1, 1)})
     return line
 
 

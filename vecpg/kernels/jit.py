@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, ModuleType, TracebackType
+from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Any, BinaryIO
 
 import numba
@@ -46,7 +46,8 @@ def jit(
     It is kept beside the source; where that cannot be written to, in the user's cache directory.
     Where neither can, it is compiled anew in every process, and the log says so. It is compiled
     anew, too, when its file changed, or that of a compiled function it calls by its name, or a
-    number it names, or that it reaches through a module that it names.
+    number it names, or that it reaches through a module that it names; and where it calls what
+    builds instructions, when the file of that changed, or of a function that file names.
     """
     if function is None:
         return functools.partial(jit, as_written=as_written, inlined=inlined)
@@ -181,15 +182,19 @@ def _parts(function: Callable[..., Any], callers: tuple[Any, ...]) -> tuple[Any,
     used += [cell.cell_contents for cell in function.__closure__ or ()]
     used += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     parts: list[Any] = [function.__module__, function.__qualname__, _instructions(code)]
-    # There is no file of what was typed at a prompt.
-    if Path(code.co_filename).is_file():
-        parts.append(_contents(code.co_filename))
+    parts.append(_contents(code.co_filename))
     for each in used:
         if isinstance(each, Dispatcher) and each.py_func not in (function, *callers):
             parts.append(_parts(each.py_func, (function, *callers)))
         elif isinstance(each, _Intrinsic):
             defined: Any = each
-            parts.append(_parts(defined.__wrapped__, (function, *callers)))
+            builder = defined.__wrapped__
+            parts.append(_parts(builder, (function, *callers)))
+            # It is no compiled function that calls: it may build by any function its file names.
+            named = [
+                each for each in builder.__globals__.values() if isinstance(each, FunctionType)
+            ]
+            parts += sorted({_contents(each.__code__.co_filename) for each in named})
         elif isinstance(each, int | float | tuple | np.generic):
             parts.append(repr(each))
     return tuple(parts)
@@ -205,7 +210,8 @@ def _instructions(code: CodeType) -> tuple[Any, ...]:
 
 @functools.cache
 def _contents(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    # There is no file of what was typed at a prompt.
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 class Compilation(event.Listener):

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from vecpg.returns import kept
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BOOL, _STRIDED = torch.bool, torch.strided
 _MASK_MODES = ("cut", "skip", "decay", "zero")
@@ -116,7 +118,9 @@ def is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) 
         and offsets.is_cpu
         and offsets.ndim == 1
         and offsets.shape[0] > 0
-        and offsets.layout is torch.strided
+        and offsets.layout is _STRIDED
+        and not offsets.is_neg()
+        and not offsets._is_zerotensor()
     )
 
 
@@ -152,10 +156,12 @@ def _is_flags(tensor: Tensor, shape: torch.Size) -> bool:
 def check_rewards(rewards: Tensor) -> None:
     """A tensor of a supported dtype, strided."""
     if not isinstance(rewards, Tensor):
-        raise TypeError(
-            f"rewards: expected a tensor, got {type(rewards).__name__};"
-            " pass torch.as_tensor(rewards)"
-        )
+        remedy = "torch.as_tensor(rewards)"
+        if isinstance(rewards, (list, tuple)) and any(
+            isinstance(each, Tensor) and each.ndim > 0 for each in rewards
+        ):
+            remedy = "torch.stack(rewards, 1), or torch.cat(rewards) to a packed function"
+        raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}; pass {remedy}")
     if rewards.dtype not in _DTYPES:
         remedy = "rewards.real" if rewards.is_complex() else "rewards.float()"
         raise TypeError(
@@ -171,7 +177,7 @@ def _check_layout(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         remedy = f"{name}.to_dense()"
         if tensor.is_nested:
-            remedy = f"packed_reward_to_go({name}.values(), {name}.offsets(), ...)"
+            remedy = f"{name}.values(), and rewards.offsets(), to a packed function"
         raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; pass {remedy}")
 
 
@@ -213,13 +219,26 @@ def check_like(
 def _shape_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
     if value.ndim == 2 and tuple(value.mT.shape) == tuple(shape):
         return f"pass {name}.mT"
+    if tuple(value.shape) == (*shape, 1):
+        return f"pass {name}[..., 0]"
     if name == "last_values":
-        return "pass one for each environment, without time"
-    return "pass one for each element of rewards, or, packed, one final value for each episode"
+        return "pass one for each sequence or environment, without time"
+    if name == "final_values":
+        if tuple(value.shape) == tuple(shape[1:]):
+            return "pass one for each row, or what follows the last row as last_values"
+        return "pass one for each row, or, packed, one for each sequence"
+    if name == "values" and len(shape) > 1 and value.shape == (shape[0] + 1, *shape[1:]):
+        return "pass values[:-1], and values[-1] as last_values"
+    return "pass one for each element of rewards"
 
 
 def check_values(values: Tensor, rewards: Tensor, following: str) -> None:
     """A value for each reward; `following` is the name of the argument behind it."""
+    if values is None:
+        raise TypeError(
+            "values: expected a tensor, got NoneType; pass V of each state, or call reward_to_go or"
+            " packed_reward_to_go, which take none"
+        )
     if isinstance(values, Tensor) and values.dtype in (torch.bool, torch.int32, torch.int64):
         raise TypeError(
             f"values: expected {name_of(rewards.dtype)}, got {name_of(values.dtype)}; pass"
@@ -315,9 +334,11 @@ def check_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """What packed rewards have; returns int64 offsets and a bool mask. `padded` is who pads."""
     if rewards.ndim != 1:
+        remedy = f"padded rewards to {padded}, with a mask"
+        if rewards.ndim == 2 and rewards.shape[0] == 1:
+            remedy = "rewards[0]"
         raise ValueError(
-            f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass padded rewards to"
-            f" {padded}, with a mask"
+            f"rewards: expected (total,), got shape {tuple(rewards.shape)}; pass {remedy}"
         )
     offsets = check_offsets(offsets, rewards)
     if final_values is not None:
@@ -331,9 +352,8 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> Tensor:
     Returns them as int64.
     """
     if not isinstance(offsets, Tensor):
-        raise TypeError(
-            f"offsets: expected a tensor, got {type(offsets).__name__}; pass torch.tensor(offsets)"
-        )
+        remedy = "offsets before gamma" if isinstance(offsets, float) else "torch.tensor(offsets)"
+        raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}; pass {remedy}")
     if offsets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"offsets: expected int64 or int32, got {name_of(offsets.dtype)}; pass offsets.long()"
@@ -350,7 +370,7 @@ def check_offsets(offsets: Tensor, rewards: Tensor) -> Tensor:
     offsets = offsets.long()
     if offsets.device.type != "cpu" or not is_eager():
         return offsets
-    places = offsets.numpy()
+    places = offsets.numpy(force=True)  # whatever view it is
     if places.item(0) != 0 or places.item(-1) != rewards.shape[0]:
         raise ValueError(
             f"offsets: expected numbers from 0 to {rewards.shape[0]}, the length of rewards, got"
@@ -377,16 +397,20 @@ def check_gamma(
         # A tuple: the compiler of torch 2.6 knows no union.
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
             remedy = f"float({name})" if gamma is not None else f"{name}=1.0, or a smaller one"
+            if hasattr(gamma, "__len__") and not isinstance(gamma, str):
+                remedy = f"torch.as_tensor({name})"
             raise TypeError(
                 f"{name}: expected a float or a tensor, got {type(gamma).__name__}; pass {remedy}"
             )
         if not 0 <= gamma <= 1:
             raise ValueError(
-                f"{name}: expected a number in [0, 1], got {gamma}; pass a discount such as 0.99"
+                f"{name}: expected a number in [0, 1], got {gamma}; pass one such as 0.99"
             )
         return float(gamma), None
     if not gamma.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a float tensor, got {name_of(gamma.dtype)}")
+        raise TypeError(
+            f"{name}: expected a float tensor, got {name_of(gamma.dtype)}; pass {name}.float()"
+        )
     if gamma.device != rewards.device and not (gamma.ndim == 0 and gamma.device.type == "cpu"):
         raise ValueError(
             f"{name}: expected a tensor on {rewards.device} like rewards, got {gamma.device};"
@@ -396,6 +420,10 @@ def check_gamma(
         gamma.expand(rewards.shape)
     except RuntimeError:
         remedy = "pass a number, or one for each row or column"
+        if rewards.ndim == 2 and tuple(gamma.shape) == (rewards.shape[1], 1):
+            remedy = f"pass {name}.mT"
+        elif rewards.ndim == 2 and tuple(gamma.shape) == (rewards.shape[0],):
+            remedy = f"pass {name}[:, None]"
         if sequences is not None:
             remedy = "pass a number, or one for each reward"
             if tuple(gamma.shape) == (sequences,):
@@ -404,23 +432,26 @@ def check_gamma(
             f"{name}: expected a shape that broadcasts to {tuple(rewards.shape)},"
             f" got {tuple(gamma.shape)}; {remedy}"
         ) from None
-    if (
-        gamma.device.type == "cpu"
-        and is_eager()
-        and gamma.numel()
-        and not bool(((gamma >= 0) & (gamma <= 1)).all())
-    ):
-        raise ValueError(
-            f"{name}: expected numbers in [0, 1], got {gamma.min().item()} to {gamma.max().item()}"
-        )
+    if gamma.device.type == "cpu" and is_eager():
+        if gamma.numel():
+            low, high = (end.item() for end in gamma.detach().aminmax())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"{name}: expected numbers in [0, 1], got {low} to {high}; pass ones such as"
+                    " 0.99"
+                )
+        if type(gamma) is Tensor and not gamma.requires_grad and gamma.dtype != torch.float64:
+            wide = kept.empty_like(gamma, torch.float64).copy_(gamma)
+            return 0.0, wide.expand(rewards.shape)
     return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)
 
 
 def check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> None:
     """A tensor like `rewards` that shares no memory with an input and takes no gradient."""
-    if isinstance(out, Tensor) and out.dtype != rewards.dtype:
+    if not isinstance(out, Tensor) or out.dtype != rewards.dtype:
+        found = name_of(out.dtype) if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(
-            f"out: expected {name_of(rewards.dtype)} like rewards, got {name_of(out.dtype)};"
+            f"out: expected {name_of(rewards.dtype)} like rewards, got {found};"
             " pass torch.empty_like(rewards)"
         )
     check_like("out", out, rewards, rewards.dtype)
@@ -433,7 +464,10 @@ def check_out(out: Tensor, rewards: Tensor, given: Mapping[str, object]) -> None
     for name, value in given.items():
         if isinstance(value, Tensor):
             if gradients and value.requires_grad:
-                raise ValueError(f"out: expected no gradients, got {name} that requires them")
+                raise ValueError(
+                    f"out: expected no gradients, got {name} that requires them; pass no out, or"
+                    " call it under torch.no_grad()"
+                )
             if is_eager() and out.device == value.device and _share_memory(out, value):
                 raise ValueError(
                     f"out: expected memory of its own, got a tensor that may overlap {name};"

@@ -31,6 +31,7 @@ from vecpg.returns.tiles import (
 
 # Of fewer columns than step together, so many spans do, if there are so many rows.
 _SPANS, _LONG = 64, 2**14
+_LEAST = 5e-324  # the smallest number above 0
 
 _CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
 # Final values and tensors of gamma and lambda, which are not given.
@@ -132,7 +133,10 @@ def adjoint(
     to_final: Tensor | None,
     to_last: Tensor,
 ) -> None:
-    """Write the gradients of rewards, values, final and last values, given that of the result."""
+    """Write the gradients of rewards, values, final and last values, given that of the result.
+
+    All are (T, N), but that of last values, which has as many elements in any shape.
+    """
     carried = _nothing(grad)
     gammas, lambdas = _tensor(gamma), _tensor(gae_lambda)
     places = grad, to_values, dones, to_rewards, mask, to_final, gammas, lambdas
@@ -249,8 +253,11 @@ def _run_spans(
         if mask is None and places[6] == places[7] == 0:
             gamma, through, _ = tail[0]
             open_spans = torch.from_numpy(reached == 0)
-            by_advantage[0, open_spans] = through**rows
-            by_advantage[1, open_spans] = 0.0 if is_back else gamma * through ** (rows - 1)
+            # Never 0 where something flows: infinity comes through powers too small to be held.
+            least = _LEAST if through > 0.0 else 0.0
+            by_advantage[0, open_spans] = max(least, through**rows)
+            if not is_back:
+                by_advantage[1, open_spans] = max(least, gamma * through ** (rows - 1))
         else:
             by_advantage[0] = by_value[1] = 1.0
             _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
@@ -414,7 +421,7 @@ def _kind(places):
 def _room(places, strides, start, stop, factors, like):
     """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
     dense = is_dense(strides)
-    row = COLUMNS if dense else WIDTH
+    row = min(COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
     fit = 0 if dense and (stop - start) % WIDTH == 0 else TILE_ROWS * WIDTH
     state = np.zeros((2, row))
     rest = np.zeros((4, row))

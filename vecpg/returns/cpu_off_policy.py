@@ -196,7 +196,7 @@ def _forth(places, strides, carried, length, num_envs, start, stop, numbers, bou
 def _room(strides, start, stop, numbers, like):
     """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
     dense = is_dense(strides)
-    width = COLUMNS if dense else WIDTH
+    width = min(COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
     fit = 0 if dense and (stop - start) % WIDTH == 0 else TILE_ROWS * WIDTH
     state, rest = np.zeros((2, width)), np.zeros((4, width))
     # Read as 0, written to and not read, gamma, lambda.

@@ -58,7 +58,7 @@ def group_advantage(
     if rewards.ndim != 1:
         raise ValueError(
             f"rewards: expected (B,), got shape {tuple(rewards.shape)}; pass one number for each"
-            " completion, such as token rewards.sum(-1)"
+            " completion: token rewards.sum(-1), or rewards.flatten() where a row is a group"
         )
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
@@ -130,11 +130,16 @@ def _could_be_offsets(groups: Tensor, size: int) -> Tensor:
 def _check_groups(groups: Tensor, rewards: Tensor) -> bool:
     """Ids, or offsets that are right; returns whether the numbers were looked at."""
     if not isinstance(groups, Tensor):
-        raise TypeError(
-            f"groups: expected a tensor, got {type(groups).__name__}; pass torch.tensor(groups)"
+        remedy = (
+            "torch.tensor(groups), or of names np.unique(groups, return_inverse=True)[1] as one"
         )
+        if isinstance(groups, int):
+            remedy = "torch.arange(len(rewards)) // n for groups of n that lie together"
+        raise TypeError(f"groups: expected a tensor, got {type(groups).__name__}; pass {remedy}")
     if groups.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"groups: expected int64 or int32, got {name_of(groups.dtype)}; {_REMEDY}")
+        raise TypeError(
+            f"groups: expected int64 or int32, got {name_of(groups.dtype)}; pass groups.long()"
+        )
     if groups.device != rewards.device:
         raise ValueError(
             f"groups: expected a tensor on {rewards.device} like rewards, got {groups.device};"

@@ -69,8 +69,12 @@ def _strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtyp
 
 def _take(nbytes: int) -> npt.NDArray[np.uint8]:
     """A free buffer that is large enough, and not much larger, or a new one."""
-    for number, buffer in reversed(list(_free.items())):  # the latest may be in a cache still
-        if nbytes <= buffer.nbytes <= 1.25 * nbytes and _free.pop(number, None) is not None:
+    # A list of the items would make tuples, at which a collection may run and change what is free.
+    for number in reversed(list(_free)):  # the latest may be in a cache still
+        buffer = _free.get(number)
+        if buffer is None or not nbytes <= buffer.nbytes <= 1.25 * nbytes:
+            continue
+        if _free.pop(number, None) is not None:
             return buffer
     memory = np.empty(nbytes + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE

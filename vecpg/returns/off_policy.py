@@ -203,6 +203,8 @@ def _is_bound(bound: float) -> bool:
 
 def _check_bound(name: str, bound: float) -> None:
     if isinstance(bound, bool) or not isinstance(bound, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(bound).__name__}; pass 1.0")
+        raise TypeError(
+            f"{name}: expected a float, got {type(bound).__name__}; pass 1.0, or math.inf"
+        )
     if not bound >= 0.0:
         raise ValueError(f"{name}: expected 0 or more, got {bound}; pass 1.0")

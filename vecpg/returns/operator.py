@@ -102,6 +102,7 @@ def write(
     kernels = _kernels(rewards.is_cuda)
     timed = rewards, dones, gammas, final_values, mask, out
     for (r, d, g, f, m, o), last in _matrices(timed, last_values):
+        last = None if last is None else last.reshape(-1)
         kernels.reward_to_go(r, d, gamma if g is None else g, f, last, m, mask_mode, o)
 
 
@@ -125,6 +126,7 @@ def write_advantage(
     timed = rewards, values, dones, gammas, lambdas, final_values, mask, out
     for (r, v, d, g, k, f, m, o), last in _matrices(timed, last_values):
         discount, decay = gamma if g is None else g, gae_lambda if k is None else k
+        last = None if last is None else last.reshape(-1)
         _advantage_kernels().generalized_advantage(
             r, v, d, discount, decay, f, last, m, mask_mode, plus_values, resets, o
         )
@@ -138,7 +140,10 @@ def write_common_advantage(*arguments: Any) -> None:
 def _matrices(
     timed: tuple[Tensor | None, ...], last_values: Tensor | None
 ) -> Iterator[tuple[list[Any], Tensor | None]]:
-    """(T, *batch) tensors as (T, N), and (*batch) as (N,), without a copy: as one, or in parts."""
+    """(T, *batch) tensors as (T, N) without a copy: as one, or in parts.
+
+    The last values of each stay (*batch): those of a part may be a view that no (N,) is.
+    """
     first = next(each for each in timed if each is not None)
     if first.ndim == 2:
         yield list(timed), last_values
@@ -154,7 +159,7 @@ def _matrices(
                 part, None if last_values is None else last_values.select(dim - 1, i)
             )
         return
-    yield views, None if last_values is None else last_values.reshape(-1)
+    yield views, last_values
 
 
 def write_common(

@@ -144,7 +144,8 @@ def _first_return(rewards, dones, out, length, gamma, like):
     total = 0.0
     for j in range(31, -1, -1):
         total = carry[j] + gamma * total
-    return total + gamma ** (32 * rows) * rest
+    # A power of gamma may be too small to be held: infinity comes through all the same.
+    return total + (gamma ** (32 * rows) * rest if np.isfinite(rest) else rest)
 
 
 @jit

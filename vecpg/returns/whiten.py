@@ -122,7 +122,8 @@ def _check_floats(x: Tensor) -> None:
             f" pass {'x.real' if x.is_complex() else 'x.float()'}"
         )
     if x.layout is not torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass x.to_dense()")
+        remedy = "x.values()" if x.is_nested else "x.to_dense()"
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass {remedy}")
 
 
 def _counted(mask: Tensor, x: Tensor) -> Tensor:
@@ -140,8 +141,9 @@ def _counted(mask: Tensor, x: Tensor) -> Tensor:
     try:
         mask = mask.expand(x.shape)
     except RuntimeError:
+        is_turned = mask.ndim == 2 and mask.mT.shape == x.shape
         raise ValueError(
             f"mask: expected a shape that broadcasts to that of x, {tuple(x.shape)}, got"
-            f" {tuple(mask.shape)}; pass one flag for each element"
+            f" {tuple(mask.shape)}; pass {'mask.mT' if is_turned else 'one flag for each element'}"
         ) from None
     return as_bools(mask)
