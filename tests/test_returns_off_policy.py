@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
 
-from vecpg.returns import generalized_advantage, off_policy, ranges, reward_to_go, vtrace
+from vecpg.returns import generalized_advantage, ranges, reward_to_go, trace, vtrace
 from vecpg.returns.checks import _MASK_MODES as MODES
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -111,8 +111,8 @@ def assert_equals_definition(result, case, mode, rho_bar=1.0, c_bar=1.0):
     shape=[(1, 1), (2, 3), (63, 33), (5, 300), (130, 2)],
     dtype=TOLERANCE,
     mode=MODES,
-    how=["reference", "cpu", "gradients"],
-    bounds=[(1.0, 1.0), (2.0, 0.5)],
+    how=["reference", "cpu", "composed"],
+    bounds=[(1.0, 1.0), (2.0, 0.5), (0.5, 0.25)],
     layout=["rows", "columns", "apart"],
 )
 def test_it_is_the_definition(shape, dtype, mode, how, bounds, layout):
@@ -128,8 +128,8 @@ def test_it_is_the_definition(shape, dtype, mode, how, bounds, layout):
         return wide[::2, 1::3]
 
     passed = {name: laid_out(value) for name, value in case.items()}
-    if how == "gradients":  # on the CPU a composition, which autograd follows
-        how, passed["values"] = "cpu", passed["values"].requires_grad_()
+    if how == "composed":  # where gamma takes part in derivatives
+        how, passed["gamma"] = "cpu", passed["gamma"].requires_grad_()
     clipped = dict(zip(("rho_bar", "c_bar"), bounds, strict=True))
     result = vtrace(**passed, **clipped, mask_mode=mode, backend=how)
     assert result.targets.dtype == result.advantages.dtype == dtype
@@ -149,7 +149,7 @@ def test_it_is_the_definition(shape, dtype, mode, how, bounds, layout):
     c_bar=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
     given=st.sets(st.sampled_from(["final_values", "last_values", "mask", "lam", "gamma"])),
     transposed=st.booleans(),
-    gradients=st.booleans(),
+    gradients=st.sampled_from(["none", "own", "composed"]),
     backend=st.sampled_from(BACKENDS),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -182,7 +182,11 @@ def test_any_combination_is_the_definition(
     }
     passed.setdefault("gamma", 0.9)
     passed.setdefault("lam", 0.9)
-    passed["values"] = passed["values"].clone().requires_grad_(gradients)
+    passed["values"] = passed["values"].clone().requires_grad_(gradients == "own")
+    if gradients == "composed":
+        passed["gamma"] = (
+            torch.as_tensor(passed["gamma"], dtype=torch.float64).clone().requires_grad_()
+        )
     result = vtrace(**passed, rho_bar=rho_bar, c_bar=c_bar, mask_mode=mode, backend=backend)
     result = [each.detach() for each in result]
     assert_equals_definition(result, case, mode, rho_bar, c_bar)
@@ -251,6 +255,126 @@ def test_gradients_are_right_and_free_of_what_is_not_read(mode, backend):
         torch.testing.assert_close(ours, theirs)
 
 
+NAMES = ("rewards", "values", "log_ratios", "final_values", "last_values")
+
+
+def gradients_of(case, weights, **options):
+    """Of the weighed sums of targets and advantages; weights of None are left out."""
+    inputs = {name: case[name].detach().requires_grad_() for name in NAMES if name in case}
+    results = vtrace(**case | inputs, **options)
+    pairs = [pair for pair in zip(results, weights, strict=True) if pair[1] is not None]
+    outputs, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, list(inputs.values()), weights)
+
+
+@pairwise(
+    shape=[(1, 1), (2, 3), (63, 33), (5, 300), (130, 2)],
+    dtype=TOLERANCE,
+    mode=MODES,
+    bounds=[(1.0, 1.0), (2.0, 0.25), (0.5, math.inf), (0.0, 0.5)],
+    layout=["rows", "columns", "apart"],
+    weighed=["both", "targets", "advantages", "expanded"],
+)
+def test_gradients_are_those_of_the_loop(shape, dtype, mode, bounds, layout, weighed, monkeypatch):
+    case = make_case(shape[0], *shape, dtype)
+    clipped = dict(zip(("rho_bar", "c_bar"), bounds, strict=True)) | {"mask_mode": mode}
+    weights = [torch.randn(shape).to(dtype) for _ in range(2)]
+    if weighed == "expanded":  # such as those of a sum
+        weights = [torch.full((), 0.5, dtype=dtype).expand(shape)] * 2
+    elif weighed != "both":
+        weights[weighed == "targets"] = None
+    wide = {
+        name: value.double().nan_to_num(0.3, 0.3) if value.is_floating_point() else value
+        for name, value in case.items()
+    }
+    doubles = [None if each is None else each.double() for each in weights]
+    expected = gradients_of(wide, doubles, **clipped, backend="reference")
+    passed = {
+        name: {
+            "rows": value,
+            "columns": value.t().contiguous().t() if value.ndim == 2 else value,
+            "apart": torch.stack([value, value], -1)[..., 1],
+        }[layout]
+        for name, value in case.items()
+    }
+    monkeypatch.setattr(trace, "composed", None)
+    found = gradients_of(passed, weights, **clipped)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        scale = max(1.0, theirs.abs().max().item())
+        tolerance = 4 * TOLERANCE[dtype] * scale
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # forward mode's own
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_have_derivatives_and_can_be_mapped(mode):
+    case = make_case(7, 4, 2, torch.float64)
+    given = {name: case.pop(name).nan_to_num(0.3, 0.3).requires_grad_() for name in NAMES}
+
+    def both(*inputs):
+        return vtrace(**dict(zip(NAMES, inputs, strict=True)), **case, mask_mode=mode)
+
+    inputs = list(given.values())
+    assert torch.autograd.gradcheck(both, inputs, check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(both, inputs, check_batched_grad=True)
+
+    def curved(values, backend):
+        one = {"values": values, "last_values": values[-1] ** 2}
+        targets, advantages = vtrace(**given | one, **case, mask_mode=mode, backend=backend)
+        return targets.sin().sum() + advantages.cos().sum()
+
+    hessians = [
+        torch.autograd.functional.hessian(lambda x, b=backend: curved(x, b), given["values"])
+        for backend in BACKENDS
+    ]
+    torch.testing.assert_close(*hessians)
+
+    def summed(logs, backend):  # whose result's gradient is a constant
+        given = {"log_ratios": logs, "mask_mode": mode, "backend": backend}
+        return vtrace(**case | plain | given).targets.sum()
+
+    plain = {name: value.detach() for name, value in given.items()}
+    hessians = [
+        torch.autograd.functional.hessian(lambda x, b=backend: summed(x, b), plain["log_ratios"])
+        for backend in BACKENDS
+    ]
+    torch.testing.assert_close(*hessians)
+
+
+def test_what_gradients_are_made_of_must_not_change():
+    case = make_case(8, 4, 2)
+    values = case["values"].clone().requires_grad_()
+    targets, _ = vtrace(**case | {"values": values})
+    case["log_ratios"].mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        targets.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ratios_are_right_wherever_they_lie(dtype):
+    around = [0.5, -0.5, 0.3466, 1.0, -3.0, 17.0, -20.0, 87.0, -87.0, 88.8]
+    wide = [-700.0, -707.9, 708.9, 709.7, 709.9, 1e4, -709.0, -1e300, 1e300]
+    logs = torch.tensor(
+        [
+            0.0,
+            *around,
+            *(wide if dtype == torch.float64 else [100.0, -1e30]),
+            math.inf,
+            -math.inf,
+            math.nan,
+        ],
+        dtype=dtype,
+    )[None]
+    zeros, ones = torch.zeros_like(logs), torch.ones_like(logs)
+    result = vtrace(ones, zeros, logs, zeros.bool(), 0.9, rho_bar=math.inf).targets
+    expected = logs.double().exp().to(dtype)
+    close = {"rtol": 1e-13 if dtype == torch.float64 else 1e-7, "atol": 1e-307, "equal_nan": True}
+    torch.testing.assert_close(result, expected, **close)
+    assert result[0, 0] == 1.0
+    assert not result[logs < -708.0].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ratios_above_their_bounds_have_no_gradient(backend):
     logs = torch.tensor([[-0.5], [0.5], [1e4], [-1e4], [0.0]], requires_grad=True)
@@ -294,7 +418,7 @@ def test_more_batch_dimensions_none_and_strides_of_no_matrix():
     narrow = {name: value.select(-1, 0) for name, value in case.items()}
     turned = {name: value.transpose(-1, -2) for name, value in wide.items()}
     with pytest.raises(RuntimeError, match="view size"):
-        off_policy._matrix(turned["rewards"])
+        trace._matrix(turned["rewards"])
     for index in range(2):
         given = expected[index]
         tolerance = {"rtol": 1e-6, "atol": 1e-6}
@@ -327,6 +451,8 @@ def test_what_is_wrong_is_named():
     x, none = torch.zeros(3, 2), torch.zeros(3, 2, dtype=bool)
     with pytest.raises(TypeError, match="log_ratios: expected float32, got bool; pass rewards, v"):
         vtrace(x, x, none, x, 0.9)
+    with pytest.raises(TypeError, match="log_ratios: expected float32.*, got float64"):
+        vtrace(x, x, x.double(), none, 0.9)
     with pytest.raises(ValueError, match=r"values: expected shape \(3, 2\), got \(2, 3\)"):
         vtrace(x, x.t(), x, none, 0.9)
     with pytest.raises(ValueError, match=r"lam: expected a number in \[0, 1\], got 2; pass"):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vecpg.returns import masked_whiten
+from vecpg.returns import masked_whiten, ranges
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
@@ -44,10 +44,11 @@ def definition(x, mask, dims, ddof):
     broadcast=st.booleans(),
     choice=st.sampled_from(["any", "few", "equal", "large"]),
     strided=st.booleans(),
+    gradients=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
 def test_any_combination_is_the_definition(
-    seed, shape, reduced, form, ddof, masked, flags, broadcast, choice, strided, dtype
+    seed, shape, reduced, form, ddof, masked, flags, broadcast, choice, strided, gradients, dtype
 ):
     g = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=g, dtype=torch.float64)
@@ -72,10 +73,13 @@ def test_any_combination_is_the_definition(
     passed = passed.masked_fill(~whole, math.nan) if masked is not None else passed
     if strided and x.ndim > 1:
         passed = passed.mT.contiguous().mT
+    passed = passed.requires_grad_(gradients)  # then by torch's operations
     result = masked_whiten(passed, None if masked is None else mask.to(flags), dim=dim, ddof=ddof)
     assert result.dtype == dtype
     expected = definition(x, whole, dims, ddof)
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2 * TOLERANCE[dtype])
+    torch.testing.assert_close(
+        result.detach().double(), expected, rtol=0, atol=2 * TOLERANCE[dtype]
+    )
 
 
 def test_hand_computed():
@@ -95,7 +99,7 @@ def test_hand_computed():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_equal_elements_are_exactly_zero_and_one_too(dtype):
-    for number, size in itertools.product([0.1, 1 / 3, -1e4, 0.0], [1, 7, 1000]):
+    for number, size in itertools.product([0.1, 1 / 3, -1e4, 0.0], [1, 7, 1000, 5000]):
         x = torch.full((size,), number, dtype=dtype)
         assert torch.equal(masked_whiten(x, None), torch.zeros_like(x))
         assert torch.equal(masked_whiten(x, None, ddof=0), torch.zeros_like(x))
@@ -115,6 +119,63 @@ def test_large_and_many_elements_keep_their_digits():
     torch.testing.assert_close(masked_whiten(x, mask), expected, rtol=1e-12, atol=1e-12)
     far = masked_whiten((1024 * x).round() + 2.0**40, mask)
     torch.testing.assert_close(far, masked_whiten((1024 * x).round(), mask), rtol=1e-12, atol=1e-12)
+
+
+def in_order(x, mask, dims):
+    """By sums of Python's that do not round, for each group of elements."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    kept = [i for i in range(x.ndim) if i not in dims]
+    for index in itertools.product(*(range(x.shape[i]) for i in kept)):
+        place = [slice(None)] * x.ndim
+        for i, number in zip(kept, index, strict=True):
+            place[i] = number
+        numbers = x[tuple(place)].double()
+        counted = numbers[mask[tuple(place)]].tolist()
+        mean = math.fsum(counted) / len(counted)
+        std = math.sqrt(math.fsum((each - mean) ** 2 for each in counted) / (len(counted) - 1))
+        out[tuple(place)] = torch.where(mask[tuple(place)], (numbers - mean) / std, 0.0)
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("shape", "dims", "order"),
+    [
+        ((9000,), (0,), (0,)),
+        ((3, 4099), (1,), (0, 1)),
+        ((4099, 3), (0,), (1, 0)),
+        ((3, 4099), (0, 1), (1, 0)),
+        ((2, 65, 3, 33), (1, 3), (0, 2, 1, 3)),
+        ((2048, 3), (0,), (0, 1)),
+    ],
+)
+def test_many_elements_and_many_that_do_not_count(shape, dims, order, dtype):
+    """Of which whole stretches do not; in the order of memory that the last numbers say."""
+    g = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=g) < 0.7
+    mask.view(-1)[:2100] = False
+    mask.view(-1)[2090 % mask.numel()] = True
+    mask[tuple(slice(-2, None) if i in dims else slice(None) for i in range(len(shape)))] = True
+    x = (3.0 + torch.randn(shape, generator=g)).to(dtype).masked_fill(~mask, math.nan)
+    x = x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+    expected = in_order(x, mask, dims)
+    result = masked_whiten(x, mask, dim=dims)
+    assert result.stride() == x.stride()
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=16 * TOLERANCE[dtype])
+
+
+def test_a_result_does_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(ranges, "THREAD_ELEMENTS", 100)
+    x, mask = torch.randn(7, 5000, dtype=torch.float64), torch.rand(7, 5000) < 0.7
+    before = torch.get_num_threads()
+    for dim in (None, 1):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(masked_whiten(x, mask, dim=dim))
+        torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
 
 
 def test_a_nan_stays_with_those_it_is_compared_with():

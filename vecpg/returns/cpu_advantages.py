@@ -16,15 +16,19 @@ from vecpg.kernels.jit import jit
 from vecpg.returns.halves import LIKE
 from vecpg.returns.ranges import MODES, THREAD_ELEMENTS, in_threads
 from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
-from vecpg.returns.tiles import elements, turn
+from vecpg.returns.tiles import (
+    COLUMNS,
+    TILE_ROWS,
+    TOGETHER,
+    elements,
+    extent,
+    give,
+    is_dense,
+    keep,
+    take,
+    tile,
+)
 
-# Rows between which what is carried stays in registers.
-_TOGETHER = 8
-# Rows of a tile that is brought into order; and elements of one that need not be.
-_TILE_ROWS = 256
-_TILE_ELEMENTS = 8192
-# Environments of one that need not be, at most: what is carried for them is in the fastest cache.
-_COLUMNS = 1024
 # Of fewer columns than step together, so many spans do, if there are so many rows.
 _SPANS, _LONG = 64, 2**14
 _LEAST = 5e-324  # the smallest number above 0
@@ -35,10 +39,10 @@ _ABSENT, _ABSENT_STRIDES = (0, 0, 0), (0, 1, 0, 1, 0, 1)
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
 # Rows that stand for what is not given: read, written to, or a factor for each element.
 _NOTHING, _UNREAD, _GAMMA, _LAMBDA = range(4)
-_one_back, _back_general = back(1, GENERAL), back(_TOGETHER, GENERAL)
-_back_plain, _back_masked = back(_TOGETHER, PLAIN), back(_TOGETHER, MASKED)
-_one_forth, _forth_general = forth(1, GENERAL), forth(_TOGETHER, GENERAL)
-_forth_plain, _forth_masked = forth(_TOGETHER, PLAIN), forth(_TOGETHER, MASKED)
+_one_back, _back_general = back(1, GENERAL), back(TOGETHER, GENERAL)
+_back_plain, _back_masked = back(TOGETHER, PLAIN), back(TOGETHER, MASKED)
+_one_forth, _forth_general = forth(1, GENERAL), forth(TOGETHER, GENERAL)
+_forth_plain, _forth_masked = forth(TOGETHER, PLAIN), forth(TOGETHER, MASKED)
 
 
 def generalized_advantage(
@@ -307,8 +311,8 @@ def _back(
     kind = _kind(places)
     column = start
     while column < stop:
-        count, height = _extent(strides, column, stop)
-        _take(state, carried, num_envs, column, count)
+        count, height = extent(strides, column, stop)
+        take(state, carried, num_envs, column, count)
         advantage, value = state[0].ctypes.data, state[1].ctypes.data
         end = length
         while end > 0:
@@ -318,8 +322,8 @@ def _back(
             for j in range(0, count, WIDTH):
                 t = end - begin
                 while t > 0:
-                    together = t % _TOGETHER == 0
-                    t -= _TOGETHER if together else 1
+                    together = t % TOGETHER == 0
+                    t -= TOGETHER if together else 1
                     if not together:
                         _one_back(at, step, t, j, advantage, value, both, modes, plus, like)
                     elif kind == PLAIN:
@@ -328,9 +332,9 @@ def _back(
                         _back_masked(at, step, t, j, advantage, value, both, modes, plus, like)
                     else:
                         _back_general(at, step, t, j, advantage, value, both, modes, plus, like)
-            _keep(places[3], strides[6:8], block, at[3], step[3], like)
+            keep(places[3], strides[6:8], block, at[3], step[3], like)
             end = begin
-        _give(state, carried, num_envs, column, count)
+        give(state, carried, num_envs, column, count)
         column += count
     return _held(room)
 
@@ -347,8 +351,8 @@ def _forth(
     kind = _kind(places)
     column = start
     while column < stop:
-        count, height = _extent(strides, column, stop)
-        _take(state, carried, num_envs, column, count)
+        count, height = extent(strides, column, stop)
+        take(state, carried, num_envs, column, count)
         advantage, value = state[0].ctypes.data, state[1].ctypes.data
         begin = 0
         while begin < length:
@@ -358,7 +362,7 @@ def _forth(
             for j in range(0, count, WIDTH):
                 t = 0
                 while t < rows:
-                    together = t + _TOGETHER <= rows
+                    together = t + TOGETHER <= rows
                     if not together:
                         _one_forth(at, step, t, j, advantage, value, both, modes, plus, like)
                     elif kind == PLAIN:
@@ -367,12 +371,12 @@ def _forth(
                         _forth_masked(at, step, t, j, advantage, value, both, modes, plus, like)
                     else:
                         _forth_general(at, step, t, j, advantage, value, both, modes, plus, like)
-                    t += _TOGETHER if together else 1
-            _keep(places[1], strides[2:4], block, at[1], step[1], like)
-            _keep(places[3], strides[6:8], block, at[3], step[3], like)
-            _keep(places[5], strides[10:12], block, at[5], step[5], like)
+                    t += TOGETHER if together else 1
+            keep(places[1], strides[2:4], block, at[1], step[1], like)
+            keep(places[3], strides[6:8], block, at[3], step[3], like)
+            keep(places[5], strides[10:12], block, at[5], step[5], like)
             begin += rows
-        _give(state, carried, num_envs, column, count)
+        give(state, carried, num_envs, column, count)
         column += count
     return _held(room)
 
@@ -387,7 +391,7 @@ def _reach(dones, dones_step, mask, mask_step, resets, rows, is_back, reached):
         reached[span] = 0
         k = 0
         while k < rows and reached[span] == 0:
-            count = min(_TILE_ROWS, rows - k)
+            count = min(TILE_ROWS, rows - k)
             begin = span * rows + (rows - k - count if is_back else k)
             if dones_step != 1 or _any(ends[begin : begin + count]):
                 for i in range(count):
@@ -414,29 +418,11 @@ def _kind(places):
 
 
 @jit
-def _is_dense(strides):
-    """Whether the environments of every array are neighbours."""
-    dense = True
-    for number in range(8):
-        dense = dense and strides[2 * number + 1] == 1
-    return dense
-
-
-@jit
-def _extent(strides, column, stop):
-    """The columns, and the rows at most, of the next tile."""
-    if _is_dense(strides) and stop - column >= WIDTH:
-        count = min(_COLUMNS, (stop - column) // WIDTH * WIDTH)
-        return count, max(_TOGETHER, _TILE_ELEMENTS // count)
-    return min(WIDTH, stop - column), _TILE_ROWS
-
-
-@jit
 def _room(places, strides, start, stop, factors, like):
     """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
-    dense = _is_dense(strides)
-    row = min(_COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
-    fit = 0 if dense and (stop - start) % WIDTH == 0 else _TILE_ROWS * WIDTH
+    dense = is_dense(strides)
+    row = min(COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
+    fit = 0 if dense and (stop - start) % WIDTH == 0 else TILE_ROWS * WIDTH
     state = np.zeros((2, row))
     rest = np.zeros((4, row))
     rest[_GAMMA], rest[_LAMBDA] = factors[0], factors[2]
@@ -455,93 +441,30 @@ def _held(room):
 
 
 @jit
-def _take(state, carried, num_envs, column, count):
-    """Read what is carried into some columns; nothing is where there is no address."""
-    state[:, :] = 0.0
-    if carried == 0:
-        return
-    for i in range(2):
-        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
-        state[i, :count] = row
-
-
-@jit
-def _give(state, carried, num_envs, column, count):
-    """Write what is carried out of them."""
-    if carried == 0:
-        return
-    for i in range(2):
-        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
-        row[:] = state[i, :count]
-
-
-@jit
 def _tiles(places, strides, block, room, is_back, like):
     """Where a tile of each array is, read unless it is a result, and the bytes from row to row."""
     _, rest, real, floats, flags, wide = room
     nothing, unread = rest[_NOTHING].ctypes.data, rest[_UNREAD].ctypes.data
     a0, s0 = nothing, 0
     if places[0] != 0:
-        a0, s0 = _tile(places[0], strides[0:2], block, floats[0].ctypes.data, True, like)
+        a0, s0 = tile(places[0], strides[0:2], block, floats[0].ctypes.data, True, like)
     a1, s1 = nothing if is_back else unread, 0
     if places[1] != 0:
-        a1, s1 = _tile(places[1], strides[2:4], block, floats[1].ctypes.data, is_back, like)
-    a2, s2 = _tile(places[2], strides[4:6], block, flags[0].ctypes.data, True, _FLAG)
+        a1, s1 = tile(places[1], strides[2:4], block, floats[1].ctypes.data, is_back, like)
+    a2, s2 = tile(places[2], strides[4:6], block, flags[0].ctypes.data, True, _FLAG)
     a3, s3 = unread, 0
     if places[3] != 0:
-        a3, s3 = _tile(places[3], strides[6:8], block, floats[2].ctypes.data, False, like)
+        a3, s3 = tile(places[3], strides[6:8], block, floats[2].ctypes.data, False, like)
     a4, s4 = real.ctypes.data, 0
     if places[4] != 0:
-        a4, s4 = _tile(places[4], strides[8:10], block, flags[1].ctypes.data, True, _FLAG)
+        a4, s4 = tile(places[4], strides[8:10], block, flags[1].ctypes.data, True, _FLAG)
     a5, s5 = nothing if is_back else unread, 0
     if places[5] != 0:
-        a5, s5 = _tile(places[5], strides[10:12], block, floats[3].ctypes.data, is_back, like)
+        a5, s5 = tile(places[5], strides[10:12], block, floats[3].ctypes.data, is_back, like)
     a6, s6 = rest[_GAMMA].ctypes.data, 0
     if places[6] != 0:
-        a6, s6 = _tile(places[6], strides[12:14], block, wide[0].ctypes.data, True, _WIDE)
+        a6, s6 = tile(places[6], strides[12:14], block, wide[0].ctypes.data, True, _WIDE)
     a7, s7 = rest[_LAMBDA].ctypes.data, 0
     if places[7] != 0:
-        a7, s7 = _tile(places[7], strides[14:16], block, wide[1].ctypes.data, True, _WIDE)
+        a7, s7 = tile(places[7], strides[14:16], block, wide[1].ctypes.data, True, _WIDE)
     return (a0, a1, a2, a3, a4, a5, a6, a7), (s0, s1, s2, s3, s4, s5, s6, s7)
-
-
-@jit
-def _tile(place, strides, block, scratch, is_read, like):
-    """Where a tile of a matrix lies row by row, brought there if it must be; bytes between rows."""
-    size = np.full(1, like).itemsize
-    begin, rows, column, count = block
-    first = place + (begin * strides[0] + column * strides[1]) * size
-    if strides[1] == 1 and count % WIDTH == 0:
-        return first, strides[0] * size
-    step = WIDTH * size
-    if not is_read:
-        return scratch, step
-    if strides[0] == 1:
-        turn(first, strides[1] * size, scratch, step, count, rows, like)
-        return scratch, step
-    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
-    source = elements(first, like, reach)
-    target = elements(scratch, like, rows * WIDTH)
-    for t in range(rows):
-        for j in range(count):
-            target[t * WIDTH + j] = source[t * strides[0] + j * strides[1]]
-    return scratch, step
-
-
-@jit
-def _keep(place, strides, block, tile, step, like):
-    """Write a tile to where it belongs, unless it lies there or belongs nowhere."""
-    size = np.full(1, like).itemsize
-    begin, rows, column, count = block
-    first = place + (begin * strides[0] + column * strides[1]) * size
-    if first == tile or place == 0:
-        return
-    if strides[0] == 1:
-        turn(tile, step, first, strides[1] * size, rows, count, like)
-        return
-    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
-    source = elements(tile, like, rows * WIDTH)
-    target = elements(first, like, reach)
-    for t in range(rows):
-        for j in range(count):
-            target[t * strides[0] + j * strides[1]] = source[t * WIDTH + j]

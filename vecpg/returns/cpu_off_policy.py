@@ -1,4 +1,8 @@
-"""V-trace on the CPU, in machine code: one pass over memory, backward in time."""
+"""V-trace on the CPU, in machine code: one pass over memory, backward in time.
+
+Its adjoint, of which gradients are made, is one forward in time. Tiles and threads are those of
+advantages.
+"""
 
 from typing import Any
 
@@ -7,21 +11,35 @@ import torch
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
+from vecpg.returns.halves import LIKE
 from vecpg.returns.ranges import MODES, in_threads
-from vecpg.returns.tiles import elements
+from vecpg.returns.steps import WIDTH, trace_back, trace_forth
+from vecpg.returns.tiles import (
+    COLUMNS,
+    TILE_ROWS,
+    extent,
+    give,
+    is_dense,
+    keep,
+    take,
+    tile,
+)
 
-# Columns that step together, and fewer where a row's elements are far apart.
-_COLUMNS = 256
-_FAR_COLUMNS = 16
+# Rows between which what is carried stays in registers: fewer than of advantages, since a row takes
+# more of them.
+_TOGETHER = 4
 _CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
-_LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+# Arrays of a step, by number: floats that are read, flags, float64, and floats that are written.
+_READ, _FLAGS, _FACTORS, _ARRAYS = 6, 8, 10, 14
+_one_back, _some_back = trace_back(1), trace_back(_TOGETHER)
+_one_forth, _some_forth = trace_forth(1), trace_forth(_TOGETHER)
 
 
 def vtrace(
     rewards: Tensor,
     values: Tensor,
-    ratios: Tensor,
+    log_ratios: Tensor,
     dones: Tensor,
     gamma: float | Tensor,
     lam: float | Tensor,
@@ -33,157 +51,199 @@ def vtrace(
     mask_mode: str,
     targets: Tensor,
     advantages: Tensor,
+    own: Tensor | None = None,
+    traced: Tensor | None = None,
 ) -> None:
-    """Write what `vecpg.returns.vtrace` describes; all are (T, N), checked, ratios float64."""
-    length, num_envs = rewards.shape
+    """Write what `vecpg.returns.vtrace` describes; all are (T, N), checked.
+
+    Tensors of gamma and lambda are float64 in the shape of rewards. For the adjoint, what a row's
+    own error adds to the target, and what is traced back to it, are written to the last two.
+    """
+    carried = None
+    if last_values is not None:
+        carried = torch.zeros((2, rewards.shape[1]), dtype=torch.float64, device="cpu")
+        carried[1] = last_values
+    read = rewards, values, log_ratios, final_values, None, None
+    written = targets, advantages, own, traced
+    factors = gamma, lam, float(rho_bar), float(c_bar)
+    _run(_back, read, dones, mask, factors, mask_mode, written, carried)
+
+
+def adjoint(
+    of_targets: Tensor | None,
+    of_advantages: Tensor | None,
+    log_ratios: Tensor,
+    advantages: Tensor,
+    own: Tensor | None,
+    traced: Tensor | None,
+    dones: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    rho_bar: float,
+    c_bar: float,
+    mask: Tensor | None,
+    mask_mode: str,
+    to_rewards: Tensor | None,
+    to_values: Tensor | None,
+    to_log_ratios: Tensor | None,
+    to_final: Tensor | None,
+    to_last: Tensor,
+) -> None:
+    """Write the gradients of what V-trace is made of, given those of its results.
+
+    Of the results' gradients None is 0; of those that are written, none that is wanted.
+    """
+    carried = torch.zeros((2, log_ratios.shape[1]), dtype=torch.float64, device="cpu")
+    read = of_targets, of_advantages, log_ratios, advantages, own, traced
+    written = to_rewards, to_values, to_log_ratios, to_final
+    factors = gamma, lam, float(rho_bar), float(c_bar)
+    _run(_forth, read, dones, mask, factors, mask_mode, written, carried)
+    to_last.copy_(carried[1])
+
+
+def _run(
+    kernel: Any,
+    read: tuple[Any, ...],
+    dones: Tensor,
+    mask: Tensor | None,
+    factors: tuple[float | Tensor, float | Tensor, float, float],
+    mask_mode: str,
+    written: tuple[Tensor | None, ...],
+    carried: Tensor | None,
+) -> None:
+    length, num_envs = dones.shape
     if length == 0 or num_envs == 0:
         return
-    tensors = (each if isinstance(each, Tensor) else None for each in (gamma, lam))
-    numbers = tuple(1.0 if isinstance(each, Tensor) else float(each) for each in (gamma, lam))
-    read, flags = _places(rewards, values, final_values), _places(dones, mask)
-    (last,) = _places(None if last_values is None else last_values[None])
-    options: tuple[Any, ...] = (read, flags, _places(ratios, *tensors), last)
-    options += (_places(targets, advantages), length)
-    tail = (*numbers, float(rho_bar), float(c_bar)), MODES[mask_mode], _LIKE[rewards.dtype]
-    in_threads(_vtrace, options, num_envs, tail, length * num_envs)
-
-
-def _places(*matrices: Tensor | None) -> tuple[Any, ...]:
-    """Where each lies and its two strides; 0 = not given."""
-    return tuple(
-        (0, 0, 0) if each is None else (each.data_ptr(), *each.stride()) for each in matrices
-    )
+    _, _, log_ratios, *_ = read
+    gamma, lam, *bounds = factors
+    tensors = [each if isinstance(each, Tensor) else None for each in (gamma, lam)]
+    numbers = tuple([1.0 if isinstance(each, Tensor) else each for each in (gamma, lam)])
+    given = *read, dones, mask, *tensors, *written
+    places = tuple([0 if each is None else each.data_ptr() for each in given])
+    strides: tuple[int, ...] = ()
+    for each in given:
+        strides += (0, 1) if each is None else each.stride()
+    options = places, strides, 0 if carried is None else carried.data_ptr(), length, num_envs
+    tail = numbers, tuple(bounds), MODES[mask_mode], LIKE[log_ratios.dtype]
+    in_threads(kernel, options, num_envs, tail, length * num_envs)
 
 
 @jit
-def _vtrace(read, flags, wides, last, written, length, start, stop, numbers, mode, like):
-    """Columns `start` to `stop`."""
-    gamma, lam, rho_bar, c_bar = numbers
-    width = _COLUMNS if read[0][2] == 1 else _FAR_COLUMNS
-    given, factors = np.zeros((3, width)), np.empty((3, width))
-    marks, carried = np.ones((2, width), np.uint8), np.empty((2, width))
-    own = np.empty((4, width))
-    masked = flags[1][0] != 0
-    for column in range(start, stop, width):
-        count = min(width, stop - column)
-        reward, value, final = given[0, :count], given[1, :count], given[2, :count]
-        ratio, discount, lowered = factors[0, :count], factors[1, :count], factors[2, :count]
-        closed, counted = marks[0, :count], marks[1, :count]
-        error, after = carried[0, :count], carried[1, :count]
-        weight, trace, shown, behind = (
-            own[0, :count],
-            own[1, :count],
-            own[2, :count],
-            own[3, :count],
-        )
-        discount[:], lowered[:] = gamma, lam
-        error[:], after[:] = 0.0, 0.0
-        if last[0] != 0:
-            _load(last, 0, column, after, like)
-        for t in range(length - 1, -1, -1):
-            # Those that are not given stay as they are.
-            for k in range(3):
-                _load(read[k], t, column, given[k, :count], like)
-                _load(wides[k], t, column, factors[k, :count], _WIDE)
-            for k in range(2):
-                _load(flags[k], t, column, marks[k, :count], _FLAG)
-            if masked:
-                # Selected before it is multiplied, here and below: 0 times NaN is NaN.
-                _keep(counted, reward, 0.0)
-                _keep(counted, value, 0.0)
-                _keep(counted, ratio, 1.0)
-                for j in range(count):
-                    ending = closed[j]
-                    closed[j] = ending if counted[j] else 0
-            for j in range(count):
-                given_ratio = ratio[j]
-                weight[j] = rho_bar if given_ratio > rho_bar else given_ratio
-                trace[j] = c_bar if given_ratio > c_bar else given_ratio
-            for j in range(count):
-                trace[j] *= discount[j] * lowered[j]
-            for j in range(count):
-                here, there = final[j], after[j]
-                shown[j] = discount[j] * (here if closed[j] else there)
-            for j in range(count):
-                following = error[j]
-                behind[j] = 0.0 if closed[j] else following
-            for j in range(count):
-                reward[j] = weight[j] * (reward[j] + (shown[j] - value[j]))
-            if masked and mode != _ZERO:
-                # Masked rows have no error of their own, and let through what their mode says.
-                _keep(counted, reward, 0.0)
-                _pass(counted, error, after, discount, trace, mode)
-            for j in range(count):
-                ratio[j] = reward[j] + trace[j] * behind[j]
-            for j in range(count):
-                reward[j] += weight[j] * (discount[j] * behind[j])
-            if masked and mode != _ZERO:
-                _choose(counted, ratio, error)
-                _choose(counted, value, after)
-            else:
-                error[:] = ratio
-                after[:] = value
-            for j in range(count):
-                ratio[j] += value[j]
-            if masked:
-                _keep(counted, ratio, 0.0)
-                _keep(counted, reward, 0.0)
-            _store(written[0], t, column, ratio, like)
-            _store(written[1], t, column, reward, like)
+def _back(places, strides, carried, length, num_envs, start, stop, numbers, bounds, mode, like):
+    """Columns `start` to `stop`. Places and strides are those of the arrays of `trace_back`."""
+    room = _room(strides, start, stop, numbers, like)
+    state = room[0]
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, False
+    column = start
+    while column < stop:
+        count, height = extent(strides, column, stop)
+        take(state, carried, num_envs, column, count)
+        error, value = state[0].ctypes.data, state[1].ctypes.data
+        end = length
+        while end > 0:
+            begin = max(0, end - height)
+            block = begin, end - begin, column, count
+            at, step = _tiles(places, strides, block, room, like)
+            for j in range(0, count, WIDTH):
+                t = end - begin
+                while t > 0:
+                    together = t % _TOGETHER == 0
+                    t -= _TOGETHER if together else 1
+                    if together:
+                        _some_back(at, step, t, j, error, value, bounds, modes, like)
+                    else:
+                        _one_back(at, step, t, j, error, value, bounds, modes, like)
+            _write(places, strides, block, at, step, like)
+            end = begin
+        give(state, carried, num_envs, column, count)
+        column += count
+    return _held(room)
 
 
 @jit
-def _keep(counted, row, other):
-    for j in range(len(row)):
-        kept = row[j]
-        row[j] = kept if counted[j] else other
+def _forth(places, strides, carried, length, num_envs, start, stop, numbers, bounds, mode, like):
+    """The same of `trace_forth`."""
+    room = _room(strides, start, stop, numbers, like)
+    state = room[0]
+    modes = mode == _CUT, mode == _SKIP, mode == _ZERO, False
+    column = start
+    while column < stop:
+        count, height = extent(strides, column, stop)
+        take(state, carried, num_envs, column, count)
+        error, value = state[0].ctypes.data, state[1].ctypes.data
+        begin = 0
+        while begin < length:
+            rows = min(height, length - begin)
+            block = begin, rows, column, count
+            at, step = _tiles(places, strides, block, room, like)
+            for j in range(0, count, WIDTH):
+                t = 0
+                while t < rows:
+                    together = t + _TOGETHER <= rows
+                    if together:
+                        _some_forth(at, step, t, j, error, value, bounds, modes, like)
+                    else:
+                        _one_forth(at, step, t, j, error, value, bounds, modes, like)
+                    t += _TOGETHER if together else 1
+            _write(places, strides, block, at, step, like)
+            begin += rows
+        give(state, carried, num_envs, column, count)
+        column += count
+    return _held(room)
 
 
 @jit
-def _choose(counted, row, into):
-    for j in range(len(into)):
-        own, kept = row[j], into[j]
-        into[j] = own if counted[j] else kept
+def _room(strides, start, stop, numbers, like):
+    """Memory: what is carried, rows for what is not given, and tiles of floats, flags, float64."""
+    dense = is_dense(strides)
+    width = min(COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
+    fit = 0 if dense and (stop - start) % WIDTH == 0 else TILE_ROWS * WIDTH
+    state, rest = np.zeros((2, width)), np.zeros((4, width))
+    # Read as 0, written to and not read, gamma, lambda.
+    rest[2], rest[3] = numbers
+    real = np.ones(width, np.uint8)
+    floats = np.empty((_ARRAYS, fit * np.full(1, like).itemsize), np.uint8)
+    return state, rest, real, floats, np.empty((2, fit), np.uint8), np.empty((2, fit))
 
 
 @jit
-def _pass(counted, error, after, discount, trace, mode):
-    """What masked rows let through, of the error and of the value that follow."""
-    for j in range(len(error) if mode != _SKIP else 0):
-        following = error[j]
-        passed = 0.0 if mode == _CUT else trace[j] * following
-        error[j] = following if counted[j] else passed
-    for j in range(len(after) if mode != _SKIP else 0):
-        following = after[j]
-        passed = 0.0 if mode == _CUT else discount[j] * following
-        after[j] = following if counted[j] else passed
+def _held(room):
+    """Memory that mere addresses stand for is held until this is asked."""
+    state, rest, real, floats, flags, wide = room
+    return state.size + rest.size + real.size + floats.size + flags.size + wide.size
 
 
 @jit
-def _load(matrix, t, column, into, like):
-    """Some of a row's elements, if the matrix is given. It vectorizes where it can."""
-    place, row_step, step = matrix
-    count = len(into) if place != 0 else 0
-    first = t * row_step + column * step
-    flat = elements(place, like, first + (len(into) - 1) * step + 1)
-    if step == 1:
-        row = flat[first:]
-        for j in range(count):
-            into[j] = row[j]
-    else:
-        for j in range(count):
-            into[j] = flat[first + j * step]
+def _tiles(places, strides, block, room, like):
+    """Where a tile of each array is, read unless it is a result, and the bytes from row to row."""
+    _, rest, real, floats, flags, wide = room
+    a, s = np.empty(_ARRAYS, np.intp), np.zeros(_ARRAYS, np.intp)
+    for i in range(_ARRAYS):
+        steps = strides[2 * i], strides[2 * i + 1]
+        if i < _READ or i >= _FACTORS:
+            is_read = i < _READ
+            a[i] = rest[0 if is_read else 1].ctypes.data
+            if places[i] != 0:
+                a[i], s[i] = tile(places[i], steps, block, floats[i].ctypes.data, is_read, like)
+        elif i < _FLAGS:
+            a[i] = real.ctypes.data
+            if places[i] != 0:
+                a[i], s[i] = tile(
+                    places[i], steps, block, flags[i - _READ].ctypes.data, True, _FLAG
+                )
+        else:
+            a[i] = rest[2 + i - _FLAGS].ctypes.data
+            if places[i] != 0:
+                a[i], s[i] = tile(
+                    places[i], steps, block, wide[i - _FLAGS].ctypes.data, True, _WIDE
+                )
+    at = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    step = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13]
+    return at, step
 
 
 @jit
-def _store(matrix, t, column, row, like):
-    place, row_step, step = matrix
-    first = t * row_step + column * step
-    flat = elements(place, like, first + (len(row) - 1) * step + 1)
-    if step == 1:
-        into = flat[first:]
-        for j in range(len(row)):
-            into[j] = row[j]
-    else:
-        for j in range(len(row)):
-            flat[first + j * step] = row[j]
+def _write(places, strides, block, at, step, like):
+    """Write tiles of results to where they belong."""
+    for i in range(_FACTORS, _ARRAYS):
+        keep(places[i], (strides[2 * i], strides[2 * i + 1]), block, at[i], step[i], like)

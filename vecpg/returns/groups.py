@@ -76,7 +76,9 @@ def group_advantage(
     nothing = torch.zeros(max(size, groups.shape[0]), dtype=wide, device=rewards.device)
 
     def total(values: Tensor) -> Tensor:
-        # Not index_add, which on CUDA adds in any order: index_put sorts.
+        if nothing.is_cpu:
+            return nothing.scatter_add(0, group, values).gather(0, group)
+        # Not these, which on CUDA add in any order, here or in the gradient: index_put sorts.
         return nothing.index_put((group,), values, accumulate=True)[group]
 
     paid = rewards.to(wide)
@@ -106,8 +108,9 @@ def _number(ids: Tensor) -> Tensor:
 
 def _find(offsets: Tensor, size: int) -> Tensor:
     """The group that each completion lies in."""
-    places = torch.arange(size, device=offsets.device)
-    return torch.searchsorted(offsets[1:].long().contiguous(), places, right=True)
+    # As many groups as there are ends up to it lie before it.
+    ends = offsets[1:].long().clamp(0, size)
+    return ends.new_zeros(size + 1).scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:size]
 
 
 def _of_first(values: Tensor, counts: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -116,7 +119,7 @@ def _of_first(values: Tensor, counts: Tensor, group: Tensor, num_groups: int) ->
     places = torch.where(counts, torch.arange(size, device=values.device), size - 1)
     lasts = places.new_full((num_groups,), size - 1)
     firsts = lasts.scatter_reduce(0, group, places, "amin")
-    return values[firsts[group]]
+    return values.gather(0, firsts.gather(0, group))
 
 
 def _could_be_offsets(groups: Tensor, size: int) -> Tensor:

@@ -1,23 +1,23 @@
 """Value targets and advantages of a policy other than the one that acted."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept, operator
-from vecpg.returns.backend import is_served
+from vecpg.returns import kept, trace
+from vecpg.returns.backend import is_served, say_cpu
 from vecpg.returns.checks import (
     check_gamma,
     check_like,
     check_rewards,
     check_row_inputs,
     check_values,
+    is_common,
+    is_common_advantage,
     is_plain,
     name_of,
 )
-from vecpg.returns.to_go import reward_to_go
 
 
 class VTrace(NamedTuple):
@@ -99,6 +99,20 @@ def vtrace(
         >>> vtrace(rewards, torch.zeros(2), log_ratios, dones, 0.5)
         VTrace(targets=tensor([0.0000, 0.5000]), advantages=tensor([0.0000, 0.5000]))
     """
+    if (
+        final_values is last_values is None
+        and backend == "auto"
+        and is_common_advantage(rewards, values, dones, gamma, lam, mask, mask_mode, None)
+        and is_common(log_ratios, dones, gamma, mask, mask_mode, None)  # type: ignore[arg-type]
+        and log_ratios.dtype is rewards.dtype
+        and _is_bound(rho_bar)
+        and _is_bound(c_bar)
+    ):
+        say_cpu()
+        written = kept.empty_like(rewards), kept.empty_like(rewards)
+        read = rewards, values, log_ratios, dones, gamma, lam
+        trace.write_common(*read, rho_bar, c_bar, None, None, mask, mask_mode, *written)
+        return VTrace(*written)
     check_rewards(rewards)
     check_values(values, rewards, "log_ratios, dones")
     if isinstance(log_ratios, Tensor) and log_ratios.dtype == torch.bool:
@@ -116,62 +130,20 @@ def vtrace(
     served = is_served(backend, rewards)
     factor = scalar_lambda if lambdas is None else lambdas
     discount = scalar if gammas is None else gammas
+    inputs = rewards, values, log_ratios, final_values, last_values
+    if served and rewards.is_cpu and is_plain((dones, gamma, lam, mask)):
+        # Only their memory is asked about: there are derivatives with respect to these.
+        with torch.no_grad():
+            has_memory = is_plain(inputs)
+        if has_memory and trace.are_matrices((*inputs[:4], dones, discount, factor, mask)):
+            options = dones, discount, factor, rho_bar, c_bar, mask, mask_mode
+            written = trace.in_machine_code(inputs, options)
+            return VTrace(*(each.to(rewards.dtype) for each in written))
     arguments: tuple[Any, ...] = (rewards, values, log_ratios, dones, discount, factor)
     arguments += (rho_bar, c_bar, final_values, last_values, mask, mask_mode)
-    given = (rewards, values, log_ratios, dones, gamma, lam, final_values, last_values, mask)
-    if served and rewards.is_cpu and is_plain(given):
-        written = _in_machine_code(*arguments)
-        if written is not None:
-            return written
-    how = _composed if served else _looped
+    how = trace.composed if served else _looped
     targets, advantages = how(*arguments)
     return VTrace(targets.to(rewards.dtype), advantages.to(rewards.dtype))
-
-
-def _composed(
-    rewards: Tensor,
-    values: Tensor,
-    log_ratios: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    rho_bar: float,
-    c_bar: float,
-    final_values: Tensor | None,
-    last_values: Tensor | None,
-    mask: Tensor | None,
-    mask_mode: str,
-) -> tuple[Tensor, Tensor]:
-    """The errors x are a reward-to-go: of rho * delta, with the discount gamma * c."""
-    wide = torch.float64
-    # Selected before anything is done with it: what is masked may be NaN.
-    paid, known, logs = (_selected(mask, each.to(wide)) for each in (rewards, values, log_ratios))
-    zero = torch.zeros((), dtype=wide, device=rewards.device)
-    none = zero.expand(rewards.shape[1:])
-    last = none if last_values is None else last_values.to(wide)
-    final = zero if final_values is None else final_values.to(wide)
-    rho = _bounded(logs, rho_bar)
-    through = gamma * (lam * (rho if c_bar == rho_bar else _bounded(logs, c_bar)))
-    # What a row shows to the one before it, its value and its error, is its own or what its mode
-    # lets through.
-    reached, closed = known, dones
-    if mask is not None:
-        dones = closed = dones & mask
-        if mask_mode == "cut":
-            closed = torch.where(mask, dones, True)
-        elif mask_mode != "zero":
-            passing = gamma if mask_mode == "decay" else 1.0
-            reached = reward_to_go(known, mask, passing, last_values=last)
-            through = torch.where(mask, through, 1.0) if mask_mode == "skip" else through
-    # Masked rows have no error, unless they count as rows that are 0.
-    stands = None if mask_mode == "zero" else mask
-    after = _selected(stands, torch.where(dones, final, _next(reached, last)))
-    delta = _selected(stands, rho * (paid + gamma * after - known))
-    # The operator, since a bound above 1 makes this a discount above 1.
-    traces = through.expand(delta.shape)
-    error = operator.differentiable(delta, closed, 0.0, traces, None, None, None, "cut")
-    advantages = delta + rho * gamma * torch.where(dones, zero, _next(error, none))
-    return _selected(mask, known + error), _selected(mask, advantages)
 
 
 def _looped(
@@ -205,7 +177,7 @@ def _looped(
         )
         final = zero if final_values is None else final_values[t].to(wide)
         ends = dones[t] & real
-        rho, c = _bounded(log_ratio, rho_bar), lams[t] * _bounded(log_ratio, c_bar)
+        rho, c = trace.bounded(log_ratio, rho_bar), lams[t] * trace.bounded(log_ratio, c_bar)
         shown = torch.where(ends, final, after)
         shown = torch.where(real | (mask_mode == "zero"), shown, zero)
         behind = torch.where(ends, zero, error)
@@ -225,57 +197,8 @@ def _looped(
     return torch.stack(targets[::-1]), torch.stack(advantages[::-1])
 
 
-def _in_machine_code(
-    rewards: Tensor,
-    values: Tensor,
-    log_ratios: Tensor,
-    dones: Tensor,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    rho_bar: float,
-    c_bar: float,
-    final_values: Tensor | None,
-    last_values: Tensor | None,
-    mask: Tensor | None,
-    mask_mode: str,
-) -> VTrace | None:
-    """On the CPU without gradients; None where the strides are those of no matrix."""
-    from vecpg.returns import cpu_off_policy  # Numba takes a second
-
-    dtype = rewards.dtype
-    wide = dtype if dtype == torch.float64 else torch.float32
-    ratios = kept.empty_like(log_ratios, torch.float64).copy_(log_ratios).exp_()
-    result = VTrace(*(kept.empty_like(rewards, wide) for _ in range(2)))
-    timed: list[Any] = [rewards.to(wide), values.to(wide), ratios, dones, gamma, lam, mask]
-    timed += [None if final_values is None else final_values.to(wide), *result]
-    last = None if last_values is None else last_values.to(wide).reshape(-1)
-    try:
-        views = [_matrix(each) if isinstance(each, Tensor) else each for each in timed]
-    except RuntimeError:
-        return None
-    r, v, ratio, ends, g, k, real, final, *out = views
-    cpu_off_policy.vtrace(
-        r, v, ratio, ends, g, k, rho_bar, c_bar, final, last, real, mask_mode, *out
-    )
-    return VTrace(*(each.to(dtype) for each in result))
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """(T, *batch) as (T, N), without a copy."""
-    return tensor.view(len(tensor), math.prod(tensor.shape[1:]))
-
-
-def _selected(mask: Tensor | None, rows: Tensor) -> Tensor:
-    return rows if mask is None else torch.where(mask, rows, 0.0)
-
-
-def _bounded(logs: Tensor, bound: float) -> Tensor:
-    """min(bound, exp(logs)), whose gradient above the bound is 0 and not inf * 0."""
-    return logs.clamp(max=math.log(bound) if bound > 0.0 else -math.inf).exp()
-
-
-def _next(rows: Tensor, last: Tensor) -> Tensor:
-    return torch.cat([rows[1:], last[None]]) if rows.shape[0] else rows
+def _is_bound(bound: float) -> bool:
+    return type(bound) is float and bound >= 0.0
 
 
 def _check_bound(name: str, bound: float) -> None:

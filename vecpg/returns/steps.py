@@ -13,8 +13,11 @@ and whether a row ends an episode though it is masked. A kind is
     PLAIN    without mask, final values and tensors of gamma and lambda
     MASKED   with a mask
     GENERAL  with all of them
+
+Those of V-trace are always general. For `factors` they have the two bounds.
 """
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -33,6 +36,11 @@ _ZERO = ir.Constant(_FLOATS, [0.0] * WIDTH)
 _ONE = ir.Constant(_FLOATS, [1.0] * WIDTH)
 _ALL = ir.Constant(ir.VectorType(ir.IntType(1), WIDTH), [1] * WIDTH)
 _UNSET = ir.Constant(_BYTES, [0] * WIDTH)
+_WORDS = ir.VectorType(ir.IntType(64), WIDTH)
+# Its last bits count units: an integer that is added to it stands in them.
+_UNITS = 1.5 * 2.0**52
+# Below its smallest argument exp is 0; above the other it is infinite.
+_EXP_RANGE = -708.0, 710.0
 
 
 def back(rows: int, kind: int) -> Any:
@@ -135,6 +143,156 @@ def forth(rows: int, kind: int) -> Any:
     return step
 
 
+def trace_back(rows: int) -> Any:
+    """`rows` steps of V-trace, back in time from row `t + rows - 1` to row `t`.
+
+        e = rho * (r + gamma * (final if done else value) - v)
+        w = gamma * lambda * c * (0 if done else error)
+
+    with rho and c the ratio within its two bounds. `error` becomes e + w and `value` v. Written are
+    the target v + e + w, the advantage e + rho * gamma * (0 if done else error), e and w.
+    Arrays: rewards, values, log-ratios, final values, two that are not read; flags, mask; gammas,
+    lambdas; targets, advantages, e, w.
+    """
+
+    @intrinsic
+    def step(context, places, steps, t, j, error, value, bounds, modes, like):
+        def build(machine, builder, signature, args):
+            row = _Row(machine, builder, args, like)
+            error, value = row.carried(4), row.carried(5)
+            for t in reversed(range(rows)):
+                real, ends = row.flags(7, t), row.flags(6, t)
+                ends = row.ending(ends, real)
+                # Rows that are masked are 0, which is what they are in mode "zero".
+                r, v, logs = (builder.select(real, row.floats(i, t), _ZERO) for i in range(3))
+                rho, c, _ = row.ratios(logs)
+                gamma = row.wide(8, t)
+                through = builder.fmul(builder.fmul(gamma, row.wide(9, t)), c)
+                shown = builder.select(ends, row.floats(3, t), value)
+                following = builder.select(ends, _ZERO, error)
+                delta = builder.fsub(row.sum(r, gamma, shown), v)
+                own = builder.fmul(rho, delta)
+                traced = builder.fmul(through, following)
+                x = builder.fadd(own, traced)
+                behind = builder.fmul(gamma, following)
+                for number, written in (
+                    (10, builder.fadd(v, x)),
+                    (11, row.sum(own, rho, behind)),
+                    (12, own),
+                    (13, traced),
+                ):
+                    row.write(builder.select(real, written, _ZERO), number, t)
+                stands = builder.or_(real, row.counts_zero())
+                passed, seen = row.passed_back(following, shown, gamma, through)
+                error = builder.select(stands, x, passed)
+                value = builder.select(stands, v, seen)
+            row.keep(error, 4)
+            row.keep(value, 5)
+            return machine.get_dummy_value()
+
+        return _trace_signature(like), build
+
+    return step
+
+
+def trace_forth(rows: int) -> Any:
+    """`rows` steps of the adjoint, forward in time from row `t`.
+
+        x = gradient of the target + error
+        g = rho * (x + gradient of the advantage)
+
+    g is the gradient of the row's reward, that of its value x + `value` - `error` - g, and that of
+    its final value gamma * g if done. That of its log-ratio is e * x + advantage * gradient of the
+    advantage, unless rho is its bound, and w * x, unless c is its bound. `error` becomes
+    gamma * (lambda * c * x + rho * gradient of the advantage) and `value` gamma * g, or both 0 if
+    done: what flows to the next row's.
+    Arrays: gradients of targets and advantages; log-ratios; advantages, e, w; flags, mask; gammas,
+    lambdas; gradients of rewards, values, log-ratios, final values.
+    """
+
+    @intrinsic
+    def step(context, places, steps, t, j, error, value, bounds, modes, like):
+        def build(machine, builder, signature, args):
+            row = _Row(machine, builder, args, like)
+            error, value = row.carried(4), row.carried(5)
+            for t in range(rows):
+                real, ends = row.flags(7, t), row.flags(6, t)
+                ends = row.ending(ends, real)
+                of_target, of_advantage, logs = (
+                    builder.select(real, row.floats(i, t), _ZERO) for i in range(3)
+                )
+                rho, c, is_within = row.ratios(logs)
+                gamma = row.wide(8, t)
+                through = builder.fmul(builder.fmul(gamma, row.wide(9, t)), c)
+                x = builder.fadd(of_target, error)
+                g = builder.fmul(rho, builder.fadd(x, of_advantage))
+                of_value = builder.fsub(builder.fadd(of_target, value), g)
+                by_rho = row.sum(builder.fmul(row.floats(4, t), x), row.floats(3, t), of_advantage)
+                by_c = builder.fmul(row.floats(5, t), x)
+                of_logs = builder.fadd(
+                    builder.select(is_within[0], by_rho, _ZERO),
+                    builder.select(is_within[1], by_c, _ZERO),
+                )
+                weighed = builder.fmul(gamma, builder.fmul(rho, of_advantage))
+                following, shown = row.sum(weighed, through, x), builder.fmul(gamma, g)
+                for number, written in ((10, g), (11, of_value), (12, of_logs)):
+                    row.write(builder.select(real, written, _ZERO), number, t)
+                row.write(builder.select(ends, shown, _ZERO), 13, t)
+                stands = builder.or_(real, row.counts_zero())
+                passed, seen = row.passed_forth(error, value, gamma, through)
+                following = builder.select(stands, following, passed)
+                shown = builder.select(stands, shown, seen)
+                error = builder.select(ends, _ZERO, following)
+                value = builder.select(ends, _ZERO, shown)
+            row.keep(error, 4)
+            row.keep(value, 5)
+            return machine.get_dummy_value()
+
+        return _trace_signature(like), build
+
+    return step
+
+
+def _trace_signature(like):
+    places, carried = types.UniTuple(types.intp, 14), types.intp
+    bounds, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 4)
+    given = places, places, types.intp, types.intp, carried, carried, bounds, modes
+    return types.none(*given, like)
+
+
+def _exp(builder, x):
+    """Exp of float64, to the last digits that its argument tells; NaN of NaN.
+
+    With x = n log(2) + r and r near 0, it is 2^n times the series of exp at r.
+    """
+
+    def all_of(number):
+        return ir.Constant(_FLOATS, [number] * WIDTH)
+
+    def sum_of(addend, factor, value):
+        product = builder.fmul(factor, value, flags=("contract",))
+        return builder.fadd(addend, product, flags=("contract",))
+
+    low, high = (all_of(each) for each in _EXP_RANGE)
+    is_low = builder.fcmp_ordered("<", x, low)
+    x = builder.select(is_low, low, x)
+    x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+    kind = ir.FunctionType(_FLOATS, [_FLOATS])
+    rint = builder.module.declare_intrinsic(f"llvm.rint.v{WIDTH}f64", (), kind)
+    n = builder.call(rint, [builder.fmul(x, all_of(1.0 / math.log(2.0)))])
+    r = sum_of(x, n, all_of(-math.log(2.0)))
+    series = all_of(1.0 / math.factorial(13))
+    for degree in range(12, 1, -1):
+        series = sum_of(all_of(1.0 / math.factorial(degree)), series, r)
+    series = builder.fadd(all_of(1.0), sum_of(r, builder.fmul(r, r), series))
+    # Half of 2^n, since there is no exponent of 2^1024.
+    units = builder.bitcast(builder.fadd(n, all_of(_UNITS)), _WORDS)
+    exponent = builder.add(units, ir.Constant(_WORDS, [1022] * WIDTH))
+    exponent = builder.shl(exponent, ir.Constant(_WORDS, [52] * WIDTH))
+    half = builder.fmul(series, builder.bitcast(exponent, _FLOATS))
+    return builder.select(is_low, _ZERO, builder.fadd(half, half))
+
+
 def _signature(like):
     places, carried = types.UniTuple(types.intp, 8), types.intp
     factors, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 4)
@@ -199,13 +357,25 @@ class _Row:
         self.builder.store(values, self._kept(number), align=8)
 
     def factors(self):
-        """Gamma, and gamma * lambda, for each environment."""
+        """Gamma, and gamma * lambda, or two bounds, for each environment."""
         undefined = ir.Constant(_FLOATS, ir.Undefined)
         places = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
         for number in range(2):
             one = self.builder.extract_value(self.args[6], number)
             one = self.builder.insert_element(undefined, one, ir.IntType(32)(0))
             yield self.builder.shuffle_vector(one, one, places)
+
+    def ratios(self, logs):
+        """The ratio within each of the two bounds, and where the bound is not less than it."""
+        ratio = _exp(self.builder, logs)
+        bounds = list(self.factors())
+        is_within = [self.builder.fcmp_ordered("<=", ratio, bound) for bound in bounds]
+        # One that is NaN stays it.
+        rho, c = (
+            self.builder.select(self.builder.fcmp_ordered(">", ratio, bound), bound, ratio)
+            for bound in bounds
+        )
+        return rho, c, is_within
 
     def sum(self, addend, factor, value):
         """`addend + factor * value`, rounded once where the processor can.
@@ -228,6 +398,11 @@ class _Row:
         """Where an episode ends."""
         always = self.builder.select(self._mode(3), _ALL, real)
         return self.builder.and_(ends, always)
+
+    def counts_zero(self):
+        """Whether a masked row counts as one that is 0, for each environment."""
+        nowhere = ir.Constant(_ALL.type, [0] * WIDTH)
+        return self.builder.select(self._mode(2), _ALL, nowhere)
 
     def passed_back(self, advantage, value, gamma, through):
         """What a masked row shows to the row before it, of the advantage and value after it."""

@@ -1,7 +1,7 @@
 """Tiles of a matrix, turned: what lies row by row is written column by column, eight by eight.
 
 So what has time contiguous steps in machine code like what has environments contiguous, whatever
-its options are.
+its options are. A tile of what has environments contiguous is taken where it lies.
 """
 
 import numba
@@ -11,6 +11,16 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vecpg.kernels.jit import jit
+from vecpg.returns.steps import WIDTH
+
+# Rows between which what is carried stays in registers.
+TOGETHER = 8
+# Rows of a tile that is brought into order; and elements of one that need not be.
+TILE_ROWS = 256
+_TILE_ELEMENTS = 8192
+# Environments of one that need not be, at most: what is carried for them is in the fastest cache.
+COLUMNS = 1024
+_WIDE = np.float64(0)
 
 
 @intrinsic
@@ -123,3 +133,84 @@ def turn(source, source_step, target, target_step, rows, columns, like):
 def elements(address, like, count):
     """`count` elements of the type of `like`, as they lie in memory."""
     return numba.carray(_at(address, like), (count,))
+
+
+@jit
+def is_dense(strides):
+    """Whether the environments of every array are neighbours."""
+    dense = True
+    for number in range(len(strides) // 2):
+        dense = dense and strides[2 * number + 1] == 1
+    return dense
+
+
+@jit
+def extent(strides, column, stop):
+    """The columns, and the rows at most, of the next tile."""
+    if is_dense(strides) and stop - column >= WIDTH:
+        count = min(COLUMNS, (stop - column) // WIDTH * WIDTH)
+        return count, max(TOGETHER, _TILE_ELEMENTS // count)
+    return min(WIDTH, stop - column), TILE_ROWS
+
+
+@jit
+def take(state, carried, num_envs, column, count):
+    """Read what is carried into some columns; nothing is where there is no address."""
+    state[:, :] = 0.0
+    if carried == 0:
+        return
+    for i in range(2):
+        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
+        state[i, :count] = row
+
+
+@jit
+def give(state, carried, num_envs, column, count):
+    """Write what is carried out of them."""
+    if carried == 0:
+        return
+    for i in range(2):
+        row = elements(carried + 8 * (i * num_envs + column), _WIDE, count)
+        row[:] = state[i, :count]
+
+
+@jit
+def tile(place, strides, block, scratch, is_read, like):
+    """Where a tile of a matrix lies row by row, brought there if it must be; bytes between rows."""
+    size = np.full(1, like).itemsize
+    begin, rows, column, count = block
+    first = place + (begin * strides[0] + column * strides[1]) * size
+    if strides[1] == 1 and count % WIDTH == 0:
+        return first, strides[0] * size
+    step = WIDTH * size
+    if not is_read:
+        return scratch, step
+    if strides[0] == 1:
+        turn(first, strides[1] * size, scratch, step, count, rows, like)
+        return scratch, step
+    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
+    source = elements(first, like, reach)
+    target = elements(scratch, like, rows * WIDTH)
+    for t in range(rows):
+        for j in range(count):
+            target[t * WIDTH + j] = source[t * strides[0] + j * strides[1]]
+    return scratch, step
+
+
+@jit
+def keep(place, strides, block, at, step, like):
+    """Write a tile to where it belongs, unless it lies there or belongs nowhere."""
+    size = np.full(1, like).itemsize
+    begin, rows, column, count = block
+    first = place + (begin * strides[0] + column * strides[1]) * size
+    if first == at or place == 0:
+        return
+    if strides[0] == 1:
+        turn(at, step, first, strides[1] * size, rows, count, like)
+        return
+    reach = (rows - 1) * strides[0] + (count - 1) * strides[1] + 1
+    source = elements(at, like, rows * WIDTH)
+    target = elements(first, like, reach)
+    for t in range(rows):
+        for j in range(count):
+            target[t * strides[0] + j * strides[1]] = source[t * WIDTH + j]

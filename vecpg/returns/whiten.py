@@ -1,11 +1,13 @@
 """Numbers with mean 0 and standard deviation 1 over the elements that count."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vecpg.returns.checks import as_bools, name_of
+from vecpg.returns import kept
+from vecpg.returns.checks import as_bools, is_plain, name_of
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,9 +54,16 @@ def masked_whiten(
         raise TypeError(f"ddof: expected an int, got {type(ddof).__name__}; pass 1 or 0")
     if ddof < 0:
         raise ValueError(f"ddof: expected 0 or more, got {ddof}; pass 1 or 0")
-    counts = _counted(mask, x)
+    given = x, mask
+    counts = None if mask is None else _counted(mask, x)
     if x.numel() == 0:
         return x.clone()
+    if x.is_cpu and is_plain(given):
+        written = _in_machine_code(x, counts, dims, ddof)
+        if written is not None:
+            return written
+    if counts is None:
+        counts = torch.ones_like(x, dtype=torch.bool)
 
     wide = torch.float64
     number = counts.sum(dims, keepdim=True, dtype=wide)
@@ -68,6 +77,25 @@ def masked_whiten(
     differ = (variance != 0.0) & (number > ddof)
     scale = torch.where(differ, torch.where(differ, variance, 1.0).rsqrt(), 0.0)
     return torch.where(counts, (away * scale).to(x.dtype), 0.0)
+
+
+def _in_machine_code(
+    x: Tensor, counts: Tensor | None, dims: tuple[int, ...], ddof: int
+) -> Tensor | None:
+    """On the CPU without gradients; None where a group's elements are not neighbours in memory."""
+    order = sorted((i for i in range(x.ndim) if x.shape[i] > 1), key=x.stride, reverse=True)
+    inside = [i in dims for i in order]
+    rest = [i for i in range(x.ndim) if x.shape[i] == 1]
+    if inside != sorted(inside) or not x.permute(order + rest).is_contiguous():
+        return None
+    from vecpg.returns import cpu_whiten  # Numba takes a second
+
+    if counts is not None and any(counts.stride(i) != x.stride(i) for i in order):
+        counts = torch.empty_like(x, dtype=torch.bool).copy_(counts)
+    groups = math.prod(x.shape[i] for i in order if i not in dims)
+    out = kept.empty_like(x)
+    cpu_whiten.masked_whiten(x, counts, groups, ddof, out)
+    return out
 
 
 def _dims(dim: int | Sequence[int] | None, x: Tensor) -> tuple[int, ...]:
@@ -98,10 +126,8 @@ def _check_floats(x: Tensor) -> None:
         raise TypeError(f"x: expected a dense tensor, got {x.layout}; pass {remedy}")
 
 
-def _counted(mask: Tensor | None, x: Tensor) -> Tensor:
+def _counted(mask: Tensor, x: Tensor) -> Tensor:
     """A mask as bools in the shape of `x`."""
-    if mask is None:
-        return torch.ones_like(x, dtype=torch.bool)
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"mask: expected a tensor or None, got {type(mask).__name__}; pass"
