@@ -16,6 +16,7 @@ from vecpg.returns import (
 )
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 MODES = ("cut", "skip", "decay", "zero")
 BACKENDS = ("reference", "cpu")
 LENGTHS = [
@@ -114,7 +115,7 @@ def assert_close(result, expected, dtype):
 
 @pairwise(
     lengths=LENGTHS,
-    dtype=TOLERANCE,
+    dtype=DTYPES,
     mode=MODES,
     backend=BACKENDS,
     options=["scalar", "tensors", "no values", "nothing", "apart", "mask apart"],
@@ -159,7 +160,7 @@ def test_packed_with_a_mask_is_the_double_sum_of_each_sequence(
     assert_close(result, expected, dtype)
 
 
-@pairwise(lengths=LENGTHS, dtype=TOLERANCE, backend=BACKENDS, gamma=["scalar", "tensor"])
+@pairwise(lengths=LENGTHS, dtype=DTYPES, backend=BACKENDS, gamma=["scalar", "tensor"])
 def test_packed_advantages_are_the_double_sum_of_each_sequence(lengths, dtype, backend, gamma):
     case = make_packed(lengths, dtype, masked=0.0)
     passed = dict(case)
@@ -174,6 +175,14 @@ def test_packed_advantages_are_the_double_sum_of_each_sequence(lengths, dtype, b
         for rows, last in each_sequence(case)
     ]
     assert_close(result, expected, dtype)
+
+
+@pytest.mark.slow  # it has machine code of its own, which takes its time to compile
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_packed_float16_too(lengths):
+    options = lengths, torch.float16
+    test_packed_with_a_mask_is_the_double_sum_of_each_sequence(*options, "skip", "cpu", "tensors")
+    test_packed_advantages_are_the_double_sum_of_each_sequence(*options, "cpu", "scalar")
 
 
 ADVANTAGE = ("rewards", "values", "gamma", "gae_lambda")

@@ -109,7 +109,7 @@ def assert_equals_definition(result, case, mode, rho_bar=1.0, c_bar=1.0):
 
 @pairwise(
     shape=[(1, 1), (2, 3), (63, 33), (5, 300), (130, 2)],
-    dtype=TOLERANCE,
+    dtype=[torch.float64, torch.float32],
     mode=MODES,
     how=["reference", "cpu", "composed"],
     bounds=[(1.0, 1.0), (2.0, 0.5), (0.5, 0.25)],
@@ -228,6 +228,15 @@ def test_hand_computed():
     assert result.advantages.tolist() == [0.75, 2.0]
 
 
+@pytest.mark.slow  # each has machine code of its own, which takes its time to compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
+def test_sixteen_bits_too(dtype, layout, monkeypatch):
+    options = (63, 33), dtype, "skip"
+    test_it_is_the_definition(*options, "cpu", (1.0, 1.0), layout)
+    test_gradients_are_those_of_the_loop(*options, (1.0, 1.0), layout, "both", monkeypatch)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # forward mode's own
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -269,7 +278,7 @@ def gradients_of(case, weights, **options):
 
 @pairwise(
     shape=[(1, 1), (2, 3), (63, 33), (5, 300), (130, 2)],
-    dtype=TOLERANCE,
+    dtype=[torch.float64, torch.float32],
     mode=MODES,
     bounds=[(1.0, 1.0), (2.0, 0.25), (0.5, math.inf), (0.0, 0.5)],
     layout=["rows", "columns", "apart"],
@@ -304,6 +313,15 @@ def test_gradients_are_those_of_the_loop(shape, dtype, mode, bounds, layout, wei
         scale = max(1.0, theirs.abs().max().item())
         tolerance = 4 * TOLERANCE[dtype] * scale
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow  # each has machine code of its own, which takes its time to compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
+def test_sixteen_bits_too(dtype, layout, monkeypatch):
+    options = (63, 33), dtype, "skip"
+    test_it_is_the_definition(*options, "cpu", (1.0, 1.0), layout)
+    test_gradients_are_those_of_the_loop(*options, (1.0, 1.0), layout, "both", monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # forward mode's own

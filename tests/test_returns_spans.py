@@ -46,7 +46,7 @@ def made(seed, length, dtype, done):
     length=[1, 127, 128, 129, 200, 643, 2000],
     done=[0.0, 0.002, 0.3],
     gamma=[0.0, 0.3, 0.99, 1.0],
-    dtype=TOLERANCE,
+    dtype=[torch.float64, torch.float32, torch.bfloat16],
     mode=[None, "cut", "skip", "decay", "zero"],
 )
 def test_a_long_sequence_is_the_sum_of_what_follows(length, done, gamma, dtype, mode):
@@ -88,7 +88,7 @@ def test_columns_that_are_not_eight_are_the_sums_of_what_follows(num_envs, lengt
 
 @pairwise(
     lengths=[[2000], [1500, 2, 0, 600], [0, 700, 0, 0, 900, 1], [40] * 30],
-    dtype=TOLERANCE,
+    dtype=[torch.float64, torch.float32, torch.bfloat16],
     final=[False, True],
     stride=[1, 2],
     gamma=[0.3, 0.99, 1.0],

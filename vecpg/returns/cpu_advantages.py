@@ -6,6 +6,7 @@ adjoint, of which gradients are made, is the same forward in time. Sums are carr
 """
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -253,11 +254,12 @@ def _run_spans(
         if mask is None and places[6] == places[7] == 0:
             gamma, through, _ = tail[0]
             open_spans = torch.from_numpy(reached == 0)
-            # Never 0 where something flows: infinity comes through powers too small to be held.
-            least = _LEAST if through > 0.0 else 0.0
-            by_advantage[0, open_spans] = max(least, through**rows)
+            # Never 0 where something flows: infinity comes through powers too small to be held, and
+            # is NaN times a factor of 0.
+            by_advantage[0, open_spans] = max(_LEAST, through**rows) if through else math.nan
             if not is_back:
-                by_advantage[1, open_spans] = max(least, gamma * through ** (rows - 1))
+                follows = gamma * through ** (rows - 1)
+                by_advantage[1, open_spans] = max(_LEAST, follows) if through else math.nan
         else:
             by_advantage[0] = by_value[1] = 1.0
             _call(is_back, at(0, 0, 1, 3, 5), apart, by_advantage, rows, _SPANS, tail)
@@ -275,7 +277,8 @@ def _follow(
 ) -> None:
     """What flows into each span, given what flows out where nothing more than `into` flows in.
 
-    By both parts of what flows in, the other two say how much more flows out.
+    By both parts of what flows in, the other two say how much more flows out: 0 is nothing, NaN no
+    number times it.
     """
     known, true = into.tolist(), into.tolist()
     flows, first, second = out.tolist(), by_advantage.tolist(), by_value.tolist()
@@ -283,10 +286,13 @@ def _follow(
         for part in range(2):
             flow = flows[part][before]
             for number, factors in enumerate((first, second)):
+                more = true[number][before] - known[number][before]
+                factor = factors[part][before]
                 # What does not flow on may be infinite.
-                if factors[part][before] != 0.0:
-                    more = true[number][before] - known[number][before]
-                    flow += factors[part][before] * more
+                if math.isnan(factor):
+                    flow += 0.0 * more
+                elif factor != 0.0:
+                    flow += factor * more
             true[part][span] = flow
     into.copy_(torch.tensor(true, dtype=torch.float64, device="cpu"))
 
