@@ -455,7 +455,7 @@ def test_what_is_infinite_flows_no_further_than_its_episode(gamma, monkeypatch):
     torch.testing.assert_close(result, expected)
     # Times a lambda of 0 it is no number: so many are in a short column, and so many here.
     result = generalized_advantage(rewards, torch.zeros(640, 1), dones, gamma, 0.0)[:, 0]
-    assert torch.equal(result.isnan(), (300 < torch.arange(640)) & (torch.arange(640) < 500))
+    assert torch.equal(result.isnan(), (torch.arange(640) > 300) & (torch.arange(640) < 500))
 
 
 @pairwise(

@@ -228,15 +228,6 @@ def test_hand_computed():
     assert result.advantages.tolist() == [0.75, 2.0]
 
 
-@pytest.mark.slow  # each has machine code of its own, which takes its time to compile
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
-def test_sixteen_bits_too(dtype, layout, monkeypatch):
-    options = (63, 33), dtype, "skip"
-    test_it_is_the_definition(*options, "cpu", (1.0, 1.0), layout)
-    test_gradients_are_those_of_the_loop(*options, (1.0, 1.0), layout, "both", monkeypatch)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # forward mode's own
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
