@@ -494,3 +494,32 @@ def test_spans_of_a_long_column_that_all_end_early(mode, monkeypatch):
         weight = torch.linspace(-1, 2, len(result), dtype=torch.float64)[:, None]
         found.append([result, *torch.autograd.grad((result * weight).sum(), inputs.values())])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pairwise(
+    shape=[(20, 33), (9, 1041), (300, 5)],
+    kind=KINDS,
+    layout=["rows", "columns"],
+    mode=["skip", "zero"],
+)
+def test_factors_for_each_environment_are_those_of_each_alone(shape, kind, layout, mode):
+    """A gamma and a lambda that are the same in all rows, with gradients."""
+    case = options(make(sum(shape), *shape), kind)
+    g = torch.Generator().manual_seed(shape[1])
+    factors = {name: torch.rand(shape[1], generator=g).double() for name in ("gamma", "gae_lambda")}
+    names = [name for name in NAMES if name in case]
+
+    def found(case):
+        case = case | {name: case[name].detach().requires_grad_() for name in names}
+        result = generalized_advantage(**case, mask_mode=mode)
+        return [result, *torch.autograd.grad(result.sum(), [case[name] for name in names])]
+
+    whole = found(arranged(case | factors, layout))
+    for n in range(0, shape[1], 37):
+        alone = {
+            name: value[..., n : n + 1] if isinstance(value, torch.Tensor) else value
+            for name, value in case.items()
+        }
+        alone |= {name: factors[name][n].item() for name in factors}
+        for ours, expected in zip(whole, found(alone), strict=True):
+            torch.testing.assert_close(ours[..., n : n + 1], expected, rtol=1e-6, atol=1e-6)

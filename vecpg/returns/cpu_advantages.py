@@ -39,7 +39,7 @@ _CUT, _SKIP, _ZERO = MODES["cut"], MODES["skip"], MODES["zero"]
 _ABSENT, _ABSENT_STRIDES = (0, 0, 0), (0, 1, 0, 1, 0, 1)
 _FLAG, _WIDE = np.uint8(0), np.float64(0)
 # Rows that stand for what is not given: read, written to, or a factor for each element.
-_NOTHING, _UNREAD, _GAMMA, _LAMBDA = range(4)
+_NOTHING, _UNREAD, _GAMMA, _LAMBDA, _THROUGH = range(5)
 _one_back, _back_general = back(1, GENERAL), back(TOGETHER, GENERAL)
 _back_plain, _back_masked = back(TOGETHER, PLAIN), back(TOGETHER, MASKED)
 _one_forth, _forth_general = forth(1, GENERAL), forth(TOGETHER, GENERAL)
@@ -313,12 +313,13 @@ def _back(
     room = _room(places, strides, start, stop, factors, like)
     state = room[0]
     modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
-    both = factors[0], factors[1]
-    kind = _kind(places)
+    both = room[1][_GAMMA].ctypes.data, room[1][_THROUGH].ctypes.data
+    kind = _kind(places, strides)
     column = start
     while column < stop:
         count, height = extent(strides, column, stop)
         take(state, carried, num_envs, column, count)
+        _factors(places, strides, column, count, room[1])
         advantage, value = state[0].ctypes.data, state[1].ctypes.data
         end = length
         while end > 0:
@@ -353,12 +354,13 @@ def _forth(
     room = _room(places, strides, start, stop, factors, like)
     state = room[0]
     modes = mode == _CUT, mode == _SKIP, mode == _ZERO, resets
-    both = factors[0], factors[1]
-    kind = _kind(places)
+    both = room[1][_GAMMA].ctypes.data, room[1][_THROUGH].ctypes.data
+    kind = _kind(places, strides)
     column = start
     while column < stop:
         count, height = extent(strides, column, stop)
         take(state, carried, num_envs, column, count)
+        _factors(places, strides, column, count, room[1])
         advantage, value = state[0].ctypes.data, state[1].ctypes.data
         begin = 0
         while begin < length:
@@ -417,10 +419,29 @@ def _any(flags):
 
 
 @jit
-def _kind(places):
-    if places[5] != 0 or places[6] != 0 or places[7] != 0:
+def _kind(places, strides):
+    if places[5] != 0 or _differs(places, strides, 6) or _differs(places, strides, 7):
         return GENERAL
     return PLAIN if places[4] == 0 else MASKED
+
+
+@jit
+def _differs(places, strides, number):
+    """Whether gammas, or lambdas, are given for each row, not for each environment alone."""
+    return places[number] != 0 and strides[2 * number] != 0
+
+
+@jit
+def _factors(places, strides, column, count, rest):
+    """Read the gammas and lambdas of some environments, where they are the same in all rows."""
+    for number, row in ((6, _GAMMA), (7, _LAMBDA)):
+        if places[number] != 0 and not _differs(places, strides, number):
+            step = strides[2 * number + 1]
+            given = elements(places[number] + 8 * column * step, _WIDE, (count - 1) * step + 1)
+            for j in range(count):
+                rest[row, j] = given[j * step]
+    for j in range(count):
+        rest[_THROUGH, j] = rest[_GAMMA, j] * rest[_LAMBDA, j]
 
 
 @jit
@@ -430,12 +451,12 @@ def _room(places, strides, start, stop, factors, like):
     row = min(COLUMNS, (stop - start) // WIDTH * WIDTH + WIDTH) if dense else WIDTH
     fit = 0 if dense and (stop - start) % WIDTH == 0 else TILE_ROWS * WIDTH
     state = np.zeros((2, row))
-    rest = np.zeros((4, row))
+    rest = np.zeros((5, row))
     rest[_GAMMA], rest[_LAMBDA] = factors[0], factors[2]
     real = np.ones(row, np.uint8)
     floats = np.empty((4, fit * np.full(1, like).itemsize), np.uint8)
     flags = np.empty((2, fit), np.uint8)
-    wide = np.empty((2, fit if _kind(places) == GENERAL else 0))
+    wide = np.empty((2, fit if _kind(places, strides) == GENERAL else 0))
     return state, rest, real, floats, flags, wide
 
 
@@ -468,9 +489,9 @@ def _tiles(places, strides, block, room, is_back, like):
     if places[5] != 0:
         a5, s5 = tile(places[5], strides[10:12], block, floats[3].ctypes.data, is_back, like)
     a6, s6 = rest[_GAMMA].ctypes.data, 0
-    if places[6] != 0:
+    if _differs(places, strides, 6):
         a6, s6 = tile(places[6], strides[12:14], block, wide[0].ctypes.data, True, _WIDE)
     a7, s7 = rest[_LAMBDA].ctypes.data, 0
-    if places[7] != 0:
+    if _differs(places, strides, 7):
         a7, s7 = tile(places[7], strides[14:16], block, wide[1].ctypes.data, True, _WIDE)
     return (a0, a1, a2, a3, a4, a5, a6, a7), (s0, s1, s2, s3, s4, s5, s6, s7)

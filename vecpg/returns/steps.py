@@ -6,11 +6,12 @@ before it is multiplied: 0 times infinity is NaN.
 
 A step is given the addresses of its arrays' first rows, the bytes from row to row of each, and the
 row `t` and environment `j` to begin with. Gammas and lambdas are float64, flags and masks are
-bytes, all others of the type of `like`. What is not given by element is in `factors`: gamma, and
-gamma * lambda. `modes` are whether a masked row cuts, skips, or counts zero (if none, it decays),
-and whether a row ends an episode though it is masked. A kind is
+bytes, all others of the type of `like`. `factors` are the addresses of what is not given by
+element: of a gamma, and of gamma * lambda, for each environment. `modes` are whether a masked row
+cuts, skips, or counts zero (if none, it decays), and whether a row ends an episode though it is
+masked. A kind is
 
-    PLAIN    without mask, final values and tensors of gamma and lambda
+    PLAIN    without mask and final values; gamma and lambda are the same in all rows
     MASKED   with a mask
     GENERAL  with all of them
 
@@ -295,7 +296,7 @@ def _exp(builder, x):
 
 def _signature(like):
     places, carried = types.UniTuple(types.intp, 8), types.intp
-    factors, modes = types.UniTuple(types.float64, 2), types.UniTuple(types.boolean, 4)
+    factors, modes = types.UniTuple(types.intp, 2), types.UniTuple(types.boolean, 4)
     given = places, places, types.intp, types.intp, carried, carried, factors, modes
     return types.none(*given, types.boolean, like)
 
@@ -342,22 +343,26 @@ class _Row:
         loaded = self.builder.load(self._at(number, t, ir.IntType(8)), align=1)
         return self.builder.icmp_unsigned("!=", loaded, _UNSET)
 
-    def _kept(self, number):
-        place = self.builder.add(
-            self.args[number], self.builder.mul(self.args[3], self.args[3].type(8))
-        )
+    def _kept(self, address):
+        place = self.builder.add(address, self.builder.mul(self.args[3], self.args[3].type(8)))
         return self.builder.inttoptr(place, _FLOATS.as_pointer())
 
     def carried(self, number):
         """What the argument with that number is the address of: float64 of all environments."""
-        return self.builder.load(self._kept(number), align=8)
+        return self.builder.load(self._kept(self.args[number]), align=8)
 
     def keep(self, values, number):
         """The opposite."""
-        self.builder.store(values, self._kept(number), align=8)
+        self.builder.store(values, self._kept(self.args[number]), align=8)
 
     def factors(self):
-        """Gamma, and gamma * lambda, or two bounds, for each environment."""
+        """Gamma, and gamma * lambda, of each environment."""
+        for number in range(2):
+            address = self.builder.extract_value(self.args[6], number)
+            yield self.builder.load(self._kept(address), align=8)
+
+    def bounds(self):
+        """The two bounds of ratios, for each environment."""
         undefined = ir.Constant(_FLOATS, ir.Undefined)
         places = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
         for number in range(2):
@@ -368,7 +373,7 @@ class _Row:
     def ratios(self, logs):
         """The ratio within each of the two bounds, and where the bound is not less than it."""
         ratio = _exp(self.builder, logs)
-        bounds = list(self.factors())
+        bounds = list(self.bounds())
         is_within = [self.builder.fcmp_ordered("<=", ratio, bound) for bound in bounds]
         # One that is NaN stays it.
         rho, c = (
