@@ -295,6 +295,16 @@ def test_gradients_where_last_values_lie_as_no_vector_does(function):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("num_envs", [5, 40, 4100])
+def test_last_values_may_lie_apart(layout, num_envs):
+    rewards = laid_out(torch.rand(9, num_envs), layout)
+    dones = laid_out(torch.rand(9, num_envs) < 0.1, layout)
+    apart = torch.rand(num_envs, 3)[:, 1]
+    expected = reward_to_go(rewards, dones, 0.9, last_values=apart.clone())
+    assert torch.equal(reward_to_go(rewards, dones, 0.9, last_values=apart), expected)
+
+
 def test_expanded_rewards_are_read_in_place():
     rewards = torch.tensor(2.0).expand(9, 5)
     dones = torch.tensor(False).expand(9, 5)
