@@ -98,12 +98,15 @@ def is_common_advantage(
         dones is not None
         and is_common(rewards, dones, gamma, mask, mask_mode, out)
         and _is_discount(gae_lambda)
-        and _is_known(values)
-        and values.dtype is rewards.dtype
-        and len(values.shape) == 2
-        and values.shape == rewards.shape
+        and len(rewards.shape) == 2
+        and is_alike(values, rewards)
         and (out is None or not _share_memory(out, values))
     )
+
+
+def is_alike(tensor: Tensor, rewards: Tensor) -> bool:
+    """Whether one more tensor has the dtype and shape of such rewards, and asks for no more."""
+    return _is_known(tensor) and tensor.dtype is rewards.dtype and tensor.shape == rewards.shape
 
 
 def is_commonly_packed(rewards: Tensor, offsets: Tensor, gamma: float | Tensor) -> bool:

@@ -10,6 +10,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vecpg.returns.halves import narrowed, widened
+from vecpg.returns.vectors import spread
 
 
 def _steps(width, masked):
@@ -65,16 +66,10 @@ class _Columns:
         self.places, carries, (gamma, passing, self.is_open) = args[:8], args[8], args[10:13]
         self.wide = ir.VectorType(ir.DoubleType(), width)
         self.zero = ir.Constant(self.wide, [0.0] * width)
-        self.gamma, self.passing = self.spread(gamma), self.spread(passing)
+        self.gamma, self.passing = (spread(builder, each, width) for each in (gamma, passing))
         self.carries = builder.inttoptr(carries, self.wide.as_pointer())
         self.carry = cgutils.alloca_once(builder, self.wide)  # which becomes registers
         builder.store(builder.load(self.carries, align=8), self.carry)
-
-    def spread(self, number):
-        undefined = ir.Constant(self.wide, ir.Undefined)
-        one = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
-        first = ir.Constant(ir.VectorType(ir.IntType(32), self.width), [0] * self.width)
-        return self.builder.shuffle_vector(one, one, first)
 
     def place(self, array, t, kind):
         """Where the columns' elements of row `t` of the array with that number lie."""

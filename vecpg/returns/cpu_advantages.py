@@ -15,7 +15,14 @@ from torch import Tensor
 
 from vecpg.kernels.jit import jit
 from vecpg.returns.halves import LIKE
-from vecpg.returns.ranges import MODES, THREAD_ELEMENTS, in_threads
+from vecpg.returns.ranges import (
+    MODES,
+    THREAD_ELEMENTS,
+    in_threads,
+    number_of,
+    places_of,
+    tensor_of,
+)
 from vecpg.returns.steps import GENERAL, MASKED, PLAIN, WIDTH, back, forth
 from vecpg.returns.tiles import (
     COLUMNS,
@@ -24,6 +31,7 @@ from vecpg.returns.tiles import (
     elements,
     extent,
     give,
+    held,
     is_dense,
     keep,
     take,
@@ -69,7 +77,16 @@ def generalized_advantage(
     carried = _nothing(rewards)
     if last_values is not None:
         carried[1] = last_values
-    places = rewards, values, dones, out, mask, final_values, _tensor(gamma), _tensor(gae_lambda)
+    places = (
+        rewards,
+        values,
+        dones,
+        out,
+        mask,
+        final_values,
+        tensor_of(gamma),
+        tensor_of(gae_lambda),
+    )
     _run(True, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
 
 
@@ -139,7 +156,7 @@ def adjoint(
     All are (T, N), but that of last values, which has as many elements in any shape.
     """
     carried = _nothing(grad)
-    gammas, lambdas = _tensor(gamma), _tensor(gae_lambda)
+    gammas, lambdas = tensor_of(gamma), tensor_of(gae_lambda)
     places = grad, to_values, dones, to_rewards, mask, to_final, gammas, lambdas
     _run(False, places, carried, gamma, gae_lambda, mask_mode, (plus_values, resets))
     to_last.copy_(carried[1].view(to_last.shape))
@@ -165,26 +182,17 @@ def _run(
     length, num_envs = first.shape
     if length == 0 or num_envs == 0:
         return
-    places, strides = _places(given)
-    factors = _number(gamma), _number(gamma) * _number(gae_lambda), _number(gae_lambda)
+    places, strides = places_of(*given)
+    factors = number_of(gamma), number_of(gamma) * number_of(gae_lambda), number_of(gae_lambda)
     tail = factors, MODES[mask_mode], *flags, LIKE[first.dtype]
     if num_envs < WIDTH and length >= _LONG:
         for column in range(num_envs):
             one = tuple([None if each is None else each[:, column, None] for each in given])
             part = carried[:, column, None].contiguous()
-            _run_spans(is_back, one, *_places(one), part, tail)
+            _run_spans(is_back, one, *places_of(*one), part, tail)
             carried[:, column, None] = part
         return
     _call(is_back, places, strides, carried, length, num_envs, tail)
-
-
-def _places(given: tuple[Tensor | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where matrices lie, 0 where one is not given, and two strides of each."""
-    places = tuple([0 if each is None else each.data_ptr() for each in given])
-    strides: tuple[int, ...] = ()
-    for each in given:
-        strides += (0, 1) if each is None else each.stride()
-    return places, strides
 
 
 def _call(
@@ -297,14 +305,6 @@ def _follow(
     into.copy_(torch.tensor(true, dtype=torch.float64, device="cpu"))
 
 
-def _tensor(factor: float | Tensor) -> Tensor | None:
-    return factor if isinstance(factor, Tensor) else None
-
-
-def _number(factor: float | Tensor) -> float:
-    return 1.0 if isinstance(factor, Tensor) else factor
-
-
 @jit(as_written=True)
 def _back(
     places, strides, carried, length, num_envs, start, stop, factors, mode, plus, resets, like
@@ -343,7 +343,7 @@ def _back(
             end = begin
         give(state, carried, num_envs, column, count)
         column += count
-    return _held(room)
+    return held(room)
 
 
 @jit(as_written=True)
@@ -386,7 +386,7 @@ def _forth(
             begin += rows
         give(state, carried, num_envs, column, count)
         column += count
-    return _held(room)
+    return held(room)
 
 
 @jit
@@ -458,13 +458,6 @@ def _room(places, strides, start, stop, factors, like):
     flags = np.empty((2, fit), np.uint8)
     wide = np.empty((2, fit if _kind(places, strides) == GENERAL else 0))
     return state, rest, real, floats, flags, wide
-
-
-@jit
-def _held(room):
-    """Memory that mere addresses stand for is held until this is asked."""
-    state, rest, real, floats, flags, wide = room
-    return state.size + rest.size + real.size + floats.size + flags.size + wide.size
 
 
 @jit

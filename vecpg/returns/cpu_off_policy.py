@@ -12,13 +12,14 @@ from torch import Tensor
 
 from vecpg.kernels.jit import jit
 from vecpg.returns.halves import LIKE
-from vecpg.returns.ranges import MODES, in_threads
+from vecpg.returns.ranges import MODES, in_threads, number_of, places_of, tensor_of
 from vecpg.returns.steps import WIDTH, trace_back, trace_forth
 from vecpg.returns.tiles import (
     COLUMNS,
     TILE_ROWS,
     extent,
     give,
+    held,
     is_dense,
     keep,
     take,
@@ -116,13 +117,8 @@ def _run(
         return
     _, _, log_ratios, *_ = read
     gamma, lam, *bounds = factors
-    tensors = [each if isinstance(each, Tensor) else None for each in (gamma, lam)]
-    numbers = tuple([1.0 if isinstance(each, Tensor) else each for each in (gamma, lam)])
-    given = *read, dones, mask, *tensors, *written
-    places = tuple([0 if each is None else each.data_ptr() for each in given])
-    strides: tuple[int, ...] = ()
-    for each in given:
-        strides += (0, 1) if each is None else each.stride()
+    numbers = number_of(gamma), number_of(lam)
+    places, strides = places_of(*read, dones, mask, tensor_of(gamma), tensor_of(lam), *written)
     options = places, strides, 0 if carried is None else carried.data_ptr(), length, num_envs
     tail = numbers, tuple(bounds), MODES[mask_mode], LIKE[log_ratios.dtype]
     in_threads(kernel, options, num_envs, tail, length * num_envs)
@@ -157,7 +153,7 @@ def _back(places, strides, carried, length, num_envs, start, stop, numbers, boun
             end = begin
         give(state, carried, num_envs, column, count)
         column += count
-    return _held(room)
+    return held(room)
 
 
 @jit
@@ -189,7 +185,7 @@ def _forth(places, strides, carried, length, num_envs, start, stop, numbers, bou
             begin += rows
         give(state, carried, num_envs, column, count)
         column += count
-    return _held(room)
+    return held(room)
 
 
 @jit
@@ -204,13 +200,6 @@ def _room(strides, start, stop, numbers, like):
     real = np.ones(width, np.uint8)
     floats = np.empty((_ARRAYS, fit * np.full(1, like).itemsize), np.uint8)
     return state, rest, real, floats, np.empty((2, fit), np.uint8), np.empty((2, fit))
-
-
-@jit
-def _held(room):
-    """Memory that mere addresses stand for is held until this is asked."""
-    state, rest, real, floats, flags, wide = room
-    return state.size + rest.size + real.size + floats.size + flags.size + wide.size
 
 
 @jit

@@ -9,6 +9,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from vecpg.returns.halves import narrowed, widened
+from vecpg.returns.vectors import pick, spread, turned_halves
 
 
 @intrinsic
@@ -41,7 +42,7 @@ def eight_masked_steps(context, bases, offset, carries, gamma, passing, open, li
 
     def build(target, builder, signature, args):
         halves = [_Lanes(target, builder, args, like, first) for first in (0, 4)]
-        passing, kept = halves[0].spread(args[4]), halves[0].spread(args[5])
+        passing, kept = spread(builder, args[4], 4), spread(builder, args[5], 4)
         reals = [lanes.zero_flags(3) for lanes in halves]
         for step in reversed(range(8)):
             for lanes, real in zip(halves, reals, strict=True):
@@ -76,8 +77,8 @@ class _Lanes:
         place = builder.add(args[2], self.offset.type(8 * first))
         self.carries = builder.inttoptr(place, wide.as_pointer())
         self.carry = builder.load(self.carries, align=8)
-        self.gamma = self.spread(args[3])
-        self.paid = self.turned([self.load(each) for each in self.places(0, like)])
+        self.gamma = spread(builder, args[3], 4)
+        self.paid = turned_halves(self.builder, [self.load(each) for each in self.places(0, like)])
         self.open = self.zero_flags(1)
         self.results = [None] * 8
 
@@ -87,15 +88,6 @@ class _Lanes:
         if isinstance(self.like, types.Float):
             return row
         return widened(self.target, self.builder, row, self.like)
-
-    def spread(self, number):
-        undefined = ir.Constant(ir.VectorType(number.type, 4), ir.Undefined)
-        one = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
-        return self.pick(one, one, [0] * 4)
-
-    def pick(self, one, other, places):
-        chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
-        return self.builder.shuffle_vector(one, other, chosen)
 
     def places(self, array, kind):
         """Where the lanes' next eight elements of the array with that number lie."""
@@ -110,20 +102,11 @@ class _Lanes:
             address = self.builder.add(self.builder.load(place), skipped)
             yield self.builder.inttoptr(address, vector)
 
-    def turned(self, rows):
-        """Both 4 x 4 halves of four vectors of eight, rows and columns exchanged."""
-        low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
-        even, odd = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
-        pairs = [
-            [self.pick(rows[i], rows[i + 1], places) for i in (0, 2)] for places in (low, high)
-        ]
-        return [self.pick(*pair, places) for pair in pairs for places in (even, odd)]
-
     def zero_flags(self, array):
         """The lanes' next flags: eight bits for each, all set where it is 0."""
         rows = [self.builder.load(each, align=1) for each in self.places(array, types.uint8)]
-        pairs = [self.pick(rows[i], rows[i + 1], range(16)) for i in (0, 2)]
-        flags = self.pick(*pairs, range(32))
+        pairs = [pick(self.builder, rows[i], rows[i + 1], range(16)) for i in (0, 2)]
+        flags = pick(self.builder, *pairs, range(32))
         zero = self.builder.icmp_unsigned("==", flags, ir.Constant(flags.type, [0] * 32))
         zero = self.builder.sext(zero, flags.type)
         return zero
@@ -131,7 +114,7 @@ class _Lanes:
     def of_step(self, zero, step):
         """Of what `zero_flags` returns, that of one step."""
         places = [8 * lane + step for lane in range(4) for _ in range(8)]
-        return self.builder.bitcast(self.pick(zero, zero, places), self.bits)
+        return self.builder.bitcast(pick(self.builder, zero, zero, places), self.bits)
 
     def cleared(self, values, kept):
         """The values where all bits of `kept` are set, 0 where none is, whatever the value is."""
@@ -140,7 +123,7 @@ class _Lanes:
 
     def back(self, step):
         both = self.paid[step % 4]
-        paid = self.pick(both, both, range(4) if step < 4 else range(4, 8))
+        paid = pick(self.builder, both, both, range(4) if step < 4 else range(4, 8))
         if self.like != types.float64:
             paid = self.builder.fpext(paid, self.carry.type)
         # Cleared before it is multiplied: 0 times infinity is NaN.
@@ -150,12 +133,14 @@ class _Lanes:
 
     def store(self):
         self.builder.store(self.carry, self.carries, align=8)
-        rows = [self.pick(self.results[k], self.results[k + 4], range(8)) for k in range(4)]
+        rows = [
+            pick(self.builder, self.results[k], self.results[k + 4], range(8)) for k in range(4)
+        ]
         if self.like != types.float64:
             narrow = ir.VectorType(ir.FloatType(), 8)
             rows = [self.builder.fptrunc(row, narrow) for row in rows]
         places = self.places(2, self.like)
-        for place, row in zip(places, self.turned(rows), strict=True):
+        for place, row in zip(places, turned_halves(self.builder, rows), strict=True):
             if not isinstance(self.like, types.Float):
                 row = narrowed(self.target, self.builder, row, self.like)
             self.builder.store(row, place, align=1)

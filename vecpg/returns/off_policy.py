@@ -13,7 +13,7 @@ from vecpg.returns.checks import (
     check_rewards,
     check_row_inputs,
     check_values,
-    is_common,
+    is_alike,
     is_common_advantage,
     is_plain,
     name_of,
@@ -103,8 +103,7 @@ def vtrace(
         final_values is last_values is None
         and backend == "auto"
         and is_common_advantage(rewards, values, dones, gamma, lam, mask, mask_mode, None)
-        and is_common(log_ratios, dones, gamma, mask, mask_mode, None)  # type: ignore[arg-type]
-        and log_ratios.dtype is rewards.dtype
+        and is_alike(log_ratios, rewards)
         and _is_bound(rho_bar)
         and _is_bound(c_bar)
     ):

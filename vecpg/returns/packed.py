@@ -11,11 +11,16 @@ def ends_of(
     offsets: Tensor, rewards: Tensor, final_values: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`dones` at the last row of each sequence, and the values that follow there, or 0."""
-    total = rewards.shape[0]
+    total, stops = rewards.shape[0], offsets[1:]
+    has_rows = stops > offsets[:-1]
     # A sequence without rows writes behind the last element, which is then cut off.
-    lasts = torch.where(offsets[1:] > offsets[:-1], offsets[1:] - 1, total)
-    dones = torch.zeros(total + 1, dtype=torch.bool, device=rewards.device)
-    dones = dones.index_fill(0, lasts, True)[:-1]
+    lasts = torch.where(has_rows, stops - 1, total)
+    if rewards.device.type == "cpu" and is_eager():
+        dones = kept.vector(total, torch.bool).zero_()
+        dones[stops[has_rows] - 1] = True
+    else:
+        dones = torch.zeros(total + 1, dtype=torch.bool, device=rewards.device)
+        dones = dones.index_fill(0, lasts, True)[:-1]
     if final_values is None:
         return dones, None
     return dones, rewards.new_zeros(total + 1).index_copy(0, lasts, final_values)[:-1]
@@ -34,11 +39,7 @@ def packed_advantages(
     mask_mode: str,
 ) -> Tensor:
     """Advantages of packed sequences on the CPU; see `operator.differentiable_advantage`."""
-    if final_values is None and is_eager():
-        ending, dones = None, kept.vector(rewards.shape[0], torch.bool).zero_()
-        dones[offsets[1:][offsets[1:] > offsets[:-1]] - 1] = True
-    else:
-        dones, ending = ends_of(offsets, rewards, final_values)
+    dones, ending = ends_of(offsets, rewards, final_values)
     arguments = rewards, values, dones, gamma, gammas, gae_lambda, lambdas, ending, None, mask
     if is_plain((rewards, values, gammas, lambdas, ending, mask)):
         out = kept.empty_like(rewards)

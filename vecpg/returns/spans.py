@@ -13,9 +13,10 @@ from vecpg.kernels.jit import jit
 from vecpg.returns.columns import steps_of_32
 from vecpg.returns.halves import narrow, widen
 from vecpg.returns.lanes import eight_masked_steps, eight_steps
+from vecpg.returns.ranges import MODES
 from vecpg.returns.tiles import elements
 
-CUT, SKIP = 0, 1
+_CUT, _SKIP = MODES["cut"], MODES["skip"]
 # Eight spans of a longer sequence have so many elements, whatever the number of threads: a result
 # does not depend on it.
 BLOCK = 2**18
@@ -42,8 +43,8 @@ def step_lanes(bases, carry, count, length, gamma, mode, like):
                     t,
                     carry.ctypes.data,
                     gamma,
-                    1.0 if mode == SKIP else gamma,
-                    0 if mode == CUT else -1,
+                    1.0 if mode == _SKIP else gamma,
+                    0 if mode == _CUT else -1,
                     like,
                 )
             else:
@@ -56,9 +57,9 @@ def step_lanes(bases, carry, count, length, gamma, mode, like):
         for k in range(t - 1, -1, -1):
             if masked and not elements(bases[3, lane], _BOOL, t)[k]:
                 result[k] = narrow(0.0, like)
-                if mode == CUT:
+                if mode == _CUT:
                     following = 0.0
-                elif mode != SKIP:
+                elif mode != _SKIP:
                     following *= gamma
             else:
                 following = widen(paid[k]) + gamma * (0.0 if ends[k] else following)
@@ -105,7 +106,7 @@ def begin_spans(rewards, dones, out, mask, length, start, stop, gamma, mode, sum
                 through[number] = _CLOSED
             else:
                 rows = span
-                if mask != 0 and mode == SKIP:
+                if mask != 0 and mode == _SKIP:
                     rows = 0
                     for k in range(span):
                         rows += real[k] != 0
@@ -225,7 +226,7 @@ def _first_closed(ends, real, mode):
     """The first row that nothing behind it comes through; the number of rows if there is none."""
     length = len(ends)
     masked = len(real) > 0
-    through = mode != CUT  # a masked row
+    through = mode != _CUT  # a masked row
     for start in range(0, length, 64):
         some = ends[start : start + 64]
         closed = np.uint8(0)

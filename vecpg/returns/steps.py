@@ -26,6 +26,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vecpg.returns.halves import fuses, narrowed, widened
+from vecpg.returns.vectors import spread
 
 PLAIN, MASKED, GENERAL = range(3)
 # Environments that step together: enough for two chains of additions in the widest registers.
@@ -363,12 +364,8 @@ class _Row:
 
     def bounds(self):
         """The two bounds of ratios, for each environment."""
-        undefined = ir.Constant(_FLOATS, ir.Undefined)
-        places = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
         for number in range(2):
-            one = self.builder.extract_value(self.args[6], number)
-            one = self.builder.insert_element(undefined, one, ir.IntType(32)(0))
-            yield self.builder.shuffle_vector(one, one, places)
+            yield spread(self.builder, self.builder.extract_value(self.args[6], number), WIDTH)
 
     def ratios(self, logs):
         """The ratio within each of the two bounds, and where the bound is not less than it."""

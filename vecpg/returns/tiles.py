@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from vecpg.kernels.jit import jit
 from vecpg.returns.steps import WIDTH
+from vecpg.returns.vectors import pick, turned_halves
 
 # Rows between which what is carried stays in registers.
 TOGETHER = 8
@@ -64,27 +65,22 @@ def _load(builder, address, step, element):
     ]
 
 
-def _pick(builder, one, other, places):
-    chosen = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
-    return builder.shuffle_vector(one, other, chosen)
-
-
 def _interleaved(builder, one, other):
     """The elements of both, in turn: those of the first halves, and of the second."""
     size = one.type.count
     places = [place for i in range(size) for place in (i, size + i)]
-    return [_pick(builder, one, other, places[:size]), _pick(builder, one, other, places[size:])]
+    return [pick(builder, one, other, places[:size]), pick(builder, one, other, places[size:])]
 
 
 def _turned_bytes(builder, rows):
     # Three rounds of interleaving with the row half the number further turn a matrix. Two rows of
     # bytes fill a register, so that the first round makes one vector of each pair.
     places = [place for i in range(8) for place in (i, 8 + i)]
-    pairs = [_pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
+    pairs = [pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
     for _ in range(2):
         pairs = [half for i in range(2) for half in _interleaved(builder, pairs[i], pairs[i + 2])]
     return [
-        _pick(builder, both, both, range(first, first + 8)) for both in pairs for first in (0, 8)
+        pick(builder, both, both, range(first, first + 8)) for both in pairs for first in (0, 8)
     ]
 
 
@@ -100,12 +96,8 @@ def _turned_wide(builder, rows):
     turned = []
     for half in (range(4), range(4, 8)):
         places = [*half, *(8 + i for i in half)]
-        wide = [_pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
-        low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
-        even, odd = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
-        for ends in (low, high):
-            one, other = (_pick(builder, wide[i], wide[i + 1], ends) for i in (0, 2))
-            turned += [_pick(builder, one, other, even), _pick(builder, one, other, odd)]
+        wide = [pick(builder, rows[i], rows[i + 4], places) for i in range(4)]
+        turned += turned_halves(builder, wide)
     return turned
 
 
@@ -214,3 +206,10 @@ def keep(place, strides, block, at, step, like):
     for t in range(rows):
         for j in range(count):
             target[t * strides[0] + j * strides[1]] = source[t * WIDTH + j]
+
+
+@jit
+def held(room):
+    """Memory that mere addresses stand for is held until this is asked."""
+    state, rest, real, floats, flags, wide = room
+    return state.size + rest.size + real.size + floats.size + flags.size + wide.size
