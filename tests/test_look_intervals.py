@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from vecpg.look.intervals import bootstrap_interval, interquartile_mean
+from vecpg.look.intervals import bootstrap_interval, interquartile_mean, student_t
 
 SAMPLES = {
     "three": [5.0, -1.0, 2.5],
@@ -136,6 +136,15 @@ def test_what_is_no_sample_is_refused():
         bootstrap_interval([1.0, math.nan])
     with pytest.raises(ValueError, match=r"one for each of 2 runs, got \(3,\)"):
         bootstrap_interval([1.0, 2.0], strata=[1, 1, 1])
+
+
+# Published in every table of Student's distribution (two-sided, 95 %).
+TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 120: 1.980}
+
+
+@pytest.mark.parametrize(("degrees", "published"), TABLE.items())
+def test_students_t_is_the_published_one(degrees, published):
+    assert round(student_t(degrees), 3) == published
 
 
 def test_importing_it_is_cheap():

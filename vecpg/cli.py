@@ -44,7 +44,7 @@ _registry = ConstructorRegistry()
 COMMANDS = {
     "train": "train a policy on many copies of an environment at once",
     "evaluate": "play whole episodes with a trained policy, or film one",
-    "plot": "draw the learning curves of runs: means over seeds, confidence bands",
+    "plot": "draw runs: learning curves over seeds with their bands, or a profile of scores",
     "benchmark": "measure this machine: a table of speeds, each beside its limit",
 }
 
@@ -228,22 +228,35 @@ def evaluate_main(args: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw curves: the mean over seeds with a 95 % confidence band, for runs of equal settings.
+    """Draw runs, those of equal settings as one line: a curve over seeds with its 95 % band, or a
+    performance profile.
 
-    A line goes as far as all its seeds have data. One JSON line goes to stdout.
+    A curve goes as far as all its seeds have data. One JSON line goes to stdout.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run directories, or directories that hold several runs, such as `runs`."""
+    """Run directories, or directories that hold several runs: a population, or such as `runs`."""
     out: str
     """The image file. Its ending (.png, .pdf, .svg, ...) says the format."""
-    tag: str = "charts/episodic_return"
-    """What to draw over the environment steps: a key of metrics.jsonl."""
+    kind: Literal["curve", "profile"] = "curve"
+    """curve: over the environment steps. profile: the share of runs whose score is above tau, over
+    tau. The score is the return of the greedy evaluation at a run's end."""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """What a curve is of its seeds: mean, with Student's confidence interval; iqm, the
+    interquartile mean with a bootstrap interval, which wants ten seeds or more."""
+    tag: str | None = None
+    """A key of metrics.jsonl. Without it a curve is of charts/episodic_return. With it the score in
+    a profile is a run's last value of it: charts/best_return is its best."""
 
     def __post_init__(self) -> None:
         """Check that there is something to draw."""
         if not self.runs:
             raise ConfigError("RUN: expected at least one run directory, got none")
+        if self.kind == "profile" and self.statistic != "mean":
+            raise ConfigError(
+                f"--statistic: expected none for a profile, which has all scores, got"
+                f" {self.statistic}; leave it out"
+            )
 
 
 def plot_main(args: Sequence[str]) -> None:
@@ -254,7 +267,9 @@ def plot_main(args: Sequence[str]) -> None:
         from vecpg.look.plot import plot
 
         try:
-            drawn = plot(config.runs, config.out, config.tag)
+            drawn = plot(
+                config.runs, config.out, config.tag, kind=config.kind, statistic=config.statistic
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         print(json.dumps(drawn), flush=True)

@@ -4,6 +4,7 @@ Source: Agarwal, Schwarzer, Castro, Courville and Bellemare (2021), "Deep reinfo
 the edge of the statistical precipice", section 4, and their package rliable.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,3 +112,32 @@ def bootstrap_interval(
         for place, estimates in zip(places.T, found.T, strict=True):
             estimates[start : start + count] = statistic(place[chosen], axis=-1)
     return np.percentile(found, (2.5, 97.5), axis=0).reshape(2, *rows.shape[1:])
+
+
+def student_t(degrees: int) -> float:
+    """The t with P(-t < T < t) = 0.95, T of Student's distribution.
+
+    Args:
+        degrees: of freedom, at least 1.
+
+    Source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4: with t = sqrt(degrees) * tan(angle) the
+    probability is a finite sum of powers of cos(angle).
+
+    Example:
+        >>> round(student_t(4), 3)
+        2.776
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        sine, cosine = math.sin(angle), math.cos(angle)
+        odd = degrees % 2
+        term, total = cosine if odd else 1.0, 0.0
+        for k in range(1 + odd, degrees, 2):
+            total += term
+            term *= cosine * cosine * k / (k + 1)
+        probability = sine * total
+        if odd:
+            probability = 2 / math.pi * (angle + probability)
+        low, high = (angle, high) if probability < 0.95 else (low, angle)
+    return math.sqrt(degrees) * math.tan(low)
