@@ -22,7 +22,7 @@ from vecpg.device import resolve_device
 from vecpg.envs import find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import make_judge, prepare_evaluation
 from vecpg.kernels import threads
-from vecpg.kernels.announce import once
+from vecpg.kernels.announce import once, whose
 from vecpg.kernels.jit import Compilation
 from vecpg.look import video
 from vecpg.machine import hardware, versions
@@ -66,11 +66,13 @@ class Settled:
 class Run(Settled):
     """What is settled before the first step, and the state, which is not.
 
-    here: the working directory; an environment may go elsewhere.
+    here:    the working directory; an environment may go elsewhere.
+    closing: saves it, then closes what it has open; what fails keeps no other from being done.
     """
 
     here: Path
     files: Files
+    closing: ExitStack
 
 
 def begin(config: Config) -> Run:
@@ -102,14 +104,28 @@ def begin(config: Config) -> Run:
         else:
             run_files = files.go_on(config, about, settled.state, source)
         unless_all_is_well.pop_all()
+    closing = ExitStack()
+    closing.callback(_close, settled.envs)
+    closing.callback(_close, settled.judge)
+    closing.callback(run_files.metrics.close)
+    closing.callback(run_files.saver.save, settled.state)
     own = {each.name: getattr(settled, each.name) for each in fields(settled)}
-    return Run(here=here, files=run_files, **own)
+    return Run(here=here, files=run_files, closing=closing, **own)
 
 
 def check(config: Config) -> None:
     """Raise what `begin` would of a new run, as far as that can be seen without a directory."""
     with _refusing(), ExitStack() as made:
         _settle(config, None, made)
+
+
+def _close(envs: VectorEnv[Any, Any, Any]) -> None:
+    """What an environment does when it is closed is no longer the run's."""
+    try:
+        envs.close()
+    except (Exception, SystemExit, GeneratorExit) as error:
+        words = f"closing the environments failed: {type(error).__name__}: {error}"
+        _log.warning("%s%s", whose(), words)
 
 
 @contextlib.contextmanager

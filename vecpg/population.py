@@ -217,6 +217,7 @@ class _Population:
             with of_run(name), threads.using(lambda: self._threads_of(config)):
                 return conclude(config, run, advance(config, run, interrupts, share))
         except BaseException as error:
+            run.closing.close()
             run.files.lock.close()
             if isinstance(error, Exception):
                 _log.error(

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +123,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         ):
             ending = advance(config, run, interrupts, progress, on_iteration)
     except BaseException:
+        run.closing.close()  # what a signal just before has kept from being done
         run.files.lock.close()
         command = resume_command(relative(run.files.run_dir, run.here), config)
         _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
@@ -263,36 +264,17 @@ def finished_run(config: Config) -> TrainResult | None:
 @contextmanager
 def _running(config: Config, run: Run, interrupts: Interrupts | Told) -> Iterator[Clock]:
     """The time and torch's threads of a run; at its end, however it ends, it is saved."""
-    closing = ExitStack()
-    closing.callback(_close, run.envs)
-    closing.callback(_close, run.judge)
-    closing.callback(run.files.metrics.close)
-    closing.callback(run.files.saver.save, run.state)
-    try:
-        with (
-            threads.torch_using(torch_threads(config, run.learner)),
-            run.compilation as compilation,
-        ):
-            clock = Clock(run.device, compilation, run.state.seconds)
-            try:
-                with memory.named(lambda: clock.phase_now):
-                    yield clock
-            finally:
-                # The last first: saved, then closed; what fails keeps no other from being done.
-                with interrupts.held():
-                    closing.close()
-    except BaseException:
-        closing.close()  # what a signal just before has kept from being done
-        raise
-
-
-def _close(envs: VectorEnv[Any, Any, Any]) -> None:
-    """What an environment does when it is closed is no longer the run's."""
-    try:
-        envs.close()
-    except (Exception, SystemExit, GeneratorExit) as error:
-        words = f"closing the environments failed: {type(error).__name__}: {error}"
-        _log.warning("%s%s", whose(), words)
+    with (
+        threads.torch_using(torch_threads(config, run.learner)),
+        run.compilation as compilation,
+    ):
+        clock = Clock(run.device, compilation, run.state.seconds)
+        try:
+            with memory.named(lambda: clock.phase_now):
+                yield clock
+        finally:
+            with interrupts.held():
+                run.closing.close()
 
 
 def _confirmation(
