@@ -154,14 +154,14 @@ def test_limits_may_be_given_anew_and_nothing_else(here, capfd, monkeypatch):
 
 
 def test_what_a_file_names_is_typed_again(here, capfd):
-    (here / "mine.py").write_text("def same(env):\n    return env\n")
-    assert vecpg("--num-seeds", 2, "--wrappers", "mine:same", "--vectorization", "sync") == 0
+    (here / "of_members.py").write_text("def same(env):\n    return env\n")
+    assert vecpg("--num-seeds", 2, "--wrappers", "of_members:same", "--vectorization", "sync") == 0
     capfd.readouterr()
     folder = folder_of(here)
     assert resumed("--resume", folder) == 2
     err = lines(capfd)[1]
-    assert "--wrappers mine:same" in err
-    assert resumed("--resume", folder, "--wrappers", "mine:same") == 0
+    assert "--wrappers of_members:same" in err
+    assert resumed("--resume", folder, "--wrappers", "of_members:same") == 0
 
 
 @pytest.mark.parametrize(
