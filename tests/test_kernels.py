@@ -39,12 +39,12 @@ def _product(a, a_row, a_column, b, b_tile, b_row, c, c_row, rows, inner, column
     add_product(a, a_row, a_column, b, b_tile, b_row, c, c_row, rows + NONE, inner, columns)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("rows", [1, 3, 4, 13])
 @pytest.mark.parametrize("inner", [0, 1, 5])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_product_is_added_and_nothing_beside_it_is_touched(rows, inner, turned):
     rng = np.random.default_rng(rows * 10 + inner)
-    columns = 2 * TILE
+    columns = 3 * TILE
     a, b = rng.normal(size=(rows, inner)), rng.normal(size=(inner, columns))
     c = np.full((rows + 2, columns + 3), 7.0, np.float32)
     steps = (1, rows) if turned else (inner, 1)
