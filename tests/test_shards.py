@@ -59,8 +59,8 @@ WAYS = {
 }
 # Those whose environments say which actions are allowed.
 MASKED = ("masked",)
-# Those whose policy is a plain network: its gradient goes in machine code, or by autograd.
-SERVED = ("sync", "async", "tensor", "tensor, one each")
+# Those whose gradient machine code serves; it goes by autograd too.
+SERVED = ("sync", "async", "tensor", "tensor, one each", "Gaussian")
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -641,13 +641,14 @@ def test_machine_code_reads_rows_that_lie_close_together(monkeypatch):
     assert all(rows.flags.c_contiguous for rows in seen)
 
 
+@pytest.mark.parametrize("way", ["tensor", "Gaussian"])
 @pytest.mark.parametrize("most_numbers", [1, 2**22])
 def test_machine_code_keeps_its_bits_whatever_the_threads_and_in_little_memory(
-    monkeypatch, most_numbers
+    monkeypatch, most_numbers, way
 ):
     """Shards that together would take too much are taken one after the other."""
-    policy = networks("tensor")[0]
-    whole, parts = first_collection("tensor")
+    policy = networks(way)[0]
+    whole, parts = first_collection(way)
     weights, _ = weights_for(whole, parts)
     monkeypatch.setattr(update, "_SLAB_ROWS", 7)
     monkeypatch.setattr(update, "_MOST_NUMBERS", most_numbers)

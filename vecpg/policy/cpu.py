@@ -26,7 +26,7 @@ from vecpg.kernels.matrix import (
     whole_tiles,
 )
 from vecpg.policy import Policy
-from vecpg.policy.distributions import Categorical
+from vecpg.policy.distributions import Categorical, DiagonalGaussian
 
 # Rows that go through the network together: their activations stay in the fastest cache.
 BLOCK = 64
@@ -53,10 +53,25 @@ class Network(NamedTuple):
     relu: bool
 
 
+class Actions(NamedTuple):
+    """A policy's distribution over actions as `sum_gradient` reads it.
+
+    first_action: the number of the first action, where they are Discrete.
+    log_std:      float32, the logarithm of the standard deviation of each component of a Box; of
+                  none where actions are Discrete.
+    """
+
+    first_action: int
+    log_std: NDArray[np.float32]
+
+
 def why_not(policy: Policy) -> str | None:
     """Why these kernels do not serve a policy; None if they do."""
-    if not isinstance(policy.distribution, Categorical):
-        return "its actions are not Discrete"
+    distribution = policy.distribution
+    if not isinstance(distribution, Categorical | DiagonalGaussian):
+        return "its actions are neither Discrete nor a Box"
+    if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
+        return "its standard deviation comes from the network"
     return why_not_network(policy)
 
 
@@ -113,9 +128,20 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def first_action_of(policy: Policy) -> int:
-    """The number of the first action of a policy that these kernels serve."""
+    """The number of the first action of a policy whose actions are Discrete."""
     assert isinstance(policy.distribution, Categorical)
     return policy.distribution.first_action
+
+
+def actions_of(policy: Policy) -> Actions:
+    """What `sum_gradient` takes of a policy's distribution."""
+    distribution = policy.distribution
+    if isinstance(distribution, Categorical):
+        return Actions(distribution.first_action, np.empty(0, np.float32))
+    assert isinstance(distribution, DiagonalGaussian)
+    with torch.no_grad():
+        _, log_std = distribution.mean_and_log_std(torch.empty(0, 1))
+    return Actions(0, log_std[:, 0].numpy())
 
 
 def network_of(policy: Policy) -> Network:
@@ -136,23 +162,30 @@ def network_of(policy: Policy) -> Network:
 
 def prepare(policy: Policy) -> None:
     """Compile, or load, what the gradient of a policy that these kernels serve will need."""
-    network, one = network_of(policy), np.ones(1, np.float32)
+    network, actions, one = network_of(policy), actions_of(policy), np.ones(1, np.float32)
     sum_gradient(
         np.zeros((1, *policy.obs_shape), np.float32).reshape(1, -1),
-        np.full(1, first_action_of(policy)),
+        np.full(1, actions.first_action),
+        np.zeros((1, len(actions.log_std)), np.float32),
         one,
         one > 0,
-        first_action_of(policy),
+        actions,
         1.0,
         0.0,
         network,
-        np.zeros(len(network.forwards)),
+        np.zeros(len(network.forwards) + len(actions.log_std)),
     )
 
 
 def set_gradients(policy: Policy, gradient: NDArray[np.float64]) -> None:
     """Write what `sum_gradient` has added up to the policy's `.grad`."""
-    rest = torch.from_numpy(gradient).to(torch.float32)
+    total = torch.from_numpy(gradient)
+    if isinstance(policy.distribution, DiagonalGaussian):
+        own = policy.distribution.raw_log_std
+        assert own is not None
+        slopes = total[-len(own) :] * policy.distribution.log_std_slope()
+        own.grad, total = slopes.to(torch.float32), total[: -len(own)]
+    rest = total.to(torch.float32)
     *hidden, last = _linear_layers(policy)
     for layer in hidden:
         rows = rest[: layer.in_features * _wide(layer.out_features)]
@@ -186,10 +219,11 @@ def _in_tiles(weights: Tensor) -> Tensor:
 @jit
 def sum_gradient(
     obs: NDArray[np.float32],
-    actions: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    components: NDArray[np.float32],
     weights: NDArray[np.float32],
     mask: NDArray[np.bool_],
-    first_action: int,
+    actions: Actions,
     scale: float,
     ent_coef: float,
     network: Network,
@@ -201,23 +235,28 @@ def sum_gradient(
 
     Args:
         obs: (R, features).
-        actions: (R,).
+        numbers: (R,), actions where they are Discrete; else not read.
+        components: (R, A), actions where they are a Box; else not read.
         weights: (R,).
         mask: (R,), True = counted. Other rows are not read.
-        first_action: the number of the first action.
+        actions: the policy's.
         scale: of every weight.
         ent_coef: how much entropy is worth.
         network: the policy's.
-        gradient: float64, one number for each of `network.forwards`.
+        gradient: float64, one number for each of `network.forwards` and then of `actions.log_std`.
 
     Returns:
         the sum of -log pi(a|s) * weight * scale, that of the entropy in nats, and whether every
-        action is one of the policy's. Where one is not, the rest is not to be used.
+        action is one of the policy's: a number in its range, or finite. Where one is not, the rest
+        is not to be used.
     """
+    first_action, log_std = actions
+    size, box = len(network.forwards), len(log_std) > 0
     units = activations(network)
     slopes, spare = np.zeros_like(units), np.zeros_like(units)
-    partial = np.zeros(len(gradient), np.float32)
+    partial = np.zeros(size, np.float32)
     picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    values = np.empty((len(log_std), BLOCK), np.float32)
     scaled = np.empty(BLOCK, np.float32)
     features = network.widths[0]
     loss = 0.0
@@ -236,13 +275,24 @@ def sum_gradient(
             row += 1
         if rows > 0:
             for n in range(rows):
-                action = actions[picked[n]] - first_action
-                known = known and 0 <= action < network.widths[-1]
-                taken[n] = action if known else 0
                 scaled[n] = weights[picked[n]] * scale
-            block_loss, block_entropy = _slopes(
-                forward(network, units, rows), taken, scaled, np.float32(ent_coef), rows
-            )
+            outputs = forward(network, units, rows)
+            if box:
+                for a in range(len(log_std)):
+                    for n in range(rows):
+                        values[a, n] = components[picked[n], a]
+                        known = known and math.isfinite(values[a, n])
+                block_loss, block_entropy = _normal_slopes(
+                    outputs, values, scaled, log_std, ent_coef, rows, gradient[size:]
+                )
+            else:
+                for n in range(rows):
+                    action = numbers[picked[n]] - first_action
+                    known = known and 0 <= action < network.widths[-1]
+                    taken[n] = action if known else 0
+                block_loss, block_entropy = _slopes(
+                    outputs, taken, scaled, np.float32(ent_coef), rows
+                )
             loss += block_loss
             entropy += block_entropy
             _backward(network, units, rows, slopes, spare, partial)
@@ -445,3 +495,28 @@ def _slopes(logits, actions, weights, ent_coef, rows):
     for n in range(rows):
         logits[actions[n], n] -= weights[n]
     return loss, sum_entropy
+
+
+@jit
+def _normal_slopes(means, actions, weights, log_std, ent_coef, rows, slopes):
+    """Replace means (components, BLOCK) by the slopes of the loss in them.
+
+    Those in the logarithms of the standard deviations are added to `slopes`. Returns the sums over
+    rows of -log pi * weight and of the entropy.
+    """
+    loss = 0.0
+    entropy = 0.0
+    for a in range(len(means)):
+        row, taken = means[a], actions[a]
+        inverse = np.float32(math.exp(-log_std[a]))
+        rest = log_std[a] + np.float32(0.5 * math.log(2 * math.pi))
+        slope = 0.0
+        for n in range(rows):
+            distance = (taken[n] - row[n]) * inverse
+            square = distance * distance
+            loss += weights[n] * (np.float32(0.5) * square + rest)
+            slope += weights[n] * (np.float32(1.0) - square)
+            row[n] = -weights[n] * distance * inverse
+        slopes[a] += slope - ent_coef * rows
+        entropy += rows * (rest + 0.5)
+    return loss, entropy

@@ -25,7 +25,7 @@ from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, forward
-from vecpg.policy.distributions import Categorical, DiagonalGaussian
+from vecpg.policy.distributions import Categorical
 from vecpg.policy.sampling import as_uniform, choose, philox, uniform
 from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, Rollout, Rows, check_finite
 
@@ -66,16 +66,11 @@ def why_not(envs: Any, policy: Policy) -> str | None:
         return f"the environments are on {envs.device}"
     if envs.dtype != torch.float32:
         return "the environments are not in float32"
-    distribution = policy.distribution
     if policy.obs_shape != envs.single_observation_space.shape:
         return "its observations are not those of the environments"
-    if distribution.space != envs.single_action_space:
+    if policy.distribution.space != envs.single_action_space:
         return "its actions are not those of the environments"
-    if not isinstance(distribution, Categorical | DiagonalGaussian):
-        return "its actions are neither Discrete nor a Box"
-    if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
-        return "its standard deviation comes from the network"
-    return policy_cpu.why_not_network(policy)
+    return policy_cpu.why_not(policy)
 
 
 def collect_in_blocks(
