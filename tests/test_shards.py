@@ -628,16 +628,17 @@ def test_one_shard_and_many_agree_to_rounding(way):
 # -- Machine code --------------------------------------------------------------------------
 
 
-def test_machine_code_reads_rows_that_lie_close_together(monkeypatch):
+@pytest.mark.parametrize(("way", "shards"), [("tensor, one each", SHARDS), ("Gaussian", 24)])
+def test_machine_code_reads_rows_that_lie_close_together(monkeypatch, way, shards):
     """Of other rows it would be compiled once more."""
-    whole, parts = first_collection("tensor, one each")
+    whole, parts = first_collection(way)
     total, seen = policy_cpu.sum_gradient, []
     monkeypatch.setattr(
-        policy_cpu, "sum_gradient", lambda *given: seen.extend(given[:4]) or total(*given)
+        policy_cpu, "sum_gradient", lambda *given: seen.extend(given[:5]) or total(*given)
     )
     weights, _ = weights_for(whole, parts)
-    by_machine_code(networks("tensor, one each")[0], whole, weights, 1, 0.0, shards=SHARDS)
-    assert len(seen) == 4 * SHARDS
+    by_machine_code(networks(way)[0], whole, weights, 1, 0.0, shards=shards)
+    assert len(seen) == 5 * shards
     assert all(rows.flags.c_contiguous for rows in seen)
 
 
