@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from vecpg.kernels.jit import jit
 from vecpg.kernels.matrix import (
     NONE,
-    TILE,
     add_product,
-    add_rows,
+    dots,
     exp,
     row_stride,
     tanh,
+    turn_slopes,
     whole_tiles,
 )
+from vecpg.kernels.vectors import TILE
 from vecpg.policy import Policy
 from vecpg.policy.distributions import Categorical, DiagonalGaussian
 
@@ -151,7 +152,7 @@ def network_of(policy: Policy) -> Network:
     with torch.no_grad():
         for layer in hidden:
             forwards += [_in_tiles(layer.weight.t()), _padded(layer.bias)]
-        forwards += [_padded(last.weight).reshape(-1) if hidden else last.weight.reshape(-1)]
+        forwards += [_padded(last.weight).reshape(-1)]
         forwards += [last.bias]
         for layer in [*hidden, last][1:]:
             backwards += [_in_tiles(layer.weight)]
@@ -258,7 +259,7 @@ def sum_gradient(
     picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
     values = np.empty((len(log_std), BLOCK), np.float32)
     scaled = np.empty(BLOCK, np.float32)
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     loss = 0.0
     entropy = 0.0
     known = True
@@ -270,7 +271,7 @@ def sum_gradient(
             if mask[row]:
                 picked[rows] = row
                 for i in range(features):
-                    units[rows * features + i] = obs[row, i]
+                    units[rows * stride + i] = obs[row, i]
                 rows += 1
             row += 1
         if rows > 0:
@@ -309,8 +310,8 @@ def sum_gradient(
 def activations(network):
     """Zeros with room for the activations of `BLOCK` rows, the observations first."""
     widths = network.widths
-    total = widths[0] + widths[-1]
-    for layer in range(1, len(widths) - 1):
+    total = widths[-1]
+    for layer in range(len(widths) - 1):
         total += row_stride(widths[layer])
     return np.zeros(BLOCK * total, np.float32)
 
@@ -319,29 +320,37 @@ def activations(network):
 def forward(network, units, rows):
     """Fill in the activations of `rows` observations, layer after layer, and return the logits.
 
-    The observations stand in `units`, (rows, features); the logits are (actions, BLOCK).
+    The observations stand in `units`, `row_stride` apart; the logits are (actions, BLOCK). Whole
+    eights of rows are computed: others than the given ones hold anything.
     """
     parameters, _, widths, relu = network
-    at, begin = 0, BLOCK * widths[0]
-    below, below_row = units[: rows * widths[0]], widths[0]
+    whole = (rows + 7) // 8 * 8
+    tile, one = np.int64(TILE), np.int64(1)
+    at, below_row = NONE, row_stride(widths[0])
+    begin, below = BLOCK * below_row, units[: BLOCK * below_row]
     for layer in range(1, len(widths) - 1):
-        fan_in, wide, stride = (
-            widths[layer - 1],
-            whole_tiles(widths[layer]),
-            row_stride(widths[layer]),
-        )
+        fan_in, wide = widths[layer - 1], whole_tiles(widths[layer])
+        stride = row_stride(widths[layer])
         weight = parameters[at : at + fan_in * wide]
         at += fan_in * wide
         bias = parameters[at : at + wide]
         at += wide
-        here = units[begin : begin + rows * stride]
-        for n in range(rows):
-            row = here[n * stride : n * stride + wide]
-            for o in range(wide):
-                row[o] = bias[o]
-        tile, one = np.int64(TILE), np.int64(1)
+        here = units[begin : begin + BLOCK * stride]
+        to_tile = fan_in * tile
         add_product(
-            below, below_row, one, weight, fan_in * tile, tile, here, stride, rows, fan_in, wide
+            below,
+            below_row,
+            one,
+            weight,
+            to_tile,
+            tile,
+            bias,
+            NONE,
+            here,
+            stride,
+            whole,
+            fan_in,
+            wide,
         )
         for n in range(rows):
             row = here[n * stride : n * stride + wide]
@@ -353,19 +362,11 @@ def forward(network, units, rows):
                     row[o] = tanh(row[o])
         below, below_row = here, stride
         begin += BLOCK * stride
-    fan_out = widths[-1]
-    biases = len(parameters) - fan_out
-    wide = (biases - at) // fan_out
-    logits = units[begin : begin + BLOCK * fan_out].reshape(fan_out, BLOCK)
-    for n in range(rows):
-        row = below[n * below_row : n * below_row + wide]
-        for a in range(fan_out):
-            column = parameters[at + a * wide : at + (a + 1) * wide]
-            total = np.float32(0.0)
-            for i in range(wide):
-                total += row[i] * column[i]
-            logits[a, n] = total + parameters[biases + a]
-    return logits
+    fan_out, wide = widths[-1], whole_tiles(widths[-2])
+    weight, bias = parameters[at : at + fan_out * wide], parameters[at + fan_out * wide :]
+    logits = units[begin : begin + BLOCK * fan_out]
+    dots(below, below_row, weight, wide, bias, logits, BLOCK * one, whole, wide, fan_out)
+    return logits.reshape(fan_out, BLOCK)
 
 
 @jit
@@ -395,6 +396,7 @@ def _largest(logits, largest, rows):
 def _backward(network, units, rows, slopes, spare, gradient):
     """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters."""
     _, backwards, widths, relu = network
+    whole = (rows + 7) // 8 * 8
     last = len(widths) - 1
     tile, one = np.int64(TILE), np.int64(1)
     fan_out = widths[last]
@@ -405,27 +407,31 @@ def _backward(network, units, rows, slopes, spare, gradient):
         for slope in above[a * BLOCK : a * BLOCK + rows]:
             total += slope
         gradient[at + a] += total
-    if last == 1:
-        fan_in = widths[0]
-        for a in range(fan_out):
-            for n in range(rows):
-                for i in range(fan_in):
-                    gradient[a * fan_in + i] += above[a * BLOCK + n] * units[n * fan_in + i]
-        return
     wide, stride = whole_tiles(widths[last - 1]), row_stride(widths[last - 1])
     at -= fan_out * wide
     begin -= BLOCK * stride
-    below = units[begin : begin + rows * stride]
+    active = units[begin : begin + BLOCK * stride]
     to_weight = gradient[at : at + fan_out * wide]
     add_product(
-        above, above_column, above_row, below, tile, stride, to_weight, wide, fan_out, rows, wide
+        above,
+        above_column,
+        above_row,
+        active,
+        tile,
+        stride,
+        to_weight,
+        wide,
+        to_weight,
+        wide,
+        fan_out,
+        rows,
+        wide,
     )
+    nothing = np.zeros(whole_tiles(widths.max()), np.float32)
     for layer in range(last - 1, 0, -1):
         # `above`, (rows, next_out), belongs to the layer above this one.
         next_out, fan_in = widths[layer + 1], widths[layer - 1]
-        wide, stride = whole_tiles(widths[layer]), row_stride(widths[layer])
-        slope, active = slopes[: rows * stride], units[begin : begin + rows * stride]
-        slope[:] = np.float32(0.0)
+        slope = slopes[: BLOCK * stride]
         turned -= next_out * wide
         weight, to_tile = backwards[turned : turned + next_out * wide], next_out * tile
         add_product(
@@ -435,29 +441,39 @@ def _backward(network, units, rows, slopes, spare, gradient):
             weight,
             to_tile,
             tile,
+            nothing,
+            NONE,
             slope,
             stride,
-            rows,
+            whole,
             next_out,
             wide,
         )
-        if relu:
-            for i in range(len(slope)):
-                kept = slope[i]
-                slope[i] = kept if active[i] > np.float32(0.0) else np.float32(0.0)
-        else:
-            for i in range(len(slope)):
-                slope[i] *= np.float32(1.0) - active[i] * active[i]
         at -= wide
-        add_rows(slope, stride, rows, gradient[at : at + wide])
+        turn_slopes(slope, active, stride, rows, wide, relu, gradient[at : at + wide])
+        below_row = row_stride(fan_in)
         at -= fan_in * wide
-        below_row = fan_in if layer == 1 else row_stride(fan_in)
         begin -= BLOCK * below_row
-        below = units[begin : begin + rows * below_row]
+        below = units[begin : begin + BLOCK * below_row]
         to_weight = gradient[at : at + fan_in * wide]
-        add_product(below, one, below_row, slope, tile, stride, to_weight, wide, fan_in, rows, wide)
+        add_product(
+            below,
+            one,
+            below_row,
+            slope,
+            tile,
+            stride,
+            to_weight,
+            wide,
+            to_weight,
+            wide,
+            fan_in,
+            rows,
+            wide,
+        )
         above, above_row, above_column = slope, stride, one
         slopes, spare = spare, slopes
+        active, wide, stride = below, whole_tiles(fan_in), below_row
 
 
 @jit

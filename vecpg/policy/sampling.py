@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
+from vecpg.kernels.matrix import row_stride
 from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -111,14 +112,14 @@ def draw_actions(
     The key is that of a `Stream`, which begins at `first_env`. Probabilities differ from torch's
     in the last bits.
     """
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     units = activations(network)
     numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
     for start in range(0, len(actions), BLOCK):
         rows = min(BLOCK, len(actions) - start)
         for n in range(rows):
             for i in range(features):
-                units[n * features + i] = obs[start + n, i]
+                units[n * stride + i] = obs[start + n, i]
         for n in range(rows):
             numbers[n] = uniform(key, step, first_env + start + n)
         choose(forward(network, units, rows), numbers, chosen, rows)
@@ -134,13 +135,13 @@ def greedy_actions(
     actions: NDArray[np.int64],
 ) -> None:
     """Write to `actions` (B,) the first of the largest logits for obs (B, features)."""
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     units = activations(network)
     for start in range(0, len(actions), BLOCK):
         rows = min(BLOCK, len(actions) - start)
         for n in range(rows):
             for i in range(features):
-                units[n * features + i] = obs[start + n, i]
+                units[n * stride + i] = obs[start + n, i]
         logits = forward(network, units, rows)
         for n in range(rows):
             largest = 0

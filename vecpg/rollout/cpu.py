@@ -20,7 +20,7 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
 from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
-from vecpg.kernels.matrix import NONE
+from vecpg.kernels.matrix import NONE, row_stride
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -279,7 +279,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
         variables, features, components = sizes
         words = action_key[0], action_key[1], action_key[2], action_key[3]
         start_words = start_key[0], start_key[1], start_key[2], start_key[3]
-        units = activations(network)
+        units, stride = activations(network), row_stride(features)
         # A column of these matrices, (numbers, BLOCK), is a copy's.
         before = np.zeros(variables * BLOCK, np.float32)
         after = np.zeros(variables * BLOCK, np.float32)
@@ -308,7 +308,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
                 write_seen(seen, i, observation(read_state(before, i)))
             for i in range(live):
                 for f in range(features):
-                    units[i * features + f] = seen[f * BLOCK + i]
+                    units[i * stride + f] = seen[f * BLOCK + i]
                     obs[t, who[i], f] = seen[f * BLOCK + i]
             outputs = forward(network, units, live)
             draw(
