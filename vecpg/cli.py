@@ -45,6 +45,7 @@ COMMANDS = {
     "train": "train a policy on many copies of an environment at once",
     "evaluate": "play whole episodes with a trained policy, or film one",
     "plot": "draw the learning curves of runs: means over seeds, confidence bands",
+    "tune": "search settings: many at once over seeds, the better half goes on",
     "benchmark": "measure this machine: a table of speeds, each beside its limit",
 }
 
@@ -62,6 +63,10 @@ def main(args: Sequence[str] | None = None) -> None:
             evaluate_main(rest)
         case "plot":
             plot_main(rest)
+        case "tune":
+            from vecpg.tune.cli import tune_main
+
+            tune_main(rest)
         case "benchmark":
             from vecpg.measure.cli import benchmark_main
 
@@ -91,7 +96,7 @@ def train_main(args: Sequence[str]) -> None:
         config = parse_config(args)
         prepare_process()
         with stdout_kept_clean():
-            _check_cheaply(config)
+            check_cheaply(config)
             with imports_kept():
                 from vecpg.run.interrupts import Interrupts
                 from vecpg.train import train
@@ -424,7 +429,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(EXIT_USAGE)
 
 
-def _check_cheaply(config: Config) -> None:
+def check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
     from vecpg.envs import check_time_limit, find_spec, load_wrappers, resolve_vectorization
     from vecpg.memory import check_room
