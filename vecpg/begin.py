@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import torch
@@ -20,6 +22,7 @@ from vecpg.device import resolve_device
 from vecpg.envs import find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import make_judge, prepare_evaluation
 from vecpg.kernels import threads
+from vecpg.kernels.announce import once, whose
 from vecpg.kernels.jit import Compilation
 from vecpg.look import video
 from vecpg.machine import hardware, versions
@@ -41,13 +44,14 @@ _MOST_OF_CONVOLUTIONS = 5e-3
 _MANY_ENVS = 1_000_000
 
 
-class Run(NamedTuple):
-    """What is settled before the first step, and the state, which is not.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What is settled of a run before it has a directory.
 
-    here: the working directory; an environment may go elsewhere.
+    state: nothing of it has changed.
     """
 
-    here: Path
+    spec: EnvSpec
     vectorization: str
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
@@ -56,7 +60,19 @@ class Run(NamedTuple):
     learner: Learner
     compilation: Compilation
     state: TrainState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run(Settled):
+    """What is settled before the first step, and the state, which is not.
+
+    here:    the working directory; an environment may go elsewhere.
+    closing: saves it, then closes what it has open; what fails keeps no other from being done.
+    """
+
+    here: Path
     files: Files
+    closing: ExitStack
 
 
 def begin(config: Config) -> Run:
@@ -65,97 +81,141 @@ def begin(config: Config) -> Run:
     Raises:
         ConfigError: whatever it is. What was made is closed, and nothing was written.
     """
-    try:
+    with _refusing(), ExitStack() as unless_all_is_well:
         here = Path.cwd()
-        with ExitStack() as unless_all_is_well:
-            source = files.find_source(config)
-            if source is not None:
-                unless_all_is_well.callback(source.lock.close)
-            spec = find_spec(config.env_id)
-            vectorization, device, reason = _resolve(config, spec, source)
-            _check_room(config, vectorization, device)
-            envs = make_envs(
-                config.env_id,
-                config.num_envs,
-                vectorization=vectorization,
-                device=str(device),
-                **_copies(config),
-            )
-            unless_all_is_well.callback(envs.close)
-            _check_room(config, vectorization, device, envs)
-            if config.capture_video:
-                video.check_filming(
-                    config.env_id,
-                    env_kwargs=config.env_kwargs,
-                    max_episode_steps=config.max_episode_steps,
-                    wrappers=config.wrappers,
-                )
-            policy, critic = _make_networks(config, envs, device)
-            _log.info(
-                "%s x %d, %s, on %s (%s)", spec.id, envs.num_envs, vectorization, device, reason
-            )
-            collector = choose_collector(envs, policy, action_masks=config.action_masks)
-            learner = choose_learner(policy, action_masks=config.action_masks)
-            if threads.torch_has_one() and (wanted := torch_threads(config, learner)) > 1:
-                raise ConfigError(
-                    "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
-                    f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
-                )
-            _log.info("collecting: %s", collector)
-            _log.info("gradient: %s", learner)
-            compilation = Compilation()
-            with compilation:
-                # What the first iteration would wait for is no part of its time.
-                collector.prepare(envs, policy)
-                learner.prepare(policy)
-                prepare_advantages(device)
-                prepare_statistics(device)
-                if not config.action_masks:  # what masks them is in torch
-                    prepare_evaluation(policy)
-            judge = make_judge(
-                policy,
-                config.env_id,
-                config.eval_episodes,
-                vectorization=vectorization,
-                num_envs=config.num_envs,
-                **_copies(config),
-            )
-            unless_all_is_well.callback(judge.close)
-            target = config.target_return
-            target = _threshold_of(spec) if target == "auto" else target
-            stopping = Stopping(target, config.return_window)
-            optimizer = Adam(policy.parameters(), config.learning_rate)
-            state = TrainState(policy, optimizer, critic, stopping)
-            about = {
-                "config": files.settings(config),
-                "resolved": {
-                    "vectorization": vectorization,
-                    "device": str(device),
-                    "shards": config.resolved_shards,
-                    "target": stopping.target,
-                },
-                "versions": versions(),
-                "machine": hardware(),
-                "environment": files.environment(spec, envs),
-            }
-            if source is None:
-                run_files = files.begin(config, about, state)
-            else:
-                run_files = files.go_on(config, about, state, source)
-            unless_all_is_well.pop_all()
+        source = files.find_source(config)
+        if source is not None:
+            unless_all_is_well.callback(source.lock.close)
+        settled = _settle(config, source, unless_all_is_well)
+        about = {
+            "config": files.settings(config),
+            "resolved": {
+                "vectorization": settled.vectorization,
+                "device": str(settled.device),
+                "shards": config.resolved_shards,
+                "target": settled.state.stopping.target,
+            },
+            "versions": versions(),
+            "machine": hardware(),
+            "environment": files.environment(settled.spec, settled.envs),
+        }
+        if source is None:
+            run_files = files.begin(config, about, settled.state)
+        else:
+            run_files = files.go_on(config, about, settled.state, source)
+        unless_all_is_well.pop_all()
+    closing = ExitStack()
+    closing.callback(_close, settled.envs)
+    closing.callback(_close, settled.judge)
+    closing.callback(run_files.metrics.close)
+    closing.callback(run_files.saver.save, settled.state)
+    own = {each.name: getattr(settled, each.name) for each in fields(settled)}
+    return Run(here=here, files=run_files, closing=closing, **own)
+
+
+def check(config: Config) -> None:
+    """Raise what `begin` would of a new run, as far as that can be seen without a directory."""
+    with _refusing(), ExitStack() as made:
+        _settle(config, None, made)
+
+
+def _close(envs: VectorEnv[Any, Any, Any]) -> None:
+    """What an environment does when it is closed is no longer the run's."""
+    try:
+        envs.close()
+    except (Exception, SystemExit, GeneratorExit) as error:
+        words = f"closing the environments failed: {type(error).__name__}: {error}"
+        _log.warning("%s%s", whose(), words)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever goes wrong before the first step is a matter of settings."""
+    try:
+        yield
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
         raise ConfigError(words) from error
-    _log.info("run directory: %s", relative(run_files.run_dir, here))
-    if config.baseline == "leave_one_out" and config.num_envs == 1:
-        _log.info("baseline leave_one_out: with one environment it equals none")
-    if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
-        _log.info(
-            "network cnn: convolutions seldom learn at --learning-rate %g; try 1e-3",
-            config.learning_rate,
+
+
+def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
+    """What is said of it is said once for runs of equal settings.
+
+    Args:
+        config: of the run.
+        source: what it goes on from.
+        made: gets what closes what was made.
+    """
+    spec = find_spec(config.env_id)
+    vectorization, device, reason = _resolve(config, spec, source)
+    _check_room(config, vectorization, device)
+    envs = make_envs(
+        config.env_id,
+        config.num_envs,
+        vectorization=vectorization,
+        device=str(device),
+        **_copies(config),
+    )
+    made.callback(envs.close)
+    _check_room(config, vectorization, device, envs)
+    if config.capture_video:
+        video.check_filming(
+            config.env_id,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
         )
-    return Run(
-        here, vectorization, device, envs, judge, collector, learner, compilation, state, run_files
+    policy, critic = _make_networks(config, envs, device)
+    once(_log, f"{spec.id} x {envs.num_envs}, {vectorization}, on {device} ({reason})")
+    collector = choose_collector(envs, policy, action_masks=config.action_masks)
+    learner = choose_learner(policy, action_masks=config.action_masks)
+    if threads.torch_has_one() and (wanted := torch_threads(config, learner)) > 1:
+        raise ConfigError(
+            "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
+            f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
+        )
+    once(_log, f"collecting: {collector}")
+    once(_log, f"gradient: {learner}")
+    if config.baseline == "leave_one_out" and config.num_envs == 1:
+        once(_log, "baseline leave_one_out: with one environment it equals none")
+    if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
+        once(
+            _log,
+            "network cnn: convolutions seldom learn at --learning-rate"
+            f" {config.learning_rate:g}; try 1e-3",
+        )
+    compilation = Compilation()
+    with compilation:
+        # What the first iteration would wait for is no part of its time.
+        collector.prepare(envs, policy)
+        learner.prepare(policy)
+        prepare_advantages(device)
+        prepare_statistics(device)
+        if not config.action_masks:  # what masks them is in torch
+            prepare_evaluation(policy)
+    judge = make_judge(
+        policy,
+        config.env_id,
+        config.eval_episodes,
+        vectorization=vectorization,
+        num_envs=config.num_envs,
+        **_copies(config),
+    )
+    made.callback(judge.close)
+    target = config.target_return
+    target = _threshold_of(spec) if target == "auto" else target
+    stopping = Stopping(target, config.return_window)
+    optimizer = Adam(policy.parameters(), config.learning_rate)
+    return Settled(
+        spec=spec,
+        vectorization=vectorization,
+        device=device,
+        envs=envs,
+        judge=judge,
+        collector=collector,
+        learner=learner,
+        compilation=compilation,
+        state=TrainState(policy, optimizer, critic, stopping),
     )
 
 

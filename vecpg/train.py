@@ -3,10 +3,10 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.kernels import threads
-from vecpg.kernels.announce import anew
+from vecpg.kernels.announce import anew, whose
 from vecpg.kernels.cores import cores
 from vecpg.look import video
 from vecpg.noise import Purpose
@@ -30,8 +30,8 @@ from vecpg.run import files
 from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
-from vecpg.run.interrupts import Interrupts
-from vecpg.run.progress import Progress
+from vecpg.run.interrupts import Interrupts, Told
+from vecpg.run.progress import Progress, Share
 from vecpg.run.resume import find_run, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
 from vecpg.update import UpdateStats, update
@@ -49,6 +49,14 @@ class TrainResult:
     policy: Policy
     run_dir: Path
     summary: dict[str, Any]
+
+
+class Ending(NamedTuple):
+    """What a run came to: the evaluation of its last policy, or the one that confirmed it."""
+
+    evaluation: EvalResult
+    wall_seconds: float
+    compile_seconds: float
 
 
 @anew()
@@ -92,10 +100,59 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         >>> result.summary["iterations"], result.summary["solved"]
         (3, False)
     """
-    if (finished := _finished(config)) is not None:
+    if (finished := finished_run(config)) is not None:
+        _log.info(
+            "already at its end, after %s iterations, %s steps and %s episodes; to go on, raise %s",
+            *(f"{finished.summary[name]:,}" for name in ("iterations", "env_steps", "episodes")),
+            "--target-return, which it reached"
+            if finished.summary["solved"]
+            else "--total-timesteps, or what else ended it",
+        )
         return finished
     run = begin(config)
-    with _running(config, run) as (clock, progress, interrupts):
+    _log.info("run directory: %s", relative(run.files.run_dir, run.here))
+
+    def save() -> None:
+        _log.info("saved: %s", run.files.saver.save(run.state))
+
+    try:
+        with (
+            threads.using(config.threads or cores()),
+            Interrupts(save) as interrupts,
+            Progress(config) as progress,
+        ):
+            ending = advance(config, run, interrupts, progress, on_iteration)
+    except BaseException:
+        run.closing.close()  # what a signal just before has kept from being done
+        run.files.lock.close()
+        command = resume_command(relative(run.files.run_dir, run.here), config)
+        _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
+        raise
+    result = conclude(config, run, ending)
+    verdict = {None: "", True: "solved: ", False: "not solved: "}[result.summary["solved"]]
+    _log.info(
+        "%sgreedy return %.1f over %d episodes",
+        verdict,
+        ending.evaluation.return_mean,
+        len(ending.evaluation.returns),
+    )
+    film_if_asked(config, result)
+    return result
+
+
+def advance(
+    config: Config,
+    run: Run,
+    interrupts: Interrupts | Told,
+    progress: Progress | Share,
+    on_iteration: OnIteration | None = None,
+) -> Ending:
+    """Iterate until the run is at its end; however that comes, the run is saved and closed.
+
+    Raises:
+        as `train`.
+    """
+    with _running(config, run, interrupts) as clock:
         envs, state, draft = run.envs, run.state, run.state.draft()
         while not _is_over(config, state.counters, state.stopping.solved):
             iteration = state.counters.iteration
@@ -148,21 +205,40 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, state.counters.env_steps)
 
+    return Ending(final, wall_seconds, clock.compile_seconds)
+
+
+def conclude(config: Config, run: Run, ending: Ending) -> TrainResult:
+    """Write the summary, and with it the run is finished."""
     run_dir = run.files.run_dir
     with run.files.lock:  # until it is finished, nobody else goes on with it
-        summary = _summary(config, run, final, wall_seconds, clock.compile_seconds)
+        summary = _summary(config, run, ending)
         write_json(run_dir / "summary.json", summary)
-    verdict = {None: "", True: "solved: ", False: "not solved: "}[summary["solved"]]
-    _log.info(
-        "%sgreedy return %.1f over %d episodes", verdict, final.return_mean, len(final.returns)
-    )
-    best = run.state.best_policy()
-    if config.capture_video:
-        _film(config, best, run_dir / "videos" / "best.mp4")
-    return TrainResult(best, run_dir, summary)
+    return TrainResult(run.state.best_policy(), run_dir, summary)
 
 
-def _finished(config: Config) -> TrainResult | None:
+def film_if_asked(config: Config, result: TrainResult) -> None:
+    """Record an episode. A run that came to its end is not lost for want of a film."""
+    if not config.capture_video:
+        return
+    path = result.run_dir / "videos" / "best.mp4"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        video.record(
+            result.policy,
+            config.env_id,
+            path,
+            env_kwargs=config.env_kwargs,
+            max_episode_steps=config.max_episode_steps,
+            wrappers=config.wrappers,
+            seed=config.seed,
+            action_masks=config.action_masks,
+        )
+    except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
+        _log.warning("%sno film: %s", whose(), error)
+
+
+def finished_run(config: Config) -> TrainResult | None:
     """What a run left that is asked to go on, and has come to its end; else None."""
     run_dir = None if config.resume == "auto" else find_run(config)
     if run_dir is None or not (run_dir / "summary.json").exists():
@@ -174,64 +250,31 @@ def _finished(config: Config) -> TrainResult | None:
         solved = found.manifest["solved"]
         summary = read_json(run_dir / "summary.json") | {"run_dir": relative(run_dir, Path.cwd())}
         as_it_was = config.target_return == stored.target_return
-        of_this = summary.get("iterations") == counters.iteration
+        of_this = (counters.iteration, counters.env_steps, counters.episodes) == tuple(
+            map(summary.get, ("iterations", "env_steps", "episodes"))
+        )
         if not (as_it_was and of_this and _is_over(config, counters, solved)):
             return None
         best = load_policy(run_dir, network=config.network)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    _log.info(
-        "already at its end, after %d iterations, %s steps and %s episodes; to go on, raise %s",
-        *(counters.iteration, f"{counters.env_steps:,}", f"{counters.episodes:,}"),
-        "--target-return, which it reached"
-        if solved
-        else "--total-timesteps, or what else ended it",
-    )
     return TrainResult(best, run_dir, summary)
 
 
 @contextmanager
-def _running(config: Config, run: Run) -> Iterator[tuple[Clock, Progress, Interrupts]]:
-    """The threads, signals and files of a run; at its end, however it ends, it is saved."""
-    closing = ExitStack()
-    closing.callback(_close, run.envs)
-    closing.callback(_close, run.judge)
-    closing.callback(run.files.metrics.close)
-    closing.callback(run.files.saver.save, run.state)
-
-    def save() -> None:
-        _log.info("saved: %s", run.files.saver.save(run.state))
-
-    try:
-        with (
-            threads.torch_using(torch_threads(config, run.learner)),
-            threads.using(config.threads or cores()),
-            Interrupts(save) as interrupts,
-            Progress(config) as progress,
-            run.compilation as compilation,
-        ):
-            clock = Clock(run.device, compilation, run.state.seconds)
-            try:
-                with memory.named(lambda: clock.phase_now):
-                    yield clock, progress, interrupts
-            finally:
-                # The last first: saved, then closed; what fails keeps no other from being done.
-                with interrupts.held():
-                    closing.close()
-    except BaseException:
-        closing.close()  # what a signal just before has kept from being done
-        run.files.lock.close()
-        command = resume_command(relative(run.files.run_dir, run.here), config)
-        _log.info("saved after iteration %d; resume: %s", run.files.saver.iteration, command)
-        raise
-
-
-def _close(envs: VectorEnv[Any, Any, Any]) -> None:
-    """What an environment does when it is closed is no longer the run's."""
-    try:
-        envs.close()
-    except (Exception, SystemExit, GeneratorExit) as error:
-        _log.warning("closing the environments failed: %s: %s", type(error).__name__, error)
+def _running(config: Config, run: Run, interrupts: Interrupts | Told) -> Iterator[Clock]:
+    """The time and torch's threads of a run; at its end, however it ends, it is saved."""
+    with (
+        threads.torch_using(torch_threads(config, run.learner)),
+        run.compilation as compilation,
+    ):
+        clock = Clock(run.device, compilation, run.state.seconds)
+        try:
+            with memory.named(lambda: clock.phase_now):
+                yield clock
+        finally:
+            with interrupts.held():
+                run.closing.close()
 
 
 def _confirmation(
@@ -303,10 +346,9 @@ def _row(
     }
 
 
-def _summary(
-    config: Config, run: Run, final: EvalResult, wall_seconds: float, compile_seconds: float
-) -> dict[str, Any]:
+def _summary(config: Config, run: Run, ending: Ending) -> dict[str, Any]:
     """The line that goes to stdout, and summary.json."""
+    final, wall_seconds, compile_seconds = ending
     counters, stopping, seconds = run.state.counters, run.state.stopping, run.state.seconds
     return {
         "env_id": config.env_id,
@@ -337,21 +379,3 @@ def _summary(
         "solved_seconds": seconds.get("solved") if stopping.solved else None,
         "run_dir": relative(run.files.run_dir, run.here),
     }
-
-
-def _film(config: Config, policy: Policy, path: Path) -> None:
-    """Record an episode. A run that came to its end is not lost for want of a film."""
-    path.parent.mkdir(exist_ok=True)
-    try:
-        video.record(
-            policy,
-            config.env_id,
-            path,
-            env_kwargs=config.env_kwargs,
-            max_episode_steps=config.max_episode_steps,
-            wrappers=config.wrappers,
-            seed=config.seed,
-            action_masks=config.action_masks,
-        )
-    except (ValueError, OSError, EnvironmentFailure, FloatingPointError) as error:
-        _log.warning("no film: %s", error)

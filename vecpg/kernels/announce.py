@@ -1,10 +1,12 @@
-"""Log lines that are said once a run. Nothing else depends on whether they were."""
+"""Log lines that are said once a run, or of which run they are. Nothing else depends on them."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _said: set[str] = set()
+_whose: ContextVar[str] = ContextVar("_whose", default="")
 
 
 def once(log: logging.Logger, message: str, level: int = logging.INFO) -> None:
@@ -31,3 +33,24 @@ def anew() -> Iterator[None]:
         yield
     finally:
         _said.update(before)
+
+
+@contextmanager
+def of_run(name: str) -> Iterator[None]:
+    """Inside, it is the run of this name that speaks: one of several in this process.
+
+    Example:
+        >>> with of_run("seed 3"):
+        ...     whose()
+        'seed 3: '
+    """
+    before = _whose.set(f"{name}: ")
+    try:
+        yield
+    finally:
+        _whose.reset(before)
+
+
+def whose() -> str:
+    """What a log line begins with that speaks of one run; nothing where there is one only."""
+    return _whose.get()

@@ -17,7 +17,7 @@ import torch
 Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
-_number: ContextVar[int | None] = ContextVar("_number", default=None)
+_number: ContextVar[Callable[[], int]] = ContextVar("_number", default=torch.get_num_threads)
 
 # Who is inside `torch_using`, and the number that the first of them found.
 _entering = threading.Lock()
@@ -43,14 +43,17 @@ def count() -> int:
         ...     count()
         3
     """
-    number = _number.get()
-    return torch.get_num_threads() if number is None else number
+    return _number.get()()
 
 
 @contextmanager
-def using(number: int) -> Iterator[None]:
-    """Run this thread's kernels on so many threads inside, whatever torch's number is."""
-    before = _number.set(number)
+def using(number: int | Callable[[], int]) -> Iterator[None]:
+    """Run this thread's kernels on so many threads inside, whatever torch's number is.
+
+    Args:
+        number: of threads; or what says, whenever kernels are run, how many there are just then.
+    """
+    before = _number.set(number if callable(number) else lambda: number)
     try:
         yield
     finally:

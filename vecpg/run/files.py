@@ -10,6 +10,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from vecpg.config import Config, to_dict
+from vecpg.kernels.announce import whose
 from vecpg.policy.spaces import fingerprint
 from vecpg.run import checkpoint
 from vecpg.run.checkpoint import STATE, Checkpoint, Saver
@@ -136,7 +137,8 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
     had, has = _bits_depend_on(manifest), _bits_depend_on(about)
     if changed := differences(had, has):
         _log.warning(
-            "%s: from here on not bit for bit what it would have been without a stop",
+            "%s%s: from here on not bit for bit what it would have been without a stop",
+            whose(),
             ", ".join(changed),
         )
     # From here a crash leaves a run that is not finished, and goes on from the same checkpoint.
@@ -147,7 +149,7 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
     write_json(run_dir / "config.json", about["config"])
     metrics = Metrics(run_dir, about["config"], goes_on=state.counters)
     saver = Saver(run_dir, about, config.save_every, metrics, state.counters.iteration)
-    _log.info("going on after iteration %d", state.counters.iteration)
+    _log.info("%sgoing on after iteration %d", whose(), state.counters.iteration)
     return Files(run_dir, metrics, saver, source.lock)
 
 

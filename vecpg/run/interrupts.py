@@ -149,6 +149,39 @@ class Interrupts:
             self._hook(unraisable)
 
 
+class Told:
+    """What `Interrupts` is to a run in another thread than the main one, where no signal comes.
+
+    The main thread tells it, and it answers at the next end of `held`.
+
+    Args:
+        save: what it calls when it is asked to save.
+    """
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+        self._asked_to_save = False
+        self._signum: int | None = None
+
+    def stop(self, signum: int) -> None:
+        """Have `Interrupted` raised."""
+        self._signum = signum
+
+    def ask_to_save(self) -> None:
+        """Have the run saved."""
+        self._asked_to_save = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """At the end of this block it answers."""
+        yield
+        if self._asked_to_save and self._signum is None:
+            self._save()
+            self._asked_to_save = False
+        if self._signum is not None and sys.exception() is None:
+            raise Interrupted(self._signum)
+
+
 class _Watch:
     """A thread that ends the process at the second signal, whatever the main thread is doing.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from vecpg.kernels.announce import whose
 from vecpg.run import curves
 from vecpg.run.curves import Curves
 from vecpg.run.directory import writing
@@ -122,8 +123,9 @@ class Metrics:
                     self._curves.close()
             self._curves = None
             _log.warning(
-                "no more curves for TensorBoard: %s: %s; metrics.jsonl has them, and `vecpg plot`"
+                "%sno more curves for TensorBoard: %s: %s; metrics.jsonl has them, and `vecpg plot`"
                 " draws them",
+                whose(),
                 type(error).__name__,
                 error,
             )

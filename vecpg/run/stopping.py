@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vecpg.evaluate import EvalResult
+from vecpg.kernels.announce import whose
 from vecpg.policy import Policy
 from vecpg.rollout.statistics import Episodes
 
@@ -108,8 +109,9 @@ class Stopping:
             evaluation = confirm(policy)
             if evaluation.return_mean < self.target:
                 _log.info(
-                    "not confirmed: the window's mean is %.1f, a greedy evaluation gives %.1f"
+                    "%snot confirmed: the window's mean is %.1f, a greedy evaluation gives %.1f"
                     " (target %.1f)",
+                    whose(),
                     mean,
                     evaluation.return_mean,
                     self.target,
@@ -175,8 +177,9 @@ class Stopping:
         self.equal = (low, iterations + 1 if iterations and low == value else 1)
         if self.equal[1] == _STUCK_ITERATIONS:
             _log.warning(
-                "every episode has returned %g for %d iterations, which teaches next to nothing; if"
-                " more is possible, try another --seed, more --num-envs or --ent-coef 0.01",
+                "%severy episode has returned %g for %d iterations, which teaches next to nothing;"
+                " if more is possible, try another --seed, more --num-envs or --ent-coef 0.01",
+                whose(),
                 low,
                 _STUCK_ITERATIONS,
             )

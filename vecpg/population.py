@@ -1,0 +1,260 @@
+"""Many runs in one process: seeds, and settings. Each is, bit for bit, what it would be alone."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from queue import SimpleQueue
+
+import torch
+
+from vecpg.begin import Run, begin, check, relative, torch_threads
+from vecpg.config import Config, ConfigError
+from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
+from vecpg.kernels import threads
+from vecpg.kernels.announce import anew, of_run
+from vecpg.kernels.cores import cores
+from vecpg.run.interrupts import Interrupted, Interrupts, Told
+from vecpg.run.progress import PopulationProgress, Share
+from vecpg.run.resume import resume_command
+from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run
+
+# Failures whose message says all that there is to say.
+_NAMED = (EnvironmentFailure, EnvironmentNotMade, FloatingPointError, MemoryError, OSError)
+
+OnResult = Callable[[int, TrainResult], None]
+
+_log = logging.getLogger(__name__)
+
+
+class RunsFailed(RuntimeError):
+    """Some of many runs failed; the others came to their end.
+
+    results:  of every run, in the order of the configurations; None where it failed.
+    failures: what it raised, by its place in that order.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        results: list[TrainResult | None],
+        failures: dict[int, Exception],
+    ) -> None:
+        which = ", ".join(names[place] for place in sorted(failures))
+        super().__init__(f"{len(failures)} of {len(results)} runs failed: {which}")
+        self.results, self.failures = results, failures
+
+
+@anew()
+@threads.torch_using(1)
+@torch.inference_mode(False)
+@torch.enable_grad()
+def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> list[TrainResult]:
+    """Train every configuration, and leave a run directory of each behind, as `train` does.
+
+    Parameters, optimizer, metrics.jsonl without the clock, and every count of a run are those of
+    `train(config)`. Runs that are collected and learned in machine code go on side by side, one to
+    a core, from the first to the last; the others take turns, one after the other.
+
+    Args:
+        configs: one for each run. A run that is to go on has its `resume`; one that has come to
+            its end is not trained again. `progress` and `log_every` of the first say how all of
+            them are shown.
+        on_result: called as `on_result(place, result)` as each run ends, in this thread.
+
+    Returns:
+        the results, in the order of the configurations.
+
+    Raises:
+        ConfigError: something that can be known before the first step of any.
+        RunsFailed: some runs failed; each was saved, and the others were not kept from their end.
+        Interrupted: as `train`. Every run was saved.
+
+    Example:
+        >>> import tempfile
+        >>> out_dir = tempfile.mkdtemp()
+        >>> two = [
+        ...     Config(num_envs=8, seed=seed, total_iterations=2, out_dir=out_dir, progress=False)
+        ...     for seed in (1, 2)
+        ... ]
+        >>> [result.summary["seed"] for result in train_many(two)]
+        [1, 2]
+    """
+    configs = list(configs)
+    if not configs:
+        return []
+    _check(configs)
+    population = _Population(configs, on_result)
+    first = configs[0]
+    with (
+        Interrupts(population.ask_to_save) as interrupts,
+        PopulationProgress(len(configs), first.progress, first.log_every) as progress,
+    ):
+        population.train(interrupts, progress)
+    results = [population.results.get(place) for place in range(len(configs))]
+    if population.failures:
+        raise RunsFailed(population.names, results, population.failures)
+    return [result for result in results if result is not None]
+
+
+def _check(configs: Sequence[Config]) -> None:
+    """Refuse what cannot be begun, before anything is: of runs of equal settings one is tried."""
+    for config in configs:
+        if not isinstance(config, Config):
+            raise TypeError(f"configs: expected a Config for each run, got {config!r}")
+    # The first is begun before any other makes a step.
+    tried = {_settings(configs[0])}
+    for config in configs:
+        if config.resume is None and (settings := _settings(config)) not in tried:
+            tried.add(settings)
+            check(config)
+
+
+def _settings(config: Config) -> str:
+    return repr(replace(config, seed=0, out_dir=".", exp_name="reinforce"))
+
+
+def _names(configs: Sequence[Config]) -> list[str]:
+    """What each run is called in messages."""
+    seeds = [config.seed for config in configs]
+    if len(set(seeds)) == len(seeds):
+        return [f"seed {seed}" for seed in seeds]
+    return [f"run {number} (seed {seed})" for number, seed in enumerate(seeds, start=1)]
+
+
+def _kernel_threads(config: Config) -> int:
+    return config.threads or cores()
+
+
+class _Population:
+    """The runs that are at work, and what the others came to.
+
+    Runs are begun in the main thread, and what they come to is taken in there; in between each is
+    in a thread of its own, or, where the kernels do not serve it, in the main thread too.
+    """
+
+    def __init__(self, configs: Sequence[Config], on_result: OnResult | None) -> None:
+        self.names = _names(configs)
+        self.results: dict[int, TrainResult] = {}
+        self.failures: dict[int, Exception] = {}
+        self._configs, self._on_result = configs, on_result
+        self._at_once = max(map(_kernel_threads, configs))
+        self._at_work: dict[int, tuple[Told, threading.Thread]] = {}
+        self._ended: SimpleQueue[tuple[int, TrainResult | BaseException]] = SimpleQueue()
+
+    def ask_to_save(self) -> None:
+        """Have every run saved."""
+        for told, _ in list(self._at_work.values()):
+            told.ask_to_save()
+
+    def train(self, interrupts: Interrupts, progress: PopulationProgress) -> None:
+        """Bring every run to its end; if that cannot be, have every one saved."""
+        try:
+            for place in range(len(self._configs)):
+                with of_run(self.names[place]):
+                    self._begin(place, interrupts, progress)
+            while self._at_work:
+                self._wait(progress)
+        except BaseException as error:
+            signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+            for told, _ in self._at_work.values():
+                told.stop(signum)
+            for _, thread in self._at_work.values():
+                thread.join()
+            raise
+
+    def _begin(self, place: int, interrupts: Interrupts, progress: PopulationProgress) -> None:
+        config = self._configs[place]
+        try:
+            result = finished_run(config)
+            run = begin(config) if result is None else None
+        except ConfigError as error:
+            if place == 0:
+                raise
+            _log.error("%s failed: %s", self.names[place], error)
+            self._take_in(place, error, progress)
+            return
+        if run is None:
+            self._take_in(place, result, progress)
+            return
+        share = progress.share(place, run.state.counters.env_steps)
+
+        def save() -> None:
+            run.files.saver.save(run.state)
+
+        if not _is_served(config, run):
+            with Interrupts(save) as own:
+                outcome = self._outcome(place, run, own, share)
+            self._take_in(place, outcome, progress)
+            return
+        while len(self._at_work) >= self._at_once:
+            self._wait(progress)
+        told = Told(save)
+        thread = threading.Thread(
+            target=lambda: self._ended.put((place, self._outcome(place, run, told, share))),
+            name=f"vecpg-run-{place}",
+        )
+        with interrupts.held():
+            self._at_work[place] = told, thread
+            thread.start()
+
+    def _wait(self, progress: PopulationProgress) -> None:
+        """Take in what the next of the runs at work comes to."""
+        place, outcome = self._ended.get()
+        self._at_work.pop(place)[1].join()
+        self._take_in(place, outcome, progress)
+
+    @threads.torch_using(1)
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _outcome(
+        self, place: int, run: Run, interrupts: Interrupts | Told, share: Share
+    ) -> TrainResult | BaseException:
+        """What a run comes to: its result, or what it raised."""
+        config, name = self._configs[place], self.names[place]
+        try:
+            with of_run(name), threads.using(lambda: self._threads_of(config)):
+                return conclude(config, run, advance(config, run, interrupts, share))
+        except BaseException as error:
+            run.closing.close()
+            run.files.lock.close()
+            if isinstance(error, Exception):
+                _log.error(
+                    "%s%s failed: %s: %s; saved after iteration %d; resume: %s",
+                    getattr(error, "trace", ""),
+                    name,
+                    type(error).__name__,
+                    error,
+                    run.files.saver.iteration,
+                    resume_command(relative(run.files.run_dir, run.here), config),
+                    exc_info=None if isinstance(error, _NAMED) else error,
+                )
+            return error
+
+    def _threads_of(self, config: Config) -> int:
+        """How many threads the kernels of a run have: towards the end there are more for each."""
+        left = len(self._configs) - len(self.results) - len(self.failures)
+        return max(1, min(_kernel_threads(config), self._at_once // max(1, left)))
+
+    def _take_in(
+        self, place: int, outcome: TrainResult | BaseException | None, progress: PopulationProgress
+    ) -> None:
+        if isinstance(outcome, TrainResult):
+            film_if_asked(self._configs[place], outcome)
+            self.results[place] = outcome
+        elif isinstance(outcome, Exception):
+            self.failures[place] = outcome
+        elif outcome is not None:
+            raise outcome
+        solved = place in self.results and bool(self.results[place].summary["solved"])
+        progress.ended(solved)
+        if place in self.results and self._on_result is not None:
+            self._on_result(place, self.results[place])
+
+
+def _is_served(config: Config, run: Run) -> bool:
+    """Whether a run spends its time in kernels, which let other threads go on."""
+    in_kernels = run.collector.backend == "cpu" and run.learner.backend == "cpu"
+    # Films are drawn by libraries that want the main thread, and torch's threads are one run's.
+    return in_kernels and not config.capture_video and torch_threads(config, run.learner) == 1
