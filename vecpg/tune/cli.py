@@ -89,9 +89,8 @@ def _check_cheaply(
             raise ConfigError(
                 f"{flag(parameter.name)}: expected it here or as --param {parameter.name}, got both"
             )
-    check_cheaply(config.fixed)
-    for settings in drawn:
-        check_cheaply(settle(config.fixed, settings))
+    for run in [config.fixed, *(settle(config.fixed, settings) for settings in drawn)]:
+        check_cheaply(run)
 
 
 def _search(

@@ -145,24 +145,26 @@ def save_pictures(search: Search) -> list[Path]:
     Source: Watanabe, Bansal and Hutter (2023), PED-ANOVA.
     """
     import matplotlib
+    from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
 
-    matplotlib.use("agg")
+    matplotlib.use("agg")  # also where there is a display
     first = _after_first_round(search)
     half = PedAnovaImportanceEvaluator(target_quantile=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        drawn = {
-            "history": pictures.plot_intermediate_values(search.study),
-            "importances": pictures.plot_param_importances(first, half, target_name="score"),
-            "slices": pictures.plot_slice(first, target_name="score"),
-        }
+    drawings: dict[str, Callable[[], object]] = {
+        "history": lambda: pictures.plot_intermediate_values(search.study),
+        "importances": lambda: pictures.plot_param_importances(first, half, target_name="score"),
+        "slices": lambda: pictures.plot_slice(first, target_name="score"),
+    }
     paths = []
-    for name, axes in drawn.items():
+    for name, draw in drawings.items():
         paths.append(search.study_dir / f"{name}.png")
-        figure = (axes.flat[0] if isinstance(axes, np.ndarray) else axes).figure
-        figure.savefig(paths[-1], bbox_inches="tight", dpi=150)
-        matplotlib.pyplot.close(figure)
+        # Optuna changes the style.
+        with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (9, 5)}):
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            draw()
+            pyplot.savefig(paths[-1], bbox_inches="tight", dpi=150)
+            pyplot.close()
     return paths
 
 

@@ -114,19 +114,20 @@ class Search:
         scores = {trial.number: trial.intermediate_values[budget] for trial in trained}
         middle = statistics.median(scores.values())
         budgets = self.config.budgets
+        ends = budget == budgets[-1]
         for trial in trained:
             if trial.state != TrialState.RUNNING:
                 continue  # told before a cut
-            if budget == budgets[-1]:
+            if ends:
                 self.study.tell(trial.number, scores[trial.number])
             elif scores[trial.number] < middle:
                 self.study.tell(trial.number, state=TrialState.PRUNED)
+        pruned = 0 if ends else sum(score < middle for score in scores.values())
         best = max(trained, key=lambda trial: scores[trial.number])
         _log.info(
-            "round %d of %d, %s steps: %d settings, %d below their median %.1f; best %.1f: %s",
+            "round %d of %d, %s steps: %d settings, median %.1f, %d pruned; best %.1f: %s",
             *(budgets.index(budget) + 1, len(budgets), f"{budget:,}", len(trained)),
-            *(sum(score < middle for score in scores.values()), middle),
-            *(scores[best.number], in_words(self.settings(best))),
+            *(middle, pruned, scores[best.number], in_words(self.settings(best))),
         )
 
     def _train(

@@ -66,8 +66,8 @@ class TuneConfig(Config):
                     f"{flag(name)}: expected none, since rounds share out --total-timesteps, got"
                     f" {getattr(self, name)}"
                 )
-        if self.total_timesteps is None:
-            raise ConfigError("--total-timesteps: expected a number for rounds to share out")
+        # A run needs an end, and there is no other.
+        assert self.total_timesteps is not None
         if self.total_timesteps < 2 ** (self.rounds - 1):
             raise ConfigError(
                 f"--total-timesteps: expected at least {2 ** (self.rounds - 1)}, since each of"
@@ -99,7 +99,8 @@ class TuneConfig(Config):
 
         Half of the settings go, and runs go on: no round costs more than the first one.
         """
-        last = self.total_timesteps or 0
+        assert self.total_timesteps is not None
+        last = self.total_timesteps
         return [-(-last // 2 ** (self.rounds - number)) for number in range(1, self.rounds + 1)]
 
     @property

@@ -17,7 +17,7 @@ from optuna.distributions import (
 )
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
 from vecpg.config import ConfigError, to_dict
@@ -88,9 +88,7 @@ def held(study_dir: Path) -> Iterator[optuna.Study]:
     """
     path = study_dir / _JOURNAL
     with hold(study_dir):
-        # Of a process that was killed as it wrote: Optuna would wait for its lock, and refuse a
-        # journal with half a line inside.
-        (study_dir / f"{_JOURNAL}.lock").unlink(missing_ok=True)
+        # Half a line, of a process that was killed as it wrote, would be inside for ever.
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         yield _load(study_dir)
 
@@ -126,9 +124,20 @@ def _load(study_dir: Path) -> optuna.Study:
     return optuna.load_study(study_name=_NAME, storage=_storage(study_dir), sampler=RandomSampler())
 
 
+class _NoLock(JournalFileOpenLock):
+    """The directory is held; a lock of Optuna's own would outlast a process that is killed."""
+
+    def acquire(self) -> bool:
+        """Take nothing."""
+        return True
+
+    def release(self) -> None:
+        """Give nothing back."""
+
+
 def _storage(study_dir: Path) -> JournalStorage:
-    # Optuna's lock is a link to the path, which it waits for if that leads nowhere.
-    return JournalStorage(JournalFileBackend(str((study_dir / _JOURNAL).absolute())))
+    path = str(study_dir / _JOURNAL)
+    return JournalStorage(JournalFileBackend(path, _NoLock(path)))
 
 
 def _new_directory(config: TuneConfig) -> Path:
