@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -9,27 +10,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from drawn import RETURN, make_run, refused
 from matplotlib import rc_context
 
 from vecpg.cli import plot_main
-from vecpg.config import Config, to_dict
-from vecpg.look.plot import _WORDS, draw, group_curves, mean_and_band, plot, read_curves, student_t
-
-RETURN = "charts/episodic_return"
-
-
-def make_run(root, name, points, tag=RETURN, **settings):
-    """A run directory with these (env_steps, value) pairs."""
-    run = root / name
-    run.mkdir(parents=True)
-    config = to_dict(Config(**settings)) | {"exp_name": name, "out_dir": str(root)}
-    (run / "config.json").write_text(json.dumps(config))
-    rows = [
-        {"iteration": i, "env_steps": steps, "episodes": i, tag: value, "charts/SPS": 1.0 + i}
-        for i, (steps, value) in enumerate(points, start=1)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
+from vecpg.config import Config
+from vecpg.look.curves import group_curves, read_curves
+from vecpg.look.plot import _WORDS, centre_and_band, draw, draw_profiles, plot
 
 
 def figure(*runs, tag=RETURN):
@@ -46,26 +33,6 @@ def band(collection):
     for steps, height in collection.get_paths()[0].vertices:
         corners.setdefault(float(steps), []).append(float(height))
     return {steps: (min(heights), max(heights)) for steps, heights in corners.items()}
-
-
-def refused(capsys, *args):
-    with pytest.raises(SystemExit) as caught:
-        plot_main([str(arg) for arg in args])
-    captured = capsys.readouterr()
-    assert caught.value.code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("error: ")
-    return captured.err
-
-
-# Published in every table of Student's distribution (two-sided, 95 %).
-TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 120: 1.980}
-
-
-@pytest.mark.parametrize(("degrees", "published"), TABLE.items())
-def test_students_t_is_the_published_one(degrees, published):
-    assert round(student_t(degrees), 3) == published
 
 
 def test_the_line_and_the_band_that_are_drawn(tmp_path):
@@ -103,9 +70,118 @@ def test_bands_hold_the_true_mean_as_often_as_they_say(tmp_path):
     for _ in range(draws):
         for curve in curves:
             curve.values[:] = generator.normal(5.0, 2.0)
-        _, mean, half = mean_and_band(curves)
-        held += bool(abs(mean[0] - 5.0) <= half[0])
+        _, _, (low, high) = centre_and_band(curves)
+        held += bool(low[0] <= 5.0 <= high[0])
     assert abs(held / draws - 0.95) < 4 * math.sqrt(0.95 * 0.05 / draws)
+
+
+def test_the_interquartile_mean_and_its_band(tmp_path):
+    """Of four seeds it is the mean of two; the band's oracle are all 256 resamples."""
+    values = [[0.0, 1.0], [10.0, 7.0], [3.0, 900.0], [4.5, 5.0]]
+    for seed, (first, last) in enumerate(values):
+        make_run(tmp_path, f"s{seed}", [(10, first), (20, last)], seed=seed)
+    curves = read_curves([tmp_path], RETURN)
+    (axes,) = draw(group_curves(curves), RETURN, "iqm").axes
+    assert lines(axes)["4 seeds"].tolist() == [[10, 3.75], [20, 6.0]]
+    edges = band(axes.collections[0])
+    for steps, at in zip((10, 20), zip(*values, strict=True), strict=True):
+        found = sorted(sum(sorted(each)[1:3]) / 2 for each in itertools.product(at, repeat=len(at)))
+        assert edges[steps] == pytest.approx((found[6], found[249]))  # 2.5 % of 256 are 6.4
+    title = axes.get_legend().get_title().get_text()
+    assert title.startswith("interquartile mean over seeds, 95 % band (bootstrap, 2,000 resamples)")
+    assert title.endswith("as far as every seed has data")
+
+
+def test_a_band_over_many_steps_is_that_of_few_of_them(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for seed in range(5):
+        points = [(steps**2, float(generator.normal())) for steps in range(1, 12)]
+        make_run(tmp_path, f"s{seed}", points, seed=seed)
+    curves = read_curves([tmp_path], RETURN)
+    steps, centre, everywhere = centre_and_band(curves, "iqm")
+    monkeypatch.setattr("vecpg.look.plot._PLACES", 3)
+    fewer_steps, same, fewer = centre_and_band(curves, "iqm")
+    assert (fewer_steps == steps).all()
+    assert (same == centre).all()
+    exact = [0, 5, 10]
+    assert (fewer[:, exact] == everywhere[:, exact]).all()
+    between = (81 - 36) / (121 - 36)
+    expected = (1 - between) * fewer[:, 5] + between * fewer[:, 10]
+    assert fewer[:, 8].tolist() == pytest.approx(expected.tolist())
+
+
+def steps_of(line):
+    """What a step line shows at a place between its corners."""
+    xs, ys = line.get_xydata().T
+    assert line.get_drawstyle() == "steps-post"
+    return lambda x: float(ys[np.searchsorted(xs, x, side="right") - 1])
+
+
+def test_a_profile_is_the_share_of_runs_above(tmp_path):
+    scores = [9.0, 1.0, 3.0, 3.0, -2.0]
+    for seed, score in enumerate(scores):
+        # Its last value counts, not its highest.
+        make_run(tmp_path, f"s{seed}", [(10, 50.0), (20, score)], seed=seed)
+    make_run(tmp_path, "alone", [(20, 12.0)], gamma=0.5)
+    (axes,) = draw_profiles(group_curves(read_curves([tmp_path], RETURN)), RETURN).axes
+    many, alone = (
+        next(line for line in axes.lines if line.get_label().endswith(f"({seeds})"))
+        for seeds in ("5 seeds", "1 seed")
+    )
+    for tau in (-2.5, -2.0, 0.0, 1.0, 2.9, 3.0, 8.9, 9.0, 12.0, 12.5):
+        assert steps_of(many)(tau) == sum(score > tau for score in scores) / 5
+        assert steps_of(alone)(tau) == float(tau < 12)
+    (filled,) = axes.collections
+    corners = filled.get_paths()[0].vertices
+    # A resample's number of runs above is binomial: 5 runs, share 4 of 5 after the first fall.
+    for tau, share in ((-1.0, 0.8), (2.0, 0.6), (5.0, 0.2)):
+        chances = [math.comb(5, k) * share**k * (1 - share) ** (5 - k) for k in range(6)]
+        below = np.cumsum(chances)
+        expected = (np.argmax(below > 0.025) / 5, np.argmax(below > 0.975) / 5)
+        low, high = heights(corners, tau)
+        assert (low, high) == pytest.approx(expected), tau
+    assert heights(corners, -2.5) == (1, 1)
+    assert heights(corners, 11.0) == (0, 0)
+    assert axes.get_xlabel() == "tau, at a run's end: mean return of an episode (reward)"
+    assert "95 % band (bootstrap, 2,000 resamples)" in axes.get_legend().get_title().get_text()
+
+
+def heights(corners, x):
+    """Where a vertical line crosses the outline of what was filled, from below."""
+    crossed = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        if min(x0, x1) <= x < max(x0, x1):
+            crossed.append(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+    return min(crossed), max(crossed)
+
+
+def test_equal_scores_are_a_profile_too(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, f"s{seed}", [(10, 500.0)], seed=seed)
+    (axes,) = draw_profiles(group_curves(read_curves([tmp_path], RETURN)), RETURN).axes
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[499, 1], [500, 0], [501, 0]]
+
+
+def test_without_a_tag_the_profile_is_of_the_evaluation_at_the_end(tmp_path, capsys, caplog):
+    for seed in (1, 2, 3):
+        run = make_run(tmp_path, f"s{seed}", [(10, 1.0)], seed=seed)
+        if seed < 3:
+            ended = {"env_steps": 10, "eval_return_mean": 100.0 * seed}
+            (run / "summary.json").write_text(json.dumps(ended))
+    (axes,) = draw_profiles(group_curves(read_curves([tmp_path], None)), None).axes
+    assert axes.lines[0].get_xydata()[1:-1].tolist() == [[100, 0.5], [200, 0]]
+    assert axes.get_xlabel() == "tau, at a run's end: greedy return (reward)"
+    out = ("--out", tmp_path / "x.png", "--kind", "profile")
+    plot_main([str(each) for each in (tmp_path, *out)])
+    assert json.loads(capsys.readouterr().out)["runs"] == 2
+    assert f"left out: {tmp_path / 's3'} has no summary.json" in caplog.text
+    assert "has not come to its end" in refused(capsys, tmp_path / "s3", *out)
+    for content in ("[]", "{}", '{"env_steps": 1, "eval_return_mean": NaN}'):
+        (tmp_path / "s1" / "summary.json").write_text(content)
+        assert "summary.json: expected numbers by the names" in refused(capsys, tmp_path, *out)
+    message = refused(capsys, tmp_path, *out, "--statistic", "iqm")
+    assert "--statistic: expected none for a profile" in message
 
 
 def test_one_seed_is_a_line_without_a_band(tmp_path):
@@ -164,15 +240,6 @@ def test_every_environment_has_its_panel(tmp_path):
         assert axes.get_ylabel() == "mean return of an episode (reward)"
 
 
-def test_nulls_unfinished_lines_and_repeated_iterations_are_no_points(tmp_path):
-    run = make_run(tmp_path, "a", [(1, None), (2, 2.0), (4, None), (6, 6.0), (4, 5.0), (8, 7.0)])
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 7, "env_st')
-    (axes,) = figure(run).axes
-    # The run went on from before its step 6.
-    assert lines(axes)["1 seed"].tolist() == [[2, 2], [4, 5], [8, 7]]
-
-
 def test_a_repeated_seed_is_no_further_sample(tmp_path, caplog):
     make_run(tmp_path, "a", [(1, 1.0), (5, 1.0)])
     make_run(tmp_path, "b", [(1, 1.0), (9, 1.0)])
@@ -222,50 +289,6 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     (run / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(capsys, run, *out)
     assert not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[" * 100_000,
-        '{"env_id": ["CartPole-v1"], "seed": 1}',
-        '{"env_id": "CartPole-v1", "seed": [1]}',
-        '{"env_id": "CartPole-v1", "seed": 1, "recipe": []}',
-        '{"env_id": "CartPole-v1"}',
-    ],
-    ids=lambda content: content[:40],
-)
-def test_settings_of_another_kind_are_refused(tmp_path, capsys, content):
-    run = make_run(tmp_path, "a", [(1, 1.0), (5, 1.0)])
-    (run / "config.json").write_text(content)
-    assert "config.json" in refused(capsys, run, "--out", tmp_path / "x.png")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "[" * 100_000,
-        "[1]",
-        "1",
-        '{"env_steps": "5"}',
-        '{"env_steps": true}',
-        '{"env_steps": null}',
-        '{"env_steps": NaN}',
-        '{"env_steps": 1' + "0" * 400 + "}",
-        '{"env_steps": 5, "charts/episodic_return": "1"}',
-        '{"env_steps": 5, "charts/episodic_return": [1]}',
-        '{"env_steps": 5, "charts/episodic_return": 1' + "0" * 400 + "}",
-        '{"env_steps": 5, "\x1b[2J": ""}',
-    ],
-    ids=lambda row: repr(row)[:60],
-)
-def test_a_row_of_another_kind_is_refused(tmp_path, capsys, row):
-    run = make_run(tmp_path, "a", [(1, 1.0)])
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(row + "\n")
-    message = refused(capsys, run, "--out", tmp_path / "x.png")
-    assert "metrics.jsonl: expected an iteration in line 2, got " in message
-    assert "\x1b" not in message
 
 
 def test_text_of_a_file_is_never_set_by_tex(tmp_path):

@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -29,12 +29,22 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from vecpg import __version__, signals
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
-from vecpg.run.resume import check_settings, find_run, read_config
+from vecpg.run.members import (
+    Population,
+    configs_of,
+    find_population,
+    make_population_directory,
+    read_population,
+)
+from vecpg.run.resume import check_settings, find_run, read_config, resume_command
 from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+
+# Every run has a directory of its own in one directory.
+_MOST_SEEDS = 100_000
 
 _T = TypeVar("_T")
 _registry = ConstructorRegistry()
@@ -44,8 +54,8 @@ _registry = ConstructorRegistry()
 COMMANDS = {
     "train": "train a policy on many copies of an environment at once",
     "evaluate": "play whole episodes with a trained policy, or film one",
-    "plot": "draw the learning curves of runs: means over seeds, confidence bands",
-    "tune": "search settings: many at once over seeds, the better half goes on",
+    "plot": "draw runs: learning curves over seeds with their bands, or a profile of scores",
+    "tune": "search settings: many at once, each over seeds, and the better half goes on",
     "benchmark": "measure this machine: a table of speeds, each beside its limit",
 }
 
@@ -93,26 +103,92 @@ def main(args: Sequence[str] | None = None) -> None:
 def train_main(args: Sequence[str]) -> None:
     """`vecpg train`."""
     with exit_codes():
-        config = parse_config(args)
+        config, num_seeds = parse_train(args)
         prepare_process()
-        with stdout_kept_clean():
-            check_cheaply(config)
-            with imports_kept():
-                from vecpg.run.interrupts import Interrupts
-                from vecpg.train import train
+        if num_seeds > 1:
+            _train_many(Population(config, num_seeds))
+        else:
+            _train_one(config)
 
-            with Interrupts():
-                result = train(config)
-        print(json.dumps(result.summary), flush=True)
-        run_dir = result.summary["run_dir"]
-        typed = flags_to_type(to_dict(config))
+
+def _train_one(config: Config) -> None:
+    with stdout_kept_clean():
+        check_cheaply(config)
+        with imports_kept():
+            from vecpg.run.interrupts import Interrupts
+            from vecpg.train import train
+
+        with Interrupts():
+            result = train(config)
+    print(json.dumps(result.summary), flush=True)
+    run_dir = result.summary["run_dir"]
+    typed = flags_to_type(to_dict(config))
+    _print_next(
+        curves=f"{_tensorboard()} --logdir {shlex.quote(str(Path(run_dir).parent))}",
+        evaluate=_vecpg("evaluate", shlex.quote(run_dir), typed),
+    )
+
+
+def _train_many(population: Population) -> None:
+    """A line for each run on stdout as it ends, and a table of all of them on stderr."""
+    config = population.config
+    with stdout_kept_clean() as stdout:
+        folder = find_population(population)
+        if folder is None:
+            check_cheaply(dataclasses.replace(config, resume=None))
+        with imports_kept():
+            from vecpg.look.table import closing_table
+            from vecpg.population import RunsFailed, train_many
+            from vecpg.run.directory import discard
+            from vecpg.run.interrupts import Interrupts
+
+        def say(place: int, result: Any) -> None:
+            print(json.dumps(result.summary), file=stdout, flush=True)
+
+        with Interrupts():
+            begins = folder is None
+            folder = folder or make_population_directory(population)
+            shown = shlex.quote(os.path.relpath(folder))
+            logging.getLogger("vecpg").info("population: %s", shown)
+            failed = None
+            try:
+                results = train_many(configs_of(population, folder), say)
+            except ConfigError:
+                if begins:  # nothing was
+                    discard(folder)
+                raise
+            except RunsFailed as error:
+                failed, results = error, [each for each in error.results if each is not None]
+            except BaseException:
+                command = resume_command(shown, config)
+                logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+                raise
+        print(closing_table([result.summary for result in results]), file=sys.stderr)
+    _print_next(
+        curves=f"{_tensorboard()} --logdir {shown}",
+        plot=_vecpg("plot", shown, "--out curves.png"),
+    )
+    if failed is not None:
         print(
-            f"curves:   {how_to_call('tensorboard', 'tensorboard.main')} --logdir"
-            f" {shlex.quote(str(Path(run_dir).parent))}\n"
-            f"evaluate: {how_to_call('vecpg', 'vecpg')} evaluate"
-            f" {' '.join(filter(None, (shlex.quote(run_dir), typed)))}",
+            f"error: {failed}; what is to be resumed: {resume_command(shown, config)}",
             file=sys.stderr,
         )
+        raise SystemExit(EXIT_FAILED)
+
+
+def _print_next(**commands: str) -> None:
+    """What may be typed next, on stderr."""
+    width = max(map(len, commands)) + 1
+    for name, command in commands.items():
+        print(f"{name + ':':{width}} {command}", file=sys.stderr)
+
+
+def _tensorboard() -> str:
+    return how_to_call("tensorboard", "tensorboard.main")
+
+
+def _vecpg(*words: str) -> str:
+    return " ".join(filter(None, (how_to_call("vecpg", "vecpg"), *words)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,22 +309,35 @@ def evaluate_main(args: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw curves: the mean over seeds with a 95 % confidence band, for runs of equal settings.
+    """Draw runs, those of equal settings as one line: a curve over seeds with its 95 % band, or a
+    performance profile.
 
-    A line goes as far as all its seeds have data. One JSON line goes to stdout.
+    A curve goes as far as all its seeds have data. One JSON line goes to stdout.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run directories, or directories that hold several runs, such as `runs`."""
+    """Run directories, or directories that hold several runs: a population, or such as `runs`."""
     out: str
     """The image file. Its ending (.png, .pdf, .svg, ...) says the format."""
-    tag: str = "charts/episodic_return"
-    """What to draw over the environment steps: a key of metrics.jsonl."""
+    kind: Literal["curve", "profile"] = "curve"
+    """curve: over the environment steps. profile: the share of runs whose score is above tau, over
+    tau. The score is the return of the greedy evaluation at a run's end."""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """What a curve is of its seeds: mean, with Student's confidence interval; iqm, the
+    interquartile mean with a bootstrap interval, which wants ten seeds or more."""
+    tag: str | None = None
+    """A key of metrics.jsonl. Without it a curve is of charts/episodic_return. With it the score in
+    a profile is a run's last value of it: charts/best_return is its best."""
 
     def __post_init__(self) -> None:
         """Check that there is something to draw."""
         if not self.runs:
             raise ConfigError("RUN: expected at least one run directory, got none")
+        if self.kind == "profile" and self.statistic != "mean":
+            raise ConfigError(
+                f"--statistic: expected none for a profile, which has all scores, got"
+                f" {self.statistic}; leave it out"
+            )
 
 
 def plot_main(args: Sequence[str]) -> None:
@@ -259,14 +348,43 @@ def plot_main(args: Sequence[str]) -> None:
         from vecpg.look.plot import plot
 
         try:
-            drawn = plot(config.runs, config.out, config.tag)
+            drawn = plot(
+                config.runs, config.out, config.tag, kind=config.kind, statistic=config.statistic
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         print(json.dumps(drawn), flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TrainFlags(Config):
+    # What `vecpg train` takes: the settings of a run, and how many of them there are.
+    num_seeds: int = 1
+    """So many runs in one process, with seeds from --seed on; each is what it would be alone. A
+    line for each goes to stdout as it ends, and their table to stderr."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_seeds <= _MOST_SEEDS:
+            raise ConfigError(f"--num-seeds: expected 1 to {_MOST_SEEDS:,}, got {self.num_seeds}")
+        if self.seed + self.num_seeds > 2**64:
+            raise ConfigError(
+                f"--num-seeds: expected seeds below 2**64, got {self.num_seeds} from --seed"
+                f" {self.seed} on"
+            )
+
+
 def parse_config(args: Sequence[str]) -> Config:
-    """The settings that the flags of `vecpg train` give, `--recipe` and `--resume` read first."""
+    """As `parse_train`, without the number of seeds."""
+    return parse_train(args)[0]
+
+
+def parse_train(args: Sequence[str]) -> tuple[Config, int]:
+    """What the flags of `vecpg train` give, `--recipe` and `--resume` read first.
+
+    Returns:
+        the settings of the first run, and how many runs there are.
+    """
     name = _given(args, "recipe") or Config().recipe
     if name == "list":
         # All that any of them sets otherwise than another: who runs one wants to know all of these.
@@ -285,24 +403,43 @@ def parse_config(args: Sequence[str]) -> Config:
     named = RECIPES[name][0]
     resume = _given(args, "resume")
     if resume is None:
-        return parse(Config, args, command="train", default=named, description=_DESCRIPTION)
-    wanted = Config(resume=resume)
+        return _parse_flags(args, named, 1)
+    num_seeds, wanted = 1, Config(resume=resume)
     if resume == "auto":  # which run that is depends on other flags
-        wanted = parse(Config, args, command="train", default=named, description=_DESCRIPTION)
-    run_dir = find_run(wanted)
-    if run_dir is None:
-        return wanted
+        wanted, num_seeds = _parse_flags(args, named, 1)
+    folder = find_population(Population(wanted, num_seeds))
+    if folder is not None:
+        begun = read_population(folder)
+        where, stored, num_seeds = folder, begun.config, begun.num_seeds
+    elif num_seeds > 1 or (run_dir := find_run(wanted)) is None:
+        return wanted, num_seeds
+    else:
+        where, stored = run_dir, read_config(run_dir)
     # Where runs are is said here and now, not by a file.
-    stored = dataclasses.replace(
-        read_config(run_dir), progress=named.progress, out_dir=wanted.out_dir
-    )
-    config = parse(Config, args, command="train", default=stored, description=_DESCRIPTION)
+    stored = dataclasses.replace(stored, progress=named.progress, out_dir=wanted.out_dir)
+    config, given_seeds = _parse_flags(args, stored, num_seeds)
+    if given_seeds != num_seeds:
+        fail(f"--num-seeds: expected {num_seeds}, with which {where} was begun, got {given_seeds}")
+    if folder is not None:
+        check_settings(config, stored)
     trusted_names(
         to_dict(stored),
         {name: getattr(config, name) for name in NAMES if _given(args, name) is not None},
         f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
     )
-    return config
+    return config, num_seeds
+
+
+def _parse_flags(args: Sequence[str], default: Config, num_seeds: int) -> tuple[Config, int]:
+    flags = parse(
+        _TrainFlags,
+        args,
+        command="train",
+        default=_TrainFlags(**to_dict(default), num_seeds=num_seeds),
+        description=_DESCRIPTION,
+    )
+    settings = {each.name: getattr(flags, each.name) for each in dataclasses.fields(Config)}
+    return Config(**settings), flags.num_seeds
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -362,15 +499,22 @@ def prepare_process() -> None:
 
 
 @contextlib.contextmanager
-def stdout_kept_clean() -> Iterator[None]:
-    """Send to stderr whatever an environment prints, from C too: stdout carries one JSON line."""
+def stdout_kept_clean() -> Iterator[TextIO]:
+    """Send to stderr whatever an environment prints, from C too: stdout carries JSON lines.
+
+    Yields:
+        what writes to stdout meanwhile.
+    """
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         # Python's own by name: if stderr has no reader, that is no fault of the environment.
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            open(kept, "w", encoding="utf-8", closefd=False) as stdout,
+        ):
+            yield stdout
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -1,46 +1,33 @@
-"""Curves of runs: for each group of equal settings, the mean over seeds with a confidence band.
+"""Pictures of runs: for each group of equal settings a curve over seeds, or their scores' profile.
 
 Matplotlib is imported when something is drawn, without a display; torch is not needed.
 """
 
 import io
 import json
-import logging
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vecpg.config import to_dict
+from vecpg.look.curves import (
+    NO_PART_OF_A_GROUP,
+    Curve,
+    group_curves,
+    one_for_each_seed,
+    read_curves,
+)
+from vecpg.look.intervals import bootstrap_interval, interquartile_mean, student_t
 from vecpg.recipes import RECIPES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_log = logging.getLogger(__name__)
-
-# Runs that differ in nothing else are repetitions of one experiment.
-_NO_PART_OF_A_GROUP = frozenset(
-    (
-        "seed",
-        "exp_name",
-        "out_dir",
-        "progress",
-        "log_every",
-        "save_every",
-        "threads",
-        "capture_video",
-    )
-)
-
-# Keys of metrics.jsonl that are not curves: they identify the row.
-_COUNTERS = ("iteration", "env_steps", "episodes")
 
 _WORDS = {
     "charts/episodic_return": "mean return of an episode (reward)",
@@ -57,36 +44,48 @@ _WORDS = {
     "perf/update_s": "update of an iteration (seconds)",
 }
 
+# Of the bands that are drawn, at every place: rliable's number for profiles.
+_RESAMPLES = 2000
+
+# A band has its own resamples at so many places at most, and is a straight line between them.
+_PLACES = 500
+
+Statistic = Literal["mean", "iqm"]
+_BANDS = {
+    "mean": "mean over seeds, and its 95 % confidence band,",
+    "iqm": f"interquartile mean over seeds, 95 % band (bootstrap, {_RESAMPLES:,} resamples),",
+}
+
 # Okabe and Ito (2008), "Color universal design"; without yellow, which is faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One tag of one run: its settings, and (P,) points with increasing env_steps, P >= 1."""
-
-    run_dir: Path
-    config: dict[str, Any]
-    env_steps: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-
 def plot(
-    runs: Sequence[str | Path], out: str | Path, tag: str = "charts/episodic_return"
+    runs: Sequence[str | Path],
+    out: str | Path,
+    tag: str | None = None,
+    *,
+    kind: Literal["curve", "profile"] = "curve",
+    statistic: Statistic = "mean",
 ) -> dict[str, Any]:
-    """Draw one tag of several runs into an image file.
+    """Draw curves of several runs, or the profile of their scores, into an image file.
 
     Runs whose settings are the same but for the seed (and for what changes no result: names,
-    directories, logging, threads) are one line: their mean. The band around it is the 95 %
-    confidence interval of that mean, see `mean_and_band`. Each environment has its own panel. Of
-    several runs with the same settings and seed the longest is drawn: they are no further samples.
+    directories, logging, threads) are one line: of a curve see `centre_and_band`, of a profile
+    `profile_and_band`. Each environment has its own panel. Of several runs with the same settings
+    and seed the longest is drawn: they are no further samples.
 
     Args:
-        runs: run directories, and directories that hold run directories, such as `runs`. A run
-            found in the latter that has nothing to draw is left out, and the log says so.
+        runs: run directories, and directories that hold run directories: a population, or one such
+            as `runs`, with the populations in it. A run found in the latter that has nothing to
+            draw is left out, and the log says so.
         out: the image file; its ending (.png, .pdf, .svg, ...) says the format.
-        tag: a key of metrics.jsonl.
+        tag: a key of metrics.jsonl, `charts/episodic_return` if None. The score of a run in a
+            profile is its last value there, so that of `charts/best_return` is its best; if None,
+            the mean return of the greedy evaluation at its end, from summary.json.
+        kind: what to draw.
+        statistic: what a curve is of the seeds: their mean, or their interquartile mean.
 
     Returns:
         {"out": the file, "runs": how many were drawn, "groups": how many lines}.
@@ -103,13 +102,15 @@ def plot(
     """  # noqa: E501
     from matplotlib import rc_context
 
-    curves = _one_for_each_seed(read_curves(runs, tag))
+    if kind == "curve" and tag is None:
+        tag = "charts/episodic_return"
+    curves = one_for_each_seed(read_curves(runs, tag))
     groups = group_curves(curves)
     path = Path(out)
     image = io.BytesIO()
     # What stands in a file is no program for TeX, even where a user has TeX set all text.
     with rc_context({"text.usetex": False}):
-        figure = draw(groups, tag)
+        figure = draw_profiles(groups, tag) if kind == "profile" else draw(groups, tag, statistic)
         try:
             figure.savefig(image, format=path.suffix[1:] or "none", dpi=150)
         except ValueError as error:  # matplotlib names the formats that there are
@@ -121,166 +122,39 @@ def plot(
     return {"out": str(out), "runs": len(curves), "groups": len(groups)}
 
 
-def read_curves(runs: Sequence[str | Path], tag: str) -> list[Curve]:
-    """The curves of run directories, and of those in directories of runs.
-
-    Raises:
-        ValueError: as `plot`.
-    """
-    curves: dict[Path, Curve] = {}
-    left_out: list[str] = []
-    for given in map(Path, runs):
-        is_run = (given / "config.json").is_file()
-        found = sorted(path.parent for path in given.glob("*/config.json"))
-        if not is_run and not found:
-            got = "neither" if given.is_dir() else "a file" if given.exists() else "no directory"
-            raise ValueError(f"{given}: expected a run directory or a directory of runs, got {got}")
-        for run_dir in [given] if is_run else found:
-            try:
-                curves[run_dir.resolve()] = _read_curve(run_dir, tag)
-            except _NothingToDraw as error:
-                if is_run:
-                    raise
-                left_out.append(str(error))
-    if not curves:
-        raise ValueError(left_out[0])
-    for message in left_out:
-        _log.warning("left out: %s", message)
-    return list(curves.values())
-
-
-class _NothingToDraw(ValueError):
-    """A run without a value of the tag."""
-
-
-def _read_curve(run_dir: Path, tag: str) -> Curve:
-    config = _read_object(run_dir / "config.json")
-    rows = _read_rows(run_dir / "metrics.jsonl")
-    if not rows:
-        raise _NothingToDraw(f"{run_dir} has no iteration in its metrics.jsonl yet")
-    points: list[tuple[float, float]] = []
-    for row in rows:
-        if tag in _COUNTERS or row.get(tag) is None:
-            continue
-        # A run that went on from an earlier checkpoint may do iterations again: the last counts.
-        while points and points[-1][0] >= row["env_steps"]:
-            points.pop()
-        points.append((row["env_steps"], row[tag]))
-    if not points:
-        tags = {key for row in rows for key, value in row.items() if value is not None}
-        known = ", ".join(sorted(tags - set(_COUNTERS)))
-        raise _NothingToDraw(f"--tag: expected one that {run_dir} has ({known}), got {tag}")
-    steps, values = np.array(points, np.float64).T
-    return Curve(run_dir, config, steps, values)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    # Lists inside each other by the thousand are a RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    right = isinstance(content, dict) and all(
-        isinstance(content.get(name), kind) for name, kind in (("env_id", str), ("seed", int))
-    )
-    if not right or not isinstance(content.get("recipe", ""), str):
-        raise ValueError(f"{path}: expected the settings of a run, got something else")
-    settings: dict[str, Any] = content
-    return settings
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that is not finished yet is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not _is_row(row):
-            raise ValueError(
-                f"{path}: expected an iteration in line {number}, got {line.strip()[:40]!a}"
-            )
-        rows.append(row)
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    """Numbers by name, the environment steps among them."""
-
-    def is_number(value: Any) -> bool:
-        return type(value) is float or (type(value) is int and abs(value) < 2**63)
-
-    if not isinstance(row, dict) or not is_number(row.get("env_steps")):
-        return False
-    return math.isfinite(row["env_steps"]) and all(
-        value is None or is_number(value) for value in row.values()
-    )
-
-
-def _one_for_each_seed(curves: Sequence[Curve]) -> list[Curve]:
-    longest: dict[str, Curve] = {}
-    for curve in curves:
-        key = _key(curve.config) + json.dumps(curve.config["seed"])
-        kept = longest.setdefault(key, curve)
-        if kept is curve:
-            continue
-        if curve.env_steps[-1] >= kept.env_steps[-1]:
-            longest[key], curve = curve, kept
-        _log.warning(
-            "left out: %s repeats the settings and the seed of %s",
-            curve.run_dir,
-            longest[key].run_dir,
-        )
-    return list(longest.values())
-
-
-def _key(config: dict[str, Any]) -> str:
-    kept = {name: value for name, value in config.items() if name not in _NO_PART_OF_A_GROUP}
-    return json.dumps(kept, sort_keys=True)
-
-
-def group_curves(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Curves by the settings that make their group, in order of appearance."""
-    groups: dict[str, list[Curve]] = {}
-    for curve in curves:
-        groups.setdefault(_key(curve.config), []).append(curve)
-    return groups
-
-
-def mean_and_band(
-    curves: Sequence[Curve],
+def centre_and_band(
+    curves: Sequence[Curve], statistic: Statistic = "mean"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
-    """The mean ± t * s / sqrt(n), at every number of steps where all n curves have data.
+    """The mean or the interquartile mean of n curves where all have data, with its 95 % interval.
 
-    s is the standard deviation over the curves (n - 1), t the 97.5 % point of Student's
-    distribution with n - 1 degrees of freedom. A curve is a straight line between its own points
-    and is not continued beyond them, so the result begins where the last curve begins and ends
-    where the first one ends. In between it has a point wherever any curve has one: the mean is
-    exact.
+    mean: the interval is mean ± t * s / sqrt(n), s the standard deviation over the curves (n - 1),
+    t the 97.5 % point of Student's distribution with n - 1 degrees of freedom; so it is an honest
+    one with few curves, too. iqm: the mean of the middle half, which a run that fails, or one that
+    is lucky, doesn't move; its interval is `vecpg.look.intervals.bootstrap_interval`, which is too
+    narrow with fewer than ten curves. Either is an interval for every number of steps by itself.
+
+    A curve is a straight line between its own points and is not continued beyond them, so the
+    result begins where the last curve begins and ends where the first one ends, as a run does that
+    solved its environment early. In between it has a point wherever any curve has one.
 
     Args:
         curves: at least one.
+        statistic: which.
 
     Returns:
-        (P,) env_steps, (P,) mean, and half the height of the band, (P,); None for one curve.
+        (P,) env_steps, (P,) the statistic, and (2, P) the lower and the upper end of the interval;
+        None for one curve.
 
     Raises:
         ValueError: there is no number of steps where all have data.
+
+    Source: the interquartile mean and its interval: Agarwal et al. (2021), section 4.
 
     Example:
         >>> steps = np.array([0.0, 10.0])
         >>> one = Curve(Path("1"), {}, steps, np.array([0.0, 2.0]))
         >>> other = Curve(Path("2"), {}, steps + 5, np.array([3.0, 3.0]))
-        >>> mean_and_band([one, other])[:2]
+        >>> centre_and_band([one, other])[:2]
         (array([ 5., 10.]), array([2. , 2.5]))
     """
     first = max(curve.env_steps[0] for curve in curves)
@@ -297,49 +171,113 @@ def mean_and_band(
     n = len(curves)
     if n == 1:
         return steps, values[0], None
+    if statistic == "iqm":
+        places = np.unique(np.linspace(0, len(steps) - 1, _PLACES).astype(int))
+        ends = bootstrap_interval(values[:, places], resamples=_RESAMPLES)
+        band = (
+            None
+            if ends is None
+            else np.stack([np.interp(steps, steps[places], end) for end in ends])
+        )
+        return steps, interquartile_mean(values, axis=0), band
+    mean = values.mean(axis=0)
     half = student_t(n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
-    return steps, values.mean(axis=0), half
+    return steps, mean, np.stack([mean - half, mean + half])
 
 
-def student_t(degrees: int) -> float:
-    """The t with P(-t < T < t) = 0.95, T of Student's distribution.
+def profile_and_band(
+    scores: Sequence[float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+    """The share of runs with a score above tau, at every tau where it falls, and its 95 % interval.
+
+    It falls to what is given at its tau, and stays there until the next; below the first it is 1.
+    The interval is `vecpg.look.intervals.bootstrap_interval`, for every tau by itself; where the
+    share is 0 or 1 it has no width.
 
     Args:
-        degrees: of freedom, at least 1.
+        scores: at least one.
 
-    Source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4: with t = sqrt(degrees) * tan(angle) the
-    probability is a finite sum of powers of cos(angle).
+    Returns:
+        (P,) the scores that there are, in order; (P,) the share of those above; and (2, P) the
+        lower and the upper end of the interval, None for one run.
+
+    Source: Agarwal et al. (2021), section 4.2, "run-score distributions".
 
     Example:
-        >>> round(student_t(4), 3)
-        2.776
+        >>> taus, share, _ = profile_and_band([3.0, 1.0, 3.0, 9.0])
+        >>> taus.tolist(), share.tolist()
+        ([1.0, 3.0, 9.0], [0.75, 0.25, 0.0])
     """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = degrees % 2
-        term, total = cosine if odd else 1.0, 0.0
-        for k in range(1 + odd, degrees, 2):
-            total += term
-            term *= cosine * cosine * k / (k + 1)
-        probability = sine * total
-        if odd:
-            probability = 2 / math.pi * (angle + probability)
-        low, high = (angle, high) if probability < 0.95 else (low, angle)
-    return math.sqrt(degrees) * math.tan(low)
+    taus = np.unique(np.asarray(scores, np.float64))
+    above = np.asarray(scores, np.float64)[:, None] > taus
+    return taus, above.mean(axis=0), bootstrap_interval(above, np.mean, resamples=_RESAMPLES)
 
 
-def draw(groups: dict[str, list[Curve]], tag: str) -> "Figure":
-    """The figure: a panel for each environment, a line and a band for each group.
+def draw(
+    groups: dict[str, list[Curve]], tag: str | None, statistic: Statistic = "mean"
+) -> "Figure":
+    """The figure of curves: a panel for each environment, a line and a band for each group.
 
     Args:
         groups: as `group_curves` gives them.
-        tag: what the values are.
+        tag: what the values are, as `read_curves` takes it.
+        statistic: as `centre_and_band` takes it.
 
     Raises:
         ValueError: the seeds of a group have no number of steps in common.
     """
+
+    def paint(axes: "Axes", curves: list[Curve], style: dict[str, Any]) -> None:
+        steps, centre, band = centre_and_band(curves, statistic)
+        marker = "o" if len(steps) == 1 else ""  # a line through one point cannot be seen
+        axes.plot(steps, centre, marker=marker, **style)
+        if band is not None:
+            axes.fill_between(steps, *band, color=style["color"], alpha=0.2, linewidth=0)
+
+    band = f"{_BANDS[statistic]}\nas far as every seed has data"
+    return _panels(groups, paint, "environment steps", _words(tag), band)
+
+
+def draw_profiles(groups: dict[str, list[Curve]], tag: str | None) -> "Figure":
+    """The figure of profiles: a panel for each environment, a line and a band for each group.
+
+    Args:
+        groups: as `group_curves` gives them; the score of a curve is its last value.
+        tag: what the values are, as `read_curves` takes it.
+    """
+    reach: dict[str, list[float]] = {}
+    for curves in groups.values():
+        for curve in curves:
+            reach.setdefault(curve.config["env_id"], []).append(curve.values[-1])
+
+    def paint(axes: "Axes", curves: list[Curve], style: dict[str, Any]) -> None:
+        scores = reach[curves[0].config["env_id"]]
+        margin = 0.05 * (max(scores) - min(scores)) or 1.0
+        taus, share, band = profile_and_band([curve.values[-1] for curve in curves])
+        taus = np.array([min(scores) - margin, *taus, max(scores) + margin])
+        axes.step(taus, [1, *share, 0], where="post", **style)
+        if band is not None:
+            low, high = ([1, *end, 0] for end in band)
+            colour = style["color"]
+            axes.fill_between(taus, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
+
+    band = f"share of runs, and its 95 % band (bootstrap, {_RESAMPLES:,} resamples)"
+    score = f"tau, at a run's end: {_words(tag)}"
+    return _panels(groups, paint, score, "share of runs with more than tau", band)
+
+
+def _words(tag: str | None) -> str:
+    return "greedy return (reward)" if tag is None else _WORDS.get(tag, tag)
+
+
+def _panels(
+    groups: dict[str, list[Curve]],
+    paint: Callable[["Axes", list[Curve], dict[str, Any]], None],
+    x_label: str,
+    y_label: str,
+    band: str,
+) -> "Figure":
+    """A panel for each environment, in which `paint(axes, curves, style)` draws a group."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[str]] = {}
@@ -352,41 +290,38 @@ def draw(groups: dict[str, list[Curve]], tag: str) -> "Figure":
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (env_id, keys) in zip(all_axes, panels.items(), strict=False):
         for index, key in enumerate(keys):
-            _draw_group(axes, groups[key], labels[key], index)
-        _dress(axes, env_id, tag, any(len(groups[key]) > 1 for key in keys))
+            style = {
+                "color": _COLOURS[index % len(_COLOURS)],
+                "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
+                "linewidth": 1.8,
+                "label": labels[key],
+            }
+            paint(axes, groups[key], style)
+        axes.set_title(_plain(env_id), fontsize=12)
+        axes.set_xlabel(_plain(x_label), fontsize=11)
+        axes.set_ylabel(_plain(y_label), fontsize=11)
+        _dress(axes, band if any(len(groups[key]) > 1 for key in keys) else None)
     for axes in all_axes[len(panels) :]:
         axes.remove()
     return figure
 
 
-def _draw_group(axes: "Axes", curves: list[Curve], label: str, index: int) -> None:
-    steps, mean, half = mean_and_band(curves)
-    colour = _COLOURS[index % len(_COLOURS)]
-    dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-    marker = "o" if len(steps) == 1 else ""  # a line through one point cannot be seen
-    axes.plot(steps, mean, dashes, color=colour, marker=marker, linewidth=1.8, label=label)
-    if half is not None:
-        axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-
-
-def _dress(axes: "Axes", env_id: str, tag: str, has_bands: bool) -> None:
+def _dress(axes: "Axes", band: str | None) -> None:
     from matplotlib.ticker import EngFormatter
 
-    axes.set_title(_plain(env_id), fontsize=12)
-    axes.set_xlabel("environment steps", fontsize=11)
-    axes.set_ylabel(_plain(_WORDS.get(tag, tag)), fontsize=11)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     # Below the panel, where it hides no curve.
-    axes.legend(
+    legend = axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.14),
         frameon=False,
         fontsize=10,
-        title="mean over seeds, and its 95 % confidence band" if has_bands else None,
+        title=band,
         title_fontsize=10,
     )
+    legend.get_title().set_multialignment("center")
 
 
 def _labels(groups: dict[str, list[Curve]]) -> dict[str, str]:
@@ -396,7 +331,7 @@ def _labels(groups: dict[str, list[Curve]]) -> dict[str, str]:
     differing = [
         name
         for name in names
-        if name not in _NO_PART_OF_A_GROUP | {"env_id"}
+        if name not in NO_PART_OF_A_GROUP | {"env_id"}
         and len({_value(config, name) for config in configs.values()}) > 1
     ]
     if "recipe" in differing:  # which says what follows from it

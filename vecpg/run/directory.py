@@ -31,28 +31,38 @@ def make_run_directory(config: Config) -> Path:
     Raises:
         OSError: it cannot be made.
     """
-    name = f"{name_of(config)}__{int(time.time())}"
-    # Wherever an environment goes meanwhile.
-    out_dir = Path(config.out_dir).absolute()
-    with writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for attempt in itertools.count():
-            run_dir = out_dir / (f"{name}-{attempt}" if attempt else name)
-            try:
-                run_dir.mkdir()
-                break
-            except FileExistsError:
-                continue
+    run_dir = make_directory(config.out_dir, name_of(config))
     try:
         with writing(run_dir):
             (run_dir / "checkpoints").mkdir()
             # A checkpoint on the disk is lost all the same if its directory's name is not.
-            sync_directory(out_dir)
+            sync_directory(run_dir.parent)
         write_json(run_dir / "system.json", system())
     except BaseException:
         discard(run_dir)
         raise
     return run_dir
+
+
+def make_directory(out_dir: str, name: str) -> Path:
+    """A new directory whose name goes on with the time, and is no other's.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    # Wherever an environment goes meanwhile.
+    parent = Path(out_dir).absolute()
+    named = f"{name}__{int(time.time())}"
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in itertools.count():
+            path = parent / (f"{named}-{attempt}" if attempt else named)
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+    return path
 
 
 class Lock(io.TextIOWrapper):

@@ -167,12 +167,12 @@ class PopulationProgress(_Line):
     def _bring_up_to_date(self) -> None:
         with self._lock:
             returns, steps = list(self._returns.values()), sum(list(self._steps.values()))
-            words = f"{self._solved} of {self._total} solved"
+            words = f"{self._solved} solved"
             words += f", median return {statistics.median(returns):.1f}" if returns else ""
             speed = per_second(int(steps), time.monotonic() - self._started)
             words += "" if not speed else f", {speed:,.0f} steps/s"
             over = self._ended == self._total
-            counts = f"{self._ended} of {self._total} runs ended: "
+            counts = f"{self._ended} of {self._total} runs ended, "
             self._write(counts, words, ("runs", self._ended, self._total), over)
 
 

@@ -173,7 +173,7 @@ def _newest_unfinished(config: Config) -> Path | None:
         for path in Path(config.out_dir).glob("*/config.json")
         if not (path.parent / "summary.json").exists()
     ]
-    for run_dir in sorted(unfinished, key=_begun, reverse=True):
+    for run_dir in sorted(unfinished, key=begun, reverse=True):
         try:
             content = read_json(run_dir / "config.json")
         except ConfigError:
@@ -194,8 +194,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(read_bytes(path), path)
 
 
-def _begun(run_dir: Path) -> tuple[int, int]:
-    """When a run was begun, and which it was of those of that second, by its name."""
+def begun(run_dir: Path) -> tuple[int, int]:
+    """When a run or a population was begun, and which it was of that second, by its name."""
     second, _, number = run_dir.name.rpartition("__")[2].partition("-")
     return int(second) if second.isdecimal() else 0, int(number) if number.isdecimal() else 0
 

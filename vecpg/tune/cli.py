@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -108,7 +109,8 @@ def _search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with Interrupts():
         study_dir = Path(config.resume or study.begin(config, space, drawn))
-        _log.info("search directory: %s", study_dir)
+        shown = os.path.relpath(study_dir)
+        _log.info("search directory: %s", shown)
         try:
             with study.held(study_dir) as known:
                 search = Search(study_dir, known, config)
@@ -119,7 +121,7 @@ def _search(
                     found["confirmed"] = report.confirmed(scores, config.fresh_seeds)
                 pictures = report.save_pictures(search)
         except BaseException as error:
-            words = ["tune", "--resume", shlex.quote(str(study_dir))]
+            words = ["tune", "--resume", shlex.quote(shown)]
             names = flags_to_type(to_dict(config.fixed))
             _log.info("to go on: %s", " ".join([how_to_call("vecpg", "vecpg"), *words, names]))
             if isinstance(error, ValueError):  # another process holds it

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ def summary(search: Search) -> dict[str, Any]:
     best, second, *_ = [*search.finalists(), None, None]
     return {
         "env_id": search.config.env_id,
-        "study_dir": str(search.study_dir),
+        "study_dir": os.path.relpath(search.study_dir),
         "budgets": search.config.budgets,
         "trials": len(trials),
         "pruned": sum(trial.state == TrialState.PRUNED for trial in trials),

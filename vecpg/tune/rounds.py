@@ -165,10 +165,9 @@ class Search:
             out_dir=str(self.study_dir),
             total_timesteps=budget,
         )
-        begun = sorted(self.study_dir.glob(f"{glob.escape(name_of(config))}__*/config.json"))
-        if not begun:
-            return config
-        return dataclasses.replace(config, resume=str(begun[-1].parent))
+        for begun in self.study_dir.glob(f"{glob.escape(name_of(config))}__*/config.json"):
+            return dataclasses.replace(config, resume=str(begun.parent))
+        return config
 
 
 def _results(outcomes: Sequence[TrainResult | Exception]) -> list[TrainResult]:

@@ -1,9 +1,7 @@
 """A search on the disk: a directory with Optuna's journal, and the runs beside it."""
 
 import contextlib
-import itertools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
 from vecpg.config import ConfigError, to_dict
-from vecpg.run.directory import discard, hold, writing
+from vecpg.run.directory import discard, hold, make_directory, writing
 from vecpg.run.stored import config_of
 from vecpg.tune.settings import TuneConfig, of_search
 from vecpg.tune.space import Parameter, as_text
@@ -41,7 +39,8 @@ def begin(config: TuneConfig, space: Sequence[Parameter], drawn: Sequence[dict[s
     Raises:
         OSError: it cannot be written.
     """
-    study_dir = _new_directory(config)
+    env_id = config.env_id.replace("/", "-").replace(":", "-")
+    study_dir = make_directory(config.out_dir, f"{config.exp_name}__{env_id}")
     distributions = {each.name: _distribution(each) for each in space}
     try:
         with writing(study_dir / _JOURNAL):
@@ -138,17 +137,3 @@ class _NoLock(JournalFileOpenLock):
 def _storage(study_dir: Path) -> JournalStorage:
     path = str(study_dir / _JOURNAL)
     return JournalStorage(JournalFileBackend(path, _NoLock(path)))
-
-
-def _new_directory(config: TuneConfig) -> Path:
-    env_id = config.env_id.replace("/", "-").replace(":", "-")
-    name = f"{config.exp_name}__{env_id}__{int(time.time())}"
-    out_dir = Path(config.out_dir)
-    with writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for attempt in itertools.count():
-            study_dir = out_dir / (f"{name}-{attempt}" if attempt else name)
-            with contextlib.suppress(FileExistsError):
-                study_dir.mkdir()
-                return study_dir
-    raise AssertionError
