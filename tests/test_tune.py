@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from conftest import ROOT
+from conftest import ROOT, digest, last
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -24,7 +24,7 @@ from vecpg.population import RunsFailed
 from vecpg.run.directory import hold
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.resume import find_named_run, name_of
-from vecpg.train import TrainResult
+from vecpg.train import TrainResult, train
 from vecpg.tune import cli, report, rounds, study
 from vecpg.tune.settings import TuneConfig
 from vecpg.tune.space import Parameter, draw, read_space
@@ -341,13 +341,13 @@ def test_a_search_goes_on_with_its_own_settings(tune):
 
 
 def test_names_of_modules_are_not_taken_from_a_journal(tune):
-    Path("mine.py").write_text("def wrap(env):\n    return env\n")
-    args = [*SPACE, "--trials", "2", "--rounds", "1", "--wrappers", "mine:wrap"]
+    Path("tuned_wrapper.py").write_text("def wrap(env):\n    return env\n")
+    args = [*SPACE, "--trials", "2", "--rounds", "1", "--wrappers", "tuned_wrapper:wrap"]
     _, found, _ = tune(*args)
     code, _, err = tune("--resume", found["study_dir"])
     assert code == 2
-    assert "if you trust mine:wrap, type: " in err
-    code, more, _ = tune("--resume", found["study_dir"], "--wrappers", "mine:wrap")
+    assert "if you trust tuned_wrapper:wrap, type: " in err
+    code, more, _ = tune("--resume", found["study_dir"], "--wrappers", "tuned_wrapper:wrap")
     assert code == 0
     assert more["best"] == found["best"]
 
@@ -571,3 +571,31 @@ def test_pictures_are_kept(tmp_path, monkeypatch):
     assert [path.name for path in paths] == ["history.png", "importances.png", "slices.png"]
     for path in paths:
         assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 20
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_runs_that_were_never_stopped(tmp_path):
+    few = {"env_id": "CartPole-v1", "total_timesteps": 3000, "eval_episodes": 5, "progress": False}
+    param = ("learning_rate=log:1e-3:1e-1", "num_envs=choice:2,4")
+    sizes = {"trials": 4, "rounds": 3, "seeds_per_trial": 2}
+    config = TuneConfig(**few, **sizes, param=param, out_dir=str(tmp_path / "searched"))
+    space = read_space(config.param, config.fixed)
+    study_dir = study.begin(config, space, draw(space, 4, seed=1))
+    with study.held(study_dir) as known:
+        search = rounds.Search(study_dir, known, config)
+        search.run()
+        (best,) = search.finalists()
+    alone = [
+        train(Config(**few, **search.settings(best), seed=seed, out_dir=str(tmp_path / "alone")))
+        for seed in (1, 2)
+    ]
+    scores = [one.summary["eval_return_mean"] for one in alone]
+    assert best.user_attrs["scores"] == scores
+    assert len(set(scores)) == 2
+    for one in alone:
+        (gone_on,) = study_dir.glob(f"*__trial{best.number}__{one.summary['seed']}__*")
+        theirs, ours = (
+            {name: value for name, value in last(run_dir).items() if name != "seconds"}
+            for run_dir in (one.run_dir, gone_on)
+        )
+        assert digest(ours) == digest(theirs)

@@ -15,7 +15,7 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -24,10 +24,12 @@ from vecpg.config import Config
 from vecpg.envs import EnvironmentFailure
 from vecpg.population import RunsFailed, train_many
 from vecpg.run.resume import name_of
-from vecpg.train import TrainResult
 from vecpg.tune.settings import TuneConfig
 from vecpg.tune.space import in_words, read_space, settle
 from vecpg.tune.study import settings_of
+
+if TYPE_CHECKING:
+    from vecpg.train import TrainResult
 
 # What a run may owe to its settings. Anything else stops the search.
 _BY_SETTINGS = (FloatingPointError, EnvironmentFailure, MemoryError)
@@ -132,7 +134,7 @@ class Search:
 
     def _train(
         self, groups: Mapping[str, dict[str, Any]], seeds: Sequence[int], budget: int
-    ) -> dict[str, list[TrainResult | Exception]]:
+    ) -> "dict[str, list[TrainResult | Exception]]":
         """What the runs of each group came to, in the order of the seeds."""
         configs = [
             self._config(name, settings, seed, budget)
@@ -170,10 +172,10 @@ class Search:
         return config
 
 
-def _results(outcomes: Sequence[TrainResult | Exception]) -> list[TrainResult]:
-    return [one for one in outcomes if isinstance(one, TrainResult)]
+def _results(outcomes: "Sequence[TrainResult | Exception]") -> "list[TrainResult]":
+    return [one for one in outcomes if not isinstance(one, Exception)]
 
 
-def _scores(outcomes: Sequence[TrainResult | Exception]) -> list[float]:
+def _scores(outcomes: "Sequence[TrainResult | Exception]") -> list[float]:
     """Greedy returns, as single runs report them when they end there."""
     return [one.summary["eval_return_mean"] for one in _results(outcomes)]
