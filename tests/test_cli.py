@@ -328,7 +328,7 @@ def test_an_unknown_command_is_one_line_and_status_2(capsys, command, hint):
         main([command, "64"])
     captured = capsys.readouterr()
     assert (caught.value.code, captured.out) == (2, "")
-    expected = "expected one of train, evaluate, plot, benchmark first"
+    expected = "expected one of train, evaluate, plot, tune, benchmark first"
     assert captured.err == f"error: {expected}, got {command}; {hint}\n"
 
 

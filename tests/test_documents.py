@@ -12,6 +12,7 @@ from vecpg import Config
 from vecpg.cli import COMMANDS, EvaluateConfig, PlotConfig, parse, parse_config
 from vecpg.measure.cli import BenchmarkConfig
 from vecpg.train import train
+from vecpg.tune.settings import TuneConfig
 
 DOCUMENTS = sorted(
     path
@@ -22,6 +23,7 @@ PARSERS = {
     "train": parse_config,
     "evaluate": lambda args: parse(EvaluateConfig, args, command="evaluate"),
     "plot": lambda args: parse(PlotConfig, args, command="plot"),
+    "tune": lambda args: parse(TuneConfig, args, command="tune"),
     "benchmark": lambda args: parse(BenchmarkConfig, args, command="benchmark"),
 }
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 HEAVY = {
     "matplotlib",
     "moviepy",
+    "optuna",
     "sympy",
     "torch._dynamo",
     "torch._inductor",

@@ -55,6 +55,7 @@ COMMANDS = {
     "train": "train a policy on many copies of an environment at once",
     "evaluate": "play whole episodes with a trained policy, or film one",
     "plot": "draw runs: learning curves over seeds with their bands, or a profile of scores",
+    "tune": "search settings: many at once, each over seeds, and the better half goes on",
     "benchmark": "measure this machine: a table of speeds, each beside its limit",
 }
 
@@ -72,6 +73,10 @@ def main(args: Sequence[str] | None = None) -> None:
             evaluate_main(rest)
         case "plot":
             plot_main(rest)
+        case "tune":
+            from vecpg.tune.cli import tune_main
+
+            tune_main(rest)
         case "benchmark":
             from vecpg.measure.cli import benchmark_main
 
@@ -108,7 +113,7 @@ def train_main(args: Sequence[str]) -> None:
 
 def _train_one(config: Config) -> None:
     with stdout_kept_clean():
-        _check_cheaply(config)
+        check_cheaply(config)
         with imports_kept():
             from vecpg.run.interrupts import Interrupts
             from vecpg.train import train
@@ -130,7 +135,7 @@ def _train_many(population: Population) -> None:
     with stdout_kept_clean() as stdout:
         folder = find_population(population)
         if folder is None:
-            _check_cheaply(dataclasses.replace(config, resume=None))
+            check_cheaply(dataclasses.replace(config, resume=None))
         with imports_kept():
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
@@ -165,7 +170,7 @@ def _train_many(population: Population) -> None:
     )
     if failed is not None:
         print(
-            f"error: {failed}; what is to be resumed: {resume_command(shown, config)}",
+            f"error: {failed}; resume: {resume_command(shown, config)}",
             file=sys.stderr,
         )
         raise SystemExit(EXIT_FAILED)
@@ -568,7 +573,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(EXIT_USAGE)
 
 
-def _check_cheaply(config: Config) -> None:
+def check_cheaply(config: Config) -> None:
     """What is wrong with the environment or the directory, before torch is loaded."""
     from vecpg.envs import check_time_limit, find_spec, load_wrappers, resolve_vectorization
     from vecpg.memory import check_room
