@@ -19,6 +19,7 @@ from vecpg.config import Config, ConfigError, to_dict
         ("max_episode_steps", [10**19], r"--max-episode-steps: expected a number below 2\*\*63"),
         ("threads", [0], "--threads: expected at least 1, or none"),
         ("threads", [10**12], "--threads: expected at most 4,096, got 1000000000000"),
+        ("activation_memory", [-1], "--activation-memory: expected at least 0, got -1"),
         ("total_timesteps", [0, -5], "--total-timesteps: expected at least 1, or none"),
         ("total_episodes", [0], "--total-episodes"),
         ("total_iterations", [0], "--total-iterations"),

@@ -8,11 +8,12 @@ import torch
 from gymnasium import spaces
 
 from vecpg import update
+from vecpg.envs import make_envs
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.sampling import sampler
-from vecpg.rollout import Rollout
+from vecpg.rollout import Rollout, collect
 from vecpg.update import by_autograd, by_machine_code
 
 # Rows, features, hidden sizes, actions: whole blocks of four and of 64, and what is left over.
@@ -334,3 +335,66 @@ def test_observations_of_zeros_and_ones_are_served(n):
     others, expected = gradients(by_autograd, policy, rollout, advantages)
     torch.testing.assert_close([each.item() for each in sums], [each.item() for each in others])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def collected_with(memory, policy, shards=1):
+    """A rollout of nine copies that may keep so many bytes of activations."""
+    envs = make_envs("CartPole-v1", 9, vectorization="tensor")
+    return collect(
+        envs, policy, num_steps=40, seed=3, iteration=0, shards=shards, activation_memory=memory
+    )
+
+
+def gradient_of(policy, rollout):
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    return gradients(by_machine_code, policy, rollout, weights)[1]
+
+
+def wide_policy():
+    """Kept are the second and the last of its hidden layers, of 144 and 16 numbers in tiles."""
+    return make_policy(4, (64, 130, 5), 2)
+
+
+@pytest.mark.parametrize("rows", [8, 30, 10**6])
+def test_activations_that_were_kept_change_no_bit(rows):
+    policy, row = wide_policy(), 4 * 9 * (144 + 16)
+    expected = gradient_of(policy, collected_with(0, policy))
+    rollout = collected_with(rows * row + row - 1, policy)
+    kept = rollout.activations.kept
+    assert kept.shape[1:] == (9, 160)
+    assert len(kept) == min(rows, 2 * 40 + 500)
+    few = kept[: len(rollout.mask)]
+    few[~rollout.mask[: len(few)].numpy()] = math.nan
+    assert all(map(torch.equal, gradient_of(policy, rollout), expected))
+    few[few == few] = 0.5
+    assert not any(map(torch.equal, gradient_of(policy, rollout)[:2], expected[:2]))
+
+
+def test_activations_of_another_network_or_other_observations_are_not_taken():
+    policy = wide_policy()
+    rollout = collected_with(10**6, policy)
+    changed = dataclasses.replace(rollout, obs=rollout.obs + 0.01)
+    plain = dataclasses.replace(changed, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, changed), gradient_of(policy, plain)))
+    rollout.obs.add_(0.01)
+    assert all(map(torch.equal, gradient_of(policy, rollout), gradient_of(policy, plain)))
+    rollout = collected_with(10**6, policy)
+    with torch.no_grad():
+        policy.network[0].bias[0] += 1.0
+    plain = dataclasses.replace(rollout, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, rollout), gradient_of(policy, plain)))
+
+
+def test_nothing_is_kept_that_is_as_fast_to_compute():
+    narrow = make_policy(4, (63, 5), 2)
+    assert collected_with(10**6, narrow).activations is None
+    assert collected_with(10**6, wide_policy(), shards=3).activations is None
+    assert collected_with(100, wide_policy()).activations is None
+
+
+def test_memory_of_activations_serves_the_next_rollout():
+    policy = wide_policy()
+    rollout = collected_with(4 * 2**20, policy)
+    place = rollout.activations.kept.ctypes.data
+    del rollout
+    assert collected_with(4 * 2**20, policy).activations.kept.ctypes.data == place

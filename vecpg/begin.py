@@ -167,7 +167,12 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         )
     policy, critic = _make_networks(config, envs, device)
     once(_log, f"{spec.id} x {envs.num_envs}, {vectorization}, on {device} ({reason})")
-    collector = choose_collector(envs, policy, action_masks=config.action_masks)
+    collector = choose_collector(
+        envs,
+        policy,
+        action_masks=config.action_masks,
+        activation_memory=config.activation_memory * 1_000_000,
+    )
     learner = choose_learner(policy, action_masks=config.action_masks)
     if threads.torch_has_one() and (wanted := torch_threads(config, learner)) > 1:
         raise ConfigError(

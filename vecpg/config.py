@@ -76,6 +76,10 @@ class Config:
     """Threads of the kernels, whose results do not depend on it; by default one for every core.
     Torch gets them only if given here, for policies or values that the kernels do not serve: its
     last bits may depend on it. 1 to 4096."""
+    activation_memory: int = 128
+    """Megabytes of hidden activations, of layers with 64 inputs or more, that collecting keeps for
+    the update where both are in machine code; what is beyond is computed again, as is everything
+    with 0. No result depends on it. At least 0."""
 
     total_timesteps: int | None = 500_000
     """End with the iteration that reaches this many real environment steps."""
@@ -193,6 +197,8 @@ class Config:
         ):
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "at least 1, or none", value)
+        kept = self.activation_memory
+        _check("activation_memory", kept >= 0, "at least 0", kept)
         each = self.envs_per_worker
         _check("envs_per_worker", each == "auto" or each >= 1, "at least 1, or auto", each)
         if self.num_envs % self.resolved_shards:

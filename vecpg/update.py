@@ -389,7 +389,10 @@ def sums_by_machine_code(
     # As many slabs for any number of threads: their sums are added in their order.
     numbers = len(network.forwards) + len(actions.log_std)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
-    slabs = [_slabs(*pair, most_slabs) for pair in zip(shards, advantages, strict=True)]
+    slabs = [
+        _slabs(shard, weights, network.forwards, most_slabs)
+        for shard, weights in zip(shards, advantages, strict=True)
+    ]
     # Shards that together have no more slabs than one may have: memory stays flat here too.
     at_once = max(1, most_slabs // max(map(len, slabs)))
     for first in range(0, len(slabs), at_once):
@@ -429,7 +432,9 @@ def _unknown(policy: Policy, taken: Tensor) -> str:
     )
 
 
-def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArray[Any], ...]]:
+def _slabs(
+    rollout: Rollout, advantages: Tensor, parameters: NDArray[np.float32], most: int
+) -> list[tuple[NDArray[Any], ...]]:
     """What `sum_gradient` takes first, of a shard's rows: at most so many slabs of them."""
     rows = rollout.mask.numel()
     numbers, components = np.empty(0, np.int64), np.empty((0, 0), np.float32)
@@ -444,5 +449,6 @@ def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArra
         components,
         advantages.detach().reshape(rows).numpy(),
         rollout.mask.reshape(rows).numpy(),
+        rollout.kept(parameters),
     )
     return [tuple(each[at : at + size] for each in every) for at in range(0, rows, size)]

@@ -6,8 +6,8 @@ import logging
 import torch
 from torch import Tensor
 
+from vecpg.kernels import kept
 from vecpg.kernels.announce import once
-from vecpg.returns import kept
 from vecpg.returns.checks import is_eager
 
 _BACKENDS = ("auto", "reference", "cpu", "cuda")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from vecpg.returns import kept
+from vecpg.kernels import kept
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BOOL, _STRIDED = torch.bool, torch.strided

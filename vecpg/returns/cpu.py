@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vecpg.kernels import threads
+from vecpg.kernels import kept, threads
 from vecpg.kernels.jit import jit
-from vecpg.returns import cpu_advantages, kept
+from vecpg.returns import cpu_advantages
 from vecpg.returns.columns import (
     masked_steps_of_8,
     masked_steps_of_32,

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept, trace
+from vecpg.kernels import kept
+from vecpg.returns import trace
 from vecpg.returns.backend import is_served, say_cpu
 from vecpg.returns.checks import (
     check_gamma,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept
+from vecpg.kernels import kept
 from vecpg.returns.checks import has_duals
 
 _library = torch.library.Library("vecpg", "FRAGMENT")  # type: ignore[no-untyped-call]

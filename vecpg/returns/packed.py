@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept, operator
+from vecpg.kernels import kept
+from vecpg.returns import operator
 from vecpg.returns.checks import is_eager, is_plain
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept, operator, reference
+from vecpg.kernels import kept
+from vecpg.returns import operator, reference
 from vecpg.returns.backend import is_served, say_cpu, writable
 from vecpg.returns.checks import (
     check_gamma,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept, operator
+from vecpg.kernels import kept
+from vecpg.returns import operator
 from vecpg.returns.checks import is_plain
 from vecpg.returns.to_go import reward_to_go
 

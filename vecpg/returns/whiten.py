@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vecpg.returns import kept
+from vecpg.kernels import kept
 from vecpg.returns.checks import as_bools, is_plain, name_of
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

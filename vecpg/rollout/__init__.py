@@ -32,16 +32,18 @@ BACKENDS = ("auto", "reference", "cpu")
 class Collector:
     """The way that collecting goes, chosen once for environments and a policy.
 
-    backend:       "reference" or "cpu".
-    reason:        why it is not "cpu"; None if it is.
-    draws_on_host: actions are drawn in machine code (always so where the backend is "cpu").
-    action_masks:  infos say which actions are allowed, and the others are not taken.
+    backend:           "reference" or "cpu".
+    reason:            why it is not "cpu"; None if it is.
+    draws_on_host:     actions are drawn in machine code (always so where the backend is "cpu").
+    action_masks:      infos say which actions are allowed, and the others are not taken.
+    activation_memory: bytes of hidden activations to keep for the update (the backend "cpu").
     """
 
     backend: str
     reason: str | None
     draws_on_host: bool
     action_masks: bool = False
+    activation_memory: int = 0
 
     def __str__(self) -> str:
         if self.backend == "cpu":
@@ -70,7 +72,13 @@ class Collector:
             )
         stream = Stream(seed, iteration, first_env, envs.num_envs)
         if self.backend == "cpu":
-            return collect_in_blocks(envs, policy, num_steps=num_steps, stream=stream)
+            return collect_in_blocks(
+                envs,
+                policy,
+                num_steps=num_steps,
+                stream=stream,
+                activation_memory=0 if shards > 1 else self.activation_memory,
+            )
         draw = sampler(policy, stream, shards=shards, in_machine_code=self.draws_on_host)
         if on_tensors:
             return collect_on_device(envs, policy, draw, num_steps=num_steps, stream=stream)
@@ -104,6 +112,7 @@ def collect(
     shards: int = 1,
     backend: str | Collector = "auto",
     action_masks: bool = False,
+    activation_memory: int = 0,
 ) -> Rollout:
     """Whole episodes from a fresh reset, with the start window.
 
@@ -126,6 +135,9 @@ def collect(
             "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
         action_masks: take only actions that `infos["action_mask"]` of the environments, (N, A),
             allows; the rollout has them as `action_masks`. A `Collector` knows by itself.
+        activation_memory: bytes that the rollout may keep of hidden activations, so that `update`
+            with the same policy need not compute them again: of wide layers in machine code, and of
+            one shard. No bit depends on it. A `Collector` knows by itself.
 
     Returns:
         a `Rollout` on the policy's device.
@@ -150,7 +162,13 @@ def collect(
     """
     chosen = backend
     if not isinstance(chosen, Collector):
-        chosen = choose_collector(envs, policy, chosen, action_masks=action_masks)
+        chosen = choose_collector(
+            envs,
+            policy,
+            chosen,
+            action_masks=action_masks,
+            activation_memory=activation_memory,
+        )
     return chosen.collect(
         envs,
         policy,
@@ -163,7 +181,12 @@ def collect(
 
 
 def choose_collector(
-    envs: Any, policy: Policy, backend: str = "auto", *, action_masks: bool = False
+    envs: Any,
+    policy: Policy,
+    backend: str = "auto",
+    *,
+    action_masks: bool = False,
+    activation_memory: int = 0,
 ) -> Collector:
     """The way that `collect` goes; it holds as long as environments and policy keep their kind.
 
@@ -185,7 +208,7 @@ def choose_collector(
             f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
         )
     if reason is None:
-        return Collector("cpu", None, draws_on_host=True)
+        return Collector("cpu", None, draws_on_host=True, activation_memory=activation_memory)
     on_host = not action_masks and sampling.why_not(policy) is None
     return Collector("reference", reason, draws_on_host=on_host, action_masks=action_masks)
 

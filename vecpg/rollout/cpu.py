@@ -6,6 +6,7 @@ The number of environments hardly matters here, and nothing is done for those th
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +21,24 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
 from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
+from vecpg.kernels.kept import vector
 from vecpg.kernels.matrix import NONE, row_stride
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
-from vecpg.policy.cpu import BLOCK, activations, forward
+from vecpg.policy.cpu import BLOCK, activations, forward, keep
 from vecpg.policy.distributions import Categorical
 from vecpg.policy.sampling import as_uniform, choose, philox, uniform
-from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, Rollout, Rows, check_finite
+from vecpg.rollout.data import (
+    FINISHED,
+    NEXT,
+    PLAYING,
+    RESETTING,
+    Activations,
+    Rollout,
+    Rows,
+    check_finite,
+)
 
 SERVED = (
     "environments on tensors with Discrete or Box actions, in float32 on the CPU, and policies of"
@@ -74,7 +85,12 @@ def why_not(envs: Any, policy: Policy) -> str | None:
 
 
 def collect_in_blocks(
-    envs: TensorVectorEnv, policy: Policy, *, num_steps: int, stream: Stream
+    envs: TensorVectorEnv,
+    policy: Policy,
+    *,
+    num_steps: int,
+    stream: Stream,
+    activation_memory: int = 0,
 ) -> Rollout:
     """As `collect`, from environments and a policy that `why_not` finds nothing against.
 
@@ -88,6 +104,9 @@ def collect_in_blocks(
     """
     num_envs = envs.num_envs
     starts_of = Stream(stream.common_seed(Purpose.TRAINING_RESET), 0, stream.first_env, num_envs)
+    network = policy_cpu.network_of(policy)
+    longest = 2 * num_steps + envs.max_episode_steps  # were every episode one step
+    kept = _room(network, num_envs, longest, activation_memory)
     settings = (
         num_steps,
         envs.max_episode_steps,
@@ -95,7 +114,8 @@ def collect_in_blocks(
         stream.key(Purpose.ACTION),
         starts_of.key(Purpose.START),
         _action_settings(policy),
-        policy_cpu.network_of(policy),
+        network,
+        kept,
     )
     play = _kernel(envs.definition, envs.dynamics.num_variables)
     copies = Copies(
@@ -106,7 +126,6 @@ def collect_in_blocks(
     )
     size = max(1, min(BLOCK, -(-num_envs // threads.count())))
     starts = range(0, num_envs, size)
-    longest = 2 * num_steps + envs.max_episode_steps  # were every episode one step
     rows = Rows(
         max(1, min(longest, _FIRST_STEPS // num_envs)),
         num_envs,
@@ -129,7 +148,20 @@ def collect_in_blocks(
         length = max(length, *threads.run(advance, len(starts)))
     rollout = rows.rollout(length, torch.device("cpu"), stream)
     check_finite(rollout)
-    return rollout
+    if len(kept) == 0:
+        return rollout
+    obs = rollout.obs, rollout.obs._version
+    return replace(rollout, activations=Activations(kept, network.forwards, obs))
+
+
+def _room(
+    network: policy_cpu.Network, num_envs: int, longest: int, most: int
+) -> NDArray[np.float32]:
+    """(R, N, units), memory for the activations of as many rows as `most` bytes hold."""
+    units = policy_cpu.kept_units(network.widths)
+    rows = min(longest, most // max(1, 4 * num_envs * units)) if units else 0
+    memory = vector(rows * num_envs * units, torch.float32)
+    return memory.numpy().reshape(rows, num_envs, units)
 
 
 def _action_settings(policy: Policy) -> NDArray[np.float32]:
@@ -269,6 +301,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
         start_key,
         action_settings,
         network,
+        activations_kept,
     ):
         """Play environments `first` to `last` - 1 from row `begin` to their end, or row `end`.
 
@@ -311,6 +344,8 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
                     units[i * stride + f] = seen[f * BLOCK + i]
                     obs[t, who[i], f] = seen[f * BLOCK + i]
             outputs = forward(network, units, live)
+            if t < len(activations_kept):
+                keep(network, units, live, activations_kept[t], who)
             draw(
                 outputs,
                 words,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,19 @@ _ON_HOST = {
 }
 
 
+class Activations(NamedTuple):
+    """Hidden layers' activations that were computed while a rollout was collected.
+
+    kept:       (R, N, units) float32, of the first R steps; where masked, anything.
+    parameters: of the network, in the order of `vecpg.policy.cpu.Network.forwards`.
+    obs:        the rollout's, and how often torch had changed them in place.
+    """
+
+    kept: NDArray[np.float32]
+    parameters: NDArray[np.float32]
+    obs: tuple[Tensor, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """T steps of N environments; row t holds what happened at step t.
@@ -71,6 +84,8 @@ class Rollout:
                                                masked. None where actions are not masked. Of
                                                MultiDiscrete the components stand one behind the
                                                other
+    activations:  Activations                  of the policy that collected, so that an update need
+                                               not compute them again; None where none were kept
     """
 
     obs: Tensor
@@ -83,6 +98,7 @@ class Rollout:
     final_rows: Tensor
     stream: Stream | None = None
     action_masks: Tensor | None = None
+    activations: Activations | None = None
 
     @property
     def dones(self) -> Tensor:
@@ -100,6 +116,22 @@ class Rollout:
         cut = self.truncations[t, n] & ~self.terminations[t, n]
         values[t, n] = torch.where(cut, final_values, 0.0)
         return values
+
+    def kept(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(K, units): what is kept of the first K rows, of all environments one by one.
+
+        Of none where it is another network's, or of other observations.
+
+        Args:
+            parameters: of the network, as `Activations` has them.
+        """
+        found = self.activations
+        if found is None or not np.array_equal(found.parameters, parameters):
+            return np.empty((0, 0), np.float32)
+        obs, changes = found.obs
+        if obs is not self.obs or obs._version != changes:
+            return np.empty((0, 0), np.float32)
+        return found.kept[: len(self.mask)].reshape(-1, found.kept.shape[2])
 
     def shards(self, count: int) -> list["Rollout"]:
         """`count` equal groups of environments, each as if it had been collected alone.
@@ -272,6 +304,7 @@ class Rows:
 
     def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
         """The first `length` rows, on a device."""
+        rows: dict[str, Any]
         if self.host is not None:
             arrays = {name: getattr(self.host, name)[:length] for name in self._rows}
             t, n = np.nonzero(arrays["truncations"])
@@ -281,7 +314,7 @@ class Rows:
         else:
             rows = {name: getattr(self, name)[:length] for name in self._rows}
             final_rows = self.truncations[:length].nonzero()
-            final_obs: Any = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
+            final_obs = self.obs[final_rows[:, 0] + 1, final_rows[:, 1]]
             rows |= {"final_obs": final_obs, "final_rows": final_rows}
         if device != self._device:
             rows = {name: each.to(device, non_blocking=True) for name, each in rows.items()}

@@ -10,7 +10,8 @@ import threading
 import pytest
 import torch
 
-from vecpg.returns import kept, packed_reward_to_go, reward_to_go
+from vecpg.kernels import kept
+from vecpg.returns import packed_reward_to_go, reward_to_go
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +251,7 @@ def test_results_may_outlive_the_interpreter():
     """Those that die when modules have gone, in whatever order; a fault would be a signal."""
     text = """
 import sys, torch
-from vecpg.returns import kept
+from vecpg.kernels import kept
 held = [kept.empty_like(torch.zeros(300_000)) for _ in range(3)]
 sys.held = kept.empty_like(torch.zeros(300_000))
 torch.held = kept.empty_like(torch.zeros(300_000))
