@@ -13,7 +13,7 @@ import torch
 
 from vecpg.config import Config, to_dict
 from vecpg.noise import Stream
-from vecpg.policy import cpu as policy_cpu
+from vecpg.policy import sampling
 from vecpg.policy.sampling import sampler
 from vecpg.rollout.stepping import collect_by_stepping
 from vecpg.run import checkpoint
@@ -42,7 +42,7 @@ def _quiet_and_steady():
 def by_stepping(envs, policy, *, num_steps, seed, iteration):
     """Environments on tensors stepped from outside, like any other."""
     stream = Stream(seed, iteration, 0, envs.num_envs)
-    draw = sampler(policy, stream, in_machine_code=policy_cpu.why_not(policy) is None)
+    draw = sampler(policy, stream, in_machine_code=sampling.why_not(policy) is None)
     return collect_by_stepping(envs, policy, draw, num_steps=num_steps, stream=stream)
 
 

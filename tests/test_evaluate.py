@@ -221,7 +221,7 @@ def test_machine_code_plays_what_torch_plays(monkeypatch):
     with torch.no_grad():
         cartpole.network[-1].weight.copy_(torch.randn(2, 64))
     ours = evaluate(cartpole, "CartPole-v1", 50)
-    monkeypatch.setattr(evaluate_module.policy_cpu, "why_not", lambda policy: "as asked")
+    monkeypatch.setattr(evaluate_module.sampling, "why_not", lambda policy: "as asked")
     monkeypatch.setattr(evaluate_module, "greedily", None)
     assert evaluate(cartpole, "CartPole-v1", 50) == ours
     assert len(set(ours.lengths)) > 5

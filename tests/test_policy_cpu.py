@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -116,6 +117,67 @@ def test_the_gradient_of_many_rows_keeps_its_digits():
         assert (one - other).abs().max() / scale < 1e-5
 
 
+def make_gaussian(features, hidden_sizes, components, activation="tanh"):
+    torch.manual_seed(components)
+    policy = Policy(
+        spaces.Box(-1, 1, (features,)),
+        spaces.Box(-1, 1, (components,)),
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+    )
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter.shape)))
+    return policy
+
+
+def make_gaussian_rollout(policy, rows):
+    """As `make_rollout`, with actions inside the bounds and far outside."""
+    rollout, advantages = make_rollout(make_policy(*policy.obs_shape, (), 2), rows)
+    actions = 3 * torch.randn(rows, 2, *policy.action_shape)
+    actions[~rollout.mask] = math.nan
+    return dataclasses.replace(rollout, actions=actions), advantages
+
+
+def in_float64(policy, rollout, advantages):
+    exact = dataclasses.replace(rollout, obs=rollout.obs.double(), actions=rollout.actions.double())
+    return copy.deepcopy(policy).double(), exact, advantages.double()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(
+    ("rows", "features", "hidden_sizes", "components"), [*SHAPES, (3000, 3, (64, 64), 1)]
+)
+def test_the_gradient_of_gaussian_actions_is_that_of_float64(
+    rows, features, hidden_sizes, components, activation
+):
+    policy = make_gaussian(features, hidden_sizes, components, activation)
+    rollout, advantages = make_gaussian_rollout(policy, rows)
+    sums, ours = gradients(by_machine_code, policy, rollout, advantages)
+    exact_sums, exact = gradients(by_autograd, *in_float64(policy, rollout, advantages))
+    torch.testing.assert_close(sums, exact_sums, rtol=1e-5, atol=1e-5)
+    norm = torch.nn.utils.get_total_norm(exact)
+    for one, other in zip(ours, exact, strict=True):
+        assert (one.dtype, one.shape) == (torch.float32, other.shape)
+        assert (one - other).norm() < 1e-6 * norm
+
+
+def test_a_standard_deviation_near_its_ends_has_its_slope():
+    policy = make_gaussian(2, (3,), 4)
+    with torch.no_grad():
+        policy.distribution.raw_log_std[:] = torch.tensor([-8.0, 8.0, 0.0, -3.0])
+        policy.network[-1].weight.zero_()
+    rollout, advantages = make_gaussian_rollout(policy, 50)
+    # At a distance of a standard deviation or two, whatever it is.
+    std = policy.distribution.mean_and_log_std(torch.zeros(4, 1))[1].exp().detach()
+    rollout.actions.mul_(std[:, 0] / 3)
+    gradients(by_machine_code, policy, rollout, advantages)
+    exact = in_float64(policy, rollout, advantages)
+    gradients(by_autograd, *exact)
+    ours, others = policy.distribution.raw_log_std.grad, exact[0].distribution.raw_log_std.grad
+    assert others.abs().min() > 0
+    torch.testing.assert_close(ours.double(), others, rtol=1e-4, atol=0)
+
+
 def test_few_slabs_serve_where_gradients_are_large(monkeypatch):
     policy = make_policy(4, (64, 64), 2)
     rollout, advantages = make_rollout(policy, 30_000)
@@ -169,6 +231,13 @@ def test_what_is_not_served_is_told():
     ):
         box = spaces.Box(0, 1, shape, of)
         assert policy_cpu.why_not(Policy(box, spaces.Discrete(2))) == reason
+    for log_std, reason in (
+        ("parameter", None),
+        ("network", "its standard deviation comes from the network"),
+    ):
+        assert policy_cpu.why_not(Policy(box, box, log_std=log_std)) == reason
+    several = Policy(box, spaces.MultiDiscrete([2, 3]))
+    assert policy_cpu.why_not(several) == "its actions are neither Discrete nor a Box"
     policy = Policy(box, spaces.Discrete(2), network="networks:small")
     assert policy_cpu.why_not(policy) == "its network is networks:small"
 
@@ -217,6 +286,35 @@ def test_rollouts_of_another_policy_are_refused():
     rollout.actions[5000:] = 0
     with pytest.raises(ValueError, match="rollout.actions: expected 0 to 1 where counted, got 0"):
         by_machine_code(policy, rollout, advantages, 1, 0.0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_gaussian_actions_that_are_not_finite_are_refused(wrong):
+    policy = make_gaussian(4, (8,), 2)
+    rollout, advantages = make_gaussian_rollout(policy, 9000)
+    t, n = rollout.mask.nonzero()[-1].tolist()
+    rollout.actions[t, n, 1] = wrong
+    message = f"rollout.actions: expected finite numbers where counted, got {wrong}; collect it"
+    with pytest.raises(ValueError, match=message):
+        by_machine_code(policy, rollout, advantages, 1, 0.0)
+
+
+def test_actions_of_another_kind_are_refused():
+    policy, discrete = make_gaussian(4, (8,), 2), make_policy(4, (8,), 2)
+    gaussian_rollout, weights = make_gaussian_rollout(policy, 10)
+    wide, _ = make_gaussian_rollout(make_gaussian(4, (8,), 3), 10)
+    numbers, _ = make_rollout(discrete, 10)
+    for served, rollout, message in (
+        (policy, wide, r"\(T, N, \*\(2,\)\) of torch.float32, got \(10, 2, 3\) of torch.float32"),
+        (policy, numbers, r"\(T, N, \*\(2,\)\) of torch.float32, got \(10, 2\) of torch.int64"),
+        (
+            discrete,
+            gaussian_rollout,
+            r"\(T, N, \*\(\)\) of torch.int64, got \(10, 2, 2\) of torch.f",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"rollout.actions: expected {message}"):
+            by_machine_code(served, rollout, weights, 1, 0.0)
 
 
 @pytest.mark.parametrize("n", [5, (2, 3)])

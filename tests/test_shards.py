@@ -59,8 +59,8 @@ WAYS = {
 }
 # Those whose environments say which actions are allowed.
 MASKED = ("masked",)
-# Those whose policy is a plain network: its gradient goes in machine code, or by autograd.
-SERVED = ("sync", "async", "tensor", "tensor, one each")
+# Those whose gradient machine code serves; it goes by autograd too.
+SERVED = ("sync", "async", "tensor", "tensor, one each", "Gaussian")
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -628,26 +628,28 @@ def test_one_shard_and_many_agree_to_rounding(way):
 # -- Machine code --------------------------------------------------------------------------
 
 
-def test_machine_code_reads_rows_that_lie_close_together(monkeypatch):
+@pytest.mark.parametrize(("way", "shards"), [("tensor, one each", SHARDS), ("Gaussian", 24)])
+def test_machine_code_reads_rows_that_lie_close_together(monkeypatch, way, shards):
     """Of other rows it would be compiled once more."""
-    whole, parts = first_collection("tensor, one each")
+    whole, parts = first_collection(way)
     total, seen = policy_cpu.sum_gradient, []
     monkeypatch.setattr(
-        policy_cpu, "sum_gradient", lambda *given: seen.extend(given[:4]) or total(*given)
+        policy_cpu, "sum_gradient", lambda *given: seen.extend(given[:5]) or total(*given)
     )
     weights, _ = weights_for(whole, parts)
-    by_machine_code(networks("tensor, one each")[0], whole, weights, 1, 0.0, shards=SHARDS)
-    assert len(seen) == 4 * SHARDS
+    by_machine_code(networks(way)[0], whole, weights, 1, 0.0, shards=shards)
+    assert len(seen) == 5 * shards
     assert all(rows.flags.c_contiguous for rows in seen)
 
 
+@pytest.mark.parametrize("way", ["tensor", "Gaussian"])
 @pytest.mark.parametrize("most_numbers", [1, 2**22])
 def test_machine_code_keeps_its_bits_whatever_the_threads_and_in_little_memory(
-    monkeypatch, most_numbers
+    monkeypatch, most_numbers, way
 ):
     """Shards that together would take too much are taken one after the other."""
-    policy = networks("tensor")[0]
-    whole, parts = first_collection("tensor")
+    policy = networks(way)[0]
+    whole, parts = first_collection(way)
     weights, _ = weights_for(whole, parts)
     monkeypatch.setattr(update, "_SLAB_ROWS", 7)
     monkeypatch.setattr(update, "_MOST_NUMBERS", most_numbers)

@@ -545,7 +545,9 @@ def test_two_trainings_at_once_are_those_of_one_after_the_other(tmp_path):
     assert torch.get_num_threads() == kernel_threads.count() == 2
 
 
-@pytest.mark.parametrize("settings", [{"num_envs": 65}, {"vectorization": "sync"}])
+@pytest.mark.parametrize(
+    "settings", [{"num_envs": 65}, {"vectorization": "sync"}, {"env_id": "Pendulum-v1"}]
+)
 def test_the_number_of_threads_changes_no_bit(tmp_path, settings):
     settings = {"num_steps": 300, "total_iterations": 4, "num_envs": 8} | settings
     runs = [train(short(tmp_path, threads=threads, **settings)) for threads in (1, 2, 5, None)]

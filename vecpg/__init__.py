@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vecpg.envs import EnvironmentFailure, make_envs
     from vecpg.evaluate import EvalResult
     from vecpg.policy import Policy
+    from vecpg.population import train_many
     from vecpg.returns import reward_to_go
     from vecpg.rollout import Rollout, collect
     from vecpg.run.checkpoint import load_policy
@@ -35,6 +36,7 @@ _HOMES = {
     "load_policy": "vecpg.run.checkpoint",
     "make_envs": "vecpg.envs",
     "reward_to_go": "vecpg.returns",
+    "train_many": "vecpg.population",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "load_policy",
     "make_envs",
     "reward_to_go",
+    "train_many",
 ]
 
 

@@ -170,7 +170,7 @@ def _train_many(population: Population) -> None:
     )
     if failed is not None:
         print(
-            f"error: {failed}; what is to be resumed: {resume_command(shown, config)}",
+            f"error: {failed}; resume: {resume_command(shown, config)}",
             file=sys.stderr,
         )
         raise SystemExit(EXIT_FAILED)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from vecpg.envs import find_spec, judge_of, make_envs, resolve_vectorization
 from vecpg.kernels import threads
 from vecpg.noise import Purpose, StepNoise, Stream
-from vecpg.policy import Policy
-from vecpg.policy import cpu as policy_cpu
+from vecpg.policy import Policy, sampling
 from vecpg.policy.sampling import greedily
 from vecpg.rollout import play
 from vecpg.rollout.stepping import seeds_of
@@ -275,7 +274,7 @@ def evaluate_in(
 
 def prepare_evaluation(policy: Policy) -> None:
     """Compile, or load, what choosing a policy's actions in evaluation will need."""
-    if policy_cpu.why_not(policy) is None:
+    if sampling.why_not(policy) is None:
         obs = np.zeros((1, *policy.obs_shape), np.float32)
         greedily(policy)(obs)
 
@@ -284,7 +283,7 @@ def _acting(
     policy: Policy, stream: Stream, purpose: Purpose, greedy: bool, action_masks: bool
 ) -> Act:
     """What `play` takes. The policy is read at this call."""
-    if greedy and not action_masks and policy_cpu.why_not(policy) is None:
+    if greedy and not action_masks and sampling.why_not(policy) is None:
         most_probable = greedily(policy)
         return lambda t, obs: policy.for_env(most_probable(obs))
     noise = StepNoise(stream, purpose, policy.device, policy.num_uniforms)

@@ -1,5 +1,6 @@
 """Where a number comes from: the machine, the versions, the commit."""
 
+import functools
 import os
 import platform
 import re
@@ -7,8 +8,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import vecpg
 
@@ -19,8 +18,13 @@ def versions() -> dict[str, str]:
     return {
         "vecpg": vecpg.__version__,
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
+        **{package: _version(package) for package in packages},
     }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)
 
 
 def system() -> dict[str, Any]:
@@ -30,6 +34,8 @@ def system() -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """What the machine is, in words, and its number of cores."""
+    import torch  # a command's mistakes are found without it
+
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),

@@ -188,8 +188,13 @@ class _Population:
                 outcome = self._outcome(place, run, own, share)
             self._take_in(place, outcome, progress)
             return
-        while len(self._at_work) >= self._at_once:
-            self._wait(progress)
+        try:
+            while len(self._at_work) >= self._at_once:
+                self._wait(progress)
+        except BaseException:
+            run.closing.close()
+            run.files.lock.close()
+            raise
         told = Told(save)
         thread = threading.Thread(
             target=lambda: self._ended.put((place, self._outcome(place, run, told, share))),

@@ -162,7 +162,9 @@ def choose_learner(policy: Policy, backend: str = "auto", *, action_masks: bool 
         >>> str(choose_learner(Policy(box, spaces.Discrete(2))))
         'in machine code'
         >>> str(choose_learner(Policy(box, box)))
-        'by autograd: its actions are not Discrete'
+        'in machine code'
+        >>> str(choose_learner(Policy(box, box, log_std="network")))
+        'by autograd: its standard deviation comes from the network'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -357,6 +359,12 @@ def by_machine_code(
             f"rollout.obs: expected (T, N, *{policy.obs_shape}), got {tuple(rollout.obs.shape)};"
             " collect it with this policy"
         )
+    found, expected = rollout.actions, (policy.action_shape, policy.action_dtype)
+    if (found.shape[2:], found.dtype) != expected:
+        raise ValueError(
+            f"rollout.actions: expected (T, N, *{expected[0]}) of {expected[1]}, got"
+            f" {tuple(found.shape)} of {found.dtype}; collect it with this policy"
+        )
     parts = rollout.shards(shards)
     weights = rollout.split(advantages, parts)
     total = in_order(sums_by_machine_code(policy, parts, weights, divisor, ent_coef))
@@ -376,10 +384,10 @@ def sums_by_machine_code(
 
     They are those of `by_autograd`: the first part of the loss, and the entropy.
     """
-    network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
+    network, actions = policy_cpu.network_of(policy), policy_cpu.actions_of(policy)
     scale, bonus = 1.0 / float(divisor), float(ent_coef)
     # As many slabs for any number of threads: their sums are added in their order.
-    numbers = len(network.forwards)
+    numbers = len(network.forwards) + len(actions.log_std)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
     slabs = [_slabs(*pair, most_slabs) for pair in zip(shards, advantages, strict=True)]
     # Shards that together have no more slabs than one may have: memory stays flat here too.
@@ -391,7 +399,7 @@ def sums_by_machine_code(
         def differentiate(number: int) -> bool:
             *sums[number, -2:], known = policy_cpu.sum_gradient(  # noqa: B023
                 *flat[number],  # noqa: B023
-                first_action,
+                actions,
                 scale,
                 bonus,
                 network,
@@ -400,24 +408,40 @@ def sums_by_machine_code(
             return bool(known)
 
         if not all(threads.run(differentiate, len(flat))):
-            last_action = first_action + policy.distribution.num_parameters - 1
             taken = torch.cat([shard.actions[shard.mask] for shard in shards])
             raise ValueError(
-                f"rollout.actions: expected {first_action} to {last_action} where counted, got"
-                f" {int(taken.min())} to {int(taken.max())}; collect it with this policy"
+                f"rollout.actions: {_unknown(policy, taken)}; collect it with this policy"
             )
         for own in slabs[first : first + at_once]:
             yield sums[: len(own)].sum(axis=0)
             sums = sums[len(own) :]
 
 
+def _unknown(policy: Policy, taken: Tensor) -> str:
+    """What was expected of counted actions, and what they are."""
+    if taken.is_floating_point():
+        wrong = taken[~taken.isfinite()][0].item()
+        return f"expected finite numbers where counted, got {wrong}"
+    first = policy_cpu.first_action_of(policy)
+    return (
+        f"expected {first} to {first + policy.distribution.num_parameters - 1} where counted, got"
+        f" {int(taken.min())} to {int(taken.max())}"
+    )
+
+
 def _slabs(rollout: Rollout, advantages: Tensor, most: int) -> list[tuple[NDArray[Any], ...]]:
-    """Observations, actions, weights and mask of a shard's rows, at most so many slabs of them."""
+    """What `sum_gradient` takes first, of a shard's rows: at most so many slabs of them."""
     rows = rollout.mask.numel()
+    numbers, components = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    if rollout.actions.is_floating_point():
+        components = rollout.actions.reshape(rows, -1).contiguous().numpy()
+    else:
+        numbers = rollout.actions.reshape(rows).contiguous().numpy()
     size = max(_SLAB_ROWS, -(-rows // most))
     every = (
         rollout.obs.reshape(rows, -1).contiguous().numpy(),
-        rollout.actions.reshape(rows).contiguous().numpy(),
+        numbers,
+        components,
         advantages.detach().reshape(rows).numpy(),
         rollout.mask.reshape(rows).numpy(),
     )

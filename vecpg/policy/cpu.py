@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from vecpg.kernels.jit import jit
 from vecpg.kernels.matrix import (
     NONE,
-    TILE,
     add_product,
-    add_rows,
+    dots,
     exp,
     row_stride,
     tanh,
+    turn_slopes,
     whole_tiles,
 )
+from vecpg.kernels.vectors import TILE
 from vecpg.policy import Policy
-from vecpg.policy.distributions import Categorical
+from vecpg.policy.distributions import Categorical, DiagonalGaussian
 
 # Rows that go through the network together: their activations stay in the fastest cache.
 BLOCK = 64
@@ -53,10 +54,25 @@ class Network(NamedTuple):
     relu: bool
 
 
+class Actions(NamedTuple):
+    """A policy's distribution over actions as `sum_gradient` reads it.
+
+    first_action: the number of the first action, where they are Discrete.
+    log_std:      float32, the logarithm of the standard deviation of each component of a Box; of
+                  none where actions are Discrete.
+    """
+
+    first_action: int
+    log_std: NDArray[np.float32]
+
+
 def why_not(policy: Policy) -> str | None:
     """Why these kernels do not serve a policy; None if they do."""
-    if not isinstance(policy.distribution, Categorical):
-        return "its actions are not Discrete"
+    distribution = policy.distribution
+    if not isinstance(distribution, Categorical | DiagonalGaussian):
+        return "its actions are neither Discrete nor a Box"
+    if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
+        return "its standard deviation comes from the network"
     return why_not_network(policy)
 
 
@@ -113,9 +129,20 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def first_action_of(policy: Policy) -> int:
-    """The number of the first action of a policy that these kernels serve."""
+    """The number of the first action of a policy whose actions are Discrete."""
     assert isinstance(policy.distribution, Categorical)
     return policy.distribution.first_action
+
+
+def actions_of(policy: Policy) -> Actions:
+    """What `sum_gradient` takes of a policy's distribution."""
+    distribution = policy.distribution
+    if isinstance(distribution, Categorical):
+        return Actions(distribution.first_action, np.empty(0, np.float32))
+    assert isinstance(distribution, DiagonalGaussian)
+    with torch.no_grad():
+        _, log_std = distribution.mean_and_log_std(torch.empty(0, 1))
+    return Actions(0, log_std[:, 0].numpy())
 
 
 def network_of(policy: Policy) -> Network:
@@ -125,7 +152,7 @@ def network_of(policy: Policy) -> Network:
     with torch.no_grad():
         for layer in hidden:
             forwards += [_in_tiles(layer.weight.t()), _padded(layer.bias)]
-        forwards += [_padded(last.weight).reshape(-1) if hidden else last.weight.reshape(-1)]
+        forwards += [_padded(last.weight).reshape(-1)]
         forwards += [last.bias]
         for layer in [*hidden, last][1:]:
             backwards += [_in_tiles(layer.weight)]
@@ -136,23 +163,30 @@ def network_of(policy: Policy) -> Network:
 
 def prepare(policy: Policy) -> None:
     """Compile, or load, what the gradient of a policy that these kernels serve will need."""
-    network, one = network_of(policy), np.ones(1, np.float32)
+    network, actions, one = network_of(policy), actions_of(policy), np.ones(1, np.float32)
     sum_gradient(
         np.zeros((1, *policy.obs_shape), np.float32).reshape(1, -1),
-        np.full(1, first_action_of(policy)),
+        np.full(1, actions.first_action),
+        np.zeros((1, len(actions.log_std)), np.float32),
         one,
         one > 0,
-        first_action_of(policy),
+        actions,
         1.0,
         0.0,
         network,
-        np.zeros(len(network.forwards)),
+        np.zeros(len(network.forwards) + len(actions.log_std)),
     )
 
 
 def set_gradients(policy: Policy, gradient: NDArray[np.float64]) -> None:
     """Write what `sum_gradient` has added up to the policy's `.grad`."""
-    rest = torch.from_numpy(gradient).to(torch.float32)
+    total = torch.from_numpy(gradient)
+    if isinstance(policy.distribution, DiagonalGaussian):
+        own = policy.distribution.raw_log_std
+        assert own is not None
+        slopes = total[-len(own) :] * policy.distribution.log_std_slope()
+        own.grad, total = slopes.to(torch.float32), total[: -len(own)]
+    rest = total.to(torch.float32)
     *hidden, last = _linear_layers(policy)
     for layer in hidden:
         rows = rest[: layer.in_features * _wide(layer.out_features)]
@@ -186,10 +220,11 @@ def _in_tiles(weights: Tensor) -> Tensor:
 @jit
 def sum_gradient(
     obs: NDArray[np.float32],
-    actions: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    components: NDArray[np.float32],
     weights: NDArray[np.float32],
     mask: NDArray[np.bool_],
-    first_action: int,
+    actions: Actions,
     scale: float,
     ent_coef: float,
     network: Network,
@@ -201,25 +236,30 @@ def sum_gradient(
 
     Args:
         obs: (R, features).
-        actions: (R,).
+        numbers: (R,), actions where they are Discrete; else not read.
+        components: (R, A), actions where they are a Box; else not read.
         weights: (R,).
         mask: (R,), True = counted. Other rows are not read.
-        first_action: the number of the first action.
+        actions: the policy's.
         scale: of every weight.
         ent_coef: how much entropy is worth.
         network: the policy's.
-        gradient: float64, one number for each of `network.forwards`.
+        gradient: float64, one number for each of `network.forwards` and then of `actions.log_std`.
 
     Returns:
         the sum of -log pi(a|s) * weight * scale, that of the entropy in nats, and whether every
-        action is one of the policy's. Where one is not, the rest is not to be used.
+        action is one of the policy's: a number in its range, or finite. Where one is not, the rest
+        is not to be used.
     """
+    first_action, log_std = actions
+    size, box = len(network.forwards), len(log_std) > 0
     units = activations(network)
     slopes, spare = np.zeros_like(units), np.zeros_like(units)
-    partial = np.zeros(len(gradient), np.float32)
+    partial = np.zeros(size, np.float32)
     picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    values = np.empty((len(log_std), BLOCK), np.float32)
     scaled = np.empty(BLOCK, np.float32)
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     loss = 0.0
     entropy = 0.0
     known = True
@@ -231,18 +271,29 @@ def sum_gradient(
             if mask[row]:
                 picked[rows] = row
                 for i in range(features):
-                    units[rows * features + i] = obs[row, i]
+                    units[rows * stride + i] = obs[row, i]
                 rows += 1
             row += 1
         if rows > 0:
             for n in range(rows):
-                action = actions[picked[n]] - first_action
-                known = known and 0 <= action < network.widths[-1]
-                taken[n] = action if known else 0
                 scaled[n] = weights[picked[n]] * scale
-            block_loss, block_entropy = _slopes(
-                forward(network, units, rows), taken, scaled, np.float32(ent_coef), rows
-            )
+            outputs = forward(network, units, rows)
+            if box:
+                for a in range(len(log_std)):
+                    for n in range(rows):
+                        values[a, n] = components[picked[n], a]
+                        known = known and math.isfinite(values[a, n])
+                block_loss, block_entropy = _normal_slopes(
+                    outputs, values, scaled, log_std, ent_coef, rows, gradient[size:]
+                )
+            else:
+                for n in range(rows):
+                    action = numbers[picked[n]] - first_action
+                    known = known and 0 <= action < network.widths[-1]
+                    taken[n] = action if known else 0
+                block_loss, block_entropy = _slopes(
+                    outputs, taken, scaled, np.float32(ent_coef), rows
+                )
             loss += block_loss
             entropy += block_entropy
             _backward(network, units, rows, slopes, spare, partial)
@@ -259,8 +310,8 @@ def sum_gradient(
 def activations(network):
     """Zeros with room for the activations of `BLOCK` rows, the observations first."""
     widths = network.widths
-    total = widths[0] + widths[-1]
-    for layer in range(1, len(widths) - 1):
+    total = widths[-1]
+    for layer in range(len(widths) - 1):
         total += row_stride(widths[layer])
     return np.zeros(BLOCK * total, np.float32)
 
@@ -269,29 +320,37 @@ def activations(network):
 def forward(network, units, rows):
     """Fill in the activations of `rows` observations, layer after layer, and return the logits.
 
-    The observations stand in `units`, (rows, features); the logits are (actions, BLOCK).
+    The observations stand in `units`, `row_stride` apart; the logits are (actions, BLOCK). Whole
+    eights of rows are computed: others than the given ones hold anything.
     """
     parameters, _, widths, relu = network
-    at, begin = 0, BLOCK * widths[0]
-    below, below_row = units[: rows * widths[0]], widths[0]
+    whole = (rows + 7) // 8 * 8
+    tile, one = np.int64(TILE), np.int64(1)
+    at, below_row = NONE, row_stride(widths[0])
+    begin, below = BLOCK * below_row, units[: BLOCK * below_row]
     for layer in range(1, len(widths) - 1):
-        fan_in, wide, stride = (
-            widths[layer - 1],
-            whole_tiles(widths[layer]),
-            row_stride(widths[layer]),
-        )
+        fan_in, wide = widths[layer - 1], whole_tiles(widths[layer])
+        stride = row_stride(widths[layer])
         weight = parameters[at : at + fan_in * wide]
         at += fan_in * wide
         bias = parameters[at : at + wide]
         at += wide
-        here = units[begin : begin + rows * stride]
-        for n in range(rows):
-            row = here[n * stride : n * stride + wide]
-            for o in range(wide):
-                row[o] = bias[o]
-        tile, one = np.int64(TILE), np.int64(1)
+        here = units[begin : begin + BLOCK * stride]
+        to_tile = fan_in * tile
         add_product(
-            below, below_row, one, weight, fan_in * tile, tile, here, stride, rows, fan_in, wide
+            below,
+            below_row,
+            one,
+            weight,
+            to_tile,
+            tile,
+            bias,
+            NONE,
+            here,
+            stride,
+            whole,
+            fan_in,
+            wide,
         )
         for n in range(rows):
             row = here[n * stride : n * stride + wide]
@@ -303,19 +362,11 @@ def forward(network, units, rows):
                     row[o] = tanh(row[o])
         below, below_row = here, stride
         begin += BLOCK * stride
-    fan_out = widths[-1]
-    biases = len(parameters) - fan_out
-    wide = (biases - at) // fan_out
-    logits = units[begin : begin + BLOCK * fan_out].reshape(fan_out, BLOCK)
-    for n in range(rows):
-        row = below[n * below_row : n * below_row + wide]
-        for a in range(fan_out):
-            column = parameters[at + a * wide : at + (a + 1) * wide]
-            total = np.float32(0.0)
-            for i in range(wide):
-                total += row[i] * column[i]
-            logits[a, n] = total + parameters[biases + a]
-    return logits
+    fan_out, wide = widths[-1], whole_tiles(widths[-2])
+    weight, bias = parameters[at : at + fan_out * wide], parameters[at + fan_out * wide :]
+    logits = units[begin : begin + BLOCK * fan_out]
+    dots(below, below_row, weight, wide, bias, logits, BLOCK * one, whole, wide, fan_out)
+    return logits.reshape(fan_out, BLOCK)
 
 
 @jit
@@ -345,6 +396,7 @@ def _largest(logits, largest, rows):
 def _backward(network, units, rows, slopes, spare, gradient):
     """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters."""
     _, backwards, widths, relu = network
+    whole = (rows + 7) // 8 * 8
     last = len(widths) - 1
     tile, one = np.int64(TILE), np.int64(1)
     fan_out = widths[last]
@@ -355,27 +407,31 @@ def _backward(network, units, rows, slopes, spare, gradient):
         for slope in above[a * BLOCK : a * BLOCK + rows]:
             total += slope
         gradient[at + a] += total
-    if last == 1:
-        fan_in = widths[0]
-        for a in range(fan_out):
-            for n in range(rows):
-                for i in range(fan_in):
-                    gradient[a * fan_in + i] += above[a * BLOCK + n] * units[n * fan_in + i]
-        return
     wide, stride = whole_tiles(widths[last - 1]), row_stride(widths[last - 1])
     at -= fan_out * wide
     begin -= BLOCK * stride
-    below = units[begin : begin + rows * stride]
+    active = units[begin : begin + BLOCK * stride]
     to_weight = gradient[at : at + fan_out * wide]
     add_product(
-        above, above_column, above_row, below, tile, stride, to_weight, wide, fan_out, rows, wide
+        above,
+        above_column,
+        above_row,
+        active,
+        tile,
+        stride,
+        to_weight,
+        wide,
+        to_weight,
+        wide,
+        fan_out,
+        rows,
+        wide,
     )
+    nothing = np.zeros(whole_tiles(widths.max()), np.float32)
     for layer in range(last - 1, 0, -1):
         # `above`, (rows, next_out), belongs to the layer above this one.
         next_out, fan_in = widths[layer + 1], widths[layer - 1]
-        wide, stride = whole_tiles(widths[layer]), row_stride(widths[layer])
-        slope, active = slopes[: rows * stride], units[begin : begin + rows * stride]
-        slope[:] = np.float32(0.0)
+        slope = slopes[: BLOCK * stride]
         turned -= next_out * wide
         weight, to_tile = backwards[turned : turned + next_out * wide], next_out * tile
         add_product(
@@ -385,29 +441,39 @@ def _backward(network, units, rows, slopes, spare, gradient):
             weight,
             to_tile,
             tile,
+            nothing,
+            NONE,
             slope,
             stride,
-            rows,
+            whole,
             next_out,
             wide,
         )
-        if relu:
-            for i in range(len(slope)):
-                kept = slope[i]
-                slope[i] = kept if active[i] > np.float32(0.0) else np.float32(0.0)
-        else:
-            for i in range(len(slope)):
-                slope[i] *= np.float32(1.0) - active[i] * active[i]
         at -= wide
-        add_rows(slope, stride, rows, gradient[at : at + wide])
+        turn_slopes(slope, active, stride, rows, wide, relu, gradient[at : at + wide])
+        below_row = row_stride(fan_in)
         at -= fan_in * wide
-        below_row = fan_in if layer == 1 else row_stride(fan_in)
         begin -= BLOCK * below_row
-        below = units[begin : begin + rows * below_row]
+        below = units[begin : begin + BLOCK * below_row]
         to_weight = gradient[at : at + fan_in * wide]
-        add_product(below, one, below_row, slope, tile, stride, to_weight, wide, fan_in, rows, wide)
+        add_product(
+            below,
+            one,
+            below_row,
+            slope,
+            tile,
+            stride,
+            to_weight,
+            wide,
+            to_weight,
+            wide,
+            fan_in,
+            rows,
+            wide,
+        )
         above, above_row, above_column = slope, stride, one
         slopes, spare = spare, slopes
+        active, wide, stride = below, whole_tiles(fan_in), below_row
 
 
 @jit
@@ -445,3 +511,28 @@ def _slopes(logits, actions, weights, ent_coef, rows):
     for n in range(rows):
         logits[actions[n], n] -= weights[n]
     return loss, sum_entropy
+
+
+@jit
+def _normal_slopes(means, actions, weights, log_std, ent_coef, rows, slopes):
+    """Replace means (components, BLOCK) by the slopes of the loss in them.
+
+    Those in the logarithms of the standard deviations are added to `slopes`. Returns the sums over
+    rows of -log pi * weight and of the entropy.
+    """
+    loss = 0.0
+    entropy = 0.0
+    for a in range(len(means)):
+        row, taken = means[a], actions[a]
+        inverse = np.float32(math.exp(-log_std[a]))
+        rest = log_std[a] + np.float32(0.5 * math.log(2 * math.pi))
+        slope = 0.0
+        for n in range(rows):
+            distance = (taken[n] - row[n]) * inverse
+            square = distance * distance
+            loss += weights[n] * (np.float32(0.5) * square + rest)
+            slope += weights[n] * (np.float32(1.0) - square)
+            row[n] = -weights[n] * distance * inverse
+        slopes[a] += slope - ent_coef * rows
+        entropy += rows * (rest + 0.5)
+    return loss, entropy

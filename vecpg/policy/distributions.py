@@ -188,9 +188,18 @@ class DiagonalGaussian(nn.Module):
         own = self.raw_log_std
         raw = parameters[self.size :] if own is None else own[:, None]
         low, high = LOG_STD_RANGE
-        # 0 gives 0: a standard deviation of 1.
-        inside = torch.sigmoid(raw + math.log(-low / high))
-        return parameters[: self.size], low + (high - low) * inside
+        return parameters[: self.size], low + (high - low) * _inside(raw)
+
+    @torch.no_grad()
+    def log_std_slope(self) -> Tensor:
+        """(A,) float64, the derivative of the logarithm of the standard deviation in its parameter.
+
+        Near an end of `LOG_STD_RANGE` float32 would leave it few digits.
+        """
+        assert self.raw_log_std is not None
+        low, high = LOG_STD_RANGE
+        inside = _inside(self.raw_log_std.double())
+        return (high - low) * inside * (1 - inside)
 
     def sample(self, parameters: Tensor, uniforms: Tensor) -> Tensor:
         """(A or 2 A, B) and (A rounded up to even, B) to (B, A) float32.
@@ -236,6 +245,13 @@ class DiagonalGaussian(nn.Module):
         """The same for an environment on tensors."""
         shaped = actions.reshape(len(actions), *self.space.shape)
         return shaped.clamp(self.low, self.high)
+
+
+def _inside(raw: Tensor) -> Tensor:
+    """Where in `LOG_STD_RANGE` a parameter of any size leads, from 0 to 1."""
+    low, high = LOG_STD_RANGE
+    # 0 gives 0: a standard deviation of 1.
+    return torch.sigmoid(raw + math.log(-low / high))
 
 
 def distribution_for(

@@ -9,14 +9,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.kernels.jit import jit
+from vecpg.kernels.matrix import row_stride
 from vecpg.noise import MULTIPLIERS, WEYL, WORD, Purpose, StepNoise, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, exponentials, forward
+from vecpg.policy.distributions import Categorical
 
 # Writes, at step t, actions (N, *action_shape) for observations (N, *obs_shape). In torch it also
 # takes masks (N, A), which say what is allowed.
 Draw = Callable[..., None]
+
+
+def why_not(policy: Policy) -> str | None:
+    """Why a policy's actions are not chosen in machine code here; None if they are."""
+    if not isinstance(policy.distribution, Categorical):
+        return "its actions are not Discrete"
+    return policy_cpu.why_not_network(policy)
 
 
 def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code: bool) -> Draw:
@@ -27,8 +36,8 @@ def sampler(policy: Policy, stream: Stream, *, shards: int = 1, in_machine_code:
         stream: fixes what is drawn and dropped.
         shards: groups of environments, each of which goes through the network by itself: the bits
             of a matrix product depend on its shape.
-        in_machine_code: only where `vecpg.policy.cpu.why_not` has nothing against it. There a row's
-            bits depend on the row alone.
+        in_machine_code: only where `why_not` has nothing against it. There a row's bits depend on
+            the row alone.
     """
     if in_machine_code:
         network, first_action = policy_cpu.network_of(policy), policy_cpu.first_action_of(policy)
@@ -64,7 +73,7 @@ def greedily(policy: Policy) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
     They are those of `Policy.mode`, but where rounding decides which of two logits is the larger.
 
     Args:
-        policy: one that `vecpg.policy.cpu.why_not` has nothing against.
+        policy: one that `why_not` has nothing against.
 
     Returns:
         a function from observations (B, *obs_shape) of any real type to actions (B,).
@@ -103,14 +112,14 @@ def draw_actions(
     The key is that of a `Stream`, which begins at `first_env`. Probabilities differ from torch's
     in the last bits.
     """
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     units = activations(network)
     numbers, chosen = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int64)
     for start in range(0, len(actions), BLOCK):
         rows = min(BLOCK, len(actions) - start)
         for n in range(rows):
             for i in range(features):
-                units[n * features + i] = obs[start + n, i]
+                units[n * stride + i] = obs[start + n, i]
         for n in range(rows):
             numbers[n] = uniform(key, step, first_env + start + n)
         choose(forward(network, units, rows), numbers, chosen, rows)
@@ -126,13 +135,13 @@ def greedy_actions(
     actions: NDArray[np.int64],
 ) -> None:
     """Write to `actions` (B,) the first of the largest logits for obs (B, features)."""
-    features = network.widths[0]
+    features, stride = network.widths[0], row_stride(network.widths[0])
     units = activations(network)
     for start in range(0, len(actions), BLOCK):
         rows = min(BLOCK, len(actions) - start)
         for n in range(rows):
             for i in range(features):
-                units[n * features + i] = obs[start + n, i]
+                units[n * stride + i] = obs[start + n, i]
         logits = forward(network, units, rows)
         for n in range(rows):
             largest = 0

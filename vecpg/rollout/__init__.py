@@ -10,7 +10,6 @@ from vecpg.envs.answers import mask_sizes
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.noise import Stream
 from vecpg.policy import Policy, sampling
-from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.sampling import sampler
 from vecpg.rollout import cpu, stepping
 from vecpg.rollout.cpu import collect_in_blocks
@@ -187,7 +186,7 @@ def choose_collector(
         )
     if reason is None:
         return Collector("cpu", None, draws_on_host=True)
-    on_host = not action_masks and policy_cpu.why_not(policy) is None
+    on_host = not action_masks and sampling.why_not(policy) is None
     return Collector("reference", reason, draws_on_host=on_host, action_masks=action_masks)
 
 

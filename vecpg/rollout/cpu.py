@@ -20,12 +20,12 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import threads
 from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
-from vecpg.kernels.matrix import NONE
+from vecpg.kernels.matrix import NONE, row_stride
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
 from vecpg.policy.cpu import BLOCK, activations, forward
-from vecpg.policy.distributions import Categorical, DiagonalGaussian
+from vecpg.policy.distributions import Categorical
 from vecpg.policy.sampling import as_uniform, choose, philox, uniform
 from vecpg.rollout.data import FINISHED, NEXT, PLAYING, RESETTING, Rollout, Rows, check_finite
 
@@ -66,16 +66,11 @@ def why_not(envs: Any, policy: Policy) -> str | None:
         return f"the environments are on {envs.device}"
     if envs.dtype != torch.float32:
         return "the environments are not in float32"
-    distribution = policy.distribution
     if policy.obs_shape != envs.single_observation_space.shape:
         return "its observations are not those of the environments"
-    if distribution.space != envs.single_action_space:
+    if policy.distribution.space != envs.single_action_space:
         return "its actions are not those of the environments"
-    if not isinstance(distribution, Categorical | DiagonalGaussian):
-        return "its actions are neither Discrete nor a Box"
-    if isinstance(distribution, DiagonalGaussian) and distribution.raw_log_std is None:
-        return "its standard deviation comes from the network"
-    return policy_cpu.why_not_network(policy)
+    return policy_cpu.why_not(policy)
 
 
 def collect_in_blocks(
@@ -284,7 +279,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
         variables, features, components = sizes
         words = action_key[0], action_key[1], action_key[2], action_key[3]
         start_words = start_key[0], start_key[1], start_key[2], start_key[3]
-        units = activations(network)
+        units, stride = activations(network), row_stride(features)
         # A column of these matrices, (numbers, BLOCK), is a copy's.
         before = np.zeros(variables * BLOCK, np.float32)
         after = np.zeros(variables * BLOCK, np.float32)
@@ -313,7 +308,7 @@ def _kernel(definition: type[Definition], num_variables: int) -> Callable[..., i
                 write_seen(seen, i, observation(read_state(before, i)))
             for i in range(live):
                 for f in range(features):
-                    units[i * features + f] = seen[f * BLOCK + i]
+                    units[i * stride + f] = seen[f * BLOCK + i]
                     obs[t, who[i], f] = seen[f * BLOCK + i]
             outputs = forward(network, units, live)
             draw(
