@@ -141,6 +141,7 @@ def test_the_best_of_a_planted_objective_survives_and_half_go_after_each_round(t
     ]
     assert found["best"]["scores"] == scores
     assert found["best"]["score"] == statistics.median(scores)
+    assert found["gap"]["score"] == found["best"]["score"] - found["second"]["score"] > 0
     assert (found["trials"], found["pruned"], found["failed"]) == (16, 12, 0)
     assert "round 1 of 3, 1,000 steps: 16 settings, " in err
     assert "8 pruned; best" in err
@@ -158,6 +159,7 @@ def test_optuna_knows_of_every_trial_what_happened(tune):
             # The luck of the seeds 1, 2 and 3 is 1, 2 and 0 hundredths.
             assert value == planted(dataclasses.replace(config, total_timesteps=budget))
         assert trial.value == trial.intermediate_values[max(trial.intermediate_values)]
+        assert trial.distributions["learning_rate"].log
     best = optuna.load_study(
         study_name="search", storage=study._storage(Path(found["study_dir"]))
     ).best_trial
@@ -384,6 +386,10 @@ def test_the_best_is_confirmed_over_seeds_that_chose_nothing(tune):
         assert confirmed[name]["score"] == pytest.approx(sum(scores[1:3]) / 2)
         low, high = confirmed[name]["interval"]
         assert scores[0] <= low < confirmed[name]["score"] < high <= scores[-1]
+    gap = confirmed["best"]["score"] - confirmed["default"]["score"]
+    assert confirmed["gap"]["score"] == pytest.approx(gap)
+    low, high = confirmed["gap"]["interval"]
+    assert 0 < low < gap < high
     assert "default, fresh seeds: interquartile mean" in err
 
 
@@ -392,6 +398,8 @@ def test_the_command_trains_with_the_best_settings(tune):
         *("--recipe", "vpg", "--env-id", "Acrobot-v1", "--env-kwargs", '{"render_mode": null}'),
         *(
             "--no-confirm",
+            "--seed",
+            "5",
             "--trials",
             "4",
             "--rounds",
