@@ -274,7 +274,10 @@ def _add_on_host(weights, mask, dones, total, count, width):  # type: ignore[no-
 def _subtract_on_host(weights, mask, dones, total, count, others, width):  # type: ignore[no-untyped-def]
     """As `_subtract_in_torch`, row after row of `width` environments."""
     length, num_envs = mask.shape
-    own_total, own_count = np.zeros((length, width)), np.zeros((length, width))
+    longest = length
+    while longest > 0 and count[longest - 1] == 0:
+        longest -= 1
+    own_total, own_count = np.zeros((longest, width)), np.zeros((longest, width))
     for start in range(0, num_envs, width):
         if others:
             own_total[:] = 0.0

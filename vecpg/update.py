@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vecpg.adam import Adam
 from vecpg.kernels import threads
-from vecpg.kernels.finite import check_parameters
+from vecpg.kernels.finite import all_finite, check_parameters
 from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -114,7 +114,8 @@ class Learner:
             shards=config.resolved_shards,
         )
 
-        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        parameters = list(policy.parameters())  # that walk through all modules takes a while
+        gradients = [p.grad for p in parameters if p.grad is not None]
         stats = UpdateStats(surrogate, entropy / count, nn.utils.get_total_norm(gradients))
         wrong = stats.not_finite()
         if wrong is not None:
@@ -123,13 +124,12 @@ class Learner:
                 f"{wrong}{when(rollout)}, and the policy was left as it was: {suspect}"
             )
         if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(
-                policy.parameters(), config.max_grad_norm, stats.grad_norm
-            )
+            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, stats.grad_norm)
         try:
             optimizer.step()
             # Squares of the gradient make its norm, so what Adam keeps of them is finite.
-            check_parameters(policy)
+            if not all_finite(parameters):
+                check_parameters(policy)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error}{when(rollout)}; lower --learning-rate (now {config.learning_rate:g})"

@@ -171,26 +171,49 @@ def choose(logits, numbers, chosen, rows):
             chosen[n] += below[n] <= total[n]
 
 
-@jit
+@jit(inlined=True)
 def uniform(key, step, env):
     """The first number of `Stream.uniforms_at` for one step and environment of the whole run."""
     return as_uniform(philox(key, step, env)[0])
 
 
-@jit
+@jit(inlined=True)
 def as_uniform(word):
     """A 32-bit word as a number in [0, 1), as `Stream.uniforms_at` makes it."""
     return np.float32(word >> np.uint64(8)) * np.float32(2.0**-24)
 
 
-@jit
+@jit(inlined=True)
 def philox(key, step, env):
     """Four 32-bit words for one step and environment, as `vecpg.noise.philox` makes them."""
-    word, shift = np.uint64(WORD), np.uint64(32)
-    c0, c1, c2, c3 = np.uint64(step), np.uint64(env), key[2], key[3]
-    k0, k1 = key[0], key[1]
-    for _ in range(10):
+    return _ten_rounds(np.uint64(step), np.uint64(env), key[2], key[3], key[0], key[1])
+
+
+def _rounds(count: int) -> Any:
+    """So many rounds, one after the other: a loop of them would keep others from vectorizing."""
+    if count == 0:
+        return _words
+    others = _rounds(count - 1)
+
+    @jit(inlined=True)
+    def rounds(c0, c1, c2, c3, k0, k1):
+        word, shift = np.uint64(WORD), np.uint64(32)
         p0, p1 = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & word, (p0 >> shift) ^ c3 ^ k1, p0 & word
-        k0, k1 = (k0 + np.uint64(WEYL[0])) & word, (k1 + np.uint64(WEYL[1])) & word
+        return others(
+            (p1 >> shift) ^ c1 ^ k0,
+            p1 & word,
+            (p0 >> shift) ^ c3 ^ k1,
+            p0 & word,
+            (k0 + np.uint64(WEYL[0])) & word,
+            (k1 + np.uint64(WEYL[1])) & word,
+        )
+
+    return rounds
+
+
+@jit(inlined=True)
+def _words(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
+
+
+_ten_rounds = _rounds(10)

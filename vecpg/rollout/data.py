@@ -307,7 +307,8 @@ class Rows:
         rows: dict[str, Any]
         if self.host is not None:
             arrays = {name: getattr(self.host, name)[:length] for name in self._rows}
-            t, n = np.nonzero(arrays["truncations"])
+            # In one dimension it takes a third of the time.
+            t, n = divmod(np.flatnonzero(arrays["truncations"]), arrays["mask"].shape[1])
             arrays |= {"final_obs": self.host.obs[t + 1, n], "final_rows": np.stack([t, n], axis=1)}
             with torch.inference_mode(False):
                 rows = {name: torch.from_numpy(each) for name, each in arrays.items()}

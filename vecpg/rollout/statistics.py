@@ -60,10 +60,10 @@ def _statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 def _statistics_on_host(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """As `_statistics_in_torch`, in one pass."""
-    ends = (rollout.dones & rollout.mask).numpy()
-    begins = np.concatenate([[0], ends.sum(axis=0).cumsum()])
+    mask, dones = rollout.mask.numpy(), rollout.dones.numpy()
+    begins = _count(mask, dones).cumsum()
     returns, lengths = np.empty(begins[-1]), np.empty(begins[-1], np.int64)
-    _add_up(rollout.rewards.detach().numpy(), rollout.mask.numpy(), ends, begins, returns, lengths)
+    _add_up(rollout.rewards.detach().numpy(), mask, dones, begins, returns, lengths)
     return torch.from_numpy(returns), torch.from_numpy(lengths)
 
 
@@ -73,6 +73,7 @@ def prepare_statistics(device: torch.device) -> None:
         return
     number, flags = np.zeros(1), np.zeros((1, 1), np.bool_)
     rewards, whole = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
+    _count(flags, flags)
     _add_up(rewards, flags, flags, whole, number, whole)
 
 
@@ -102,6 +103,17 @@ def _differences(values: Tensor, first: Tensor) -> Tensor:
     before = torch.zeros_like(values)
     before[1:] = values[:-1]
     return values - torch.where(first, 0, before)
+
+
+@jit
+def _count(mask, dones):  # type: ignore[no-untyped-def]
+    """0, and of every environment how many episodes it ended."""
+    counts = np.zeros(mask.shape[1] + 1, np.int64)
+    for t in range(len(mask)):
+        counted, ends = mask[t], dones[t]
+        for n in range(len(counted)):
+            counts[n + 1] += counted[n] & ends[n]
+    return counts
 
 
 @jit
