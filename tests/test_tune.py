@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from vecpg.cli import parse_config
-from vecpg.config import Config, to_dict
+from vecpg.config import Config, ConfigError, to_dict
 from vecpg.population import RunsFailed
 from vecpg.run.directory import hold
 from vecpg.run.interrupts import Interrupted
@@ -340,6 +340,23 @@ def test_a_search_goes_on_with_its_own_settings(tune):
         code, _, err = tune(*again, *other)
         assert code == 2
         assert message in err
+
+
+def test_what_cannot_be_begun_leaves_nothing_behind(tune):
+    class Refusing(Population):
+        def __call__(self, configs):
+            raise ConfigError("--env-kwargs: expected others")
+
+    code, _, err = tune(*SPACE, population=Refusing())
+    assert code == 2
+    assert err.splitlines()[-1] == "error: --env-kwargs: expected others"
+    assert "to go on" not in err
+    assert not list(Path("runs").iterdir())
+    # Runs that are there stay.
+    _, found, _ = tune(*SPACE, "--trials", "2", "--rounds", "1")
+    again = ("--resume", found["study_dir"], "--confirm-seeds", "2")
+    assert tune(*again, population=Refusing())[0] == 2
+    assert tune(*again)[0] == 0
 
 
 def test_names_of_modules_are_not_taken_from_a_journal(tune):
