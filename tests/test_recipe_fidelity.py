@@ -167,7 +167,7 @@ SOURCES = {
     "normalized": "the REINFORCE example",
     "simple-pg": "Achiam 2018",
     "vpg": "Schulman et al. 2016",
-    "pendulum": "Schulman et al. 2016",
+    "pendulum": "Schulman et al. 2016; settings by random search",
     "line-world": "Williams 1992",
 }
 # Fewer steps than the recipe has, for speed; and the environment where the recipe leaves it open.

@@ -94,10 +94,10 @@ RECIPES: dict[str, tuple[Config, str]] = {
             normalize=True,
             total_timesteps=400_000,
         ),
-        "Pendulum-v1 in 400,000 steps: generalized advantages from a learned V(s), scaled, 8 episodes"
-        " an update, ReLU. Greedy return over ten seeds that chose nothing: interquartile mean -212,"
-        " 95 % interval -379 to -188; the default settings have -963 there. (Schulman et al. 2016;"
-        " found by random search)",
+        "Pendulum-v1 in 400,000 steps: generalized advantages from a learned V(s), scaled, eight"
+        " episodes an update, ReLU. Greedy return over ten seeds that chose nothing: interquartile"
+        " mean -212, 95 % interval -379 to -188; the default settings have -963 there. (Schulman et"
+        " al. 2016; settings by random search)",
     ),
     "line-world": (
         Config(
