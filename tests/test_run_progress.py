@@ -1,11 +1,12 @@
 import io
 import os
 import sys
+import time
 
 import pytest
 
 from vecpg.config import Config
-from vecpg.run.progress import Progress
+from vecpg.run.progress import PopulationProgress, Progress
 
 ROW = {
     "iteration": 3,
@@ -99,3 +100,35 @@ def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
         progress.show(ROW, last=True)
     assert capfd.readouterr() == ("", "")
     assert not Config().progress
+
+
+def test_many_runs_have_one_line(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    row = {"charts/episodic_return": 20.0, "env_steps": 1000}
+    with PopulationProgress(3, live=False, every=1e-9) as line:
+        shares = [line.share(place, 100) for place in range(3)]
+        for share, number in zip(shares, (20.0, 40.0, 90.0), strict=True):
+            line._next_look = 0.0
+            share.show(row | {"charts/episodic_return": number}, last=False)
+        line.ended(True)
+        line.ended(False)
+    found = stderr.getvalue().splitlines()
+    assert found[0].startswith("0 of 3 runs ended, 0 solved, median return 20.0, ")
+    assert found[2].startswith("0 of 3 runs ended, 0 solved, median return 40.0, ")
+    assert found[4].startswith("2 of 3 runs ended, 1 solved, median return 40.0, ")
+    assert len(found) == 5
+    # What they had before is no step of this process.
+    passed = 2700 / float(found[4].split()[-2].replace(",", ""))
+    assert 0 < passed < time.monotonic() - line._started
+
+
+def test_a_live_line_of_many_runs_counts_them(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with PopulationProgress(2, live=True, every=1.0) as line:
+        line.ended(True)
+        line.ended(True)
+    last = stderr.getvalue().split("\r")[-1]
+    assert "2/2 runs" in last
+    assert "2 solved" in last
