@@ -102,6 +102,7 @@ def _search(
     with imports_kept():
         import optuna
 
+        from vecpg.run.directory import discard
         from vecpg.run.interrupts import Interrupts
         from vecpg.tune import report, study
         from vecpg.tune.rounds import Search
@@ -111,22 +112,23 @@ def _search(
         study_dir = Path(config.resume or study.begin(config, space, drawn))
         shown = os.path.relpath(study_dir)
         _log.info("search directory: %s", shown)
-        try:
-            with study.held(study_dir) as known:
-                search = Search(study_dir, known, config)
+        with study.held(study_dir) as known:
+            search = Search(study_dir, known, config)
+            try:
                 search.run()
                 found = report.summary(search)
                 if config.confirm_seeds and found["best"] is not None:
                     scores = search.confirm(search.finalists()[0])
                     found["confirmed"] = report.confirmed(scores, config.fresh_seeds)
                 pictures = report.save_pictures(search)
-        except BaseException as error:
-            words = ["tune", "--resume", shlex.quote(shown)]
-            names = flags_to_type(to_dict(config.fixed))
-            _log.info("to go on: %s", " ".join([how_to_call("vecpg", "vecpg"), *words, names]))
-            if isinstance(error, ValueError):  # another process holds it
-                raise ConfigError(str(error)) from error
-            raise
+            except BaseException as error:
+                if isinstance(error, ConfigError) and not search.has_begun():
+                    discard(study_dir)
+                    raise
+                words = ["tune --resume", shlex.quote(shown), flags_to_type(to_dict(config.fixed))]
+                command = " ".join(filter(None, (how_to_call("vecpg", "vecpg"), *words)))
+                _log.info("to go on: %s", command)
+                raise
     for line in report.lines(found):
         _log.info("%s", line)
     _log.info("pictures: %s", ", ".join(map(str, pictures)))

@@ -151,10 +151,11 @@ def save_pictures(search: Search) -> list[Path]:
 
     matplotlib.use("agg")  # also where there is a display
     first = _after_first_round(search)
-    half = PedAnovaImportanceEvaluator(target_quantile=0.5)
     drawings: dict[str, Callable[[], object]] = {
         "history": lambda: pictures.plot_intermediate_values(search.study),
-        "importances": lambda: pictures.plot_param_importances(first, half, target_name="score"),
+        "importances": lambda: pictures.plot_param_importances(
+            first, PedAnovaImportanceEvaluator(target_quantile=0.5), target_name="score"
+        ),
         "slices": lambda: pictures.plot_slice(first, target_name="score"),
     }
     paths = []

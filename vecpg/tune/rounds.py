@@ -51,6 +51,10 @@ class Search:
         self._fixed = config.fixed
         self._space = read_space(config.param, self._fixed)
 
+    def has_begun(self) -> bool:
+        """Whether there is a run."""
+        return any(self.study_dir.glob("*/config.json"))
+
     def run(self) -> None:
         """Do all rounds, as far as they are not done.
 

@@ -83,10 +83,14 @@ def held(study_dir: Path) -> Iterator[optuna.Study]:
     """What Optuna knows of a search. Until the end, no other process goes on with it.
 
     Raises:
-        ValueError: another one does.
+        ConfigError: another one does.
     """
     path = study_dir / _JOURNAL
-    with hold(study_dir):
+    try:
+        lock = hold(study_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with lock:
         # Half a line, of a process that was killed as it wrote, would be inside for ever.
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         yield _load(study_dir)
