@@ -278,23 +278,24 @@ def _subtract_on_host(weights, mask, dones, total, count, others, width):  # typ
     while longest > 0 and count[longest - 1] == 0:
         longest -= 1
     own_total, own_count = np.zeros((longest, width)), np.zeros((longest, width))
+    age, mean = np.zeros(width, np.int64), np.empty(width)
     for start in range(0, num_envs, width):
         if others:
             own_total[:] = 0.0
             own_count[:] = 0.0
             _add_by_age(weights, mask, dones, start, width, own_total, own_count, True)
-        age = np.zeros(width, np.int64)
+        age[:] = 0
+        here = min(width, num_envs - start)
         for t in range(length):
-            for n in range(min(width, num_envs - start)):
-                if not mask[t, start + n]:
-                    weights[t, start + n] = 0.0
-                    age[n] = 0
-                    continue
+            row, counted = weights[t, start : start + here], mask[t, start : start + here]
+            ends = dones[t, start : start + here]
+            for n in range(here):
                 sum_here = total[age[n]] - own_total[age[n], n]
                 count_here = count[age[n]] - own_count[age[n], n]
-                if count_here > 0:
-                    weights[t, start + n] -= sum_here / count_here
-                age[n] = 0 if dones[t, start + n] else age[n] + 1
+                mean[n] = sum_here / count_here if count_here > 0 else 0.0
+            for n in range(here):
+                row[n] = row[n] - mean[n] if counted[n] else 0.0
+                age[n] = age[n] + 1 if counted[n] and not ends[n] else 0
 
 
 @jit
@@ -302,15 +303,16 @@ def _add_by_age(weights, mask, dones, start, width, total, count, apart):  # typ
     """Add a block of environments to the sums over rows of each age, of all or each `apart`."""
     length, num_envs = mask.shape
     age = np.zeros(width, np.int64)
+    here = min(width, num_envs - start)
     for t in range(length):
-        for n in range(min(width, num_envs - start)):
-            if not mask[t, start + n]:
-                age[n] = 0
-                continue
+        row, counted = weights[t, start : start + here], mask[t, start : start + here]
+        ends = dones[t, start : start + here]
+        for n in range(here):
+            # Adding 0 is faster than asking, which cannot be foretold.
             column = n if apart else 0
-            total[age[n], column] += weights[t, start + n]
-            count[age[n], column] += 1.0
-            age[n] = 0 if dones[t, start + n] else age[n] + 1
+            total[age[n], column] += row[n] if counted[n] else 0.0
+            count[age[n], column] += counted[n]
+            age[n] = age[n] + 1 if counted[n] and not ends[n] else 0
 
 
 def _subtract_in_torch(
