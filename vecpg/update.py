@@ -116,7 +116,9 @@ class Learner:
 
         parameters = list(policy.parameters())  # that walk through all modules takes a while
         gradients = [p.grad for p in parameters if p.grad is not None]
-        stats = UpdateStats(surrogate, entropy / count, nn.utils.get_total_norm(gradients))
+        # What `nn.utils.get_total_norm` computes, without asking of each where it is.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        stats = UpdateStats(surrogate, entropy / count, norm)
         wrong = stats.not_finite()
         if wrong is not None:
             suspect = _suspect(policy, rollout, advantages, config)
