@@ -199,10 +199,11 @@ def set_gradients(policy: Policy, gradient: NDArray[np.float64]) -> None:
     *hidden, last = _linear_layers(policy)
     for layer in hidden:
         inputs, outputs, wide = layer.in_features, layer.out_features, _wide(layer.out_features)
-        rows, bias, rest = np.split(rest, [inputs * wide, (inputs + 1) * wide])
+        rows, rest = rest[: inputs * wide], rest[inputs * wide :]
+        bias, rest = rest[:wide], rest[wide:]
         layer.weight.grad = _copy(rows.reshape(inputs, wide)[:, :outputs].T)
         layer.bias.grad = _copy(bias[:outputs])
-    rows, bias = np.split(rest, [len(rest) - last.out_features])
+    rows, bias = rest[: -last.out_features], rest[-last.out_features :]
     last.weight.grad = _copy(rows.reshape(last.out_features, -1)[:, : last.in_features])
     last.bias.grad = _copy(bias)
 
