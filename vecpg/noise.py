@@ -99,13 +99,17 @@ class Stream:
 
     def reset_seeds(self, purpose: Purpose) -> list[int]:
         """One reset seed for each environment."""
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(int(purpose), self.iteration))
-        words = sequence.generate_state(self.first_env + self.num_envs)
+        words = self._words(purpose, self.first_env + self.num_envs)
         return [int(word) for word in words[self.first_env :]]
 
     def common_seed(self, purpose: Purpose) -> int:
         """One reset seed for all environments of the run together, whichever of them these are."""
-        return Stream(self.seed, self.iteration, 0, 1).reset_seeds(purpose)[0]
+        return int(self._words(purpose, 1)[0])
+
+    def _words(self, purpose: Purpose, count: int) -> NDArray[np.unsignedinteger]:
+        """One for each of the run's first `count` environments."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(int(purpose), self.iteration))
+        return sequence.generate_state(count)
 
     def uniforms(
         self, steps: range, purpose: Purpose, device: torch.device | str = "cpu"
