@@ -231,6 +231,8 @@ def sums_by_age(weights: Tensor, mask: Tensor, dones: Tensor) -> Tensor:
 
 def add_by_age(parts: Sequence[Tensor]) -> Tensor:
     """The shards' `sums_by_age`, (2, T of each), added in their order: (2, the longest T)."""
+    if len(parts) == 1:
+        return parts[0]
     longest = max(part.shape[1] for part in parts)
     return in_order([nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
 
