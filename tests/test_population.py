@@ -218,6 +218,29 @@ def test_all_are_saved_when_asked(tmp_path, monkeypatch):
         assert 0 < kept[1] < 60
 
 
+def test_all_are_saved_when_asked_while_another_has_its_turn(tmp_path, monkeypatch):
+    """It is the main thread's, where the signal comes."""
+    real, asked = module.advance, []
+
+    def advance(config, run, interrupts, share):
+        if config.vectorization == "sync":
+            asked.extend(told for told, _ in population[0]._at_work.values())
+            asked[0].ask_to_save = lambda: asked.append("to save")
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(config, run, interrupts, share)
+
+    population, made = [], module._Population
+    monkeypatch.setattr(
+        module, "_Population", lambda *args: population.append(made(*args)) or population[0]
+    )
+    monkeypatch.setattr(module, "advance", advance)
+    one = short(tmp_path, total_iterations=60, threads=2)
+    own = replace(one, seed=2, vectorization="sync", total_iterations=2)
+    results = train_many([one, own])
+    assert asked[1:] == ["to save"]
+    assert [int(folder.name) for folder in checkpoint.folders(results[1].run_dir)] == [2, 0]
+
+
 def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):
     one = short(tmp_path, env_id="vecpg/LineWorld-v0", max_episode_steps=1, total_iterations=6)
     with caplog.at_level(logging.INFO, "vecpg"):

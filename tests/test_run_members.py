@@ -153,6 +153,43 @@ def test_limits_may_be_given_anew_and_nothing_else(here, capfd, monkeypatch):
         assert lines(capfd)[1].startswith(f"error: {message}")
 
 
+def test_limits_given_anew_hold_when_it_is_stopped_again(here, capfd, monkeypatch):
+    """As for one run: the command that is printed goes on to the same end."""
+    folder = stopped(here, capfd, monkeypatch)
+    real = population_module.advance
+
+    def advance(config, *rest):
+        if config.seed == 2:
+            raise FloatingPointError("stopped")
+        return real(config, *rest)
+
+    monkeypatch.setattr(population_module, "advance", advance)
+    assert resumed("--resume", folder, "--total-iterations", 5) == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    last = lines(capfd)[1].splitlines()[-1]
+    assert resumed(*shlex.split(last.partition("train ")[2])) == 0
+    assert [line["iterations"] for line in lines(capfd)[0]] == [5, 5, 5]
+
+
+def test_what_cannot_be_begun_leaves_the_limits_as_they_were(here, capfd, monkeypatch):
+    folder = stopped(here, capfd, monkeypatch)
+    before = read_population(folder)
+    assert resumed("--resume", folder, "--total-iterations", 5, "--device", "cuda:9") == 2
+    assert read_population(folder) == before
+
+
+def test_auto_passes_over_damaged_ones_of_other_names(here, capfd, monkeypatch):
+    folder = stopped(here, capfd, monkeypatch)
+    wanted = Population(Config(resume="auto"), 3)
+    other = make_population_directory(Population(Config(exp_name="other"), 3))
+    (other / "population.json").write_text("[]")
+    assert find_population(wanted) == folder.relative_to(here)
+    (folder / "population.json").write_text("[]")
+    with pytest.raises(ConfigError, match="population.json"):
+        find_population(wanted)
+
+
 def test_what_a_file_names_is_typed_again(here, capfd):
     (here / "of_members.py").write_text("def same(env):\n    return env\n")
     assert vecpg("--num-seeds", 2, "--wrappers", "of_members:same", "--vectorization", "sync") == 0

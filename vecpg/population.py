@@ -184,7 +184,12 @@ class _Population:
             run.files.saver.save(run.state)
 
         if not _is_served(config, run):
-            with Interrupts(save) as own:
+
+            def save_all() -> None:
+                self.ask_to_save()  # the others, in their threads
+                save()
+
+            with Interrupts(save_all) as own:
                 outcome = self._outcome(place, run, own, share)
             self._take_in(place, outcome, progress)
             return
