@@ -150,8 +150,9 @@ def collect_in_blocks(
     check_finite(rollout)
     if len(kept) == 0:
         return rollout
-    obs = rollout.obs, rollout.obs._version
-    return replace(rollout, activations=Activations(kept, network.forwards, obs))
+    obs, mask = rollout.obs, rollout.mask
+    seen = (obs, obs._version), (mask, mask._version)
+    return replace(rollout, activations=Activations(kept, network, seen))
 
 
 def _room(
