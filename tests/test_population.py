@@ -152,8 +152,18 @@ def test_nothing_is_begun_where_a_setting_cannot_work(tmp_path):
         train_many([one, replace(one, seed=2), replace(one, env_id="Nothing-v0")])
     with pytest.raises(TypeError, match="expected a Config for each run, got 3"):
         train_many([one, 3])
+    with pytest.raises(ConfigError, match="--resume nothing: expected"):
+        train_many([one, replace(one, resume="nothing")])
     assert list(tmp_path.iterdir()) == []
     assert train_many([]) == []
+
+
+def test_so_it_is_where_all_before_it_had_come_to_their_end(tmp_path):
+    one = short(tmp_path, total_iterations=1)
+    ended, other = (result.run_dir for result in train_many(seeds(one, 1, 2)))
+    goes_on = stored_config(other, total_iterations=2, device="cuda:99")
+    with pytest.raises(ConfigError, match="--device cuda:99"):
+        train_many([stored_config(ended), goes_on])
 
 
 @pytest.mark.parametrize(
@@ -218,6 +228,28 @@ def test_all_are_saved_when_asked(tmp_path, monkeypatch):
         assert 0 < kept[1] < 60
 
 
+def test_asked_while_a_run_is_in_the_main_thread_those_in_others_are_saved_too(
+    tmp_path, monkeypatch
+):
+    """The other waits until it was told."""
+    real, told, asked = Share.show, threading.Event(), []
+    ask_to_save = module.Told.ask_to_save
+    monkeypatch.setattr(module.Told, "ask_to_save", lambda one: (ask_to_save(one), told.set()))
+
+    def show(share, row, *, last):
+        if share._place == 0:
+            assert told.wait(30)
+        elif not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGUSR1))
+        real(share, row, last=last)
+
+    monkeypatch.setattr(Share, "show", show)
+    one = short(tmp_path, total_iterations=3, threads=2)
+    results = train_many([one, replace(one, vectorization="sync")])
+    kept = [[int(f.name) for f in checkpoint.folders(each.run_dir)] for each in results]
+    assert kept == [[3, 1, 0], [3, 1, 0]]
+
+
 def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):
     one = short(tmp_path, env_id="vecpg/LineWorld-v0", max_episode_steps=1, total_iterations=6)
     with caplog.at_level(logging.INFO, "vecpg"):
@@ -226,6 +258,16 @@ def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):
     stuck = [line.partition(": ")[0] for line in said if "every episode has returned" in line]
     assert sorted(stuck) == ["seed 8", "seed 9"]
     assert sum("LineWorld" in line and "x 4" in line for line in said) == 1
+
+
+def test_a_film_is_made_as_a_run_ends_and_not_again(tmp_path, monkeypatch):
+    filmed = []
+    monkeypatch.setattr(module, "film_if_asked", lambda *given: filmed.append(given))
+    config = short(tmp_path, total_iterations=1, vectorization="sync")
+    (result,) = train_many([config])
+    assert filmed == [(config, result)]
+    train_many([stored_config(result.run_dir)])
+    assert len(filmed) == 1
 
 
 def test_names_are_seeds_where_no_two_are_equal(tmp_path):
