@@ -133,7 +133,12 @@ def test_auto_goes_on_with_the_newest_that_is_not_finished(here, capfd, monkeypa
     assert find_population(Population(Config(resume="auto", seed=2), 3)) is None
     assert find_population(Population(Config(resume="auto", exp_name="other"), 3)) is None
     assert find_population(Population(Config(resume="auto", env_id="Acrobot-v1"), 3)) is None
+    other = folder.with_name("Acrobot-v1__reinforce__1-3__99999999999")
+    other.mkdir()
+    (other / "population.json").write_text("{}")  # of another, and of another version
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0
+    other.joinpath("population.json").unlink()
+    other.rmdir()
     assert len(lines(capfd)[0]) == 3
     assert folder_of(here) == folder
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0  # that one is finished: a new one
@@ -192,6 +197,7 @@ def test_a_damaged_file_is_named(here, content):
     with pytest.raises(ConfigError, match="population.json"):
         read_population(folder)
     assert resumed("--resume", folder) == 2
+    assert resumed("--resume", "auto", "--num-seeds", 2, "--out-dir", here) == 2
 
 
 def test_what_was_begun_with_is_read_again(here):
