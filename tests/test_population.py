@@ -17,7 +17,7 @@ from vecpg.kernels import threads
 from vecpg.kernels.cores import cores
 from vecpg.population import RunsFailed, train_many
 from vecpg.run import checkpoint
-from vecpg.run.interrupts import Interrupted
+from vecpg.run.interrupts import Interrupted, Told
 from vecpg.run.progress import Share
 from vecpg.run.resume import stored_config
 from vecpg.train import train
@@ -207,47 +207,33 @@ def test_whatever_stops_them_every_run_is_saved_and_goes_on(
     equals_alone(configs, results, tmp_path)
 
 
-def test_all_are_saved_when_asked(tmp_path, monkeypatch):
-    shown, asked = set(), []
-    real = Share.show
+@pytest.mark.parametrize("second", ["tensor", "sync"])
+def test_all_are_saved_when_asked(tmp_path, monkeypatch, second):
+    """In threads, and where one is in the main thread: a thread waits until it was told."""
+    real, ask_to_save, told = Share.show, Told.ask_to_save, threading.Event()
+    both = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGUSR1), timeout=60)
+    in_threads = 2 if second == "tensor" else 1
+    asked = []
+
+    def ask(one):
+        ask_to_save(one)
+        asked.append(one)
+        if len(asked) == in_threads:
+            told.set()
 
     def show(share, row, *, last):
-        shown.add(share._place)
-        if len(shown) == 2 and not asked:
-            asked.append(dict(row))
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if row["iteration"] == 1:
+            both.wait()
+            assert threading.current_thread() is threading.main_thread() or told.wait(60)
         real(share, row, last=last)
 
-    monkeypatch.setattr(Share, "show", show)
-    # Of the later checkpoints the newest three are kept: there are those of 0, of the end and this.
-    results = train_many(seeds(short(tmp_path, total_iterations=60, threads=2), 1, 2))
-    for result in results:
-        kept = [int(folder.name) for folder in checkpoint.folders(result.run_dir)]
-        assert len(kept) == 3
-        assert (kept[0], kept[2]) == (60, 0)
-        assert 0 < kept[1] < 60
-
-
-def test_asked_while_a_run_is_in_the_main_thread_those_in_others_are_saved_too(
-    tmp_path, monkeypatch
-):
-    """The other waits until it was told."""
-    real, told, asked = Share.show, threading.Event(), []
-    ask_to_save = module.Told.ask_to_save
-    monkeypatch.setattr(module.Told, "ask_to_save", lambda one: (ask_to_save(one), told.set()))
-
-    def show(share, row, *, last):
-        if share._place == 0:
-            assert told.wait(30)
-        elif not asked:
-            asked.append(os.kill(os.getpid(), signal.SIGUSR1))
-        real(share, row, last=last)
-
+    monkeypatch.setattr(Told, "ask_to_save", ask)
     monkeypatch.setattr(Share, "show", show)
     one = short(tmp_path, total_iterations=3, threads=2)
-    results = train_many([one, replace(one, vectorization="sync")])
-    kept = [[int(f.name) for f in checkpoint.folders(each.run_dir)] for each in results]
-    assert kept == [[3, 1, 0], [3, 1, 0]]
+    results = train_many([one, replace(one, seed=2, vectorization=second)])
+    for result in results:
+        kept = [int(folder.name) for folder in checkpoint.folders(result.run_dir)]
+        assert kept == [3, 1, 0]
 
 
 def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from vecpg.config import Config
-from vecpg.run.progress import Progress
+from vecpg.run import progress as module
+from vecpg.run.progress import PopulationProgress, Progress
 
 ROW = {
     "iteration": 3,
@@ -99,3 +100,33 @@ def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
         progress.show(ROW, last=True)
     assert capfd.readouterr() == ("", "")
     assert not Config().progress
+
+
+def many(live, monkeypatch):
+    """What three runs show, one of which had made steps before, as a clock goes on."""
+    time, stream = [100.0], io.StringIO()
+    monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with PopulationProgress(3, live, 1e6) as progress:
+        shares = [progress.share(place, before) for place, before in enumerate((0, 10_000, 0))]
+        for share, shown in zip(shares, (10.0, 20.0, 90.0), strict=True):
+            time[0] += 1.0
+            share.show(ROW | {"charts/episodic_return": shown}, last=False)
+        time[0] += 2.0
+        for solved in (True, False, True):
+            progress.ended(solved)
+    return stream.getvalue()
+
+
+def test_many_runs_have_one_line(monkeypatch):
+    # 12,345 steps of two runs and 2,345 of one that went on, in five seconds.
+    assert many(False, monkeypatch).splitlines() == [
+        "0 of 3 runs ended, 0 solved, median return 10.0, 12,345 steps/s",
+        "3 of 3 runs ended, 2 solved, median return 20.0, 5,407 steps/s",
+    ]
+
+
+def test_many_runs_have_one_live_line(monkeypatch):
+    line = many(True, monkeypatch).split("\r")[-1]
+    assert "100%" in line
+    assert "3.00/3.00 runs 2 solved, median return 20.0, 5,407 steps/s" in line
