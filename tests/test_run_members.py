@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_line_for_each_run_and_a_table(here, capfd, caplog):
         flags = [*shlex.split(SHORT), "--seed", str(line["seed"]), "--out-dir", "alone"]
         alone = train(dataclasses.replace(parse_config(flags), progress=False))
         assert left_behind(run_dir) == left_behind(alone.run_dir)
-    assert "solved 0 of 3" in err
+    assert "solved 0 of 3\n" in err
     assert "eval_return_mean" in err
     assert f"plot runs/{folder.name} --out curves.png" in err
     assert f"--logdir runs/{folder.name}" in err
@@ -97,7 +98,7 @@ def test_a_run_that_fails_is_named_and_the_status_is_1(here, capfd, caplog, monk
     found, err = lines(capfd)
     assert sorted(line["seed"] for line in found) == [1, 3]
     assert "seed 2 failed: FloatingPointError: the loss is nan" in caplog.text
-    assert "solved 0 of 2" in err
+    assert "solved 0 of 2, 1 failed\n" in err
     last = err.splitlines()[-1]
     assert last.startswith("error: 1 of 3 runs failed: seed 2; resume: ")
     # What it says goes on with that one, and the others are told again.
@@ -133,13 +134,18 @@ def test_auto_goes_on_with_the_newest_that_is_not_finished(here, capfd, monkeypa
     assert find_population(Population(Config(resume="auto", seed=2), 3)) is None
     assert find_population(Population(Config(resume="auto", exp_name="other"), 3)) is None
     assert find_population(Population(Config(resume="auto", env_id="Acrobot-v1"), 3)) is None
-    other = folder.with_name("Acrobot-v1__reinforce__1-3__99999999999")
+    older, other = (
+        folder.with_name(f"{name}__reinforce__1-3__{second}")
+        for name, second in (("CartPole-v1", 1), ("Acrobot-v1", 99999999999))
+    )
+    shutil.copytree(folder, older)
     other.mkdir()
-    (other / "population.json").write_text("{}")  # of another, and of another version
+    (other / "population.json").write_text("{}")  # as of another version
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0
-    other.joinpath("population.json").unlink()
-    other.rmdir()
     assert len(lines(capfd)[0]) == 3
+    for each in (older, other):
+        assert len(list(each.glob("*/summary.json"))) == (each == older)
+        shutil.rmtree(each)
     assert folder_of(here) == folder
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0  # that one is finished: a new one
     assert len(list((here / "runs").iterdir())) == 2

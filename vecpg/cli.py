@@ -163,7 +163,8 @@ def _train_many(population: Population) -> None:
                 command = resume_command(shown, config)
                 logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
                 raise
-        print(closing_table([result.summary for result in results]), file=sys.stderr)
+        failures = 0 if failed is None else len(failed.failures)
+        print(closing_table([result.summary for result in results], failures), file=sys.stderr)
     _print_next(
         curves=f"{_tensorboard()} --logdir {shown}",
         plot=_vecpg("plot", shown, "--out curves.png"),
