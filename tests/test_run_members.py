@@ -164,6 +164,14 @@ def test_limits_may_be_given_anew_and_nothing_else(here, capfd, monkeypatch):
         assert lines(capfd)[1].startswith(f"error: {message}")
 
 
+def test_what_cannot_go_on_is_one_line_and_nothing_is_lost(here, capfd, monkeypatch):
+    folder = stopped(here, capfd, monkeypatch)
+    before = sorted(folder.rglob("*"))
+    assert resumed("--resume", folder, "--device", "cuda:99") == 2
+    assert lines(capfd)[1].splitlines()[-1].startswith("error: --device cuda:99")
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_what_a_file_names_is_typed_again(here, capfd):
     (here / "of_members.py").write_text("def same(env):\n    return env\n")
     assert vecpg("--num-seeds", 2, "--wrappers", "of_members:same", "--vectorization", "sync") == 0
