@@ -201,6 +201,12 @@ def test_bad_settings_leave_nothing(here, capfd, flags, message):
     assert not list(here.glob("runs/*"))
 
 
+def test_what_needs_no_torch_is_found_before_it_is_imported(here, capfd, monkeypatch):
+    monkeypatch.setattr(population_module, "train_many", None)
+    assert vecpg("--num-seeds", 2, "--env-id", "Nothing-v0") == 2
+    assert "Nothing" in lines(capfd)[1]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"num_seeds": 0}', '{"num_seeds": 2.0}', '{"num_seeds": 2, "config": {}}'],
