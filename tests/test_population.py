@@ -259,6 +259,8 @@ def test_a_film_is_made_as_a_run_ends_and_not_again(tmp_path, monkeypatch):
 def test_names_are_seeds_where_no_two_are_equal(tmp_path):
     one = short(tmp_path)
     assert module._names(seeds(one, 5, 3)) == ["seed 5", "seed 3"]
+    other = replace(one, exp_name="other")
+    assert module._names([one, other]) == ["reinforce, seed 1", "other, seed 1"]
     assert module._names(seeds(one, 5, 5)) == ["run 1 (seed 5)", "run 2 (seed 5)"]
 
 

@@ -107,7 +107,7 @@ def test_a_run_that_fails_is_named_and_the_status_is_1(here, capfd, caplog, monk
     assert resumed(*shlex.split(last.partition("train ")[2])) == 0
     found, err = lines(capfd)
     assert sorted(line["seed"] for line in found) == [1, 2, 3]
-    assert "seed 2: going on after iteration" in caplog.text
+    assert "going on" not in caplog.text  # there may be hundreds
 
 
 def stopped(here, capfd, monkeypatch, *args):

@@ -122,6 +122,9 @@ def _names(configs: Sequence[Config]) -> list[str]:
     seeds = [config.seed for config in configs]
     if len(set(seeds)) == len(seeds):
         return [f"seed {seed}" for seed in seeds]
+    named = [f"{config.exp_name}, seed {config.seed}" for config in configs]
+    if len(set(named)) == len(named):
+        return named
     return [f"run {number} (seed {seed})" for number, seed in enumerate(seeds, start=1)]
 
 

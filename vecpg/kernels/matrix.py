@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vecpg.kernels.jit import jit
@@ -138,7 +139,8 @@ def tanh(x):
 
     With e = exp(2|x|) - 1, it is e / (e + 2), and errors of a large e do not show.
     """
-    doubled = min(abs(x) * np.float32(2.0), np.float32(20.0))
+    x_abs = abs(x)
+    doubled = min(x_abs + x_abs, np.float32(20.0))
     power, grown = _scaled_growth(doubled)
     e = power * grown + (power - np.float32(1.0))
     return math.copysign(e / (e + np.float32(2.0)), x)
@@ -155,26 +157,33 @@ def exp(x):
 def _scaled_growth(x):
     """2^n and exp(r) - 1 with x = n log(2) + r and r near 0; x is no more than 88 from 0.
 
-    Coefficients: Cephes, `expf`.
+    Coefficients: of the least error of exp(r) - 1, 3e-8 of itself, for |r| <= log(2) / 2.
     """
-    n = np.int32(x * np.float32(1.0 / math.log(2.0)) + math.copysign(np.float32(0.5), x))
-    r = x - np.float32(n) * np.float32(math.log(2.0))
-    grown = np.float32(1.9875691500e-4)
-    grown = grown * r + np.float32(1.3981999507e-3)
-    grown = grown * r + np.float32(8.3334519073e-3)
-    grown = grown * r + np.float32(4.1665795894e-2)
-    grown = grown * r + np.float32(1.6666665459e-1)
-    grown = grown * r + np.float32(5.0000001201e-1)
-    return _power_of_two(n), grown * (r * r) + r
+    power, n = _nearest_power(x * np.float32(1.0 / math.log(2.0)))
+    r = x - n * np.float32(math.log(2.0))
+    grown = np.float32(1.37144e-3)
+    grown = grown * r + np.float32(8.36935e-3)
+    grown = grown * r + np.float32(4.167039e-2)
+    grown = grown * r + np.float32(0.16666517)
+    grown = grown * r + np.float32(0.49999984)
+    return power, grown * (r * r) + r
 
 
 @intrinsic
-def _power_of_two(context, n):
-    """2^n as float32, made of its bits; n is from -126 to 127."""
+def _nearest_power(context, x):
+    """2^n and n, for the whole number n that is nearest to x, from -126 to 127; float32.
+
+    Beside a number of 24 bits, 1.5 * 2^23, there is room for whole ones. It is larger by 127 here:
+    so n's last bits are those of the exponent of 2^n, and are moved to its place.
+    """
 
     def build(target, builder, signature, args):
-        word = args[0].type
-        exponent = builder.shl(builder.add(args[0], word(127)), word(23))
-        return builder.bitcast(exponent, ir.FloatType())
+        number, word = ir.FloatType(), ir.IntType(32)
+        large = number(1.5 * 2**23 + 127)
+        # With a flag, so that Numba does not allow to leave out what is added and subtracted.
+        near = builder.fadd(args[0], large, flags=("contract",))
+        n = builder.fsub(near, large, flags=("contract",))
+        power = builder.bitcast(builder.shl(builder.bitcast(near, word), word(23)), number)
+        return cgutils.pack_array(builder, [power, n], number)
 
-    return types.float32(types.int32), build
+    return types.UniTuple(types.float32, 2)(types.float32), build
