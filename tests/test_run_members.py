@@ -79,6 +79,21 @@ def test_a_line_for_each_run_and_a_table(here, capfd, caplog):
     assert f"--logdir runs/{folder.name}" in err
 
 
+def test_a_line_goes_out_as_its_run_ends(here, capfd, monkeypatch):
+    real, seen = population_module.train_many, []
+
+    def watched(configs, on_result):
+        def say(place, result):
+            on_result(place, result)
+            seen.append(json.loads(capfd.readouterr().out) == result.summary)
+
+        return real(configs, say)
+
+    monkeypatch.setattr(population_module, "train_many", watched)
+    assert vecpg("--num-seeds", 2) == 0
+    assert seen == [True, True]
+
+
 def test_one_seed_is_one_run(here, capfd):
     assert vecpg("--num-seeds", 1) == 0
     assert len(lines(capfd)[0]) == 1
