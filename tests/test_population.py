@@ -1,9 +1,12 @@
 """Many runs in one process: each is the run that it would be alone."""
 
+import gc
 import logging
 import os
 import signal
+import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -144,6 +147,24 @@ def test_a_run_that_fails_ends_alone(tmp_path, caplog, vectorization):
     assert "saved after iteration" in message
     assert message.endswith(f"train --resume {run_dir}")
     assert not (run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("vectorization", ["tensor", "sync"])
+def test_of_a_run_that_failed_no_memory_is_kept(tmp_path, monkeypatch, vectorization):
+    real, rollouts = sys.modules["vecpg.train"].update, []
+
+    def update(policy, optimizer, rollout, *args, **kwargs):
+        rollouts.append(weakref.ref(rollout.rewards))
+        return real(policy, optimizer, rollout, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["vecpg.train"], "update", update)
+    one = short(tmp_path, vectorization=vectorization, learning_rate=3e38)
+    with pytest.raises(RunsFailed) as raised:
+        train_many(seeds(one, 1, 2))
+    gc.collect()
+    assert len(rollouts) >= 2
+    assert [each() for each in rollouts] == [None] * len(rollouts)
+    assert raised.value.failures[0].__traceback__ is not None
 
 
 def test_nothing_is_begun_where_a_setting_cannot_work(tmp_path):

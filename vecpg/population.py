@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -261,6 +262,7 @@ class _Population:
         if isinstance(outcome, TrainResult):
             self.results[place] = outcome
         elif isinstance(outcome, Exception):
+            _let_go(outcome)
             self.failures[place] = outcome
         elif outcome is not None:
             raise outcome
@@ -268,6 +270,14 @@ class _Population:
         progress.ended(solved)
         if place in self.results and self._on_result is not None:
             self._on_result(place, self.results[place])
+
+
+def _let_go(error: BaseException) -> None:
+    """Keep where an error came from, and not the variables there: a whole rollout is among them."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def _is_served(config: Config, run: Run) -> bool:
