@@ -9,6 +9,7 @@ from gymnasium import spaces
 
 from vecpg import update
 from vecpg.envs import make_envs
+from vecpg.kernels.matrix import log
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -209,6 +210,15 @@ def test_tanh_keeps_its_digits():
     assert (np.abs(ours - exact) <= 2e-7 * np.abs(exact)).all()
     assert policy_cpu.tanh(np.float32(math.inf)) == 1
     assert math.isnan(policy_cpu.tanh(np.float32(math.nan)))
+
+
+def test_log_keeps_its_digits():
+    x = np.concatenate([np.linspace(1, 3, 100_001), np.geomspace(1, 1e30, 100_001)])
+    x = x.astype(np.float32)
+    ours = np.array([log(value) for value in x], np.float64)
+    exact = np.log(x.astype(np.float64))
+    assert (np.abs(ours - exact) <= 2e-7 * exact).all()
+    assert math.isnan(log(np.float32(math.nan)))
 
 
 def test_exp_keeps_its_digits():

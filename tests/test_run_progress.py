@@ -138,7 +138,7 @@ def test_many_runs_have_one_line(many):
 def test_many_runs_have_one_live_line(many):
     """It is written anew also where no run has ended."""
     written = many(live=True)
-    assert "0.00/3.00 runs 0 solved, median return 10.0, 12,345 steps/s" in written
+    assert "0/3 runs 0 solved, median return 10.0, 12,345 steps/s" in written
     line = written.split("\r")[-1]
     assert "100%" in line
-    assert "3.00/3.00 runs 2 solved, median return 20.0, 5,407 steps/s" in line
+    assert "3/3 runs 2 solved, median return 20.0, 5,407 steps/s" in line

@@ -14,7 +14,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vecpg.kernels.jit import jit
-from vecpg.kernels.vectors import TILE, eight_dots, has_avx512, product_adder, slope_turner
+from vecpg.kernels.vectors import (
+    TILE,
+    eight_dots,
+    has_avx512,
+    lanes_sum,
+    product_adder,
+    slope_turner,
+)
 
 # Rows so many features long compete for the same places of the cache.
 _FAR = 128
@@ -110,6 +117,12 @@ def dots(a, a_row, b, b_row, start, c, c_row, rows, inner, columns):
 
 
 @jit
+def sum_of(vector, count):
+    """The sum, in float64, of so many numbers; those behind them are 0, up to a whole tile."""
+    return lanes_sum(vector, (count + (TILE - 1)) // TILE)
+
+
+@jit
 def turn_slopes(slopes, active, stride, rows, columns, relu, total):
     """From the slopes in what an activation gave, `active`, those in what it took, in place.
 
@@ -154,12 +167,35 @@ def exp(x):
 
 
 @jit
+def log(x):
+    """Log of a number of at least 1, within 1e-7, also of itself. It vectorizes.
+
+    Coefficients: Cephes, `logf`.
+    """
+    split: Any = _power_and_rest(x)
+    n, z = split[0], split[1] - np.float32(1.0)
+    y = np.float32(7.0376836292e-2)
+    y = y * z + np.float32(-1.1514610310e-1)
+    y = y * z + np.float32(1.1676998740e-1)
+    y = y * z + np.float32(-1.2420140846e-1)
+    y = y * z + np.float32(1.4249322787e-1)
+    y = y * z + np.float32(-1.6668057665e-1)
+    y = y * z + np.float32(2.0000714765e-1)
+    y = y * z + np.float32(-2.4999993993e-1)
+    y = y * z + np.float32(3.3333331174e-1)
+    square = z * z
+    result = n * np.float32(math.log(2.0)) + (z - square * (np.float32(0.5) - y * z))
+    return result if x == x else x  # NaN has no power and rest
+
+
+@jit
 def _scaled_growth(x):
     """2^n and exp(r) - 1 with x = n log(2) + r and r near 0; x is no more than 88 from 0.
 
     Coefficients: of the least error of exp(r) - 1, 3e-8 of itself, for |r| <= log(2) / 2.
     """
-    power, n = _nearest_power(x * np.float32(1.0 / math.log(2.0)))
+    nearest: Any = _nearest_power(x * np.float32(1.0 / math.log(2.0)))
+    power, n = nearest
     r = x - n * np.float32(math.log(2.0))
     grown = np.float32(1.37144e-3)
     grown = grown * r + np.float32(8.36935e-3)
@@ -185,5 +221,20 @@ def _nearest_power(context, x):
         n = builder.fsub(near, large, flags=("contract",))
         power = builder.bitcast(builder.shl(builder.bitcast(near, word), word(23)), number)
         return cgutils.pack_array(builder, [power, n], number)
+
+    return types.UniTuple(types.float32, 2)(types.float32), build
+
+
+@intrinsic
+def _power_and_rest(context, x):
+    """Of a normal positive x the n, and x / 2^n, that is from sqrt(1/2) to sqrt(2); float32."""
+
+    def build(target, builder, signature, args):
+        number, word = ir.FloatType(), ir.IntType(32)
+        root = word(0x3F3504F3)  # sqrt(1/2)
+        over = builder.sub(builder.bitcast(args[0], word), root)
+        n = builder.sitofp(builder.ashr(over, word(23)), number)
+        rest = builder.add(builder.and_(over, word(2**23 - 1)), root)
+        return cgutils.pack_array(builder, [n, builder.bitcast(rest, number)], number)
 
     return types.UniTuple(types.float32, 2)(types.float32), build
