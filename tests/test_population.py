@@ -228,6 +228,22 @@ def test_whatever_stops_them_every_run_is_saved_and_goes_on(
     equals_alone(configs, results, tmp_path)
 
 
+def test_who_is_stopped_does_not_go_on_to_the_end(tmp_path, monkeypatch):
+    both = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT), timeout=60)
+    real = Share.show
+
+    def show(share, row, *, last):
+        if row["iteration"] == 3:
+            both.wait()
+        real(share, row, last=last)
+
+    monkeypatch.setattr(Share, "show", show)
+    with pytest.raises(Interrupted):
+        train_many(seeds(short(tmp_path, total_iterations=2000, threads=2), 1, 2))
+    assert [last(each)["counters"]["iteration"] >= 3 for each in runs(tmp_path)] == [True, True]
+    assert not list(tmp_path.glob("*/summary.json"))
+
+
 @pytest.mark.parametrize("second", ["tensor", "sync"])
 def test_all_are_saved_when_asked(tmp_path, monkeypatch, second):
     """In threads, and where one is in the main thread: a thread waits until it was told."""
