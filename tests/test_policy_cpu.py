@@ -383,6 +383,11 @@ def test_activations_that_were_kept_change_no_bit(rows):
 def test_activations_of_another_network_or_other_observations_are_not_taken():
     policy = wide_policy()
     rollout = collected_with(10**6, policy)
+    rollout.activations.kept[:] = math.nan
+    other = dataclasses.replace(rollout, mask=rollout.mask.clone())
+    plain = dataclasses.replace(other, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, other), gradient_of(policy, plain)))
+    rollout = collected_with(10**6, policy)
     changed = dataclasses.replace(rollout, obs=rollout.obs + 0.01)
     plain = dataclasses.replace(changed, activations=None)
     assert all(map(torch.equal, gradient_of(policy, changed), gradient_of(policy, plain)))

@@ -153,15 +153,14 @@ def _train_many(population: Population) -> None:
             failed = None
             try:
                 results = train_many(configs_of(population, folder), say)
-            except ConfigError:
-                if begins:  # nothing was
-                    discard(folder)
-                raise
             except RunsFailed as error:
                 failed, results = error, [each for each in error.results if each is not None]
-            except BaseException:
-                command = resume_command(shown, config)
-                logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+            except BaseException as error:
+                if begins and not any(folder.glob("*/config.json")):
+                    discard(folder)
+                elif not isinstance(error, ConfigError):
+                    command = resume_command(shown, config)
+                    logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
                 raise
         failures = 0 if failed is None else len(failed.failures)
         print(closing_table([result.summary for result in results], failures), file=sys.stderr)

@@ -215,8 +215,8 @@ class _Population:
             name=f"vecpg-run-{place}",
         )
         with interrupts.held():
-            self._at_work[place] = told, thread
             thread.start()
+            self._at_work[place] = told, thread
 
     def _wait(self, progress: PopulationProgress) -> None:
         """Take in what the next of the runs at work comes to."""
