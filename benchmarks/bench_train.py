@@ -22,9 +22,9 @@ from vecpg.kernels import cores as kernel_cores
 from vecpg.kernels import threads
 from vecpg.measure.cells import FLOPS, check_cartpole
 from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.rollout import choose_collector, collect
 from vecpg.rollout.statistics import episode_statistics
-from vecpg.update import by_autograd, by_machine_code, update
+from vecpg.update import by_autograd, by_machine_code, choose_learner, update
 
 CASES = [
     ("sync", 64, 512),
@@ -116,7 +116,9 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
     """Machine code on every core and on one, and torch op by op, in turn in one run.
 
     `bound` is what the matrix products alone would allow at the speed of a large product in
-    torch, measured beside it on as many threads; `of_bound` is the part of it that is reached.
+    torch, measured beside it on as many threads; `of_bound` is the part of it that is reached. They
+    count the products of the hidden layers twice, as they are where the update computes them again;
+    `without_recomputing` is the part of what products would allow were they computed once.
     """
     envs = make_envs("CartPole-v1", num_envs, vectorization="tensor")
     config = Config(num_envs=num_envs, num_steps=512)
@@ -130,6 +132,13 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
 
     policy, optimizer = fresh()
     shares = {}
+    # As training does, once.
+    memory = config.activation_memory * 1_000_000
+    collectors = {
+        backend: choose_collector(envs, policy, backend, activation_memory=memory)
+        for backend in ("cpu", "reference")
+    }
+    learner = choose_learner(policy)
 
     def iteration(number, backend="cpu", differentiate=by_machine_code):
         """Counted steps per second."""
@@ -137,14 +146,19 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
         with threads.using(number):
             clock = [time.perf_counter()]
             rollout = collect(
-                envs, policy, num_steps=512, seed=1, iteration=next(iterations), backend=backend
+                envs,
+                policy,
+                num_steps=512,
+                seed=1,
+                iteration=next(iterations),
+                backend=collectors[backend],
             )
             clock.append(time.perf_counter())
             episode_statistics(rollout)
             clock.append(time.perf_counter())
             weights = advantages(rollout, config)
             clock.append(time.perf_counter())
-            update(policy, optimizer, rollout, weights, config)
+            update(policy, optimizer, rollout, weights, config, backend=learner)
             clock.append(time.perf_counter())
         steps = int(rollout.mask.sum())
         if number == cores:
@@ -184,6 +198,7 @@ def bench_tensor(benchmark, record, monkeypatch, num_envs):
         mm_gflops=round(flops[cores] / 1e9, 1),
         bound=round(flops[cores] / FLOPS["train"]),
         of_bound=round(speed * FLOPS["train"] / flops[cores], 3),
+        without_recomputing=round(speed * FLOPS["update"] / flops[cores], 3),
         of_bound_one_thread=round(statistics.median(one) * FLOPS["train"] / flops[1], 3),
         **{
             f"{name}_share": round(float(statistics.median(each)), 3)

@@ -9,7 +9,15 @@ from numba.core.errors import TypingError
 from vecpg.kernels.announce import anew, once
 from vecpg.kernels.columns import reader, writer
 from vecpg.kernels.jit import jit
-from vecpg.kernels.matrix import NONE, add_product, dots, row_stride, turn_slopes, whole_tiles
+from vecpg.kernels.matrix import (
+    NONE,
+    add_product,
+    dots,
+    row_stride,
+    sum_of,
+    turn_slopes,
+    whole_tiles,
+)
 from vecpg.kernels.vectors import TILE
 
 LOG = logging.getLogger("vecpg.test")
@@ -100,6 +108,14 @@ def test_slopes_are_turned_and_summed_by_column(relu):
     np.testing.assert_allclose(total, 1 + exact[:2, :-1].sum(0), rtol=1e-5, atol=1e-6)
     assert (after[2] == slopes[2]).all()
     assert (after[:, -1] == slopes[:, -1]).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 37])
+def test_numbers_are_summed_in_float64(count):
+    numbers = np.zeros(64, np.float32)
+    numbers[:count] = np.random.default_rng(count).normal(size=count)
+    numbers[48:] = np.nan
+    assert abs(sum_of(numbers, count) - numbers[:count].astype(np.float64).sum()) < 1e-14
 
 
 def test_rows_have_room_for_whole_tiles():

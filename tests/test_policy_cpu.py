@@ -9,6 +9,7 @@ from gymnasium import spaces
 
 from vecpg import update
 from vecpg.envs import make_envs
+from vecpg.kernels.matrix import log
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -211,6 +212,15 @@ def test_tanh_keeps_its_digits():
     assert math.isnan(policy_cpu.tanh(np.float32(math.nan)))
 
 
+def test_log_keeps_its_digits():
+    x = np.concatenate([np.linspace(1, 3, 100_001), np.geomspace(1, 1e30, 100_001)])
+    x = x.astype(np.float32)
+    ours = np.array([log(value) for value in x], np.float64)
+    exact = np.log(x.astype(np.float64))
+    assert (np.abs(ours - exact) <= 2e-7 * exact).all()
+    assert math.isnan(log(np.float32(math.nan)))
+
+
 def test_exp_keeps_its_digits():
     x = np.concatenate([np.linspace(-85, 0, 100_001), [-1e-30]]).astype(np.float32)
     ours = np.array([policy_cpu.exp(value) for value in x], np.float64)
@@ -372,6 +382,11 @@ def test_activations_that_were_kept_change_no_bit(rows):
 
 def test_activations_of_another_network_or_other_observations_are_not_taken():
     policy = wide_policy()
+    rollout = collected_with(10**6, policy)
+    rollout.activations.kept[:] = math.nan
+    other = dataclasses.replace(rollout, mask=rollout.mask.clone())
+    plain = dataclasses.replace(other, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, other), gradient_of(policy, plain)))
     rollout = collected_with(10**6, policy)
     changed = dataclasses.replace(rollout, obs=rollout.obs + 0.01)
     plain = dataclasses.replace(changed, activations=None)

@@ -122,6 +122,25 @@ SETTINGS = {
         "log_std": "parameter",
         "dropout": 0.0,
     },
+    "pendulum": EVERYWHERE
+    | {
+        "env_id": "Pendulum-v1",
+        "num_envs": 8,
+        "num_steps": 1,
+        "hidden_sizes": (64, 64),
+        "activation": "relu",
+        "dropout": 0.0,
+        "log_std": "parameter",
+        "gamma": 0.97,
+        "learning_rate": 2e-3,
+        "weights": "gae",
+        "gae_lambda": 0.97,
+        "baseline": "value",
+        "value_steps": 10,
+        "normalize": True,
+        "reduction": "episode",
+        "total_timesteps": 400_000,
+    },
     "line-world": TEXTBOOK
     | {
         "env_id": "vecpg/LineWorld-v0",
@@ -148,6 +167,7 @@ SOURCES = {
     "normalized": "the REINFORCE example",
     "simple-pg": "Achiam 2018",
     "vpg": "Schulman et al. 2016",
+    "pendulum": "Schulman et al. 2016; settings by random search",
     "line-world": "Williams 1992",
 }
 # Fewer steps than the recipe has, for speed; and the environment where the recipe leaves it open.
@@ -164,6 +184,7 @@ CASES = [
     ("vpg", {"env_id": "Pendulum-v1", **SMALL_VPG}),
     # Weights whose mean is 0 hide what the density's own log-std term adds to the gradient.
     ("vpg", {"env_id": "Pendulum-v1", **SMALL_VPG, "normalize": False}),
+    ("pendulum", {"num_envs": 2}),
     ("line-world", {}),
 ]
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from vecpg.config import Config
-from vecpg.run.progress import Progress
+from vecpg.run import progress as module
+from vecpg.run.progress import PopulationProgress, Progress
 
 ROW = {
     "iteration": 3,
@@ -99,3 +100,45 @@ def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
         progress.show(ROW, last=True)
     assert capfd.readouterr() == ("", "")
     assert not Config().progress
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """What three runs show, one of which had made steps before, as a clock goes on."""
+
+    def shown(live):
+        time, stream = [100.0], io.StringIO()
+        monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+        monkeypatch.setattr(sys, "stderr", stream)
+        with PopulationProgress(3, live, 1.5) as progress:
+            if live:
+                progress._bar.mininterval = 0.0
+            shares = [progress.share(place, before) for place, before in enumerate((0, 10_000, 0))]
+            for share, value in zip(shares, (10.0, 20.0, 90.0), strict=True):
+                time[0] += 1.0
+                share.show(ROW | {"charts/episodic_return": value}, last=False)
+            time[0] += 2.0
+            for solved in (True, False, True):
+                progress.ended(solved)
+        return stream.getvalue()
+
+    return shown
+
+
+def test_many_runs_have_one_line(many):
+    # 12,345 steps of two runs and 2,345 of one that went on, in three seconds, and in five.
+    assert many(live=False).splitlines() == [
+        "0 of 3 runs ended, 0 solved, median return 10.0, 12,345 steps/s",
+        "0 of 3 runs ended, 0 solved, median return 20.0, 9,012 steps/s",
+        "1 of 3 runs ended, 1 solved, median return 20.0, 5,407 steps/s",
+        "3 of 3 runs ended, 2 solved, median return 20.0, 5,407 steps/s",
+    ]
+
+
+def test_many_runs_have_one_live_line(many):
+    """It is written anew also where no run has ended."""
+    written = many(live=True)
+    assert "0/3 runs 0 solved, median return 10.0, 12,345 steps/s" in written
+    line = written.split("\r")[-1]
+    assert "100%" in line
+    assert "3/3 runs 2 solved, median return 20.0, 5,407 steps/s" in line

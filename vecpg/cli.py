@@ -157,19 +157,19 @@ def _train_many(population: Population) -> None:
             failed = None
             try:
                 results = train_many(configs_of(population, folder), say)
-            except ConfigError:
-                if before is None:  # nothing was begun
-                    discard(folder)
-                else:
-                    write_population(before, folder)
-                raise
             except RunsFailed as error:
                 failed, results = error, [each for each in error.results if each is not None]
-            except BaseException:
-                command = resume_command(shown, config)
-                logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+            except BaseException as error:
+                if before is None and not any(folder.glob("*/config.json")):
+                    discard(folder)
+                elif isinstance(error, ConfigError):
+                    write_population(before or population, folder)
+                else:
+                    command = resume_command(shown, config)
+                    logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
                 raise
-        print(closing_table([result.summary for result in results]), file=sys.stderr)
+        failures = 0 if failed is None else len(failed.failures)
+        print(closing_table([result.summary for result in results], failures), file=sys.stderr)
     _print_next(
         curves=f"{_tensorboard()} --logdir {shown}",
         plot=_vecpg("plot", shown, "--out curves.png"),

@@ -80,6 +80,25 @@ RECIPES: dict[str, tuple[Config, str]] = {
         " update; categorical or Gaussian by the action space. (Schulman et al. 2016; Achiam 2018,"
         " Spinning Up, VPG)",
     ),
+    "pendulum": (
+        Config(
+            recipe="pendulum",
+            env_id="Pendulum-v1",
+            num_envs=8,
+            activation="relu",
+            learning_rate=2e-3,
+            gamma=0.97,
+            weights="gae",
+            baseline="value",
+            value_steps=10,
+            normalize=True,
+            total_timesteps=400_000,
+        ),
+        "Pendulum-v1 in 400,000 steps: generalized advantages from a learned V(s), scaled, eight"
+        " episodes an update, ReLU. Greedy return over ten seeds that chose nothing: interquartile"
+        " mean -224, 95 % interval -390 to -167; the default settings have -1004. (Schulman et al."
+        " 2016; settings by random search)",
+    ),
     "line-world": (
         Config(
             recipe="line-world",

@@ -41,9 +41,9 @@ def make_training(num_envs, vectorization):
     from vecpg.kernels import threads
     from vecpg.kernels.cores import cores
     from vecpg.policy import Policy
-    from vecpg.rollout import collect
+    from vecpg.rollout import choose_collector, collect
     from vecpg.rollout.statistics import episode_statistics
-    from vecpg.update import update
+    from vecpg.update import choose_learner, update
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -52,15 +52,20 @@ def make_training(num_envs, vectorization):
     optimizer = Adam(policy.parameters(), lr=LEARNING_RATE)
     config = Config(num_envs=num_envs, num_steps=LENGTH)
     iterations = iter(range(10**9))
+    memory = config.activation_memory * 1_000_000
+    collector = choose_collector(envs, policy, activation_memory=memory)
+    learner = choose_learner(policy)
 
     def gather():
-        return collect(envs, policy, num_steps=LENGTH, seed=1, iteration=next(iterations))
+        given = {"num_steps": LENGTH, "seed": 1, "iteration": next(iterations)}
+        return collect(envs, policy, **given, backend=collector)
 
     def iterate():
         with threads.using(cores()):
             rollout = gather()
             episode_statistics(rollout)
-            update(policy, optimizer, rollout, advantages(rollout, config), config)
+            weights = advantages(rollout, config)
+            update(policy, optimizer, rollout, weights, config, backend=learner)
         return int(rollout.mask.sum())
 
     rollout = gather()

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vecpg.kernels.jit import jit
-from vecpg.kernels.vectors import TILE, eight_dots, has_avx512, product_adder, slope_turner
+from vecpg.kernels.vectors import (
+    TILE,
+    eight_dots,
+    has_avx512,
+    lanes_sum,
+    product_adder,
+    slope_turner,
+)
 
 # Rows so many features long compete for the same places of the cache.
 _FAR = 128
@@ -109,6 +117,12 @@ def dots(a, a_row, b, b_row, start, c, c_row, rows, inner, columns):
 
 
 @jit
+def sum_of(vector, count):
+    """The sum, in float64, of so many numbers; those behind them are 0, up to a whole tile."""
+    return lanes_sum(vector, (count + (TILE - 1)) // TILE)
+
+
+@jit
 def turn_slopes(slopes, active, stride, rows, columns, relu, total):
     """From the slopes in what an activation gave, `active`, those in what it took, in place.
 
@@ -138,7 +152,8 @@ def tanh(x):
 
     With e = exp(2|x|) - 1, it is e / (e + 2), and errors of a large e do not show.
     """
-    doubled = min(abs(x) * np.float32(2.0), np.float32(20.0))
+    x_abs = abs(x)
+    doubled = min(x_abs + x_abs, np.float32(20.0))
     power, grown = _scaled_growth(doubled)
     e = power * grown + (power - np.float32(1.0))
     return math.copysign(e / (e + np.float32(2.0)), x)
@@ -152,29 +167,74 @@ def exp(x):
 
 
 @jit
+def log(x):
+    """Log of a number of at least 1, within 1e-7, also of itself. It vectorizes.
+
+    Coefficients: Cephes, `logf`.
+    """
+    split: Any = _power_and_rest(x)
+    n, z = split[0], split[1] - np.float32(1.0)
+    y = np.float32(7.0376836292e-2)
+    y = y * z + np.float32(-1.1514610310e-1)
+    y = y * z + np.float32(1.1676998740e-1)
+    y = y * z + np.float32(-1.2420140846e-1)
+    y = y * z + np.float32(1.4249322787e-1)
+    y = y * z + np.float32(-1.6668057665e-1)
+    y = y * z + np.float32(2.0000714765e-1)
+    y = y * z + np.float32(-2.4999993993e-1)
+    y = y * z + np.float32(3.3333331174e-1)
+    square = z * z
+    result = n * np.float32(math.log(2.0)) + (z - square * (np.float32(0.5) - y * z))
+    return result if x == x else x  # NaN has no power and rest
+
+
+@jit
 def _scaled_growth(x):
     """2^n and exp(r) - 1 with x = n log(2) + r and r near 0; x is no more than 88 from 0.
 
-    Coefficients: Cephes, `expf`.
+    Coefficients: of the least error of exp(r) - 1, 3e-8 of itself, for |r| <= log(2) / 2.
     """
-    n = np.int32(x * np.float32(1.0 / math.log(2.0)) + math.copysign(np.float32(0.5), x))
-    r = x - np.float32(n) * np.float32(math.log(2.0))
-    grown = np.float32(1.9875691500e-4)
-    grown = grown * r + np.float32(1.3981999507e-3)
-    grown = grown * r + np.float32(8.3334519073e-3)
-    grown = grown * r + np.float32(4.1665795894e-2)
-    grown = grown * r + np.float32(1.6666665459e-1)
-    grown = grown * r + np.float32(5.0000001201e-1)
-    return _power_of_two(n), grown * (r * r) + r
+    nearest: Any = _nearest_power(x * np.float32(1.0 / math.log(2.0)))
+    power, n = nearest
+    r = x - n * np.float32(math.log(2.0))
+    grown = np.float32(1.37144e-3)
+    grown = grown * r + np.float32(8.36935e-3)
+    grown = grown * r + np.float32(4.167039e-2)
+    grown = grown * r + np.float32(0.16666517)
+    grown = grown * r + np.float32(0.49999984)
+    return power, grown * (r * r) + r
 
 
 @intrinsic
-def _power_of_two(context, n):
-    """2^n as float32, made of its bits; n is from -126 to 127."""
+def _nearest_power(context, x):
+    """2^n and n, for the whole number n that is nearest to x, from -126 to 127; float32.
+
+    Beside a number of 24 bits, 1.5 * 2^23, there is room for whole ones. It is larger by 127 here:
+    so n's last bits are those of the exponent of 2^n, and are moved to its place.
+    """
 
     def build(target, builder, signature, args):
-        word = args[0].type
-        exponent = builder.shl(builder.add(args[0], word(127)), word(23))
-        return builder.bitcast(exponent, ir.FloatType())
+        number, word = ir.FloatType(), ir.IntType(32)
+        large = number(1.5 * 2**23 + 127)
+        # With a flag, so that Numba does not allow to leave out what is added and subtracted.
+        near = builder.fadd(args[0], large, flags=("contract",))
+        n = builder.fsub(near, large, flags=("contract",))
+        power = builder.bitcast(builder.shl(builder.bitcast(near, word), word(23)), number)
+        return cgutils.pack_array(builder, [power, n], number)
 
-    return types.float32(types.int32), build
+    return types.UniTuple(types.float32, 2)(types.float32), build
+
+
+@intrinsic
+def _power_and_rest(context, x):
+    """Of a normal positive x the n, and x / 2^n, that is from sqrt(1/2) to sqrt(2); float32."""
+
+    def build(target, builder, signature, args):
+        number, word = ir.FloatType(), ir.IntType(32)
+        root = word(0x3F3504F3)  # sqrt(1/2)
+        over = builder.sub(builder.bitcast(args[0], word), root)
+        n = builder.sitofp(builder.ashr(over, word(23)), number)
+        rest = builder.add(builder.and_(over, word(2**23 - 1)), root)
+        return cgutils.pack_array(builder, [n, builder.bitcast(rest, number)], number)
+
+    return types.UniTuple(types.float32, 2)(types.float32), build

@@ -131,6 +131,31 @@ def eight_dots(context, a, a_at, a_row, b, b_at, start, c, c_at, tiles):
     return types.none(*given), build
 
 
+@intrinsic
+def lanes_sum(context, a, tiles):
+    """The sum, in float64, of so many tiles of a vector.
+
+    Sums of every 16th number, and then of halves of them, are added in pairs.
+    """
+    given = a, types.intp
+
+    def build(target, builder, signature, args):
+        first = _first(target, builder, given, args, 0)
+        wide = ir.VectorType(ir.DoubleType(), TILE)
+
+        def step(k, sums):
+            numbers = _load(builder, builder.gep(first, [builder.mul(k, _INDEX(TILE))]))
+            return [builder.fadd(sums[0], builder.fpext(numbers, wide), flags=_AS_WRITTEN)]
+
+        (lanes,) = _loop(builder, args[1], [ir.Constant(wide, TILE * [0.0])], step)
+        for half in (8, 4, 2, 1):
+            lanes = _pairs(builder, lanes, lanes, range(half), range(half, 2 * half))
+        total = builder.extract_element(lanes, _LANE(0))
+        return total
+
+    return types.float64(*given), build
+
+
 def slope_turner(tiles: int, relu: bool) -> Any:
     """`turn(slopes, active, stride, rows, total, j)`: from behind an activation to before it.
 
@@ -217,7 +242,9 @@ def _multiply_add(builder: Any, one: Any, other: Any, total: Any) -> Any:
 def _pairs(builder: Any, one: Any, other: Any, left: Any, right: Any) -> Any:
     """The sums of numbers of two vectors, of those in places `left` and those in `right`."""
     parts = [
-        builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_LANE, 8), list(places)))
+        builder.shuffle_vector(
+            one, other, ir.Constant(ir.VectorType(_LANE, len(places)), list(places))
+        )
         for places in (left, right)
     ]
     return builder.fadd(*parts, flags=_AS_WRITTEN)

@@ -20,7 +20,9 @@ from vecpg.kernels.matrix import (
     add_product,
     dots,
     exp,
+    log,
     row_stride,
+    sum_of,
     tanh,
     turn_slopes,
     whole_tiles,
@@ -270,7 +272,7 @@ def sum_gradient(
     size, box = len(network.forwards), len(log_std) > 0
     units = activations(network)
     slopes, spare = np.zeros_like(units), np.zeros_like(units)
-    partial = np.zeros(size, np.float32)
+    nothing, partial = np.zeros(len(units), np.float32), np.zeros(size, np.float32)
     picked, taken = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
     values = np.empty((len(log_std), BLOCK), np.float32)
     scaled = np.empty(BLOCK, np.float32)
@@ -278,18 +280,18 @@ def sum_gradient(
     loss = 0.0
     entropy = 0.0
     known = True
-    row = 0
+    row = NONE
     summed = 0
     while row < len(mask):
         rows = NONE
         while row < len(mask) and rows < BLOCK:
-            if mask[row]:
-                picked[rows] = row
-                for i in range(features):
-                    units[rows * stride + i] = obs[row, i]
-                rows += 1
+            picked[rows] = row
+            rows += mask[row]
             row += 1
         if rows > 0:
+            for i in range(features):
+                for n in range(rows):
+                    units[n * stride + i] = obs[picked[n], i]
             for n in range(rows):
                 scaled[n] = weights[picked[n]] * scale
             if picked[rows - 1] < len(kept):
@@ -314,7 +316,7 @@ def sum_gradient(
                 )
             loss += block_loss
             entropy += block_entropy
-            _backward(network, units, rows, slopes, spare, partial)
+            _backward(network, units, rows, slopes, spare, nothing, partial)
             summed += rows
         if summed >= _SUM_ROWS or row == len(mask):
             for i in range(len(partial)):
@@ -474,8 +476,11 @@ def _largest(logits, largest, rows):
 
 
 @jit
-def _backward(network, units, rows, slopes, spare, gradient):
-    """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters."""
+def _backward(network, units, rows, slopes, spare, nothing, gradient):
+    """Add to `gradient`, from the loss's slopes in the logits' place, those in the parameters.
+
+    `slopes` and `spare` are as large as `units`; `nothing` is a row of zeros.
+    """
     _, backwards, widths, relu = network
     whole = (rows + 7) // 8 * 8
     last = len(widths) - 1
@@ -484,10 +489,10 @@ def _backward(network, units, rows, slopes, spare, gradient):
     at, begin, turned = len(gradient) - fan_out, len(units) - BLOCK * fan_out, len(backwards)
     above, above_row, above_column = units[begin:], one, BLOCK * one
     for a in range(fan_out):
-        total = np.float32(0.0)
-        for slope in above[a * BLOCK : a * BLOCK + rows]:
-            total += slope
-        gradient[at + a] += total
+        column = above[a * BLOCK : (a + 1) * BLOCK]
+        for n in range(rows, BLOCK):
+            column[n] = np.float32(0.0)
+        gradient[at + a] += np.float32(sum_of(column, rows))
     wide, stride = whole_tiles(widths[last - 1]), row_stride(widths[last - 1])
     at -= fan_out * wide
     begin -= BLOCK * stride
@@ -508,7 +513,6 @@ def _backward(network, units, rows, slopes, spare, gradient):
         rows,
         wide,
     )
-    nothing = np.zeros(whole_tiles(widths.max()), np.float32)
     for layer in range(last - 1, 0, -1):
         # `above`, (rows, next_out), belongs to the layer above this one.
         next_out, fan_in = widths[layer + 1], widths[layer - 1]
@@ -564,34 +568,38 @@ def _slopes(logits, actions, weights, ent_coef, rows):
     Returns the sums over rows of -log pi * weight and of the entropy.
     """
     largest, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    shift, entropy = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    taken, mean = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    loss, entropy = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
     _largest(logits, largest, rows)
     total[:rows] = np.float32(0.0)
+    mean[:rows] = np.float32(0.0)
     for a in range(len(logits)):
         row = logits[a]
         for n in range(rows):
-            total[n] += exp(row[n] - largest[n])
+            row[n] -= largest[n]
+            power = exp(row[n])
+            total[n] += power
+            mean[n] += power * row[n]
     for n in range(rows):
-        shift[n] = largest[n] + np.float32(math.log(total[n]))
-    entropy[:rows] = np.float32(0.0)
-    for a in range(len(logits)):
-        row = logits[a]
-        for n in range(rows):
-            row[n] -= shift[n]
-            entropy[n] -= exp(row[n]) * row[n]
-    loss = 0.0
-    sum_entropy = 0.0
+        taken[n] = logits[actions[n], n]
+    # A few vectors at a time: of many the compiler does not ask whether they overlap.
     for n in range(rows):
-        loss -= weights[n] * logits[actions[n], n]
-        sum_entropy += entropy[n]
+        entropy[n] = log(total[n])
+        total[n] = np.float32(1.0) / total[n]
+    for n in range(rows):
+        loss[n] = weights[n] * (entropy[n] - taken[n])
+    for n in range(rows):
+        mean[n] *= total[n]
+        entropy[n] -= mean[n]
     for a in range(len(logits)):
         row = logits[a]
         for n in range(rows):
-            bonus = ent_coef * (row[n] + entropy[n])
-            row[n] = exp(row[n]) * (weights[n] + bonus)
+            # That is log pi + entropy: the logarithm of the sum is in both.
+            bonus = ent_coef * (row[n] - mean[n])
+            row[n] = exp(row[n]) * total[n] * (weights[n] + bonus)
     for n in range(rows):
         logits[actions[n], n] -= weights[n]
-    return loss, sum_entropy
+    return sum_of(loss, rows), sum_of(entropy, rows)
 
 
 @jit

@@ -50,12 +50,13 @@ class Activations(NamedTuple):
 
     kept:    (R, N, units) float32, of the first R steps; where masked, anything.
     network: whose they are, a `vecpg.policy.cpu.Network`.
-    rows:    the rollout's observations and mask, each with how often torch had changed it in place.
+    of:      the rollout's obs and mask, and how often torch had changed each in place. Whoever
+             writes to them through NumPy goes on from activations of what stood there before.
     """
 
     kept: NDArray[np.float32]
     network: tuple[Any, ...]
-    rows: tuple[tuple[Tensor, int], tuple[Tensor, int]]
+    of: tuple[tuple[Tensor, int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ class Rollout:
         found = self.activations
         if found is None or not all(map(np.array_equal, found.network, network)):
             return np.empty((0, 0), np.float32)
-        for now, (then, changes) in zip((self.obs, self.mask), found.rows, strict=True):
-            if now is not then or then._version != changes:
+        for own, (theirs, changes) in zip((self.obs, self.mask), found.of, strict=True):
+            if own is not theirs or own._version != changes:
                 return np.empty((0, 0), np.float32)
         return found.kept[: len(self.mask)].reshape(-1, found.kept.shape[2])
 

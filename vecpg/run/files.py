@@ -149,7 +149,9 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
     write_json(run_dir / "config.json", about["config"])
     metrics = Metrics(run_dir, about["config"], goes_on=state.counters)
     saver = Saver(run_dir, about, config.save_every, metrics, state.counters.iteration)
-    _log.info("%sgoing on after iteration %d", whose(), state.counters.iteration)
+    # Where there are many, one line says how far all of them are.
+    level = logging.DEBUG if whose() else logging.INFO
+    _log.log(level, "%sgoing on after iteration %d", whose(), state.counters.iteration)
     return Files(run_dir, metrics, saver, source.lock)
 
 

@@ -73,7 +73,7 @@ def find_population(population: Population) -> Path | None:
     same env_id, exp_name and seeds that has a run which has not come to its end.
 
     Raises:
-        ConfigError: its population.json cannot be read.
+        ConfigError: a population.json of the same name cannot be read.
     """
     config, seeds = population.config, population.seeds
     if config.resume != "auto":
@@ -118,8 +118,8 @@ def configs_of(population: Population, folder: Path) -> list[Config]:
 
 def _name_of(population: Population) -> str:
     """What the name of its directory begins with: environment, experiment, seeds."""
-    seeds = population.seeds
-    return f"{name_of(population.config).rpartition('__')[0]}__{seeds[0]}-{seeds[-1]}"
+    named, seeds = name_of(population.config).rpartition("__")[0], population.seeds
+    return f"{named}__{seeds[0]}-{seeds[-1]}"
 
 
 def _runs(folder: Path) -> dict[int, Path]:

@@ -31,9 +31,11 @@ class _Line:
     Args:
         live: whether it is written anew.
         every: seconds between plain lines.
+        unit: of what there is a total.
+        total: how much there is to be done.
     """
 
-    def __init__(self, live: bool, every: float) -> None:
+    def __init__(self, live: bool, every: float, unit: str, total: int) -> None:
         self._every = every
         self._next_line = 0.0
         self._seen = sys.stderr is not None
@@ -42,7 +44,9 @@ class _Line:
             self._redirect = logging_redirect_tqdm()
             try:
                 self._bar = tqdm(
-                    unit_scale=True,
+                    total=total,
+                    unit=f" {unit}",
+                    unit_scale=total >= 1000,
                     file=sys.stderr,
                     dynamic_ncols=True,
                     miniters=0,  # words may change where no number does
@@ -99,13 +103,14 @@ class Progress(_Line):
     """Shows how far a run is towards the nearest of its limits."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.progress, config.log_every)
         limits = {
             ("steps", "env_steps"): config.total_timesteps,
             ("episodes", "episodes"): config.total_episodes,
             ("iterations", "iteration"): config.total_iterations,
         }
         self._limits = {names: limit for names, limit in limits.items() if limit is not None}
+        (unit, _), total = next(iter(self._limits.items()))
+        super().__init__(config.progress, config.log_every, unit, total)
 
     def show(self, row: dict[str, float | None], *, last: bool) -> None:
         """Bring the line up to date.
@@ -134,7 +139,7 @@ class PopulationProgress(_Line):
     """
 
     def __init__(self, total: int, live: bool, every: float) -> None:
-        super().__init__(live, every)
+        super().__init__(live, every, "runs", total)
         self._total = total
         self._lock = threading.Lock()
         self._started = time.monotonic()
