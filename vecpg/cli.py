@@ -162,8 +162,8 @@ def _train_many(population: Population) -> None:
             except BaseException as error:
                 if before is None and not any(folder.glob("*/config.json")):
                     discard(folder)
-                elif isinstance(error, ConfigError):
-                    write_population(before or population, folder)
+                elif before is not None and isinstance(error, ConfigError):
+                    write_population(before, folder)
                 else:
                     command = resume_command(shown, config)
                     logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
