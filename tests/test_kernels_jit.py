@@ -6,6 +6,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numba
@@ -43,6 +44,18 @@ def test_compilation_is_timed_and_announced_once(caplog, monkeypatch):
     seconds = compilation.seconds
     assert outer(1j) == 2 + 2j
     assert compilation.seconds == seconds
+
+
+def test_what_another_thread_compiles_is_not_counted():
+    one, other = numba.njit(lambda x: x + 1), numba.njit(lambda x: x + 2)
+    with Compilation() as compilation:
+        thread = threading.Thread(target=one, args=(1,))
+        thread.start()
+        thread.join()
+        assert one.signatures
+        assert compilation.seconds == 0
+        other(1)
+        assert compilation.seconds > 0
 
 
 @pytest.mark.slow

@@ -199,8 +199,9 @@ def test_a_single_point_can_be_seen(tmp_path):
 
 def test_groups_differ_in_settings_and_their_labels_say_in_which(tmp_path):
     for seed in (1, 2):
+        no_result = {"threads": seed, "save_every": 3.0 * seed, "activation_memory": seed}
         make_run(tmp_path, f"a{seed}", [(1, 1.0), (9, 1.0)], seed=seed, num_envs=8)
-        make_run(tmp_path, f"b{seed}", [(1, 3.0), (9, 3.0)], seed=seed, threads=2, save_every=3.0)
+        make_run(tmp_path, f"b{seed}", [(1, 3.0), (9, 3.0)], seed=seed, **no_result)
     make_run(tmp_path, "c", [(1, 5.0), (9, 5.0)], gamma=0.5, max_grad_norm=0.1)
     (axes,) = figure(tmp_path).axes
     assert {label: rows[0, 1] for label, rows in lines(axes).items()} == {

@@ -383,6 +383,11 @@ def test_activations_that_were_kept_change_no_bit(rows):
 def test_activations_of_another_network_or_other_observations_are_not_taken():
     policy = wide_policy()
     rollout = collected_with(10**6, policy)
+    rollout.activations.kept[:] = math.nan
+    other = dataclasses.replace(rollout, mask=rollout.mask.clone())
+    plain = dataclasses.replace(other, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, other), gradient_of(policy, plain)))
+    rollout = collected_with(10**6, policy)
     changed = dataclasses.replace(rollout, obs=rollout.obs + 0.01)
     plain = dataclasses.replace(changed, activations=None)
     assert all(map(torch.equal, gradient_of(policy, changed), gradient_of(policy, plain)))
@@ -392,6 +397,18 @@ def test_activations_of_another_network_or_other_observations_are_not_taken():
     with torch.no_grad():
         policy.network[0].bias[0] += 1.0
     plain = dataclasses.replace(rollout, activations=None)
+    assert all(map(torch.equal, gradient_of(policy, rollout), gradient_of(policy, plain)))
+    # Nor are they of one with equal parameters that computes something else, or of rows that did
+    # not count when they were kept.
+    policy = wide_policy()
+    rollout = collected_with(10**6, policy)
+    plain = dataclasses.replace(rollout, activations=None)
+    spaces_ = policy.encoder.space, policy.distribution.space
+    other = Policy(*spaces_, hidden_sizes=policy.hidden_sizes, activation="relu")
+    other.load_state_dict(policy.state_dict())
+    assert all(map(torch.equal, gradient_of(other, rollout), gradient_of(other, plain)))
+    rollout.activations.kept[: len(rollout.mask)][~rollout.mask.numpy()] = math.nan
+    rollout.mask.fill_(True)
     assert all(map(torch.equal, gradient_of(policy, rollout), gradient_of(policy, plain)))
 
 

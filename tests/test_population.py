@@ -1,9 +1,12 @@
 """Many runs in one process: each is the run that it would be alone."""
 
+import gc
 import logging
 import os
 import signal
+import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,7 +20,7 @@ from vecpg.kernels import threads
 from vecpg.kernels.cores import cores
 from vecpg.population import RunsFailed, train_many
 from vecpg.run import checkpoint
-from vecpg.run.interrupts import Interrupted
+from vecpg.run.interrupts import Interrupted, Told
 from vecpg.run.progress import Share
 from vecpg.run.resume import stored_config
 from vecpg.train import train
@@ -146,14 +149,42 @@ def test_a_run_that_fails_ends_alone(tmp_path, caplog, vectorization):
     assert not (run_dir / "summary.json").exists()
 
 
+@pytest.mark.parametrize("vectorization", ["tensor", "sync"])
+def test_of_a_run_that_failed_no_memory_is_kept(tmp_path, monkeypatch, vectorization):
+    real, rollouts = sys.modules["vecpg.train"].update, []
+
+    def update(policy, optimizer, rollout, *args, **kwargs):
+        rollouts.append(weakref.ref(rollout.rewards))
+        return real(policy, optimizer, rollout, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["vecpg.train"], "update", update)
+    one = short(tmp_path, vectorization=vectorization, learning_rate=3e38)
+    with pytest.raises(RunsFailed) as raised:
+        train_many(seeds(one, 1, 2))
+    gc.collect()
+    assert len(rollouts) >= 2
+    assert [each() for each in rollouts] == [None] * len(rollouts)
+    assert raised.value.failures[0].__traceback__ is not None
+
+
 def test_nothing_is_begun_where_a_setting_cannot_work(tmp_path):
     one = short(tmp_path)
     with pytest.raises(ConfigError, match="Nothing-v0"):
         train_many([one, replace(one, seed=2), replace(one, env_id="Nothing-v0")])
     with pytest.raises(TypeError, match="expected a Config for each run, got 3"):
         train_many([one, 3])
+    with pytest.raises(ConfigError, match="--resume nothing: expected"):
+        train_many([one, replace(one, resume="nothing")])
     assert list(tmp_path.iterdir()) == []
     assert train_many([]) == []
+
+
+def test_so_it_is_where_all_before_it_had_come_to_their_end(tmp_path):
+    one = short(tmp_path, total_iterations=1)
+    ended, other = (result.run_dir for result in train_many(seeds(one, 1, 2)))
+    goes_on = stored_config(other, total_iterations=2, device="cuda:99")
+    with pytest.raises(ConfigError, match="--device cuda:99"):
+        train_many([stored_config(ended), goes_on])
 
 
 @pytest.mark.parametrize(
@@ -197,25 +228,49 @@ def test_whatever_stops_them_every_run_is_saved_and_goes_on(
     equals_alone(configs, results, tmp_path)
 
 
-def test_all_are_saved_when_asked(tmp_path, monkeypatch):
-    shown, asked = set(), []
+def test_who_is_stopped_does_not_go_on_to_the_end(tmp_path, monkeypatch):
+    both = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT), timeout=60)
     real = Share.show
 
     def show(share, row, *, last):
-        shown.add(share._place)
-        if len(shown) == 2 and not asked:
-            asked.append(dict(row))
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if row["iteration"] == 3:
+            both.wait()
         real(share, row, last=last)
 
     monkeypatch.setattr(Share, "show", show)
-    # Of the later checkpoints the newest three are kept: there are those of 0, of the end and this.
-    results = train_many(seeds(short(tmp_path, total_iterations=60, threads=2), 1, 2))
+    with pytest.raises(Interrupted):
+        train_many(seeds(short(tmp_path, total_iterations=2000, threads=2), 1, 2))
+    assert [last(each)["counters"]["iteration"] >= 3 for each in runs(tmp_path)] == [True, True]
+    assert not list(tmp_path.glob("*/summary.json"))
+
+
+@pytest.mark.parametrize("second", ["tensor", "sync"])
+def test_all_are_saved_when_asked(tmp_path, monkeypatch, second):
+    """In threads, and where one is in the main thread: a thread waits until it was told."""
+    real, ask_to_save, told = Share.show, Told.ask_to_save, threading.Event()
+    both = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGUSR1), timeout=60)
+    in_threads = 2 if second == "tensor" else 1
+    asked = []
+
+    def ask(one):
+        ask_to_save(one)
+        asked.append(one)
+        if len(asked) == in_threads:
+            told.set()
+
+    def show(share, row, *, last):
+        if row["iteration"] == 1:
+            both.wait()
+            assert threading.current_thread() is threading.main_thread() or told.wait(60)
+        real(share, row, last=last)
+
+    monkeypatch.setattr(Told, "ask_to_save", ask)
+    monkeypatch.setattr(Share, "show", show)
+    one = short(tmp_path, total_iterations=3, threads=2)
+    results = train_many([one, replace(one, seed=2, vectorization=second)])
     for result in results:
         kept = [int(folder.name) for folder in checkpoint.folders(result.run_dir)]
-        assert len(kept) == 3
-        assert (kept[0], kept[2]) == (60, 0)
-        assert 0 < kept[1] < 60
+        assert kept == [3, 1, 0]
 
 
 def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):
@@ -226,6 +281,16 @@ def test_a_warning_says_of_which_run_it_is(tmp_path, caplog):
     stuck = [line.partition(": ")[0] for line in said if "every episode has returned" in line]
     assert sorted(stuck) == ["seed 8", "seed 9"]
     assert sum("LineWorld" in line and "x 4" in line for line in said) == 1
+
+
+def test_a_film_is_made_as_a_run_ends_and_not_again(tmp_path, monkeypatch):
+    filmed = []
+    monkeypatch.setattr(module, "film_if_asked", lambda *given: filmed.append(given))
+    config = short(tmp_path, total_iterations=1, vectorization="sync")
+    (result,) = train_many([config])
+    assert filmed == [(config, result)]
+    train_many([stored_config(result.run_dir)])
+    assert len(filmed) == 1
 
 
 def test_names_are_seeds_where_no_two_are_equal(tmp_path):

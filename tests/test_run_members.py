@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,25 @@ def test_a_line_for_each_run_and_a_table(here, capfd, caplog):
         flags = [*shlex.split(SHORT), "--seed", str(line["seed"]), "--out-dir", "alone"]
         alone = train(dataclasses.replace(parse_config(flags), progress=False))
         assert left_behind(run_dir) == left_behind(alone.run_dir)
-    assert "solved 0 of 3" in err
+    assert "solved 0 of 3\n" in err
     assert "eval_return_mean" in err
     assert f"plot runs/{folder.name} --out curves.png" in err
     assert f"--logdir runs/{folder.name}" in err
+
+
+def test_a_line_goes_out_as_its_run_ends(here, capfd, monkeypatch):
+    real, seen = population_module.train_many, []
+
+    def watched(configs, on_result):
+        def say(place, result):
+            on_result(place, result)
+            seen.append(json.loads(capfd.readouterr().out) == result.summary)
+
+        return real(configs, say)
+
+    monkeypatch.setattr(population_module, "train_many", watched)
+    assert vecpg("--num-seeds", 2) == 0
+    assert seen == [True, True]
 
 
 def test_one_seed_is_one_run(here, capfd):
@@ -97,7 +113,7 @@ def test_a_run_that_fails_is_named_and_the_status_is_1(here, capfd, caplog, monk
     found, err = lines(capfd)
     assert sorted(line["seed"] for line in found) == [1, 3]
     assert "seed 2 failed: FloatingPointError: the loss is nan" in caplog.text
-    assert "solved 0 of 2" in err
+    assert "solved 0 of 2, 1 failed\n" in err
     last = err.splitlines()[-1]
     assert last.startswith("error: 1 of 3 runs failed: seed 2; resume: ")
     # What it says goes on with that one, and the others are told again.
@@ -133,8 +149,18 @@ def test_auto_goes_on_with_the_newest_that_is_not_finished(here, capfd, monkeypa
     assert find_population(Population(Config(resume="auto", seed=2), 3)) is None
     assert find_population(Population(Config(resume="auto", exp_name="other"), 3)) is None
     assert find_population(Population(Config(resume="auto", env_id="Acrobot-v1"), 3)) is None
+    older, other = (
+        folder.with_name(f"{name}__reinforce__1-3__{second}")
+        for name, second in (("CartPole-v1", 1), ("Acrobot-v1", 99999999999))
+    )
+    shutil.copytree(folder, older)
+    other.mkdir()
+    (other / "population.json").write_text("{}")  # as of another version
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0
     assert len(lines(capfd)[0]) == 3
+    for each in (older, other):
+        assert len(list(each.glob("*/summary.json"))) == (each == older)
+        shutil.rmtree(each)
     assert folder_of(here) == folder
     assert vecpg("--num-seeds", 3, "--resume", "auto") == 0  # that one is finished: a new one
     assert len(list((here / "runs").iterdir())) == 2
@@ -151,6 +177,40 @@ def test_limits_may_be_given_anew_and_nothing_else(here, capfd, monkeypatch):
     }.items():
         assert resumed("--resume", folder, *flags) == 2
         assert lines(capfd)[1].startswith(f"error: {message}")
+
+
+def test_limits_given_anew_hold_when_it_is_stopped_again(here, capfd, monkeypatch):
+    """As for one run: the command that is printed goes on to the same end."""
+    folder = stopped(here, capfd, monkeypatch)
+    real = population_module.advance
+
+    def advance(config, *rest):
+        if config.seed == 2:
+            raise FloatingPointError("stopped")
+        return real(config, *rest)
+
+    monkeypatch.setattr(population_module, "advance", advance)
+    assert resumed("--resume", folder, "--total-iterations", 5) == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    last = lines(capfd)[1].splitlines()[-1]
+    assert resumed(*shlex.split(last.partition("train ")[2])) == 0
+    assert [line["iterations"] for line in lines(capfd)[0]] == [5, 5, 5]
+
+
+def test_what_cannot_be_begun_leaves_the_limits_as_they_were(here, capfd, monkeypatch):
+    folder = stopped(here, capfd, monkeypatch)
+    before = read_population(folder)
+    assert resumed("--resume", folder, "--total-iterations", 5, "--device", "cuda:9") == 2
+    assert read_population(folder) == before
+
+
+def test_what_cannot_go_on_is_one_line_and_nothing_is_lost(here, capfd, monkeypatch):
+    folder = stopped(here, capfd, monkeypatch)
+    before = sorted(folder.rglob("*"))
+    assert resumed("--resume", folder, "--device", "cuda:99") == 2
+    assert lines(capfd)[1].splitlines()[-1].startswith("error: --device cuda:99")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_what_a_file_names_is_typed_again(here, capfd):
@@ -182,6 +242,12 @@ def test_bad_settings_leave_nothing(here, capfd, flags, message):
     assert not list(here.glob("runs/*"))
 
 
+def test_what_needs_no_torch_is_found_before_it_is_imported(here, capfd, monkeypatch):
+    monkeypatch.setattr(population_module, "train_many", None)
+    assert vecpg("--num-seeds", 2, "--env-id", "Nothing-v0") == 2
+    assert "Nothing" in lines(capfd)[1]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"num_seeds": 0}', '{"num_seeds": 2.0}', '{"num_seeds": 2, "config": {}}'],
@@ -192,6 +258,7 @@ def test_a_damaged_file_is_named(here, content):
     with pytest.raises(ConfigError, match="population.json"):
         read_population(folder)
     assert resumed("--resume", folder) == 2
+    assert resumed("--resume", "auto", "--num-seeds", 2, "--out-dir", here) == 2
 
 
 def test_what_was_begun_with_is_read_again(here):

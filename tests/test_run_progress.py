@@ -1,11 +1,11 @@
 import io
 import os
 import sys
-import time
 
 import pytest
 
 from vecpg.config import Config
+from vecpg.run import progress as module
 from vecpg.run.progress import PopulationProgress, Progress
 
 ROW = {
@@ -102,33 +102,43 @@ def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
     assert not Config().progress
 
 
-def test_many_runs_have_one_line(monkeypatch):
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    row = {"charts/episodic_return": 20.0, "env_steps": 1000}
-    with PopulationProgress(3, live=False, every=1e-9) as line:
-        shares = [line.share(place, 100) for place in range(3)]
-        for share, number in zip(shares, (20.0, 40.0, 90.0), strict=True):
-            line._next_look = 0.0
-            share.show(row | {"charts/episodic_return": number}, last=False)
-        line.ended(True)
-        line.ended(False)
-    found = stderr.getvalue().splitlines()
-    assert found[0].startswith("0 of 3 runs ended, 0 solved, median return 20.0, ")
-    assert found[2].startswith("0 of 3 runs ended, 0 solved, median return 40.0, ")
-    assert found[4].startswith("2 of 3 runs ended, 1 solved, median return 40.0, ")
-    assert len(found) == 5
-    # What they had before is no step of this process.
-    passed = 2700 / float(found[4].split()[-2].replace(",", ""))
-    assert 0 < passed < time.monotonic() - line._started
+@pytest.fixture
+def many(monkeypatch):
+    """What three runs show, one of which had made steps before, as a clock goes on."""
+
+    def shown(live):
+        time, stream = [100.0], io.StringIO()
+        monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+        monkeypatch.setattr(sys, "stderr", stream)
+        with PopulationProgress(3, live, 1.5) as progress:
+            if live:
+                progress._bar.mininterval = 0.0
+            shares = [progress.share(place, before) for place, before in enumerate((0, 10_000, 0))]
+            for share, value in zip(shares, (10.0, 20.0, 90.0), strict=True):
+                time[0] += 1.0
+                share.show(ROW | {"charts/episodic_return": value}, last=False)
+            time[0] += 2.0
+            for solved in (True, False, True):
+                progress.ended(solved)
+        return stream.getvalue()
+
+    return shown
 
 
-def test_a_live_line_of_many_runs_counts_them(monkeypatch):
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    with PopulationProgress(2, live=True, every=1.0) as line:
-        line.ended(True)
-        line.ended(True)
-    last = stderr.getvalue().split("\r")[-1]
-    assert "2/2 runs" in last
-    assert "2 solved" in last
+def test_many_runs_have_one_line(many):
+    # 12,345 steps of two runs and 2,345 of one that went on, in three seconds, and in five.
+    assert many(live=False).splitlines() == [
+        "0 of 3 runs ended, 0 solved, median return 10.0, 12,345 steps/s",
+        "0 of 3 runs ended, 0 solved, median return 20.0, 9,012 steps/s",
+        "1 of 3 runs ended, 1 solved, median return 20.0, 5,407 steps/s",
+        "3 of 3 runs ended, 2 solved, median return 20.0, 5,407 steps/s",
+    ]
+
+
+def test_many_runs_have_one_live_line(many):
+    """It is written anew also where no run has ended."""
+    written = many(live=True)
+    assert "0/3 runs 0 solved, median return 10.0, 12,345 steps/s" in written
+    line = written.split("\r")[-1]
+    assert "100%" in line
+    assert "3/3 runs 2 solved, median return 20.0, 5,407 steps/s" in line

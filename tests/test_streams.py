@@ -56,6 +56,28 @@ def test_a_full_disk_is_a_loss_too():
     os.close(full)
 
 
+def test_what_is_lost_beside_a_stream_is_its_loss_too(pipe):
+    kept = os.open(os.devnull, os.O_WRONLY)
+    stream = streams._kept(kept, io.TextIOWrapper(io.BytesIO()))
+    reading, writing = pipe
+    beside = streams.beside(stream, writing)
+    os.close(reading)
+    print("lost", file=beside, flush=True)
+    print("lost", file=beside, flush=True)
+    assert isinstance(streams.loss(stream), BrokenPipeError)
+    os.close(kept)
+
+
+def test_beside_any_other_stream_a_loss_is_an_error(pipe):
+    reading, writing = pipe
+    os.close(reading)
+    beside = streams.beside(io.StringIO(), writing)
+    with pytest.raises(BrokenPipeError):
+        print("lost", file=beside, flush=True)
+    with pytest.raises(BrokenPipeError):
+        beside.close()
+
+
 def test_a_stream_is_as_the_one_it_stands_for(pipe):
     before = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", line_buffering=True)
     stream = streams._kept(pipe[1], before)
@@ -86,12 +108,13 @@ def run_all(commands, cwd):
 def test_a_run_whose_streams_are_closed_or_lost_is_trained_to_its_end(tmp_path):
     """The status is 0, but for stdout that was there and is not when the summary is due."""
     train = " ".join([*TRAIN, BRIEFLY])
-    first_line, no_stderr, neither, full = run_all(
+    first_line, no_stderr, neither, full, first_of_many = run_all(
         [
             f"{train} --exp-name first_line 2>&1 | head -1; exit ${{PIPESTATUS[0]}}",
             f"{train} --exp-name no_stderr 2>&-",
             f"{train} --exp-name neither <&- >&- 2>&-",
             f"{train} --exp-name full >/dev/full",
+            f"{train} --num-seeds 4 --out-dir many | head -1; exit ${{PIPESTATUS[0]}}",
         ],
         tmp_path,
     )
@@ -105,6 +128,10 @@ def test_a_run_whose_streams_are_closed_or_lost_is_trained_to_its_end(tmp_path):
     assert full[2].splitlines()[-1] == "error: stdout cannot be written: No space left on device"
     assert "Traceback" not in full[2]
     assert "ignored" not in full[2]
+    assert first_of_many[0] == 141
+    assert first_of_many[1].count("\n") == 1
+    assert "4 of 4 runs ended" in first_of_many[2]
+    assert len(list(tmp_path.glob("many/*/*/summary.json"))) == 4
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 4
     for run_dir in tmp_path.glob("runs/*"):
         assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3

@@ -454,6 +454,7 @@ def test_the_command_trains_with_the_best_settings(tune):
             ["--param", "seed=int:1:9"],
             "--param seed: expected a setting that can be searched; there",
         ),
+        (["--param", "activation_memory=int:0:9"], "expected a setting that can be searched"),
         (["--param", "gamma"], "expected gamma=log:LOW:HIGH, linear:LOW:HIGH, int:LOW:HIGH or"),
         (["--param", "gamma=uniform:0:1"], "choice:A,B,..., got uniform:0:1"),
         (["--param", "gamma=linear:0.9"], "expected linear:LOW:HIGH, two numbers, got linear:0.9"),

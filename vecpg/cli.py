@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vecpg import __version__, signals
+from vecpg import __version__, signals, streams
 from vecpg.config import Config, ConfigError, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.members import (
@@ -35,6 +35,7 @@ from vecpg.run.members import (
     find_population,
     make_population_directory,
     read_population,
+    write_population,
 )
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
 from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
@@ -146,24 +147,29 @@ def _train_many(population: Population) -> None:
             print(json.dumps(result.summary), file=stdout, flush=True)
 
         with Interrupts():
-            begins = folder is None
-            folder = folder or make_population_directory(population)
+            before = None if folder is None else read_population(folder)
+            if folder is None:
+                folder = make_population_directory(population)
+            else:
+                write_population(population, folder)
             shown = shlex.quote(os.path.relpath(folder))
             logging.getLogger("vecpg").info("population: %s", shown)
             failed = None
             try:
                 results = train_many(configs_of(population, folder), say)
-            except ConfigError:
-                if begins:  # nothing was
-                    discard(folder)
-                raise
             except RunsFailed as error:
                 failed, results = error, [each for each in error.results if each is not None]
-            except BaseException:
-                command = resume_command(shown, config)
-                logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+            except BaseException as error:
+                if before is None and not any(folder.glob("*/config.json")):
+                    discard(folder)
+                elif before is not None and isinstance(error, ConfigError):
+                    write_population(before, folder)
+                else:
+                    command = resume_command(shown, config)
+                    logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
                 raise
-        print(closing_table([result.summary for result in results]), file=sys.stderr)
+        failures = 0 if failed is None else len(failed.failures)
+        print(closing_table([result.summary for result in results], failures), file=sys.stderr)
     _print_next(
         curves=f"{_tensorboard()} --logdir {shown}",
         plot=_vecpg("plot", shown, "--out curves.png"),
@@ -510,10 +516,7 @@ def stdout_kept_clean() -> Iterator[TextIO]:
     os.dup2(2, 1)
     try:
         # Python's own by name: if stderr has no reader, that is no fault of the environment.
-        with (
-            contextlib.redirect_stdout(sys.stderr),
-            open(kept, "w", encoding="utf-8", closefd=False) as stdout,
-        ):
+        with streams.beside(sys.stdout, kept) as stdout, contextlib.redirect_stdout(sys.stderr):
             yield stdout
     finally:
         sys.stdout.flush()

@@ -79,7 +79,8 @@ class Config:
     activation_memory: int = 128
     """Megabytes of hidden activations, of layers with 64 inputs or more, that collecting keeps for
     the update where both are in machine code; what is beyond is computed again, as is everything
-    with 0. No result depends on it. At least 0."""
+    with 0. Each of many runs that go on at once has as many. No result depends on it. At least
+    0."""
 
     total_timesteps: int | None = 500_000
     """End with the iteration that reaches this many real environment steps."""

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -17,7 +18,7 @@ from vecpg.kernels.announce import anew, of_run
 from vecpg.kernels.cores import cores
 from vecpg.run.interrupts import Interrupted, Interrupts, Told
 from vecpg.run.progress import PopulationProgress, Share
-from vecpg.run.resume import resume_command
+from vecpg.run.resume import check_settings, find_run, read_config, resume_command
 from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run
 
 # Failures whose message says all that there is to say.
@@ -106,7 +107,9 @@ def _check(configs: Sequence[Config]) -> None:
     # The first is begun before any other makes a step.
     tried = {_settings(configs[0])}
     for config in configs:
-        if config.resume is None and (settings := _settings(config)) not in tried:
+        if (run_dir := find_run(config)) is not None:
+            check_settings(config, read_config(run_dir))
+        elif (settings := _settings(config)) not in tried:
             tried.add(settings)
             check(config)
 
@@ -143,6 +146,7 @@ class _Population:
         self.failures: dict[int, Exception] = {}
         self._configs, self._on_result = configs, on_result
         self._at_once = max(map(_kernel_threads, configs))
+        self._one_was_begun = False
         self._at_work: dict[int, tuple[Told, threading.Thread]] = {}
         self._ended: SimpleQueue[tuple[int, TrainResult | BaseException]] = SimpleQueue()
 
@@ -173,7 +177,7 @@ class _Population:
             result = finished_run(config)
             run = begin(config) if result is None else None
         except ConfigError as error:
-            if place == 0:
+            if not self._one_was_begun:
                 raise
             _log.error("%s failed: %s", self.names[place], error)
             self._take_in(place, error, progress)
@@ -181,14 +185,21 @@ class _Population:
         if run is None:
             self._take_in(place, result, progress)
             return
+        self._one_was_begun = True
         share = progress.share(place, run.state.counters.env_steps)
 
         def save() -> None:
             run.files.saver.save(run.state)
 
+        def save_all() -> None:
+            self.ask_to_save()
+            save()
+
         if not _is_served(config, run):
-            with Interrupts(save) as own:
+            with Interrupts(save_all) as own:
                 outcome = self._outcome(place, run, own, share)
+            if isinstance(outcome, TrainResult):
+                film_if_asked(config, outcome)
             self._take_in(place, outcome, progress)
             return
         try:
@@ -204,8 +215,8 @@ class _Population:
             name=f"vecpg-run-{place}",
         )
         with interrupts.held():
-            self._at_work[place] = told, thread
             thread.start()
+            self._at_work[place] = told, thread
 
     def _wait(self, progress: PopulationProgress) -> None:
         """Take in what the next of the runs at work comes to."""
@@ -249,9 +260,9 @@ class _Population:
         self, place: int, outcome: TrainResult | BaseException | None, progress: PopulationProgress
     ) -> None:
         if isinstance(outcome, TrainResult):
-            film_if_asked(self._configs[place], outcome)
             self.results[place] = outcome
         elif isinstance(outcome, Exception):
+            _let_go(outcome)
             self.failures[place] = outcome
         elif outcome is not None:
             raise outcome
@@ -259,6 +270,14 @@ class _Population:
         progress.ended(solved)
         if place in self.results and self._on_result is not None:
             self._on_result(place, self.results[place])
+
+
+def _let_go(error: BaseException) -> None:
+    """Keep where an error came from, and not the variables there: a whole rollout is among them."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def _is_served(config: Config, run: Run) -> bool:

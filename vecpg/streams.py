@@ -30,6 +30,14 @@ def loss(stream: Any) -> OSError | None:
     return raw.loss if isinstance(raw, _Kept) else None
 
 
+def beside(stream: Any, number: int) -> io.TextIOWrapper:
+    """Another stream, whose loss is that of a stream of `keep` too."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    if not isinstance(raw, _Kept):
+        return open(number, "w", encoding="utf-8", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(_Kept(number, raw)), encoding="utf-8")
+
+
 def _kept(number: int, stream: Any) -> io.TextIOWrapper:
     if stream is None:  # closed from the start
         return io.TextIOWrapper(io.BufferedWriter(_Kept(number)), encoding="utf-8")
@@ -44,15 +52,18 @@ def _kept(number: int, stream: Any) -> io.TextIOWrapper:
 
 
 class _Kept(io.FileIO):
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, beside: "_Kept | None" = None) -> None:
         super().__init__(number, "w", closefd=False)
         self.loss: OSError | None = None
+        self._beside = beside
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
             self.loss = error
+            if self._beside is not None:
+                self._beside.loss = error
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

@@ -392,7 +392,7 @@ def sums_by_machine_code(
     numbers = len(network.forwards) + len(actions.log_std)
     most_slabs = max(1, min(_MOST_SLABS, _MOST_NUMBERS // numbers))
     slabs = [
-        _slabs(shard, weights, network.forwards, most_slabs)
+        _slabs(shard, weights, network, most_slabs)
         for shard, weights in zip(shards, advantages, strict=True)
     ]
     # Shards that together have no more slabs than one may have: memory stays flat here too.
@@ -435,7 +435,7 @@ def _unknown(policy: Policy, taken: Tensor) -> str:
 
 
 def _slabs(
-    rollout: Rollout, advantages: Tensor, parameters: NDArray[np.float32], most: int
+    rollout: Rollout, advantages: Tensor, network: policy_cpu.Network, most: int
 ) -> list[tuple[NDArray[Any], ...]]:
     """What `sum_gradient` takes first, of a shard's rows: at most so many slabs of them."""
     rows = rollout.mask.numel()
@@ -451,6 +451,6 @@ def _slabs(
         components,
         advantages.detach().reshape(rows).numpy(),
         rollout.mask.reshape(rows).numpy(),
-        rollout.kept(parameters),
+        rollout.kept(network),
     )
     return [tuple(each[at : at + size] for each in every) for at in range(0, rows, size)]

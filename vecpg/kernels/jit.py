@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import pickle
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -215,7 +216,9 @@ def _contents(path: str) -> str:
 
 
 class Compilation(event.Listener):
-    """Seconds spent compiling while it is entered; the first time it happens, the log says so.
+    """Seconds that this thread compiles while it is entered; the first time, the log says so.
+
+    What another thread compiles meanwhile, for another run, keeps this one from nothing.
 
     Example:
         >>> with Compilation() as compilation:
@@ -229,8 +232,10 @@ class Compilation(event.Listener):
         self.seconds = 0.0
         self._depth = 0
         self._started = 0.0
+        self._thread = 0
 
     def __enter__(self) -> "Compilation":
+        self._thread = threading.get_ident()
         event.register("numba:compile", self)  # type: ignore[no-untyped-call]
         return self
 
@@ -244,6 +249,8 @@ class Compilation(event.Listener):
 
     def on_start(self, event: Any) -> None:
         """A function that calls others compiles them within its own compilation."""
+        if threading.get_ident() != self._thread:
+            return
         if self._depth == 0:
             self._started = time.perf_counter()
             if self.seconds == 0:
@@ -253,6 +260,8 @@ class Compilation(event.Listener):
 
     def on_end(self, event: Any) -> None:
         """Count the outermost ones."""
+        if threading.get_ident() != self._thread:
+            return
         self._depth -= 1
         if self._depth == 0:
             self.seconds += time.perf_counter() - self._started

@@ -23,6 +23,7 @@ NO_PART_OF_A_GROUP = frozenset(
         "log_every",
         "save_every",
         "threads",
+        "activation_memory",
         "capture_video",
     )
 )

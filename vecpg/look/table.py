@@ -10,7 +10,7 @@ from vecpg.look.intervals import RESAMPLES, bootstrap_interval, interquartile_me
 _WIDTH = 100
 
 
-def closing_table(summaries: Sequence[dict[str, Any]]) -> str:
+def closing_table(summaries: Sequence[dict[str, Any]], failed: int = 0) -> str:
     """How many runs solved their environment; median, interquartile mean and worst of the runs.
 
     Returns in one environment say nothing about those in another, so each has its own rows; all
@@ -21,6 +21,7 @@ def closing_table(summaries: Sequence[dict[str, Any]]) -> str:
     Args:
         summaries: of runs that came to their end, as in summary.json; of each, `env_id`, `seed`,
             `solved`, `eval_return_mean`, `solved_env_steps` and `run_dir` are read.
+        failed: how many runs did not; the first line says so, and no number is of them.
 
     Returns:
         lines of at most 100 characters, without a newline at the end. The worst is named by its
@@ -54,7 +55,7 @@ def closing_table(summaries: Sequence[dict[str, Any]]) -> str:
     names, medians, middles = (
         max(map(len, column)) for column in list(zip(*rows, strict=True))[:3]
     )
-    lines = [_solved(summaries)]
+    lines = [_solved(summaries) + (f", {failed} failed" if failed else "")]
     for index, (name, median, middle, worst, who) in enumerate(rows):
         if len(by_env) > 1 and index in headings:
             lines.append(headings[index])

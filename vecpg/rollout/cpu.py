@@ -150,8 +150,8 @@ def collect_in_blocks(
     check_finite(rollout)
     if len(kept) == 0:
         return rollout
-    obs = rollout.obs, rollout.obs._version
-    return replace(rollout, activations=Activations(kept, network.forwards, obs))
+    of = (rollout.obs, rollout.obs._version), (rollout.mask, rollout.mask._version)
+    return replace(rollout, activations=Activations(kept, network, of))
 
 
 def _room(

@@ -48,14 +48,15 @@ _ON_HOST = {
 class Activations(NamedTuple):
     """Hidden layers' activations that were computed while a rollout was collected.
 
-    kept:       (R, N, units) float32, of the first R steps; where masked, anything.
-    parameters: of the network, in the order of `vecpg.policy.cpu.Network.forwards`.
-    obs:        the rollout's, and how often torch had changed them in place.
+    kept:    (R, N, units) float32, of the first R steps; where masked, anything.
+    network: whose they are, a `vecpg.policy.cpu.Network`.
+    of:      the rollout's obs and mask, and how often torch had changed each in place. Whoever
+             writes to them through NumPy goes on from activations of what stood there before.
     """
 
     kept: NDArray[np.float32]
-    parameters: NDArray[np.float32]
-    obs: tuple[Tensor, int]
+    network: tuple[Any, ...]
+    of: tuple[tuple[Tensor, int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +118,20 @@ class Rollout:
         values[t, n] = torch.where(cut, final_values, 0.0)
         return values
 
-    def kept(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+    def kept(self, network: tuple[Any, ...]) -> NDArray[np.float32]:
         """(K, units): what is kept of the first K rows, of all environments one by one.
 
-        Of none where it is another network's, or of other observations.
+        Of none where it is another network's, or of other observations or another mask.
 
         Args:
-            parameters: of the network, as `Activations` has them.
+            network: as `Activations` has it.
         """
         found = self.activations
-        if found is None or not np.array_equal(found.parameters, parameters):
+        if found is None or not all(map(np.array_equal, found.network, network)):
             return np.empty((0, 0), np.float32)
-        obs, changes = found.obs
-        if obs is not self.obs or obs._version != changes:
-            return np.empty((0, 0), np.float32)
+        for own, (theirs, changes) in zip((self.obs, self.mask), found.of, strict=True):
+            if own is not theirs or own._version != changes:
+                return np.empty((0, 0), np.float32)
         return found.kept[: len(self.mask)].reshape(-1, found.kept.shape[2])
 
     def shards(self, count: int) -> list["Rollout"]:

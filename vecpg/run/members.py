@@ -37,16 +37,23 @@ def make_population_directory(population: Population) -> Path:
     Raises:
         OSError: it cannot be made.
     """
-    config, seeds = population.config, population.seeds
-    named = name_of(config).rpartition("__")[0]
-    folder = make_directory(config.out_dir, f"{named}__{seeds[0]}-{seeds[-1]}")
-    stored = to_dict(dataclasses.replace(config, resume=None))
-    write_json(folder / _FILE, {"num_seeds": population.num_seeds, "config": stored})
+    folder = make_directory(population.config.out_dir, _name_of(population))
+    write_population(population, folder)
     return folder
 
 
+def write_population(population: Population, folder: Path) -> None:
+    """Its population.json: what is given anew when it goes on holds from then on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stored = to_dict(dataclasses.replace(population.config, resume=None))
+    write_json(folder / _FILE, {"num_seeds": population.num_seeds, "config": stored})
+
+
 def read_population(folder: Path) -> Population:
-    """What a population was begun with.
+    """What a population goes on with.
 
     Raises:
         ConfigError: its population.json cannot be read, or is not what this version leaves.
@@ -66,7 +73,7 @@ def find_population(population: Population) -> Path | None:
     same env_id, exp_name and seeds that has a run which has not come to its end.
 
     Raises:
-        ConfigError: a population.json that cannot be read.
+        ConfigError: a population.json of the same name cannot be read.
     """
     config, seeds = population.config, population.seeds
     if config.resume != "auto":
@@ -76,7 +83,12 @@ def find_population(population: Population) -> Path | None:
         return None
     folders = [path.parent for path in Path(config.out_dir).glob(f"*/{_FILE}")]
     for folder in sorted(folders, key=begun, reverse=True):
-        found = read_population(folder)
+        try:
+            found = read_population(folder)
+        except ConfigError:
+            if folder.name.startswith(f"{_name_of(population)}__"):
+                raise
+            continue
         same = (found.config.env_id, found.config.exp_name) == (config.env_id, config.exp_name)
         if same and found.seeds == seeds:
             finished = [run for run in _runs(folder).values() if (run / "summary.json").exists()]
@@ -102,6 +114,12 @@ def configs_of(population: Population, folder: Path) -> list[Config]:
         )
         for seed in population.seeds
     ]
+
+
+def _name_of(population: Population) -> str:
+    """What the name of its directory begins with: environment, experiment, seeds."""
+    named, seeds = name_of(population.config).rpartition("__")[0], population.seeds
+    return f"{named}__{seeds[0]}-{seeds[-1]}"
 
 
 def _runs(folder: Path) -> dict[int, Path]:

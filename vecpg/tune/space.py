@@ -40,6 +40,7 @@ _NOT_SEARCHED = frozenset(
         "envs_per_worker",
         "device",
         "threads",
+        "activation_memory",
         "shards",
     )
 )
