@@ -625,3 +625,16 @@ def test_scores_are_those_of_runs_that_were_never_stopped(tmp_path):
             for run_dir in (one.run_dir, gone_on)
         )
         assert digest(ours) == digest(theirs)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ([1.0, 9.0], "for the best"),
+        ([-9.0, -1.0], "for the default: keep it"),
+        ([-1.0, 9.0], "no proof for either"),
+        (None, "no proof for either"),
+    ],
+)
+def test_a_gap_is_proof_for_one_of_them_or_for_none(interval, verdict):
+    assert report._verdict({"score": 0.0, "interval": interval}) == verdict

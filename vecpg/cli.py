@@ -33,6 +33,7 @@ from vecpg.run.members import (
     Population,
     configs_of,
     find_population,
+    is_population,
     make_population_directory,
     read_population,
     write_population,
@@ -138,13 +139,17 @@ def _train_many(population: Population) -> None:
         if folder is None:
             check_cheaply(dataclasses.replace(config, resume=None))
         with imports_kept():
+            from tqdm import tqdm
+
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
             from vecpg.run.directory import discard
             from vecpg.run.interrupts import Interrupts
 
         def say(place: int, result: Any) -> None:
-            print(json.dumps(result.summary), file=stdout, flush=True)
+            # In a terminal the live line makes room for it.
+            with tqdm.external_write_mode(file=sys.stderr):
+                print(json.dumps(result.summary), file=stdout, flush=True)
 
         with Interrupts():
             before = None if folder is None else read_population(folder)
@@ -263,6 +268,11 @@ def evaluate_main(args: Sequence[str]) -> None:
             from vecpg.run.content import policy_of
             from vecpg.run.interrupts import Interrupts
 
+        if is_population(Path(config.path)):
+            raise ConfigError(
+                f"{config.path}: expected a run directory or a checkpoint, got a population; name"
+                " one of the runs in it"
+            )
         try:
             with stdout_kept_clean(), Interrupts():
                 found, content = checkpoint.load(config.path)
@@ -462,7 +472,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 
 _DESCRIPTION = (
     "Train a policy with REINFORCE on many copies of a Gymnasium environment at once. One JSON line"
-    " goes to stdout; everything else to stderr and to the run directory."
+    " for each run goes to stdout; everything else to stderr and to the run directory."
 )
 
 

@@ -155,9 +155,9 @@ class Config:
     save_every: float = 60.0
     """Seconds between checkpoints."""
     resume: str | None = None
-    """Go on with a run: its directory or a checkpoint in it, with every setting from there. auto:
-    the newest unfinished run in --out-dir with this --env-id, --exp-name and --seed; a new one
-    where there is none."""
+    """Go on with a run: its directory or a checkpoint in it, with every setting from there; or with
+    the runs of a population, by its directory. auto: the newest unfinished run in --out-dir with
+    this --env-id, --exp-name and --seed; a new one where there is none."""
     progress: bool = field(default_factory=lambda: _shows_a_line())
     """One live line; without it, a plain line every `--log-every` seconds."""
     log_every: float = 2.0

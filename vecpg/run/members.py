@@ -52,6 +52,11 @@ def write_population(population: Population, folder: Path) -> None:
     write_json(folder / _FILE, {"num_seeds": population.num_seeds, "config": stored})
 
 
+def is_population(folder: Path) -> bool:
+    """Whether it is the directory of a population."""
+    return (folder / _FILE).is_file()
+
+
 def read_population(folder: Path) -> Population:
     """What a population goes on with.
 
@@ -78,7 +83,7 @@ def find_population(population: Population) -> Path | None:
     config, seeds = population.config, population.seeds
     if config.resume != "auto":
         folder = None if config.resume is None else Path(config.resume)
-        return folder if folder is not None and (folder / _FILE).is_file() else None
+        return folder if folder is not None and is_population(folder) else None
     if len(seeds) == 1:
         return None
     folders = [path.parent for path in Path(config.out_dir).glob(f"*/{_FILE}")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import warnings
@@ -129,7 +130,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 f"{name}, fresh seeds: interquartile mean {_with_interval(fresh[name])} over"
                 f" {len(fresh[name]['scores'])} seeds"
             )
-        yield f"gap between them: {_with_interval(fresh['gap'])}"
+        yield f"gap between them: {_with_interval(fresh['gap'])}, which is {_verdict(fresh['gap'])}"
     elif found["best"] is not None:
         yield "the seeds that chose it flatter it: --confirm-seeds 10 trains it with others"
     if found["command"] is not None:
@@ -207,6 +208,14 @@ def _with_interval(found: dict[str, Any]) -> str:
     return f"{found['score']:.1f}" + (
         "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     )
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """What a gap between the best and the default settings says about them."""
+    low, high = found["interval"] or (-math.inf, math.inf)
+    if low > 0:
+        return "for the best"
+    return "for the default: keep it" if high < 0 else "no proof for either"
 
 
 def _words(name: str, value: Any) -> list[str]:
