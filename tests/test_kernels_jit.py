@@ -15,6 +15,7 @@ from conftest import ROOT
 from numba.core.caching import NullCache
 
 from vecpg.kernels import jit as module
+from vecpg.kernels import threads
 from vecpg.kernels.announce import anew
 from vecpg.kernels.jit import Compilation, jit
 
@@ -56,6 +57,22 @@ def test_what_another_thread_compiles_is_not_counted():
         assert compilation.seconds == 0
         other(1)
         assert compilation.seconds > 0
+
+
+def test_what_threads_of_kernels_compile_is_counted():
+    """Whichever of them comes first; the others wait for it."""
+    one, main = numba.njit(lambda x: x + 3), threading.get_ident()
+    came = threading.Barrier(2)
+
+    def task(block):
+        came.wait(timeout=60)
+        if threading.get_ident() != main:
+            one(1)
+
+    with Compilation() as compilation, threads.using(2):
+        threads.run(task, 2)
+    assert one.signatures
+    assert compilation.seconds > 0
 
 
 @pytest.mark.slow

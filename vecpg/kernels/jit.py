@@ -216,9 +216,10 @@ def _contents(path: str) -> str:
 
 
 class Compilation(event.Listener):
-    """Seconds that this thread compiles while it is entered; the first time, the log says so.
+    """Seconds spent compiling while it is entered; the first time it happens, the log says so.
 
-    What another thread compiles meanwhile, for another run, keeps this one from nothing.
+    They are those of this thread, and of the threads that run kernels for others. What another one
+    compiles meanwhile, for another run, keeps this one from nothing.
 
     Example:
         >>> with Compilation() as compilation:
@@ -249,7 +250,7 @@ class Compilation(event.Listener):
 
     def on_start(self, event: Any) -> None:
         """A function that calls others compiles them within its own compilation."""
-        if threading.get_ident() != self._thread:
+        if not self._counts():
             return
         if self._depth == 0:
             self._started = time.perf_counter()
@@ -260,8 +261,13 @@ class Compilation(event.Listener):
 
     def on_end(self, event: Any) -> None:
         """Count the outermost ones."""
-        if threading.get_ident() != self._thread:
+        if not self._counts():
             return
         self._depth -= 1
         if self._depth == 0:
             self.seconds += time.perf_counter() - self._started
+
+    def _counts(self) -> bool:
+        thread = threading.current_thread()
+        # As `vecpg.kernels.threads` calls its own.
+        return thread.ident == self._thread or thread.name.startswith("vecpg_")
