@@ -39,7 +39,8 @@ def seeds(config, *numbers):
 
 
 def runs(out_dir):
-    return sorted(path for path in out_dir.iterdir() if path.is_dir())
+    """Those that were begun: of one that a signal kept from it an empty directory may be left."""
+    return sorted(path.parent for path in out_dir.glob("*/config.json"))
 
 
 def equals_alone(configs, results, tmp_path):
