@@ -401,7 +401,7 @@ def parse_train(args: Sequence[str]) -> tuple[Config, int]:
     Returns:
         the settings of the first run, and how many runs there are.
     """
-    name = _given(args, "recipe") or Config().recipe
+    name = given(args, "recipe") or Config().recipe
     if name == "list":
         # All that any of them sets otherwise than another: who runs one wants to know all of these.
         settings = {recipe: to_dict(config) for recipe, (config, _) in RECIPES.items()}
@@ -417,8 +417,8 @@ def parse_train(args: Sequence[str]) -> tuple[Config, int]:
         hint = f"; did you mean {near[0]}?" if near else ""
         fail(f"--recipe: expected {', '.join(RECIPES)} or list, got {name}{hint}")
     named = RECIPES[name][0]
-    resume = _given(args, "resume")
-    if resume is None:
+    resume = given(args, "resume")
+    if not resume:  # alone, it is refused there
         return _parse_flags(args, named, 1)
     num_seeds, wanted = 1, Config(resume=resume)
     if resume == "auto":  # which run that is depends on other flags
@@ -440,7 +440,7 @@ def parse_train(args: Sequence[str]) -> tuple[Config, int]:
         check_settings(config, stored)
     trusted_names(
         to_dict(stored),
-        {name: getattr(config, name) for name in NAMES if _given(args, name) is not None},
+        {name: getattr(config, name) for name in NAMES if given(args, name)},
         f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['train', *args])}",
     )
     return config, num_seeds
@@ -629,13 +629,13 @@ def check_writable(name: str) -> None:
         ) from error
 
 
-def _given(args: Sequence[str], name: str) -> str | None:
-    """The value that a flag has on the command line, None where it is not there."""
+def given(args: Sequence[str], name: str) -> str | None:
+    """The value of a flag on the command line, "" where it is alone; None if it is not there."""
     value = None
     for index, arg in enumerate(args):
-        flag_, equals, rest = arg.partition("=")
-        if flag_.replace("_", "-") == flag(name):
-            value = rest if equals else next(iter(args[index + 1 :]), None)
+        typed, equals, rest = arg.partition("=")
+        if typed.replace("_", "-") in (flag(name), flag(f"no_{name}")):
+            value = rest if equals else next(iter(args[index + 1 :]), "")
     return value
 
 

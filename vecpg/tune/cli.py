@@ -16,6 +16,7 @@ from vecpg.cli import (
     EXIT_FAILED,
     check_cheaply,
     exit_codes,
+    given,
     imports_kept,
     parse,
     parse_config,
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 def tune_main(args: Sequence[str]) -> None:
     """`vecpg tune`."""
     with exit_codes():
-        resume = _given(args, "resume")
+        resume = given(args, "resume")
         config = _new(args) if resume is None else _going_on(args, Path(resume))
         space = read_space(config.param, config.fixed)
         drawn = draw(space, config.trials, config.seed)
@@ -52,7 +53,7 @@ def tune_main(args: Sequence[str]) -> None:
 
 def _new(args: Sequence[str]) -> TuneConfig:
     """The settings that flags give, `--recipe` read first."""
-    recipe = _given(args, "recipe")
+    recipe = given(args, "recipe")
     named = parse_config([] if recipe is None else ["--recipe", recipe])
     return parse(TuneConfig, args, command="tune", default=of_search(named, {}))
 
@@ -67,7 +68,7 @@ def _going_on(args: Sequence[str], study_dir: Path) -> TuneConfig:
     check_same(config, stored)
     trusted_names(
         to_dict(stored),
-        {name: getattr(config, name) for name in NAMES if _given(args, name) is not None},
+        {name: getattr(config, name) for name in NAMES if given(args, name) is not None},
         f"{how_to_call('vecpg', 'vecpg')} {shlex.join(['tune', *args])}",
     )
     return config
@@ -86,7 +87,7 @@ def _check_cheaply(
 ) -> None:
     """What is wrong with any of the runs, before torch is loaded."""
     for parameter in space:
-        if _given(args, parameter.name) is not None:
+        if given(args, parameter.name) is not None:
             raise ConfigError(
                 f"{flag(parameter.name)}: expected it here or as --param {parameter.name}, got both"
             )
@@ -133,13 +134,3 @@ def _search(
         _log.info("%s", line)
     _log.info("pictures: %s", ", ".join(map(str, pictures)))
     return found | {"wall_seconds": time.perf_counter() - started}
-
-
-def _given(args: Sequence[str], name: str) -> str | None:
-    """The value of a flag on the command line, "" where it is alone; None if it is not there."""
-    value = None
-    for index, arg in enumerate(args):
-        typed, equals, rest = arg.partition("=")
-        if typed.replace("_", "-") in (flag(name), flag(f"no_{name}")):
-            value = rest if equals else next(iter(args[index + 1 :]), "")
-    return value
