@@ -87,6 +87,14 @@ class Rollout:
                                                other
     activations:  Activations                  of the policy that collected, so that an update need
                                                not compute them again; None where none were kept
+    counted:      (C,) int64                   the places t * N + n of the rows that count, rising;
+                                               None where nobody has gathered them yet
+    num_episodes: int                          how many ended; None where it is to be counted
+    finite:       bool, no dimensions          whether all numbers that count are finite; None where
+                                               that was looked at, and they are
+
+    The last three are there where asking would make the host wait for the device. Such a rollout
+    may have rows at its end in which nothing counts.
     """
 
     obs: Tensor
@@ -100,6 +108,15 @@ class Rollout:
     stream: Stream | None = None
     action_masks: Tensor | None = None
     activations: Activations | None = None
+    counted: Tensor | None = None
+    num_episodes: int | None = None
+    finite: Tensor | None = None
+
+    def places(self) -> Tensor:
+        """(C,) int64: the places t * N + n of the rows that count, rising."""
+        if self.counted is not None:
+            return self.counted
+        return self.mask.reshape(-1).nonzero()[:, 0]
 
     @property
     def dones(self) -> Tensor:
