@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pairs import pairwise
 
 from vecpg import advantage
-from vecpg.advantage import add_by_age, advantages, masked_mean, normalized, sums_by_age
+from vecpg.advantage import add_by_age, advantages, cpu, masked_mean, normalized, sums_by_age
 from vecpg.config import Config
 from vecpg.rollout import Rollout
 
@@ -450,7 +450,7 @@ def test_means_by_age_are_the_same_in_torch_and_on_the_host(monkeypatch, length,
     expected, sums = weights.double(), advantage.sums_by_age(weights.double(), mask, dones)
     advantage.subtract_mean_by_age(expected, mask, dones, sums, others=others)
     for block_envs in (1, 7, 64):
-        monkeypatch.setattr(advantage, "_BLOCK_ENVS", block_envs)
+        monkeypatch.setattr(cpu, "_BLOCK_ENVS", block_envs)
         ours = weights.clone()
         own_sums = advantage.sums_by_age(ours, mask, dones)
         torch.testing.assert_close(own_sums, sums, rtol=1e-9, atol=1e-9)
@@ -482,8 +482,8 @@ def test_sums_by_age_are_their_definition(episodes, reset_rows, seed, block_envs
         expected[:, age] = torch.tensor([math.fsum(own), len(own)], dtype=torch.float64)
         size[age] = math.fsum(map(abs, own))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advantage, "_BLOCK_ENVS", block_envs)
-        patch.setattr(advantage, "_BLOCK_ROWS", block_envs * len(weights))
+        patch.setattr(cpu, "_BLOCK_ENVS", block_envs)
+        patch.setattr(cpu, "_BLOCK_ROWS", block_envs * len(weights))
         together = sums_by_age(weights, rollout.mask, rollout.dones)
         apart = []
         for n in range(len(episodes)):
@@ -519,8 +519,8 @@ def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():
         peaks.append(arguments[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_add_on_host", "_subtract_on_host"):
-            patch.setattr(advantage, name, width_of)
+        for name in ("_add", "_subtract"):
+            patch.setattr(cpu, name, width_of)
         advantages(rollout, Config(baseline="timestep_mean"))
     assert peaks == [1, 1]
 

@@ -151,18 +151,31 @@ def _prepare_on_gpu(device: torch.device, config: "Config", longest: int) -> Non
         by_age.prepare(device, others=config.baseline == "leave_one_out")
 
 
-def _weigh(config: "Config", rewards: Tensor, *others: Tensor | None) -> Tensor:
+def _weigh(
+    config: "Config",
+    rewards: Tensor,
+    mask: Tensor,
+    dones: Tensor,
+    values: Tensor | None,
+    continued: Tensor | None,
+) -> Tensor:
     """w_t of a shard's rows, less V(s_t) where that is the baseline. No sum goes over rows."""
     length, num_envs = rewards.shape
     width = max(1, _BLOCK_ROWS // max(1, length))
     # On a GPU one call for all rows: few launches, and columns that lie where they were allocated.
     if rewards.device.type != "cpu" or num_envs <= width:
-        return _weigh_block(config, rewards, *others)
+        return _weigh_block(config, rewards, mask, dones, values, continued)
     weights = torch.empty_like(rewards)
     for start in range(0, num_envs, width):
         own = slice(start, start + width)
-        parts = [None if each is None else each[:, own] for each in others]
-        weights[:, own] = _weigh_block(config, rewards[:, own], *parts)
+        weights[:, own] = _weigh_block(
+            config,
+            rewards[:, own],
+            mask[:, own],
+            dones[:, own],
+            None if values is None else values[:, own],
+            None if continued is None else continued[:, own],
+        )
     return weights
 
 

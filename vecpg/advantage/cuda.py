@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What a program holds at a time, of each age of a block of environments: 8 numbers a thread.
-_AGES, _ENVS, _WARPS = 32, 32, 4
+# What a program holds at a time, of each age of a block of environments: 4 numbers a thread.
+_AGES, _ENVS, _WARPS = 32, 32, 8
 # Rows in which episodes are looked for at a time.
-_ROWS = 128
+_ROWS = 64
 # As many groups of environments have their own sums: enough programs, and few to add in the end.
 _PARTS = 256
 
@@ -203,7 +203,7 @@ def _look_up(numbers, longest, n, age, num_envs):
     return tl.where(reached, number, 0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _of_each(
     weights, starts, stops, number, n, age, num_envs, AGES: tl.constexpr, ENVS: tl.constexpr
 ):
