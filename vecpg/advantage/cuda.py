@@ -33,6 +33,8 @@ _PARTS = 256
 
 # Integer arguments: Triton would compile anew for a 1 or a multiple of 16 among them.
 _SIZES = ["num_rows", "num_envs", "num_ages", "num_parts"]
+# And for an address that is a multiple of 16, of which a kernel that knows no size makes no use.
+_PLACES = ["weights", "mask", "dones", "starts", "stops", "numbers", "longest", "parts", "sums"]
 
 
 class Found(NamedTuple):
@@ -76,8 +78,8 @@ def prepare(device: torch.device, others: bool) -> None:
 def find(mask: Tensor, dones: Tensor) -> Found:
     """Where the episodes of each environment lie."""
     num_rows, num_envs = mask.shape
-    starts, stops = mask.new_empty((2, num_rows, num_envs), dtype=torch.int32)
-    found = Found(starts, stops, *mask.new_empty((2, num_envs), dtype=torch.int32))
+    shapes = (num_rows, num_envs), (num_rows, num_envs), (num_envs,), (num_envs,)
+    found = Found(*(mask.new_empty(shape, dtype=torch.int32) for shape in shapes))
     with torch.cuda.device_of(mask):
         _find[(triton.cdiv(num_envs, _ENVS),)](
             mask.view(torch.uint8),
@@ -145,7 +147,7 @@ def subtract(weights: Tensor, mask: Tensor, found: Found, sums: Tensor, others: 
 # -- Kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
 def _find(
     mask,
     dones,
@@ -221,7 +223,7 @@ def _of_each(
     return total, count
 
 
-@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
 def _add(
     weights,
     starts,
@@ -254,7 +256,7 @@ def _add(
     tl.store(place + num_parts * num_rows, counts, mask=ages < num_rows)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
 def _add_parts(
     parts,
     sums,
@@ -275,7 +277,7 @@ def _add_parts(
     tl.store(sums + which * num_rows + ages, result, mask=ages < num_rows)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
 def _subtract(
     weights,
     mask,
