@@ -24,7 +24,7 @@ from vecpg.kernels.cores import cores
 from vecpg.look import video
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
-from vecpg.rollout import Rollout
+from vecpg.rollout import Rollout, collect
 from vecpg.rollout.statistics import Episodes, episode_statistics
 from vecpg.run import files
 from vecpg.run.checkpoint import load_policy
@@ -36,7 +36,7 @@ from vecpg.run.progress import Progress, Share
 from vecpg.run.resume import find_run, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import parameters
-from vecpg.update import UpdateStats
+from vecpg.update import UpdateStats, update
 from vecpg.value import FitStats, fit, predict
 
 OnIteration = Callable[[dict[str, float | None], Policy], bool | None]
@@ -166,13 +166,14 @@ def advance(
         ending = _is_over(config, state.counters, state.stopping.solved)
         while not ending:
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)
-                rollout = run.collector.collect(
+                rollout = collect(
                     envs,
                     acting,
                     num_steps=config.num_steps,
                     seed=config.seed,
                     iteration=draft.counters.iteration,
                     shards=config.resolved_shards,
+                    backend=run.collector,
                     wait=on_host,
                 )
             acted = parameters(acting) if ahead else None
@@ -183,8 +184,14 @@ def advance(
                     values, final_values = predict(draft.critic, rollout, config.resolved_shards)
                     weights = advantages(rollout, config, values, final_values)
                 with clock.phase("update"):  # one batched gradient step
-                    stats = run.learner.update(
-                        draft.policy, draft.optimizer, rollout, weights, config, wait=on_host
+                    stats = update(
+                        draft.policy,
+                        draft.optimizer,
+                        rollout,
+                        weights,
+                        config,
+                        backend=run.learner,
+                        wait=on_host,
                     )
                     fitted = fit(draft.critic, rollout, final_values, config, wait=on_host)
                 outcomes.add(_outcome(draft, rollout, episodes, stats, fitted, clock, acted))

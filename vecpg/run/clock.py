@@ -28,7 +28,7 @@ class _Marks(NamedTuple):
     compiled: float
 
     def seconds(self) -> float:
-        return max(0.0, self.begin.elapsed_time(self.end) / 1000 - self.compiled)
+        return max(0.0, _seconds_between(self.begin, self.end) - self.compiled)
 
 
 class Lap(NamedTuple):
@@ -125,13 +125,18 @@ class Clock:
         for name, marks in lap.marks.items():
             self._count(name, marks.seconds())
         ends = [list(each.marks.values())[-1].end for each in (lap, last)]
-        return dict(self.last), max(0.0, ends[0].elapsed_time(ends[1]) / 1000)
+        return dict(self.last), max(0.0, _seconds_between(*ends))
 
     def _count(self, name: str, seconds: float) -> None:
         self.last[name] = seconds
         self._total[name] = self._total.get(name, 0.0) + seconds
 
     def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _seconds_between(one: torch.cuda.Event, other: torch.cuda.Event) -> float:
+    milliseconds: float = one.elapsed_time(other)
+    return milliseconds / 1000

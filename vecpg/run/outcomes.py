@@ -78,7 +78,7 @@ class Outcomes:
         self._state, self._draft, self._clock, self._metrics = state, draft, clock, metrics
         self._judge = judge
         self._pending: list[Outcome] = []
-        self._bytes = sum(each.nbytes for each in state.policy.state_dict().values())
+        self._bytes: int = sum(each.nbytes for each in state.policy.state_dict().values())
 
     @property
     def full(self) -> bool:
@@ -89,14 +89,16 @@ class Outcomes:
         """One iteration more."""
         self._pending.append(outcome)
 
-    def commit(self, interrupts: Interrupts | Told) -> Row | None:
+    def commit(self, interrupts: Interrupts | Told) -> Row:
         """Make the draft the state, and write a row for each iteration; the host waits here, once.
+
+        There is at least one.
 
         Args:
             interrupts: reach the confirming evaluation, and not the rest.
 
         Returns:
-            the row of the last of them; None where there is none.
+            the row of the last of them.
 
         Raises:
             FloatingPointError: numbers of an iteration are not finite. State and rows are those of
@@ -105,7 +107,7 @@ class Outcomes:
         rows = self._rows(self._judge)
         with interrupts.held():
             self._write(rows)
-        return rows[-1] if rows else None
+        return rows[-1]
 
     def settle(self) -> None:
         """As `commit`, when the run is stopped: what would have to be confirmed is left out.
@@ -158,8 +160,6 @@ class Outcomes:
         return rows
 
     def _write(self, rows: list[Row]) -> None:
-        if not rows:
-            return
         self._draft.seconds = self._clock.totals()
         for row in rows:
             self._metrics.log(row)
