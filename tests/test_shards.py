@@ -433,7 +433,7 @@ def values_agree(whole, parts, value_function, bootstrap):
         t, n = part.final_rows.t()
         of_rows[t, n + k * part.mask.shape[1]] = final
     equal &= bits(predicted[1]) == bits(of_rows[tuple(whole.final_rows.t())])
-    loss = fit(ours, whole, predicted[1], config)
+    loss = fit(ours, whole, predicted[1], config).value_loss
 
     expected = fit_alone(alone, parts, [final for _, final in own], config)
     return equal and states_agree(ours, alone) and bits(loss) == bits(expected)
