@@ -1,7 +1,7 @@
 """Random numbers and elementary functions on float32, as parts of Triton kernels.
 
-They round like the CPU's where a kernel is compiled with `enable_fp_fusion=False`. None of CUDA's own
-functions are called: their bits are others, and Triton's interpreter has none of them.
+They round like the CPU's where a kernel is compiled with `enable_fp_fusion=False`. CUDA's own
+functions are not called: their bits are others, and Triton's interpreter has none of them.
 """
 
 import triton
