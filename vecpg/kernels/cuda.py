@@ -26,7 +26,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def words(low, high, iteration, step, env, PURPOSE: tl.constexpr):
+def words(low, high, iteration, step, env, purpose):
     """The four words that a `Stream` has for a step and environments.
 
     Args:
@@ -35,14 +35,14 @@ def words(low, high, iteration, step, env, PURPOSE: tl.constexpr):
         iteration: the stream's.
         step: in [0, 2**32).
         env: (BLOCK,) indices in the whole run.
-        PURPOSE: a `Purpose`, and for the numbers from 4 i on 256 i more.
+        purpose: a `Purpose`, and for the numbers from 4 i on 256 i more.
     """
     zero = tl.zeros(env.shape, tl.uint32)
     return philox(
         zero + step.to(tl.uint32),
         env.to(tl.uint32),
         zero + iteration.to(tl.uint32),
-        zero + PURPOSE,
+        zero + purpose,
         zero + low.to(tl.uint32),
         zero + high.to(tl.uint32),
     )
@@ -56,7 +56,7 @@ def as_uniform(word):
 
 @triton.jit
 def uniform(low, high, iteration, step, env, PURPOSE: tl.constexpr, INDEX: tl.constexpr):
-    """Number `INDEX` of `Stream.uniforms_at`; the rest as in `words`."""
+    """Number `INDEX` of `Stream.uniforms_at`; `PURPOSE` alone, and the rest as in `words`."""
     w0, w1, w2, w3 = words(low, high, iteration, step, env, PURPOSE + INDEX // 4 * 256)
     if INDEX % 4 == 0:
         word = w0
