@@ -1,0 +1,176 @@
+"""A recorder in place of a CUDA graph: what a function did, done again on the same memory.
+
+A CUDA graph holds the device's operations and the addresses they were done on, and nothing of the
+host: what Python decided while it was captured stays decided. A recorder holds the same, on any
+device, and so shows without a GPU whether a function is fit to be captured.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves
+
+# Of these the size of the result, or the result itself, is a matter of what tensors hold.
+_WAITS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
+_FLAGS = (torch.bool, torch.uint8)
+
+_recorders: list["Recorder"] = []
+
+
+def name_of(operation) -> str:
+    """An operation's name without its namespace and overload, as "add" of aten.add.Tensor."""
+    return operation._schema.name.split("::")[1]
+
+
+def why_it_waits(operation, args: tuple, kwargs: dict) -> str | None:
+    """What an operation of CUDA tensors makes the host wait for, as a kind; None where nothing."""
+    name = name_of(operation)
+    if name in _WAITS:
+        return "item" if name in ("_local_scalar_dense", "is_nonzero") else name
+    if name == "repeat_interleave" and kwargs.get("output_size") is None:
+        return name
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        indices = [index for index in args[1] if index is not None]
+        if not any(index.dtype in _FLAGS for index in indices):
+            return None
+        # One mask and a number from the host: torch fills where the mask is set.
+        filled = name != "index" and len(indices) == 1 and args[2].numel() == 1
+        if filled and not args[2].is_cuda and not (len(args) > 3 and args[3]):
+            return None
+        return "boolean index"
+    return None
+
+
+def does_nothing(operation) -> bool:
+    """A view of memory, or memory in which nothing stands yet."""
+    return operation.is_view or name_of(operation) in _ALLOCATIONS
+
+
+def decomposed(mode: TorchDispatchMode, operation, args: tuple, kwargs: dict):
+    """The result of an operation that is made of others, those seen by `mode`; NotImplemented.
+
+    Where nothing is inferred, torch takes such an operation apart before a mode sees it.
+    """
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key):
+        return NotImplemented
+    with mode:
+        return operation.decompose(*args, **kwargs)
+
+
+class Recorder(TorchDispatchMode):
+    """Records every operation while it is entered; `replay` does them again.
+
+    Raises:
+        RuntimeError: from within, where a captured graph would: the host reads what a tensor holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
+        # Memory that was there before, with what it held; and memory that was made.
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._made: dict[int, torch.UntypedStorage] = {}
+
+    def __enter__(self):
+        _recorders.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *raised) -> None:
+        _recorders.pop()
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        reason = why_it_waits(operation, args, kwargs)
+        if reason is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
+        result = decomposed(self, operation, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        return self._do(operation, args, kwargs, recorded=not does_nothing(operation))
+
+    def whole(self, function: Callable, args: tuple, kwargs: dict):
+        """Call a function, recorded as if it were one operation."""
+        with _pop_mode_temporarily():
+            return self._do(function, args, kwargs, recorded=True)
+
+    def _do(self, function, args, kwargs, recorded):
+        for each in _storages((args, kwargs)):
+            if each._cdata not in self._made and each._cdata not in self._before:
+                self._before[each._cdata] = each, each.clone()
+        result = function(*args, **kwargs)
+        for each in _storages(result):
+            if each._cdata not in self._before:
+                self._made[each._cdata] = each
+        if recorded:
+            self.calls.append((function, args, kwargs, _tensors(result)))
+        return result
+
+    def undo(self) -> None:
+        """Memory as it was before; what was made holds nothing yet."""
+        with torch.inference_mode():
+            for storage, content in self._before.values():
+                storage.copy_(content)
+            for storage in self._made.values():
+                storage.fill_(255)
+
+    def replay(self) -> None:
+        """Everything again, on the memory and with the arguments of the first time."""
+        with torch.inference_mode():
+            for function, args, kwargs, before in self.calls:
+                result = function(*args, **kwargs)
+                for old, new in zip(before, _tensors(result), strict=True):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def _tensors(nested) -> list[Tensor]:
+    return [each for each in tree_leaves(nested) if isinstance(each, Tensor)]
+
+
+def _storages(nested) -> list[torch.UntypedStorage]:
+    return [each.untyped_storage() for each in _tensors(nested)]
+
+
+def innermost() -> Recorder | None:
+    """The recorder that records now."""
+    return _recorders[-1] if _recorders else None
+
+
+@contextmanager
+def _unread():
+    """Nothing hands a tensor's numbers to the host without an operation."""
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing: read by the host")
+
+    with mock.patch.multiple(torch.Tensor, tolist=refuse, numpy=refuse, __array__=refuse):
+        yield
+
+
+def record(function: Callable[[], None]) -> Callable[[], None]:
+    """Call a function, and return what does its operations again.
+
+    Raises:
+        RuntimeError: as `Recorder`.
+    """
+    recorder = Recorder()
+    with _unread(), recorder:
+        function()
+    return recorder.replay
