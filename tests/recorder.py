@@ -5,6 +5,7 @@ host: what Python decided while it was captured stays decided. A recorder holds 
 device, and so shows without a GPU whether a function is fit to be captured.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 from unittest import mock
@@ -12,7 +13,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
-from torch.utils._pytree import tree_leaves
 
 # Of these the size of the result, or the result itself, is a matter of what tensors hold.
 _WAITS = {
@@ -32,6 +32,7 @@ _FLAGS = (torch.bool, torch.uint8)
 _recorders: list["Recorder"] = []
 
 
+@functools.cache
 def name_of(operation) -> str:
     """An operation's name without its namespace and overload, as "add" of aten.add.Tensor."""
     return operation._schema.name.split("::")[1]
@@ -56,9 +57,27 @@ def why_it_waits(operation, args: tuple, kwargs: dict) -> str | None:
     return None
 
 
+def tensors_in(nested) -> list[Tensor]:
+    """The tensors in what an operation takes or gives."""
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, tuple | list):
+        return []
+    return [each for part in nested for each in tensors_in(part)]
+
+
+@functools.cache
 def does_nothing(operation) -> bool:
     """A view of memory, or memory in which nothing stands yet."""
     return operation.is_view or name_of(operation) in _ALLOCATIONS
+
+
+@functools.cache
+def _is_composite(operation) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key)
 
 
 def decomposed(mode: TorchDispatchMode, operation, args: tuple, kwargs: dict):
@@ -66,14 +85,21 @@ def decomposed(mode: TorchDispatchMode, operation, args: tuple, kwargs: dict):
 
     Where nothing is inferred, torch takes such an operation apart before a mode sees it.
     """
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key):
+    if not _is_composite(operation):
         return NotImplemented
     with mode:
         return operation.decompose(*args, **kwargs)
 
 
-class Recorder(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A TorchDispatchMode that does without the compiler, which takes seconds to import."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Recorder(Mode):
     """Records every operation while it is entered; `replay` does them again.
 
     Raises:
@@ -119,7 +145,7 @@ class Recorder(TorchDispatchMode):
             if each._cdata not in self._before:
                 self._made[each._cdata] = each
         if recorded:
-            self.calls.append((function, args, kwargs, _tensors(result)))
+            self.calls.append((function, args, kwargs, tensors_in(result)))
         return result
 
     def undo(self) -> None:
@@ -135,17 +161,13 @@ class Recorder(TorchDispatchMode):
         with torch.inference_mode():
             for function, args, kwargs, before in self.calls:
                 result = function(*args, **kwargs)
-                for old, new in zip(before, _tensors(result), strict=True):
+                for old, new in zip(before, tensors_in(result), strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 
-def _tensors(nested) -> list[Tensor]:
-    return [each for each in tree_leaves(nested) if isinstance(each, Tensor)]
-
-
 def _storages(nested) -> list[torch.UntypedStorage]:
-    return [each.untyped_storage() for each in _tensors(nested)]
+    return [each.untyped_storage() for each in tensors_in(nested)]
 
 
 def innermost() -> Recorder | None:
