@@ -354,7 +354,9 @@ def _poison(values: Tensor) -> Tensor:
 
 
 def _was_left_alone(source: Tensor, before: Tensor) -> None:
-    if not torch.equal(source.contiguous().view(-1).view(torch.uint8), before.view(-1).view(torch.uint8)):
+    if not torch.equal(
+        source.contiguous().view(-1).view(torch.uint8), before.view(-1).view(torch.uint8)
+    ):
         raise RuntimeError("pinned memory was written to while a copy out of it was under way")
 
 
@@ -452,7 +454,9 @@ def _of_tensors(device: Device) -> Iterator[tuple[Any, str, Any]]:
 
     def pin_memory(self, *args):
         if place_of(self) == CUDA:
-            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+            raise RuntimeError(
+                "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
+            )
         return self if place_of(self) == PINNED else _on(self, PINNED)
 
     deepcopy = torch.Tensor.__deepcopy__
@@ -563,7 +567,9 @@ def _of_cuda(device: Device) -> Iterator[tuple[Any, str, Any]]:
 
         def elapsed_time(self, end):
             if not (self.timed and end.timed):
-                raise RuntimeError("Both events must be created with argument 'enable_timing=True'.")
+                raise RuntimeError(
+                    "Both events must be created with argument 'enable_timing=True'."
+                )
             return 1000 * (end.at - self.at)
 
     class Stream:
@@ -593,7 +599,7 @@ def _of_cuda(device: Device) -> Iterator[tuple[Any, str, Any]]:
             self.recorder = None
 
         def capture_begin(self, pool=None, capture_error_mode="global"):
-            device.capturing, self.recorder = True, Recorder()
+            device.capturing, self.recorder = True, Recorder(CUDA)
             self.recorder.__enter__()
 
         def capture_end(self):

@@ -12,7 +12,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _pop_mode_temporarily,
+)
 
 # Of these the size of the result, or the result itself, is a matter of what tensors hold.
 _WAITS = {
@@ -100,15 +104,16 @@ class Mode(TorchDispatchMode):
 
 
 class Recorder(Mode):
-    """Records every operation while it is entered; `replay` does them again.
+    """Records every operation on tensors of a device while it is entered; `replay` does them again.
 
     Raises:
         RuntimeError: from within, where a captured graph would: the host reads what a tensor holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         super().__init__()
-        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
+        self._device_type = torch.device(device).type
+        self._calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         # Memory that was there before, with what it held; and memory that was made.
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
@@ -123,12 +128,15 @@ class Recorder(Mode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        reason = why_it_waits(operation, args, kwargs)
-        if reason is not None:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
         result = decomposed(self, operation, args, kwargs)
         if result is not NotImplemented:
             return result
+        given = tensors_in((args, kwargs))
+        if given and not self._own(given):
+            return operation(*args, **kwargs)
+        reason = why_it_waits(operation, args, kwargs)
+        if reason is not None:
+            raise _not_permitted(reason)
         return self._do(operation, args, kwargs, recorded=not does_nothing(operation))
 
     def whole(self, function: Callable, args: tuple, kwargs: dict):
@@ -136,21 +144,28 @@ class Recorder(Mode):
         with _pop_mode_temporarily():
             return self._do(function, args, kwargs, recorded=True)
 
+    def _own(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [each for each in tensors if each.device.type == self._device_type]
+
     def _do(self, function, args, kwargs, recorded):
-        for each in _storages((args, kwargs)):
+        for each in self._storages((args, kwargs)):
             if each._cdata not in self._made and each._cdata not in self._before:
-                self._before[each._cdata] = each, each.clone()
+                with _disable_current_modes():
+                    self._before[each._cdata] = each, each.clone()
         result = function(*args, **kwargs)
-        for each in _storages(result):
+        for each in self._storages(result):
             if each._cdata not in self._before:
                 self._made[each._cdata] = each
         if recorded:
-            self.calls.append((function, args, kwargs, tensors_in(result)))
+            self._calls.append((function, args, kwargs, tensors_in(result)))
         return result
+
+    def _storages(self, nested) -> list[torch.UntypedStorage]:
+        return [each.untyped_storage() for each in self._own(tensors_in(nested))]
 
     def undo(self) -> None:
         """Memory as it was before; what was made holds nothing yet."""
-        with torch.inference_mode():
+        with _disable_current_modes():
             for storage, content in self._before.values():
                 storage.copy_(content)
             for storage in self._made.values():
@@ -159,15 +174,32 @@ class Recorder(Mode):
     def replay(self) -> None:
         """Everything again, on the memory and with the arguments of the first time."""
         with torch.inference_mode():
-            for function, args, kwargs, before in self.calls:
+            for function, args, kwargs, before in self._calls:
                 result = function(*args, **kwargs)
                 for old, new in zip(before, tensors_in(result), strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
+    @contextmanager
+    def unread(self):
+        """Nothing hands a tensor's numbers to the host without an operation."""
 
-def _storages(nested) -> list[torch.UntypedStorage]:
-    return [each.untyped_storage() for each in tensors_in(nested)]
+        def refusing(name):
+            original = getattr(Tensor, name)
+
+            def read(tensor, *args, **kwargs):
+                if self._own([tensor]):
+                    raise _not_permitted(name)
+                return original(tensor, *args, **kwargs)
+
+            return mock.patch.object(Tensor, name, read)
+
+        with refusing("tolist"), refusing("numpy"), refusing("__array__"):
+            yield
+
+
+def _not_permitted(reason: str) -> RuntimeError:
+    return RuntimeError(f"operation not permitted when stream is capturing: {reason}")
 
 
 def innermost() -> Recorder | None:
@@ -175,24 +207,13 @@ def innermost() -> Recorder | None:
     return _recorders[-1] if _recorders else None
 
 
-@contextmanager
-def _unread():
-    """Nothing hands a tensor's numbers to the host without an operation."""
-
-    def refuse(self, *args, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing: read by the host")
-
-    with mock.patch.multiple(torch.Tensor, tolist=refuse, numpy=refuse, __array__=refuse):
-        yield
-
-
-def record(function: Callable[[], None]) -> Callable[[], None]:
-    """Call a function, and return what does its operations again.
+def record(function: Callable[[], None], device: torch.device | str = "cpu") -> Callable[[], None]:
+    """Call a function, and return what does its operations on a device again.
 
     Raises:
         RuntimeError: as `Recorder`.
     """
-    recorder = Recorder()
-    with _unread(), recorder:
+    recorder = Recorder(device)
+    with recorder.unread(), recorder:
         function()
     return recorder.replay
