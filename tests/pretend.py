@@ -5,10 +5,10 @@ follow by themselves. Torch itself takes all of them for tensors on the CPU and 
 
 What is counted, by phase, kind and place in the source:
 
-- operations: each one that a CUDA device would be given. Views, allocations and operations without
-  a result to write are none; one that torch carries out by several launches (sort, nonzero, the
-  gradient of a select) counts as one; one of `torch._foreach_*` on a list counts as one, and so do
-  a launch of ours (`launch_as`) and the replay of a graph.
+- operations: each one that a CUDA device would be given, copies among them. Views, allocations and
+  operations without a result to write are none; one that torch carries out by several launches
+  (sort, nonzero, the gradient of a select) counts as one, and so do one of `torch._foreach_*` on a
+  whole list, a launch of ours (`launch_as`) and the replay of a graph.
 - waits: where the host stops until the device is done with everything before.
 - looks: `Event.synchronize`, for which the host waits only as long as the event is not reached.
 - unordered: additions of floating point numbers whose order changes from run to run on CUDA.
@@ -87,7 +87,7 @@ class Device:
         self.made_on: str | None = None  # where a function that was called makes tensors
         self._phases = [""]
         self._uncounted = 0
-        self._given = 0  # transfers, so far
+        self.given = 0  # transfers, so far
         self._transfers: list[tuple[int, Callable[[], None]]] = []
         self.clear()
 
@@ -99,8 +99,10 @@ class Device:
     def phase(self, name: str) -> Iterator[None]:
         """What happens within is of this phase."""
         self._phases.append(name)
-        yield
-        self._phases.pop()
+        try:
+            yield
+        finally:
+            self._phases.pop()
 
     @contextmanager
     def as_one(self, kind: str) -> Iterator[None]:
@@ -114,7 +116,7 @@ class Device:
 
     def note(self, tally: Tally, kind: str) -> None:
         """Count what just happens."""
-        if not self._uncounted:
+        if not self._uncounted and not self.capturing:
             tally[Happened(self._phases[-1], kind, _place())] += 1
 
     def wait(self, kind: str) -> None:
@@ -122,12 +124,13 @@ class Device:
         if self.capturing:
             raise RuntimeError(f"operation not permitted when stream is capturing: {kind}")
         self.note(self.waits, kind)
-        self.finish(self._given)
+        self.finish(self.given)
 
     def transfer(self, finish: Callable[[], None]) -> None:
         """A copy is under way; `finish` is called once the host has waited for it."""
-        self._given += 1
-        self._transfers.append((self._given, finish))
+        if not self.capturing:
+            self.given += 1
+            self._transfers.append((self.given, finish))
 
     @contextmanager
     def making(self, place: str) -> Iterator[None]:
@@ -137,11 +140,6 @@ class Device:
             yield
         finally:
             self.made_on = before
-
-    @property
-    def given(self) -> int:
-        """The number of the last transfer, so far."""
-        return self._given
 
     def finish(self, number: int) -> None:
         """The host has waited for the transfers up to this one."""
@@ -179,13 +177,14 @@ def launch_as(module: ModuleType, name: str, twin: Callable[..., Any]) -> Iterat
     recorder.
     """
 
+    def once(*args, **kwargs):
+        with _one_operation(name):
+            return twin(*args, **kwargs)
+
     @functools.wraps(twin)
     def launch(*args, **kwargs):
-        with _one_operation(name):
-            recorder = innermost()
-            if recorder is None:
-                return twin(*args, **kwargs)
-            return recorder.whole(twin, args, kwargs)
+        recorder = innermost()
+        return once(*args, **kwargs) if recorder is None else recorder.whole(once, args, kwargs)
 
     with mock.patch.object(module, name, launch):
         yield
@@ -281,10 +280,9 @@ class _Operations(Mode):
         if generator is not None and generator.device.type != CUDA:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         host = [each for each in tensors if place_of(each) != CUDA]
-        if name in ("masked_fill", "masked_fill_") and isinstance(args[2], Tensor):
-            if place_of(args[2]) == CUDA:
-                self.on.wait("item")
         if not host:
+            if operation._schema.overload_name == "Tensor" and name.startswith("masked_fill"):
+                self.on.wait("item")
             return
         written = operation._schema.is_mutable and any(each is args[0] for each in host)
         if written or (name in _TAKE_ANY_INDEX and any(each is args[0] for each in host)):

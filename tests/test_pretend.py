@@ -10,6 +10,9 @@ from pretend import launch_as, place_of, pretended
 from recorder import record
 from torch import nn
 
+from vecpg.adam import Adam
+from vecpg.returns import reference, reward_to_go
+
 
 @pytest.fixture
 def device():
@@ -165,6 +168,7 @@ WAITS = [
     ("copy to the device", lambda x: x.new_tensor([1.0])),
     ("copy to the device", lambda x: x.copy_(torch.ones(3))),
     ("copy to the device", lambda x: torch.where(x > 0, x, torch.tensor(1.0))),
+    ("copy to the device", lambda x: x.__setitem__(torch.zeros_like(x).long(), 1.0)),
     ("index from the host", lambda x: x[torch.tensor([0, 1])]),
     ("synchronize", lambda x: torch.cuda.synchronize()),
     ("synchronize", lambda x: torch.cuda.current_stream().synchronize()),
@@ -192,13 +196,12 @@ def test_what_does_not_wait_is_not_counted_as_if_it_did(device):
     numbers.copy_(pinned, non_blocking=True)
     numbers.to("cpu", non_blocking=True)
     numbers[at], numbers[0], numbers[:2]
-    numbers[at] = 0.0
     numbers[numbers > 0] = 1.0
     torch.where(numbers > 0, numbers, 0.0)
     torch.full((3,), 2.0, device="cuda")
     numbers.index_select(0, at), numbers.take(at), numbers.gather(0, at)
     numbers.cumsum(0), numbers.sort(), numbers.max(dim=0)
-    torch.repeat_interleave(numbers, numbers.long(), output_size=2)
+    torch.repeat_interleave(numbers, numbers.long(), output_size=3)
     len(numbers), numbers.shape, numbers.numel()
     assert device.waits.of() == device.looks.of() == 0
 
@@ -278,11 +281,11 @@ def test_events_have_times(device):
     assert first.elapsed_time(last) >= 0
 
 
-def training(device, capturable=False):
+def training(device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
     first = model[0].weight
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = Adam(model.parameters(), 0.1)
     inputs = torch.arange(12.0, device=device).reshape(4, 3) / 10
     at = torch.tensor([1, 0, 1, 1], device=device)
     for _ in range(3):
@@ -349,18 +352,24 @@ def test_a_launch_is_one_operation_and_recorded_as_one(device):
         assert out.cpu().tolist() == [1, 2, 3]
         replay = record(lambda: module.scan(rows, out), "cuda")
         rows.fill_(2.0)
+        device.clear()
         replay()
+        assert device.operations.of(kind="scan") == 1
         assert out.cpu().tolist() == [2, 4, 6]
     assert module.scan is None
 
 
 def test_a_graph_has_no_effect_until_it_is_replayed(device):
     total, given = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
+    arrived = torch.zeros(2, pin_memory=True)
     graph = torch.cuda.CUDAGraph()
+    device.clear()
     with torch.cuda.graph(graph):
         assert torch.cuda.is_current_stream_capturing()
         doubled = 2 * given
         total += doubled
+        arrived.copy_(total, non_blocking=True)
+    assert device.operations.of() == 0
     assert total.cpu().tolist() == [0, 0]
     assert doubled.cpu().isnan().all()
     given.fill_(4.0)
@@ -368,7 +377,7 @@ def test_a_graph_has_no_effect_until_it_is_replayed(device):
     graph.replay()
     graph.replay()
     assert device.operations.of() == device.operations.of(kind="graph") == 2
-    assert total.cpu().tolist() == [16, 16]
+    assert total.cpu().tolist() == arrived.tolist() == [16, 16]
     assert doubled.cpu().tolist() == [8, 8]
 
 
@@ -381,6 +390,28 @@ def test_a_graph_refuses_what_waits(device, kind, waits):
     ):
         waits(numbers)
     assert not torch.cuda.is_current_stream_capturing()
+
+
+def returns(rewards, dones, gamma, final, last, mask, mode, out):
+    if not isinstance(gamma, torch.Tensor):
+        gamma = torch.full((), gamma, dtype=torch.float64, device=out.device)
+    out.copy_(reference.reward_to_go(rewards, dones, gamma, final, last, mask, mode))
+
+
+def test_an_operator_of_ours_is_what_it_does(device):
+    kernels = pytest.importorskip("vecpg.returns.cuda")
+    given = torch.arange(6.0, device="cuda").reshape(3, 2)
+    rewards = given.clone().requires_grad_()
+    ends = torch.zeros(3, 2, dtype=torch.bool, device="cuda")
+    with launch_as(kernels, "reward_to_go", returns):
+        device.clear()
+        found = reward_to_go(rewards, ends, 0.5)
+        assert [each.kind for each in device.operations] == ["reward_to_go"]
+        found.sum().backward()
+    expected = reward_to_go(given.cpu(), ends.cpu(), 0.5)
+    assert found.is_cuda
+    assert torch.equal(found.detach().cpu(), expected)
+    assert rewards.grad.cpu()[:, 0].tolist() == [1, 1.5, 1.75]
 
 
 def test_memory_has_a_place(device):
