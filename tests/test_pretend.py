@@ -408,9 +408,8 @@ def test_an_operator_of_ours_is_what_it_does(device):
         found = reward_to_go(rewards, ends, 0.5)
         assert [each.kind for each in device.operations] == ["reward_to_go"]
         found.sum().backward()
-    expected = reward_to_go(given.cpu(), ends.cpu(), 0.5)
     assert found.is_cuda
-    assert torch.equal(found.detach().cpu(), expected)
+    assert found.tolist() == [[2, 3.75], [4, 5.5], [4, 5]]
     assert rewards.grad.cpu()[:, 0].tolist() == [1, 1.5, 1.75]
 
 
