@@ -457,18 +457,6 @@ def _of_tensors(device: Device) -> Iterator[tuple[Any, str, Any]]:
             )
         return self if place_of(self) == PINNED else _on(self, PINNED)
 
-    deepcopy = torch.Tensor.__deepcopy__
-
-    def __deepcopy__(self, memo):
-        known = id(self) in memo
-        made = deepcopy(self, memo)
-        if place_of(self) == CUDA and not known:
-            device.note(device.operations, "deepcopy")
-            for each in (made, made.grad):
-                if each is not None:
-                    _put(each, CUDA)
-        return made
-
     reduce = torch.Tensor.__reduce_ex__
 
     def __reduce_ex__(self, protocol):
@@ -490,7 +478,6 @@ def _of_tensors(device: Device) -> Iterator[tuple[Any, str, Any]]:
         "tolist": tolist,
         "pin_memory": pin_memory,
         "is_pinned": lambda self, *args: place_of(self) == PINNED,
-        "__deepcopy__": __deepcopy__,
         "__reduce_ex__": __reduce_ex__,
     }
     for name, new in replaced.items():

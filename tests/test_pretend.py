@@ -308,15 +308,19 @@ def test_gradients_and_numbers_are_those_of_the_host(device):
         assert not other.is_cuda
         assert torch.equal(one.cpu(), other)
         assert torch.equal(one.grad.cpu(), other.grad)
+    mine.register_buffer("shift", torch.ones(2, device="cuda"))
     copied = copy.deepcopy(mine)
+    assert copied.shift.is_cuda
     assert all(each.is_cuda for each in copied.parameters())
 
 
 def test_a_gradient_goes_back_to_where_it_belongs(device):
     host = torch.ones(2, requires_grad=True)
-    (3 * host.to("cuda")).sum().cpu().backward()
+    (3 * host.to("cuda")).sum().backward()
     assert not host.grad.is_cuda
-    assert host.grad.tolist() == [3, 3]
+    (host.to("cuda") * torch.ones(2, device="cuda")).sum().cpu().backward()
+    assert not host.grad.is_cuda
+    assert host.grad.tolist() == [4, 4]
 
 
 def test_additions_in_any_order_are_told(device):
