@@ -163,6 +163,9 @@ def advance(
         # Where nobody decides by what an iteration came to, the host need not wait for a GPU.
         ahead = not on_host and state.stopping.target is None and on_iteration is None
         acting = draft.policy if ahead else state.policy
+        collector = run.collector
+        if not on_host:
+            collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
         ending = _is_over(config, state.counters, state.stopping.solved)
         while not ending:
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -173,7 +176,7 @@ def advance(
                     seed=config.seed,
                     iteration=draft.counters.iteration,
                     shards=config.resolved_shards,
-                    backend=run.collector,
+                    backend=collector,
                     wait=on_host,
                 )
             acted = parameters(acting) if ahead else None

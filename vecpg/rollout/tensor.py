@@ -343,7 +343,10 @@ class TensorCollector:
             + 4
             + 3
         )
-        need, free = self._blocks * self._between * num_envs * row, torch.cuda.mem_get_info(device)[0]
+        need, free = (
+            self._blocks * self._between * num_envs * row,
+            torch.cuda.mem_get_info(device)[0],
+        )
         if 2 * need <= free:
             return True
         once(
@@ -357,9 +360,7 @@ class TensorCollector:
         """Record everything, for the parameters where they are now."""
         functions, device = self._functions(), self.policy.device
         with torch.inference_mode():
-            self._steps = tuple(
-                graphs.capture(each, device, "collecting") for each in functions
-            )
+            self._steps = tuple(graphs.capture(each, device, "collecting") for each in functions)
         self.graphs = self._steps != functions
         self._recorded = self._addresses()
 
