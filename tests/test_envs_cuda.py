@@ -128,6 +128,7 @@ THIRD = np.float32(1 / 3)
         (lambda x: (x + 9.0) ** -2, 1 / ((X + np.float32(9)) * (X + np.float32(9)))),
         (lambda x: x**0 + x**1, X + 1),
         (lambda x: -x, -X),
+        (lambda x: np.float32(2.0) * x, 2 * X),
         (lambda x: +x + abs(x), X + abs(X)),
         (lambda x: ops.where(x < 1.0, 1.0, x), np.where(X < 1, np.float32(1), X)),
         (lambda x: ops.where((x == 1) | ~(x >= 0.0), 1.0, 0.0), ((X == 1) | (X < 0))),

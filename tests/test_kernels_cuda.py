@@ -13,7 +13,7 @@ from vecpg import noise  # noqa: E402
 from vecpg.envs.ops import cpu  # noqa: E402
 from vecpg.envs.ops import cuda as ops  # noqa: E402
 from vecpg.kernels import cuda  # noqa: E402
-from vecpg.kernels.jit import jit  # noqa: E402
+from vecpg.kernels.jit import Compilation, jit  # noqa: E402
 
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan]
 
@@ -21,6 +21,19 @@ SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan]
 @pytest.mark.slow
 def test_interpreted():
     gpu_kernels.interpret("test_kernels_cuda")
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_counted(monkeypatch):
+    """By the hooks that this version of Triton has."""
+    given = torch.zeros(5, dtype=torch.int64), torch.zeros(5, 4, dtype=torch.int64), 0
+    with gpu_kernels.compiling(monkeypatch) as kernels, Compilation() as compilation:
+        write_words[(1,)](*given, BLOCK=4)
+        first = compilation.seconds
+        assert first > 0
+        write_words[(1,)](*given, BLOCK=4)
+        assert compilation.seconds == first
+    assert kernels[0] is kernels[1]
 
 
 def interpret():
