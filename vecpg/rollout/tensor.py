@@ -250,8 +250,8 @@ class TensorCollector:
             kept.copy_(each)
         self._starts.copy_(self.envs.dynamics.start(uniforms.to(self.envs.dtype)))
 
-    def _advance(self) -> None:
-        """A block of rows."""
+    def _advance(self) -> tuple[Tensor, Tensor]:
+        """A block of rows. Returns its terminations and truncations."""
         copies, rows, dynamics = self._copies, self._rows, self.envs.dynamics
         at = copies.t + self._following
         place = at % self._rows_of_noise
@@ -287,8 +287,6 @@ class TensorCollector:
         rows.terminations.index_copy_(0, at, terminations)
         rows.truncations.index_copy_(0, at, truncations)
         rows.mask.index_copy_(0, at, mask)
-        copies.episodes.add_((terminations | truncations).sum(dim=0))
-        copies.cut.add_(truncations.sum(dim=0))
         copies.state.copy_(state)
         copies.seen.copy_(obs.view_as(copies.seen))
         torch.add(
@@ -298,6 +296,7 @@ class TensorCollector:
             out=copies.now,
         )
         copies.t.add_(self._between)
+        return terminations, truncations
 
     def _draw(self, k: int, obs: Tensor, numbers: list[Tensor]) -> Tensor:
         """The actions of row k of a block."""
@@ -316,9 +315,11 @@ class TensorCollector:
         ]
         return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
-    def _tally(self) -> None:
+    def _tally(self, terminations: Tensor, truncations: Tensor) -> None:
         """What the host is told at a look."""
         copies = self._copies
+        copies.episodes.add_((terminations | truncations).sum(dim=0))
+        copies.cut.add_(truncations.sum(dim=0))
         unfinished = copies.now != FINISHED
         starting = (copies.steps < self.num_steps) & unfinished
         both = torch.stack([unfinished, starting]).sum(dim=1)
@@ -326,8 +327,7 @@ class TensorCollector:
 
     def _functions(self) -> tuple[Callable[[], None], ...]:
         def block() -> None:
-            self._advance()
-            self._tally()
+            self._tally(*self._advance())
 
         return self._begin, self._refresh, self._refresh_all, block
 
@@ -343,7 +343,10 @@ class TensorCollector:
             + 4
             + 3
         )
-        need, free = self._blocks * self._between * num_envs * row, torch.cuda.mem_get_info(device)[0]
+        need, free = (
+            self._blocks * self._between * num_envs * row,
+            torch.cuda.mem_get_info(device)[0],
+        )
         if 2 * need <= free:
             return True
         once(
@@ -357,9 +360,7 @@ class TensorCollector:
         """Record everything, for the parameters where they are now."""
         functions, device = self._functions(), self.policy.device
         with torch.inference_mode():
-            self._steps = tuple(
-                graphs.capture(each, device, "collecting") for each in functions
-            )
+            self._steps = tuple(graphs.capture(each, device, "collecting") for each in functions)
         self.graphs = self._steps != functions
         self._recorded = self._addresses()
 
@@ -500,6 +501,6 @@ def _places(flags: Tensor, count: int) -> Tensor:
 
 def _all_finite(values: Tensor, mask: Tensor) -> Tensor:
     """Whether the numbers of (R, ...) are finite in all rows where (R,) `mask` is True."""
-    low, high = values.reshape(len(values), -1).aminmax(dim=1)
+    low, high = (values.flatten(1) if values.ndim > 1 else values[:, None]).aminmax(dim=1)
     # Both are NaN where a number is.
     return ((low > -math.inf) & (high < math.inf) | ~mask).all()
