@@ -265,7 +265,7 @@ class KeyedNoise:
         ]
 
     def __call__(self, key: Tensor, t: Tensor) -> list[Tensor]:
-        """(count, steps, num_envs) float32 of each purpose, for the steps from t, (1,) int64, on."""
+        """(count, steps, num_envs) float32 of each purpose, from step t on, (1,) int64."""
         if not self._counts:
             return []
         low = key.index_select(0, self._seeds)[:, None, None]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ def capture(function: Callable[[], None], device: torch.device, what: str) -> Ca
     """
     if device.type != "cuda":
         return function
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current: Any = torch.cuda.current_stream(device)
+    side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(current)
     with torch.cuda.stream(side):
         function()  # what is made at a first call, as a library's workspace, is no part of a graph

@@ -25,15 +25,15 @@ _CONVERSIONS = {
     for name in ("array_conversion", "jax_to_numpy", "jax_to_torch", "numpy_to_torch")
 }
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class Collector:
     """The way that collecting goes, chosen once for environments and a policy.
 
-    backend:           "reference" or "cpu".
-    reason:            why it is not "cpu"; None if it is.
+    backend:           "reference", "cpu" or "cuda".
+    reason:            why it is "reference"; of "cuda", why actions are drawn in torch; else None.
     draws_on_host:     actions are drawn in machine code (always so where the backend is "cpu").
     on_tensors:        what the environments do is done on the policy's device, by
                        `vecpg.rollout.tensor`.
@@ -51,11 +51,13 @@ class Collector:
     kept: TensorCollector | None = None
 
     def __str__(self) -> str:
-        if self.backend == "cpu":
-            return "in machine code"
-        drawing = "" if self.draws_on_host else ", actions drawn in torch"
-        graphs = "" if self.kept is None or not self.kept.graphs else ", in CUDA graphs"
-        return f"by stepping{drawing}{graphs}: {self.reason}"
+        graphs = ""
+        if self.kept is not None and self.kept.graphs:
+            graphs = f", in CUDA graphs of {self.kept.between} rows"
+        why = "" if self.reason is None else f": {self.reason}"
+        drawing = "" if self.draws_on_host or self.reason is None else ", actions drawn in torch"
+        way = {"cpu": "in machine code", "cuda": "in Triton kernels", "reference": "by stepping"}
+        return f"{way[self.backend]}{graphs}{drawing}{why}"
 
     def collect(
         self,
@@ -121,6 +123,8 @@ class Collector:
         """
         if self.backend == "cpu":
             cpu.prepare(envs, policy)
+        elif self.backend == "cuda":
+            tensor.prepare_kernels(envs, policy)
         elif self.draws_on_host:
             sampling.prepare(policy)
         stepping.prepare()  # evaluation steps
@@ -137,6 +141,7 @@ class Collector:
             num_steps=num_steps,
             shards=shards,
             draws_on_host=self.draws_on_host,
+            kernels=tensor.find_kernels(envs, policy) if self.backend == "cuda" else None,
             static=static,
         )
 
@@ -171,9 +176,11 @@ def collect(
             (seed, iteration, index) fixes every random number of an environment.
         shards: groups of environments that go through the network one by one. The rollout of each,
             collected alone with its own `first_env`, is the same, bit for bit.
-        backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
-            machine code, of environments on tensors on the CPU under a plain network; "auto" takes
-            "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
+        backend: "reference" steps the environments in Python, or plays rows in torch of those on
+            tensors; "cpu" plays whole rollouts in machine code, of environments on tensors on the
+            CPU under a plain network; "cuda" plays rows of those on a GPU in Triton kernels; "auto"
+            takes "cpu" or "cuda" where it serves. A `Collector` was chosen before, and nothing is
+            asked again.
         action_masks: take only actions that `infos["action_mask"]` of the environments, (N, A),
             allows; the rollout has them as `action_masks`. A `Collector` knows by itself.
         activation_memory: bytes that the rollout may keep of hidden activations, so that `update`
@@ -247,24 +254,31 @@ def choose_collector(
         if isinstance(envs, TensorVectorEnv):
             raise ValueError("action_masks: environments on tensors give no infos")
     masked = "its actions are masked" if action_masks else None
-    reason = "as asked" if backend == "reference" else masked or cpu.why_not(envs, policy)
-    if backend == "cpu" and reason is not None:
+    refused = {
+        "cpu": masked or cpu.why_not(envs, policy),
+        "cuda": masked or tensor.why_no_kernels(envs, policy),
+    }
+    if refused.get(backend) is not None:
+        served = {"cpu": cpu.SERVED, "cuda": tensor.SERVED}[backend]
         raise ValueError(
-            f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
+            f'backend="{backend}": {refused[backend]}; it serves {served}. Use'
+            ' backend="reference" or "auto"'
         )
-    if reason is None:
+    if backend in ("auto", "cpu") and refused["cpu"] is None:
         return Collector("cpu", None, draws_on_host=True, activation_memory=activation_memory)
-    on_host = not action_masks and sampling.why_not(policy) is None
+    if backend in ("auto", "cuda") and refused["cuda"] is None:
+        reason = tensor.why_drawn_in_torch(policy)
+        return Collector("cuda", reason, draws_on_host=False, on_tensors=True)
     off_tensors = tensor.why_not(envs, policy)
-    if off_tensors is not None and isinstance(envs, TensorVectorEnv) and envs.device.type != "cpu":
+    if off_tensors is not None and isinstance(envs, TensorVectorEnv) and envs.device.type == "cuda":
         raise ValueError(
-            f"envs: on {envs.device} expected a TensorVectorEnv for the policy, but {off_tensors};"
+            f"envs: on {envs.device} expected what rows are played of on a GPU, but {off_tensors};"
             ' make them with device="cpu"'
         )
     return Collector(
         "reference",
-        reason,
-        draws_on_host=on_host,
+        "as asked" if backend == "reference" else refused[policy.device.type],
+        draws_on_host=not action_masks and sampling.why_not(policy) is None,
         on_tensors=off_tensors is None,
         action_masks=action_masks,
     )
