@@ -17,7 +17,7 @@ from vecpg import value as value_module
 from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.kernels import graphs
-from vecpg.kernels.gathered import Gradient, chunk_sizes, rows_at_once
+from vecpg.kernels.gathered import chunk_sizes, rows_at_once
 from vecpg.noise import Stream
 from vecpg.policy import Policy
 from vecpg.policy import network as network_module

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vecpg.adam import Adam
 from vecpg.kernels import threads
@@ -139,7 +139,9 @@ class Learner:
                 f"{wrong}{when(rollout)}, and the policy was left as it was: {suspect}"
             )
         if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, stats.grad_norm)
+            # What `nn.utils.clip_grads_with_norm_` computes, likewise.
+            scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
         try:
             optimizer.step()
             # Squares of the gradient make its norm, so what Adam keeps of them is finite.
