@@ -46,12 +46,17 @@ def by_loop(weights, mask, dones):
     return rows
 
 
+def turn(rows):
+    """The same, with time contiguous in memory."""
+    return rows.mT.contiguous().mT
+
+
 def longest_of(rows, num_envs):
     """How many ages each environment has."""
     return [sum(n in by_env for by_env in rows.values()) for n in range(num_envs)]
 
 
-def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
+def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turned=False):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(length, num_envs, generator=g) >= masked
     dones = torch.rand(length, num_envs, generator=g) < done  # some where nothing counts
@@ -61,8 +66,9 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
     given = [each.to(device) for each in (weights, mask, dones)]
     found = cuda.find(*given[1:])
     assert found.longest.tolist() == longest_of(rows, num_envs)
-    parts = cuda.add(given[0], found)
-    sums = cuda.add_parts(parts)
+    if turned:
+        given = [turn(each) for each in given]
+    sums = cuda.sums_by_age(*given)
     assert torch.equal(sums, cuda.sums_by_age(*given)), "the same bits twice"
     for age in range(length):
         own = [w for many in rows.get(age, {}).values() for _, w in many]
@@ -71,11 +77,14 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
         assert abs(total - math.fsum(own)) <= 1e-13 * math.fsum(map(abs, own))
     # Rows in which nothing counts, at the end.
     later = [torch.cat([each, each.new_zeros(5, num_envs)]) for each in given]
+    if turned:
+        later = [turn(each) for each in later]
     more = cuda.sums_by_age(*later)
     assert torch.equal(more[:, :length], sums)
     assert not more[:, length:].any()
     for others in (True, False):
         result = later[0].clone()
+        assert result.is_contiguous() is not turned
         cuda.subtract_mean_by_age(result, *later[1:], more, others)
         assert not result[length:].any()
         expected = torch.zeros(length, num_envs, dtype=torch.float64)
@@ -116,6 +125,7 @@ def interpret():
     check_case("cpu", 1, 1, torch.float32, 0, masked=0.0)
     check_case("cpu", 1, 3, torch.float32, 1, masked=1.0)
     check_case("cpu", 9, 1, torch.float64, 2)
+    check_case("cpu", 5, 3, torch.float32, 3, turned=True)
     check_case("cpu", 13, 9, torch.float32, 4)
     check_case("cpu", 12, 5, torch.float32, 6, masked=0.0, done=0.0)
     check_case("cpu", 8, 5, torch.float32, 7, done=1.0)
@@ -142,7 +152,7 @@ def launched(monkeypatch, call):
 
 
 def launch(length, num_envs, offset=0):
-    """With rows that begin so many elements behind where memory was allocated."""
+    """Of rows that begin so many elements behind where memory was allocated."""
     size = length * num_envs
     weights, flags = (
         unfilled(offset + size, dtype)[offset:].reshape(length, num_envs)
