@@ -72,8 +72,8 @@ def interpret():
     np.seterr(all="ignore")
     torch.set_num_threads(1)
     cuda._BLOCK = 4
-    check_rollout(CartPole, num_envs=6, num_steps=22, limit=20, first_env=7)
-    check_rollout(CartPole, num_envs=8, num_steps=1, limit=11)
+    check_rollout(CartPole, num_envs=6, num_steps=14, limit=13, first_env=7)
+    check_rollout(Fading, num_envs=8, num_steps=1, limit=5)
     check_rollout(Pendulum, num_envs=5, num_steps=7, limit=5, first_env=1000)
     check_rollout(Acrobot, num_envs=3, num_steps=6, limit=4, seed=2**40 + 5)
     check_rollout(MountainCarContinuous, num_envs=3, num_steps=6, limit=4)
