@@ -16,7 +16,13 @@ from pairs import pairwise
 
 from vecpg import advantage, update, value
 from vecpg import begin as begin_module
-from vecpg.advantage import advantages, subtract_mean_by_age, sum_and_count, sums_by_age
+from vecpg.advantage import (
+    advantages,
+    ages,
+    subtract_mean_by_age,
+    sum_and_count,
+    sums_by_age,
+)
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.kernels import threads
@@ -680,7 +686,7 @@ def all_at_once(monkeypatch):
 
 def last_first(monkeypatch):
     """The right sums of shards, added in another order."""
-    for module in (advantage, statistics, update, value):
+    for module in (advantage, ages, statistics, update, value):
         monkeypatch.setattr(module, "in_order", lambda parts: added(list(parts)[::-1]))
     for module in (update, value):
         monkeypatch.setattr(
