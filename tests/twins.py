@@ -1,4 +1,4 @@
-"""The kernels that play rows on a GPU, in torch: each twin has its kernel's arguments and effects."""
+"""The kernels that play rows on a GPU, in torch: a twin has its kernel's arguments and effects."""
 
 import functools
 import sys
