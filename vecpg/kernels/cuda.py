@@ -7,6 +7,10 @@ functions are not called: their bits are others, and Triton's interpreter has no
 import triton
 import triton.language as tl
 
+from vecpg.kernels.jit import hear_triton
+
+hear_triton(triton)
+
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
@@ -54,7 +58,7 @@ def as_uniform(word):
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def uniform(low, high, iteration, step, env, PURPOSE: tl.constexpr, INDEX: tl.constexpr):
     """Number `INDEX` of `Stream.uniforms_at`; `PURPOSE` alone, and the rest as in `words`."""
     w0, w1, w2, w3 = words(low, high, iteration, step, env, PURPOSE + INDEX // 4 * 256)

@@ -161,7 +161,7 @@ def _draw_gaussian(means: Tensor, distribution: Any, copies: Any, rows: Any, off
         )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def choose(logits, stride, uniform_number, inside, ACTIONS: tl.constexpr):
     """The actions that uniform numbers stand for: how many cumulative probabilities they reach.
 
