@@ -31,11 +31,11 @@ def test_a_package_that_is_missing_has_no_version(monkeypatch):
         return "1.0"
 
     monkeypatch.setattr(metadata, "version", version)
-    machine._version.cache_clear()
+    machine.package_version.cache_clear()
     try:
         found = system()
     finally:
-        machine._version.cache_clear()
+        machine.package_version.cache_clear()
     assert (found["torch"], found["numpy"]) == ("1.0", "1.0")
     assert found["gymnasium"] is found["numba"] is found["tensorboard"] is None
 

@@ -18,12 +18,13 @@ def versions() -> dict[str, str | None]:
     return {
         "vecpg": vecpg.__version__,
         "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
+        **{package: package_version(package) for package in packages},
     }
 
 
 @functools.cache
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of a package as pip knows it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
