@@ -4,13 +4,14 @@
     python benchmarks/first_hour.py a d                   # some; these need torch and triton alone
     python benchmarks/first_hour.py --record              # keep what was measured in the tables
 
-Before it starts it says which parts won't run, why, and the line that adds what they lack. Each part
-is a process with a limit of time, and its JSON is whole after every measurement:
+Before it starts it says which parts won't run, why, and the line that adds what they lack. Each
+part is a process with a limit of time, and its JSON is whole after every measurement:
 benchmarks/results/<machine>/first-hour-<part>.json. What fails costs only itself. Every figure was
 compared with another computation of the same just before it was timed. A table goes to stdout,
 progress to stderr. Exit status 1: something was wrong.
 
-Without a GPU the parts run in miniature, to see that they run; nothing of it is kept but in --out-dir.
+Without a GPU the parts run in miniature, to see that they run; what they find is kept only where
+--out-dir says.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vecpg.measure import cells, timing
 from vecpg.measure.cells import FLOPS, Case, Cell, CheckFailed, Limit, prepared
 from vecpg.measure.timing import Pace
 from vecpg.policy import Policy
-from vecpg.rollout import collect
+from vecpg.rollout import Collector, collect
 from vecpg.update import update
 
 TRAIN = Case("train", "cpu", "sync", 2)
@@ -115,13 +116,17 @@ def test_bare_steps_are_counted_one_by_one():
 
 @pytest.mark.parametrize("thing", ["collect", "train"])
 @pytest.mark.parametrize("kind", ["sync", "tensor"])
-def test_what_is_timed_is_what_was_checked_and_counted(spy, thing, kind):
+def test_what_is_timed_is_what_was_checked_and_counted(spy, monkeypatch, thing, kind):
+    prepared_ones = []
+    monkeypatch.setattr(Collector, "prepare", lambda self, *_: prepared_ones.append(self))
     calls = spy("collect", "check_cartpole")
     with prepared(Case(thing, "cpu", kind, 2)) as cell:
         checked = next(args[0] for name, args, _, _ in calls if name == "check_cartpole")
         calls.clear()
         cell.run()
         _, _, settings, rollout = next(call for call in calls if call[0] == "collect")
+    # As in training, what was chosen and prepared once is what collects.
+    assert [settings.pop("backend")] == prepared_ones
     assert settings == {"num_steps": 32, "seed": 1, "iteration": 0}
     assert torch.equal(rollout.mask, checked.mask)
     assert torch.equal(rollout.obs, checked.obs)
@@ -425,3 +430,14 @@ def test_bare_actions_are_of_both_kinds():
     run, _ = cells._bare(Envs(), Case("stepping", "cpu", "sync", 8))
     run()
     assert 0.2 < np.mean(taken) < 0.8
+
+
+def test_what_compiles_in_a_round_is_no_figure(monkeypatch):
+    monkeypatch.setattr(timing, "calls_for", lambda *_: 1)
+    add = numba.njit(lambda x: x + 1)
+    rounds = iter([1, 1, 1.0, 1.0])  # the first compiles, and the third for another type
+    with pytest.raises(CheckFailed, match="compiled while it was timed"):
+        timing._rounds(Cell(lambda: add(next(rounds)), "calls", 1, 1), "cpu", Pace(rounds=3))
+    rounds = iter([1, 1.0, 1])
+    seconds, _ = timing._rounds(Cell(lambda: add(next(rounds)), "calls", 1, 1), "cpu", Pace(3))
+    assert len(seconds) == 3

@@ -7,7 +7,7 @@ import random
 import torch
 
 from hour.job import Wrong
-from vecpg.returns import cuda, generalized_advantage, packed_reward_to_go, reward_to_go
+from vecpg.returns import cuda, reward_to_go
 
 # The error of rounding the result once, with a little room; in the interpreter, which cuts what
 # does not fit into bfloat16 instead of rounding it, twice that.
@@ -99,8 +99,12 @@ def _check_returns(device, shape, dtype, mode, layout, given, gamma):
         )
         return out
 
-    result = call()
-    return {"error": _error(result, expected, TOLERANCE[dtype], call())}
+    return {
+        "kernel": "returns",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tolerance": TOLERANCE[dtype],
+        "error": _error(call(), expected, TOLERANCE[dtype], call()),
+    }
 
 
 def _error(result, expected, tolerance, again):

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 # The exit status of a part whose device answers no more: what is left of it goes on in another.
 BROKEN = 3

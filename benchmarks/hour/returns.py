@@ -101,9 +101,7 @@ def _case(name, length, num_envs):
     if name == "returns":
         expected = reward_to_go(*wide, dones.to(where), GAMMA, backend="reference")
     else:
-        expected = generalized_advantage(
-            *wide, dones.to(where), GAMMA, LAMBDA, backend="reference"
-        )
+        expected = generalized_advantage(*wide, dones.to(where), GAMMA, LAMBDA, backend="reference")
     return (*given, dones), expected.float().cuda()
 
 
@@ -147,8 +145,6 @@ def _cached_copies():
     for half in (2**20, 2**22, 2**24):
         source = torch.ones(half, dtype=torch.uint8, device="cuda")
         target = torch.ones_like(source)
-        seconds = clock.on_device(
-            functools.partial(target.copy_, source), lambda _: None
-        )
+        seconds = clock.on_device(functools.partial(target.copy_, source), lambda _: None)
         found.append((2 * half, seconds))
     return found
