@@ -2,7 +2,7 @@
 
     python benchmarks/first_hour.py                       # every part, in under eight minutes
     python benchmarks/first_hour.py a d                   # some; these need torch and triton alone
-    python benchmarks/first_hour.py --record              # keep what was measured in the tables
+    python benchmarks/first_hour.py --record              # its tables from what was measured
 
 Before it starts it says which parts won't run, why, and the line that adds what they lack. Each
 part is a process with a limit of time, and its JSON is whole after every measurement:
@@ -42,7 +42,16 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}")
     parser.add_argument("--out-dir", type=Path, help="instead of benchmarks/results/<machine>")
     parser.add_argument("--commit", help="of these files, where they lie in no repository")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="measure nothing; keep the JSON of --out-dir, if it is given, in benchmarks/results,"
+        " and make benchmarks/README.md and vecpg/speeds.json anew",
+    )
     args = parser.parse_args()
+    if args.record:
+        record(parser, args.out_dir)
+        return
     chosen = args.parts or list(PARTS)
     if unknown := [letter for letter in chosen if letter not in PARTS]:
         parser.error(f"PART: expected of {', '.join(PARTS)}, got {', '.join(unknown)}")
@@ -67,6 +76,15 @@ def main():
     print("\n\n".join(tables.table(content) for content in found), flush=True)
     if any(content["problems"] for content in found):
         sys.exit(1)
+
+
+def record(parser, folder):
+    from hour.record import record
+
+    try:
+        print("written: " + ", ".join(str(p.relative_to(ROOT)) for p in record(ROOT, folder)))
+    except ValueError as error:
+        parser.error(f"--record: {error}")
 
 
 def why_no_gpu():

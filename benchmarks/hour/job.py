@@ -49,6 +49,7 @@ class Job:
         for number, (what, function) in enumerate(cases):
             if self.left() <= 0:
                 content["not_reached"] += [name for name, _ in cases[number:]]
+                write(self._path, content)
                 say(f"no time for {len(cases) - number} more")
                 break
             say(what)
