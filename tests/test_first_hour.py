@@ -228,6 +228,7 @@ def test_a_process_is_ended_at_its_time(monkeypatch, tmp_path):
     child = int((tmp_path / "child").read_text())
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         while Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+            assert time.monotonic() - started < 10, "what it has started goes on"
             time.sleep(0.01)
 
 
