@@ -2,6 +2,7 @@
 
     python benchmarks/first_hour.py                       # every part, in under eight minutes
     python benchmarks/first_hour.py a d                   # some; these need torch and triton alone
+    python benchmarks/first_hour.py t                     # every tile of the returns kernel
     python benchmarks/first_hour.py --record              # its tables from what was measured
 
 Before it starts it says which parts won't run, why, and the line that adds what they lack. Each
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from hour import parts, tables  # noqa: E402
 from hour.job import BROKEN, read, write  # noqa: E402
-from hour.parts import GRACE, PARTS  # noqa: E402
+from hour.parts import GRACE, PARTS, USUAL  # noqa: E402
 
 # Less is not worth the start of a process.
 _LEAST_SECONDS = 8
@@ -46,13 +47,13 @@ def main():
         "--record",
         action="store_true",
         help="measure nothing; keep the JSON of --out-dir, if it is given, in benchmarks/results,"
-        " and make benchmarks/README.md and vecpg/speeds.json anew",
+        " and make benchmarks/README.md, vecpg/speeds.json and vecpg/returns/cuda.json anew",
     )
     args = parser.parse_args()
     if args.record:
         record(parser, args.out_dir)
         return
-    chosen = args.parts or list(PARTS)
+    chosen = args.parts or list(USUAL)
     if unknown := [letter for letter in chosen if letter not in PARTS]:
         parser.error(f"PART: expected of {', '.join(PARTS)}, got {', '.join(unknown)}")
     chosen = [letter for letter in PARTS if letter in chosen]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,9 +19,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import first_hour
-from hour import clock, job, parts, record, tables
+from hour import clock, job, parts, record, tables, tiles
 from hour.job import BROKEN, Job, Wrong
-from hour.parts import GRACE, OWN_SECONDS, PARTS
+from hour.parts import GRACE, OWN_SECONDS, PARTS, USUAL
 
 COMMAND = [sys.executable, "benchmarks/first_hour.py"]
 # What a site without some packages is like, in this process and in all that it starts.
@@ -87,11 +88,11 @@ def test_without_a_gpu_every_other_part_runs_in_miniature_or_says_that_it_needs_
 def test_a_part_that_is_not_there_is_refused():
     done = hour("a", "z")
     assert done.returncode == 2
-    assert "expected of a, b, c, d, e, f, got z" in done.stderr
+    assert "expected of a, b, c, d, e, f, t, got z" in done.stderr
 
 
 def test_all_parts_together_take_less_than_eight_minutes():
-    assert sum(part.seconds + GRACE for part in PARTS.values()) + OWN_SECONDS < 480
+    assert sum(PARTS[letter].seconds + GRACE for letter in USUAL) + OWN_SECONDS < 480
 
 
 # A part at work.
@@ -538,6 +539,23 @@ FOUND = {
         }
     ],
     "f": [{"what": "64", "results": {"cells": [cell("cpu", 1e6), cell("cuda", 4e6)]}}],
+    "t": [
+        {
+            "layout": layout,
+            "length": 128,
+            "num_envs": n,
+            "tile": tile,
+            "device_us": us,
+            "of_copy": c,
+        }
+        for layout, n, tile, us, c in [
+            ("time", 64, "short", 3.0, 0.5),
+            ("time", 64, "tall", 2.0, 0.75),
+            ("time", 4096, "tall", 9.0, 0.5),
+            ("time", 4096, "short", 8.0, 0.6),
+            ("batch", 64, "many", 4.0, 0.4),
+        ]
+    ],
 }
 SHOWN = {
     "a": "| returns | float32 | 1     | 1e-07         | 2e-07      |",
@@ -545,11 +563,12 @@ SHOWN = {
     "c": "| collect          | 64     | 512    | 160k     | 2.5M      | 1.5, 1.5           |",
     "d": "| returns | 128 x 64 | time   | 3.0               | 0.81      | 22         |",
     "e": "| 64     | cuda   | 1 of 1 | 0.81    | 181k              | 2.5                |",
+    "t": "| time   | 128 x 64   | tall    | 0.75      | short 0.50 |",
     "f": "| train    | tensor | 64       | 1M  | 0.25 of matrix product | 4M   |",
 }
 
 
-@pytest.mark.parametrize("letter", PARTS)
+@pytest.mark.parametrize("letter", SHOWN)
 def test_a_table_has_the_figures_with_their_machine(letter):
     text = tables.table(kept(letter, FOUND[letter]))
     assert SHOWN[letter] in text
@@ -615,6 +634,49 @@ def test_a_whole_benchmark_of_a_machine_stands_before_its_first_hour(repository)
     assert [each["median"] for each in found["cells"]] == [7e6]
 
 
+def test_the_fastest_tiles_become_the_table_of_their_gpu(repository, tmp_path):
+    path = repository / "vecpg" / "returns" / "cuda.json"
+    path.parent.mkdir()
+    path.write_text('{"default": [{"layout": "time", "tile": "tall"}], "NVIDIA T": []}')
+    job.write(tmp_path / "first-hour-t.json", kept("t", FOUND["t"]))
+    assert path in record.record(repository, tmp_path)
+    assert json.loads(path.read_text()) == {
+        "default": [{"layout": "time", "tile": "tall"}],
+        "NVIDIA T": [
+            {"layout": "time", "min_envs": 513, "tile": "short"},
+            {"layout": "time", "tile": "tall"},
+            {"layout": "batch", "tile": "many"},
+        ],
+    }
+    assert max(map(len, path.read_text().splitlines())) < 100
+
+
+def test_every_measured_shape_gets_its_fastest_tile():
+    g = random.Random(0)
+    for _ in range(200):
+        lengths, widths = (g.sample(range(1, 40), g.randint(1, 4)) for _ in range(2))
+        rows = [
+            {"layout": layout, "length": t, "num_envs": n, "tile": tile, "device_us": g.random()}
+            for layout in ("time", "batch")
+            for t in lengths
+            for n in widths
+            for tile in "abc"
+            if g.random() < 0.9
+        ]
+        found = tiles.rules(rows)
+        for one in rows:
+            place = {name: one[name] for name in ("layout", "length", "num_envs")}
+            same = [row for row in rows if place.items() <= row.items()]
+            taken = next(
+                rule["tile"]
+                for rule in found
+                if rule["layout"] == one["layout"]
+                and one["length"] <= rule.get("max_rows", one["length"])
+                and one["num_envs"] >= rule.get("min_envs", 0)
+            )
+            assert taken == min(same, key=lambda row: row["device_us"])["tile"]
+
+
 @pytest.mark.parametrize(
     ("other", "problem"),
     [
@@ -636,7 +698,7 @@ def test_the_tables_of_this_repository_are_made_from_its_files():
     found = record.machines(ROOT / "benchmarks" / "results")
     assert record.with_tables(readme, found) == readme
     if not found:
-        assert readme.count(": unmeasured") == len(PARTS)
+        assert readme.count(": unmeasured") == len(USUAL)
 
 
 def test_without_torch_it_says_what_adds_it(monkeypatch):

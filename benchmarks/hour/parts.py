@@ -73,7 +73,16 @@ PARTS = {
         60,
         None,
     ),
+    "t": Part(
+        "tiles",
+        "every tile of the returns kernel at many shapes",
+        KERNELS,
+        120,
+        None,
+    ),
 }
+# Without a choice; the others have to be named.
+USUAL = "abcdef"
 
 # What a part may go on for when its seconds are over: one measurement, and to end.
 GRACE = 12

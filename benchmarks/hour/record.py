@@ -1,7 +1,12 @@
-"""What `--record` makes of the parts' files: tables in benchmarks/README.md, and speeds.json."""
+"""What `--record` makes of the parts' files: tables in benchmarks/README.md, and two of vecpg's.
 
+Those are vecpg/speeds.json, from which `--device auto` decides, and vecpg/returns/cuda.json, from
+which the returns kernel takes its tiles.
+"""
+
+from hour import tiles
 from hour.job import read, write
-from hour.parts import PARTS
+from hour.parts import PARTS, USUAL
 from hour.tables import table
 
 BEGIN = "<!-- first hour: benchmarks/first_hour.py --record writes it -->"
@@ -37,6 +42,13 @@ def record(root, folder):
     text = with_tables(readme.read_text(encoding="utf-8"), machines(kept))
     readme.write_text(text, encoding="utf-8")
     speeds.write_text(report.speeds_of(results.of_every_machine(kept)), encoding="utf-8")
+    chosen = root / "vecpg" / "returns" / "cuda.json"
+    for own in machines(kept).values():
+        if "t" in own:
+            measured = own["t"]["machine"]["gpu"], own["t"]["rows"]
+            text = tiles.recorded(chosen.read_text(encoding="utf-8"), *measured)
+            chosen.write_text(text, encoding="utf-8")
+            written.append(chosen)
     return [*written, readme, speeds]
 
 
@@ -70,9 +82,9 @@ def with_tables(text, found):
     if not begin or not end:
         raise ValueError(f"expected the lines {BEGIN} and {END} in benchmarks/README.md")
     parts = [
-        f"### {name}\n\n" + "\n\n".join(_shown(letter, own) for letter in PARTS)
+        f"### {name}\n\n" + "\n\n".join(_shown(letter, own) for letter in USUAL)
         for name, own in found.items()
-    ] or ["\n".join(_shown(letter, {}) for letter in PARTS)]
+    ] or ["\n".join(_shown(letter, {}) for letter in USUAL)]
     return before + "\n\n".join([begin, *parts, end]) + after
 
 

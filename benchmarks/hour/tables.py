@@ -128,6 +128,24 @@ def _devices(rows):
     return aligned([heading, *lines])
 
 
+def _tiles(rows):
+    lines = []
+    for place in dict.fromkeys((r["layout"], r["length"], r["num_envs"]) for r in rows):
+        own = [r for r in rows if (r["layout"], r["length"], r["num_envs"]) == place]
+        own.sort(key=lambda row: row["device_us"])
+        others = ", ".join(f"{row['tile']} {row['of_copy']:.2f}" for row in own[1:])
+        lines.append(
+            [
+                place[0],
+                f"{place[1]} x {place[2]}",
+                own[0]["tile"],
+                f"{own[0]['of_copy']:.2f}",
+                others,
+            ]
+        )
+    return aligned([["layout", "T x N", "fastest", "of a copy", "others"], *lines])
+
+
 def short(number):
     """Three digits, with k, M, G or T.
 
@@ -170,4 +188,5 @@ _TABLES = {
     "d": _returns,
     "e": _solving,
     "f": _devices,
+    "t": _tiles,
 }
