@@ -7,8 +7,8 @@ import importlib.util
 from dataclasses import dataclass
 
 # What a part needs, as it is imported and as pip knows it.
-KERNELS = ("torch", "triton")
-COLLECTING = (*KERNELS, "numpy", "numba", "gymnasium")
+KERNELS = ("torch", "numpy", "triton")
+COLLECTING = (*KERNELS, "numba", "gymnasium")
 TRAINING = (*COLLECTING, "tensorboard", "tqdm")
 COMMAND = (*TRAINING, "tyro", "matplotlib")
 
