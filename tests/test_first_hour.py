@@ -439,7 +439,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, wrong, problem):
     monkeypatch.setattr(correctness.cuda, "reward_to_go", kernel)
     case = (9, 5), torch.float32, "skip", "sliced", ("mask", "last_values"), None
     with pytest.raises(Wrong, match=problem):
-        correctness._check_returns("cpu", *case)
+        correctness._check_returns("cpu", "returns", *case)
 
 
 def test_cases_differ_and_are_the_same_in_every_process():

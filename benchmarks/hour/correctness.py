@@ -1,13 +1,15 @@
 """(a) Every kernel on the device against its reference: in float64 on the host, by another way."""
 
 import functools
+import importlib.util
 import math
 import random
 
 import torch
 
-from hour.job import Wrong
-from vecpg.returns import cuda, reward_to_go
+from hour.job import Wrong, say
+from hour.parts import COLLECTING
+from vecpg.returns import cuda, generalized_advantage, packed_reward_to_go, reward_to_go
 
 # The error of rounding the result once, with a little room; in the interpreter, which cuts what
 # does not fit into bfloat16 instead of rounding it, twice that.
@@ -20,52 +22,70 @@ TOLERANCE = {
 MODES = ("cut", "skip", "decay")
 LAYOUTS = ("plain", "transposed", "sliced")
 OPTIONAL = ("final_values", "last_values", "mask")
-GAMMAS = (0.9, None, 1.0, 0.0)  # None: one for each element
-# Every kernel has one of these at least, with tiles that are not full.
+DISCOUNTS = (0.9, None, 1.0, 0.0)  # None: one for each element
+# Every tile has one of these at least that it does not fill.
 SHAPES = [(130, 1000), (16, 5000), (4100, 2), (63, 33), (300, 33000), (1, 1), (2049, 130)]
-_DRAWN = 60
+_DRAWN = 84
 
 
 def measure(job):
     if job.miniature:
-        job.run(in_the_interpreter([(9, 5), (13, 3), (1, 1)]))
+        job.run(in_the_interpreter([(9, 5), (13, 3), (1, 1)], 4))
+    else:
+        job.run(_cases(SHAPES, _DRAWN, "cuda"))
+        job.run(_packed_cases((1, 23, 9001, 200_000), "cuda"))
+    if not all(importlib.util.find_spec(name) for name in COLLECTING):
+        say("the kernels that collect need Gymnasium and Numba: not looked at")
         return
-    job.run(_cases(SHAPES, _DRAWN, "cuda"))
+    from hour import collecting
+
+    if job.miniature:
+        job.run(collecting.cases("cpu", 5, ("CartPole-v1",), 2))
+    else:
+        job.run(collecting.cases("cuda"))
 
 
-def in_the_interpreter(shapes):
-    return _cases(shapes, 6, "cpu")
+def in_the_interpreter(shapes, drawn):
+    return [*_cases(shapes, drawn, "cpu"), *_packed_cases((23,), "cpu")]
 
 
 def _cases(shapes, drawn, device):
-    """Pairs of a name and what checks it: the usual call at every shape, then drawn ones."""
+    """Pairs of a name and what checks it: the usual calls at every shape, then drawn ones."""
     g = random.Random(0)
     usual = torch.float32, "cut", "plain", (), 0.9
-    chosen = [(shape, *usual) for shape in shapes]
+    chosen = [(name, shape, *usual) for shape in shapes for name in ("returns", "advantages")]
     for number in range(drawn):
-        given = tuple(name for name in OPTIONAL if g.random() < 0.5)
-        shape = shapes[number % len(shapes)]
+        name = ("returns", "advantages")[number % 2]
         chosen.append(
             (
-                shape,
+                name,
+                shapes[number // 2 % len(shapes)],
                 g.choice(list(TOLERANCE)),
-                g.choice(MODES),
+                g.choice([*MODES, "zero"] if name == "advantages" else MODES),
                 g.choice(LAYOUTS),
-                given,
-                g.choice(GAMMAS),
+                tuple(each for each in OPTIONAL if g.random() < 0.5),
+                g.choice(DISCOUNTS),
             )
         )
     for case in dict.fromkeys(chosen):
         yield _name(*case), functools.partial(_check_returns, device, *case)
 
 
-def _name(shape, dtype, mode, layout, given, gamma):
-    words = [f"returns {shape[0]} x {shape[1]}", str(dtype).removeprefix("torch."), layout]
-    words += [f"{name} ({mode})" if name == "mask" else name for name in given]
-    return ", ".join([*words, "gamma for each" if gamma is None else f"gamma {gamma:g}"])
+def _packed_cases(totals, device):
+    for total in totals:
+        for with_final in (False, True):
+            what = f"returns of {total} packed rows{', with final values' * with_final}"
+            yield what, functools.partial(_check_packed, device, total, with_final)
 
 
-def _check_returns(device, shape, dtype, mode, layout, given, gamma):
+def _name(name, shape, dtype, mode, layout, given, discount):
+    words = [f"{name} {shape[0]} x {shape[1]}", str(dtype).removeprefix("torch."), layout]
+    words += [f"{each} ({mode})" if each == "mask" else each for each in given]
+    words.append("a discount for each" if discount is None else f"discount {discount:g}")
+    return ", ".join(words)
+
+
+def _check_returns(device, name, shape, dtype, mode, layout, given, discount):
     g = torch.Generator().manual_seed(shape[0])
     case = {
         "rewards": torch.randn(shape, generator=g).to(dtype),
@@ -73,53 +93,94 @@ def _check_returns(device, shape, dtype, mode, layout, given, gamma):
         "final_values": torch.randn(shape, generator=g).to(dtype),
         "last_values": torch.randn(shape[1], generator=g).to(dtype),
         "mask": torch.rand(shape, generator=g) < 0.7,
+        "values": torch.randn(shape, generator=g).to(dtype),
     }
-    case = {name: case[name] for name in ("rewards", "dones", *given)}
-    if "mask" in given:
-        case["rewards"] = case["rewards"].masked_fill(~case["mask"], math.nan)
+    for each in {*OPTIONAL} - {*given}:
+        del case[each]
+    if name == "returns":
+        del case["values"]
+    real = case.get("mask", torch.tensor(True))
+    # Nothing may be read where it does not count.
+    for each in {"rewards", "values"} & {*case}:
+        case[each] = case[each].masked_fill(~real, math.nan)
     if "final_values" in given:
-        read = case["dones"] & case.get("mask", torch.tensor(True))
-        case["final_values"] = case["final_values"].masked_fill(~read, math.inf)
-    if gamma is None:
-        gamma = torch.rand(shape, generator=g, dtype=torch.float64)
-    wide = {n: each.double() if each.is_floating_point() else each for n, each in case.items()}
-    expected = reward_to_go(**wide, gamma=gamma, mask_mode=mode, backend="reference")
-    there = {name: _laid_out(each.to(device), layout) for name, each in case.items()}
-    discount = _laid_out(gamma.to(device), layout) if isinstance(gamma, torch.Tensor) else gamma
+        case["final_values"] = case["final_values"].masked_fill(~(case["dones"] & real), math.inf)
+    case["gamma"] = discount
+    if discount is None:
+        case["gamma"] = torch.rand(shape, generator=g, dtype=torch.float64)
+    if name == "advantages":
+        case["gae_lambda"] = 0.8
+
+    def each(of):
+        return {n: of(v) if isinstance(v, torch.Tensor) else v for n, v in case.items()}
+
+    wide = each(lambda value: value.double() if value.is_floating_point() else value)
+    function = reward_to_go if name == "returns" else generalized_advantage
+    expected = function(**wide, mask_mode=mode, backend="reference")
+    there = each(lambda value: _laid_out(value.to(device), layout))
 
     def call():
         out = _laid_out(torch.full(shape, math.nan, dtype=dtype, device=device), layout)
-        cuda.reward_to_go(
-            there["rewards"],
-            there["dones"],
-            discount,
-            *(there.get(name) for name in OPTIONAL),
-            mode,
-            out,
-        )
+        options = [there.get(each) for each in OPTIONAL]
+        if name == "returns":
+            cuda.reward_to_go(there["rewards"], there["dones"], there["gamma"], *options, mode, out)
+        else:
+            given = [there[n] for n in ("rewards", "values", "dones", "gamma", "gae_lambda")]
+            cuda.generalized_advantage(*given, *options, mode, False, out)
         return out
 
-    return {
-        "kernel": "returns",
-        "dtype": str(dtype).removeprefix("torch."),
-        "tolerance": TOLERANCE[dtype],
-        "error": _error(call(), expected, TOLERANCE[dtype], call()),
-    }
+    result = call()
+    row = checked(result, expected, TOLERANCE[dtype])
+    check_again(result, call())
+    return {**row, "kernel": name, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _error(result, expected, tolerance, again):
+def _check_packed(device, total, with_final):
+    """Episodes one behind the other, some of them empty, beside a loop over each."""
+    g = torch.Generator().manual_seed(total)
+    cuts = torch.randint(0, total + 1, (max(5, total // 40),), generator=g)
+    ends = torch.tensor([0, 0, total, total])
+    offsets = torch.cat([ends, cuts, cuts[:3]]).sort().values
+    rewards = torch.randn(total, generator=g)
+    final_values = torch.randn(len(offsets) - 1, generator=g) if with_final else None
+    expected = packed_reward_to_go(
+        rewards.double(),
+        offsets,
+        0.9,
+        final_values=None if final_values is None else final_values.double(),
+        backend="reference",
+    )
+    there = rewards.to(device), offsets.to(device)
+    final_values = None if final_values is None else final_values.to(device)
+
+    def call():
+        out = torch.full((total,), math.nan, device=device)
+        cuda.packed_reward_to_go(*there, 0.9, final_values, out)
+        return out
+
+    result = call()
+    row = checked(result, expected, TOLERANCE[torch.float32])
+    check_again(result, call())
+    return {**row, "kernel": "packed returns", "dtype": "float32"}
+
+
+def checked(result, expected, tolerance):
     """The largest error, in parts of the largest number or of 1.
 
     Raises:
-        Wrong: it is beyond the tolerance, or the second call gave other bits.
+        Wrong: it is beyond the tolerance.
     """
     scale = max(1.0, expected.abs().max().item())
     error = (result.cpu().double() - expected).abs().max().item() / scale
     if not error <= tolerance:
         raise Wrong(f"expected an error of at most {tolerance:g}, got {error:.3g}")
+    return {"error": error, "tolerance": tolerance}
+
+
+def check_again(result, again):
+    """Refuse another call of the same that gave other bits."""
     if not torch.equal(result, again):
         raise Wrong("the same call gave other bits")
-    return error
 
 
 def _laid_out(value, layout):

@@ -1,4 +1,4 @@
-"""(c) Environment steps per second: op by op, in CUDA graphs, and the CPU's machine code.
+"""(c) Environment steps per second: op by op, in CUDA graphs, by kernels, and on the CPU.
 
 CartPole-v1 and a 4-64-64-2 policy; every rung plays the same window at a number of copies.
 """
@@ -16,6 +16,7 @@ from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.kernels import threads
 from vecpg.kernels.cores import cores
+from vecpg.kernels.jit import Compilation
 from vecpg.measure import cells
 from vecpg.measure.results import statistics_of
 from vecpg.policy import Policy
@@ -25,7 +26,13 @@ from vecpg.update import choose_learner
 
 # The start window at each number of copies; those that count first come first.
 COPIES = {4096: 128, 64: 512, 65536: 64}
-WAYS = {"in graphs": "cuda", "CPU": "cpu", "op by op": "cuda"}
+# The device of each way, its backend, and whether it has memory and CUDA graphs of its own.
+WAYS = {
+    "kernels in graphs": ("cuda", "cuda", True),
+    "CPU": ("cpu", "cpu", True),
+    "torch in graphs": ("cuda", "reference", True),
+    "torch, op by op": ("cuda", "reference", False),
+}
 # Seconds of each figure, and the rounds at least and at most.
 _SECONDS, _FEWEST, _MOST = 1.0, 5, 30
 
@@ -33,22 +40,23 @@ _SECONDS, _FEWEST, _MOST = 1.0, 5, 30
 def measure(job):
     copies, ways = COPIES, WAYS
     if job.miniature:
-        copies, ways = {4: 8}, {"CPU": "cpu", "op by op": "cpu"}
+        copies = {4: 8}
+        ways = {"CPU": WAYS["CPU"], "torch, op by op": ("cpu", "reference", False)}
     job.run(
         [
             (
                 f"{thing}, {number} copies, {way}",
-                functools.partial(timed, thing, number, window, way, device),
+                functools.partial(timed, thing, number, window, way, *how),
             )
             for number, window in copies.items()
             for thing in ("collect", "train")
-            for way, device in ways.items()
+            for way, how in ways.items()
         ],
         limit=40,
     )
 
 
-def timed(thing, copies, window, way, device):
+def timed(thing, copies, window, way, device, backend, prepared):
     """One rung: checked, then timed."""
     envs = make_envs(cells.ENV_ID, copies, vectorization="tensor", device=device)
     with torch.random.fork_rng(devices=[]):
@@ -58,60 +66,64 @@ def timed(thing, copies, window, way, device):
     torch.set_num_threads(1)
     try:
         with threads.using(cores()):
-            return _timed(thing, copies, window, way, device, envs, policy)
+            began = time.perf_counter()
+            collector = choose_collector(envs, policy, backend)
+            learner = choose_learner(policy)
+            if prepared:
+                collector = collector.prepare(envs, policy, window)
+                learner.prepare(policy)
+            found = _timed(thing, envs, policy, window, collector, learner, began)
     finally:
         torch.set_num_threads(before)
+    operations = cells.FLOPS[thing] * found["median"]
+    if device == "cuda" and operations > clock.product_speed():
+        raise Wrong(f"{found['median']:.3g} steps/s are more products than the GPU computes")
+    about = {"thing": thing, "copies": copies, "num_steps": window, "way": way, "device": device}
+    return about | found | {"how": str(collector)}
 
 
-def _timed(thing, copies, window, way, device, envs, policy):
-    began = time.perf_counter()
-    backend = "reference"
-    if way != "op by op":
-        backend = choose_collector(envs, policy)
-        backend.prepare(envs, policy)
+def _timed(thing, envs, policy, window, collector, learner, began):
+    device = policy.device.type
+    wait = device == "cpu"  # as the loop of training does
     gather = functools.partial(
-        collect, envs, policy, num_steps=window, seed=1, iteration=0, backend=backend
+        collect, envs, policy, num_steps=window, seed=1, iteration=0, backend=collector, wait=wait
     )
-    config = Config(num_envs=copies, num_steps=window)
+    config = Config(num_envs=envs.num_envs, num_steps=window)
     optimizer = Adam(policy.parameters(), lr=0.0)  # every round does the same work
-    learner = choose_learner(policy)
-    learner.prepare(policy)
+    finite = []
 
     def iterate():
         rollout = gather()
         episode_statistics(rollout)
-        learner.update(policy, optimizer, rollout, advantages(rollout, config), config)
+        weights = advantages(rollout, config)
+        stats = learner.update(policy, optimizer, rollout, weights, config, wait=wait)
+        finite[:] = rollout.finite, stats.finite
 
     function = gather if thing == "collect" else iterate
     counted = _checked(gather(), policy, window)
-    function()
+    for _ in range(2):
+        function()
     cells.wait_for(device)
     ready = time.perf_counter() - began
     seconds = []
-    started = time.perf_counter()
-    while len(seconds) < _MOST and (
-        len(seconds) < _FEWEST or time.perf_counter() - started < _SECONDS
-    ):
-        seconds.append(cells.seconds_of(function, 1, device))
+    with Compilation() as compilation:
+        started = time.perf_counter()
+        while len(seconds) < _MOST and (
+            len(seconds) < _FEWEST or time.perf_counter() - started < _SECONDS
+        ):
+            seconds.append(cells.seconds_of(function, 1, device))
+    if compilation.seconds:
+        raise Wrong("a kernel was compiled while it was timed")
+    if not all(each is None or bool(each) for each in finite):
+        raise Wrong("numbers are not finite")
     # It still does what was checked.
     if _checked(gather(), policy, window) != counted:
         raise Wrong("the rollout after the rounds counts other rows than the one before")
-    speed = statistics_of(counted, seconds)
-    operations = cells.FLOPS[thing]
-    if device == "cuda" and speed["median"] * operations > clock.product_speed():
-        raise Wrong(f"{speed['median']:.3g} steps/s are more products than the GPU computes")
     return {
-        "thing": thing,
-        "copies": copies,
-        "num_steps": window,
-        "way": way,
-        "device": device,
-        "vectorization": "tensor",
-        **speed,
+        **statistics_of(counted, seconds),
         "rounds": len(seconds),
         "counted": counted,
         "ready_seconds": ready,
-        "how": str(backend),
     }
 
 

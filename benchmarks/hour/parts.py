@@ -47,7 +47,7 @@ PARTS = {
     ),
     "c": Part(
         "ladder",
-        "op by op, in CUDA graphs, and the CPU's machine code",
+        "op by op, in CUDA graphs, by kernels, and the CPU's machine code",
         COLLECTING,
         85,
         "a few copies on the CPU",

@@ -35,7 +35,7 @@ def measure(job):
     if job.miniature:
         from hour.correctness import in_the_interpreter
 
-        job.run(in_the_interpreter([(5, 3), (40, 2)]))
+        job.run(in_the_interpreter([(5, 3), (40, 2)], 2))
         return
     cases = [
         (f"{name}, {length} x {num_envs}, {layout}", (name, length, num_envs, layout))

@@ -29,7 +29,7 @@ from vecpg.policy import Policy
 from vecpg.returns import reward_to_go
 from vecpg.rollout import Rollout, choose_collector, collect
 from vecpg.rollout.statistics import episode_statistics
-from vecpg.update import by_autograd, update
+from vecpg.update import by_autograd, choose_learner, update
 
 ENV_ID = "CartPole-v1"
 
@@ -264,6 +264,7 @@ def _train(case: Case) -> Iterator[Cell]:
         _check_advantages(rollout, weights, config.gamma)
         _check_gradient(policy, optimizer, rollout, weights, config)
         counted, rows = int(rollout.mask.sum()), rollout.mask.numel()
+        learning = _learning(policy, case)
         phases: dict[str, list[float]] = {}
 
         def iteration() -> None:
@@ -280,7 +281,7 @@ def _train(case: Case) -> Iterator[Cell]:
             end("statistics")
             weights = advantages(rollout, config)
             end("returns")
-            update(policy, optimizer, rollout, weights, config)
+            update(policy, optimizer, rollout, weights, config, **learning)
             end("update")
 
         yield Cell(
@@ -336,9 +337,10 @@ def _update(case: Case) -> Iterator[Cell]:
         policy = _policy(envs, case.device)
     optimizer = Adam(policy.parameters(), lr=0.0)
     config = Config(num_envs=case.num_envs)
+    learning = _learning(policy, case)
     _check_gradient(policy, optimizer, rollout, weights, config)
     yield Cell(
-        lambda: update(policy, optimizer, rollout, weights, config),
+        lambda: update(policy, optimizer, rollout, weights, config, **learning),
         "environment steps",
         none.numel(),
         rows,
@@ -423,21 +425,24 @@ def _copy(moved: int, units: int, device: str) -> Limit:
 
 
 def _gathering(envs: Any, policy: Policy, case: Case) -> Callable[[], Rollout]:
-    """What collects the way that training does: chosen and prepared once, the same at every call.
+    """What collects the way that training does.
 
-    What a call gives may lie in the memory of the one before.
+    On a GPU it is chosen and prepared once, does not wait, and its rollouts lie in one memory.
     """
-    collector = choose_collector(envs, policy)
-    collector.prepare(envs, policy)
-    return functools.partial(
-        collect,
-        envs,
-        policy,
-        num_steps=num_steps(case),
-        seed=1,
-        iteration=0,
-        backend=collector,
-    )
+    asked: dict[str, Any] = {"num_steps": num_steps(case), "seed": 1, "iteration": 0}
+    if case.device == "cuda":
+        collector = choose_collector(envs, policy).prepare(envs, policy, num_steps(case))
+        asked |= {"backend": collector, "wait": False}
+    return functools.partial(collect, envs, policy, **asked)
+
+
+def _learning(policy: Policy, case: Case) -> dict[str, Any]:
+    """How `update` is told to go the way that training does."""
+    if case.device == "cpu":
+        return {}
+    learner = choose_learner(policy)
+    learner.prepare(policy)
+    return {"backend": learner, "wait": False}
 
 
 def check_rollout(rollout: Rollout, policy: Policy, start_window: int) -> None:
