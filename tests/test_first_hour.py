@@ -447,10 +447,11 @@ def test_cases_differ_and_are_the_same_in_every_process():
     from hour import correctness
 
     first, again = (
-        [name for name, _ in correctness._cases(correctness.SHAPES, 60, "cpu")] for _ in range(2)
+        [name for name, _ in correctness.drawn_cases(correctness.SHAPES, 84, "cpu")]
+        for _ in range(2)
     )
     assert first == again
-    assert len(set(first)) == len(first) > 60
+    assert len(set(first)) == len(first) > 80
 
 
 # What is kept, and shown.

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import math
 import random
 
@@ -30,52 +31,66 @@ _DRAWN = 84
 
 def measure(job):
     if job.miniature:
-        job.run(in_the_interpreter([(9, 5), (13, 3), (1, 1)], 4))
+        shapes, drawn, totals = [(9, 5), (13, 3), (1, 1)], 4, (23,)
+        small = {"copies": 5, "envs": ("CartPole-v1",), "window": 2}
     else:
-        job.run(_cases(SHAPES, _DRAWN, "cuda"))
-        job.run(_packed_cases((1, 23, 9001, 200_000), "cuda"))
-    if not all(importlib.util.find_spec(name) for name in COLLECTING):
+        shapes, drawn, totals = SHAPES, _DRAWN, (1, 23, 9001, 200_000)
+        small = {}
+    usual, others = usual_cases(shapes, job.device), drawn_cases(shapes, drawn, job.device)
+    usual += packed_cases(totals, job.device)
+    if all(importlib.util.find_spec(name) for name in COLLECTING):
+        from hour import collecting
+
+        usual += collecting.cases(job.device, **small)
+    else:
         say("the kernels that collect need Gymnasium and Numba: not looked at")
-        return
-    from hour import collecting
-
-    if job.miniature:
-        job.run(collecting.cases("cpu", 5, ("CartPole-v1",), 2))
-    else:
-        job.run(collecting.cases("cuda"))
+    job.run(usual + others)
 
 
-def in_the_interpreter(shapes, drawn):
-    return [*_cases(shapes, drawn, "cpu"), *_packed_cases((23,), "cpu")]
-
-
-def _cases(shapes, drawn, device):
-    """Pairs of a name and what checks it: the usual calls at every shape, then drawn ones."""
-    g = random.Random(0)
+def usual_cases(shapes, device):
+    """Pairs of a name and what checks it: the usual calls at every shape."""
     usual = torch.float32, "cut", "plain", (), 0.9
-    chosen = [(name, shape, *usual) for shape in shapes for name in ("returns", "advantages")]
-    for number in range(drawn):
-        name = ("returns", "advantages")[number % 2]
-        chosen.append(
-            (
-                name,
-                shapes[number // 2 % len(shapes)],
-                g.choice(list(TOLERANCE)),
-                g.choice([*MODES, "zero"] if name == "advantages" else MODES),
-                g.choice(LAYOUTS),
-                tuple(each for each in OPTIONAL if g.random() < 0.5),
-                g.choice(DISCOUNTS),
-            )
+    names = ("returns", "advantages")
+    return [_named(device, name, shape, *usual) for shape in shapes for name in names]
+
+
+def drawn_cases(shapes, drawn, device):
+    """Cases of all there are, the same in every process."""
+    g = random.Random(0)
+    chosen = [
+        (
+            name,
+            shape,
+            g.choice(list(TOLERANCE)),
+            g.choice([*MODES, "zero"] if name == "advantages" else MODES),
+            g.choice(LAYOUTS),
+            tuple(each for each in OPTIONAL if g.random() < 0.5),
+            g.choice(DISCOUNTS),
         )
-    for case in dict.fromkeys(chosen):
-        yield _name(*case), functools.partial(_check_returns, device, *case)
+        for _, name, shape in zip(
+            range(drawn),
+            itertools.cycle(("returns", "advantages")),
+            (shape for shape in itertools.cycle(shapes) for _ in range(2)),
+            strict=False,
+        )
+    ]
+    return [_named(device, *case) for case in dict.fromkeys(chosen)]
 
 
-def _packed_cases(totals, device):
-    for total in totals:
-        for with_final in (False, True):
-            what = f"returns of {total} packed rows{', with final values' * with_final}"
-            yield what, functools.partial(_check_packed, device, total, with_final)
+def _named(device, *case):
+    return _name(*case), functools.partial(_check_returns, device, *case)
+
+
+def packed_cases(totals, device):
+    """Episodes one behind the other."""
+    return [
+        (
+            f"returns of {total} packed rows{', with final values' * with_final}",
+            functools.partial(_check_packed, device, total, with_final),
+        )
+        for total in totals
+        for with_final in (False, True)
+    ]
 
 
 def _name(name, shape, dtype, mode, layout, given, discount):

@@ -33,9 +33,9 @@ _LONG = 2000
 
 def measure(job):
     if job.miniature:
-        from hour.correctness import in_the_interpreter
+        from hour.correctness import packed_cases, usual_cases
 
-        job.run(in_the_interpreter([(5, 3), (40, 2)], 2))
+        job.run(usual_cases([(5, 3), (40, 2)], "cpu") + packed_cases((30,), "cpu"))
         return
     cases = [
         (f"{name}, {length} x {num_envs}, {layout}", (name, length, num_envs, layout))
