@@ -213,6 +213,9 @@ def test_an_environment_on_tensors_is_trained_and_evaluated(tmp_path, vectorizat
 # -- On a device ----------------------------------------------------------------------------------
 
 
+WAYS = ["torch", pytest.param("kernels", marks=pytest.mark.slow)]
+
+
 class Body(torch.nn.Module):
     """A user's own network."""
 
@@ -319,21 +322,42 @@ def agree(on_device, host):
     assert on_device.stream == host.stream
 
 
+SETTINGS = {
+    "plain": {},
+    "dropout": {"dropout": 0.3, "hidden_sizes": [8]},
+    "normalized": {"normalize_obs": True},
+    "spread": {"log_std": "network"},
+    "own": {"network": f"{__name__}:Body"},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "which", "num_steps", "settings"),
+    [
+        ("torch", "CartPole-v1", 7, "dropout"),
+        ("torch", "several", 7, "normalized"),
+        ("kernels", "Pendulum-v1", 1, "plain"),
+        ("kernels", "fading", 7, "own"),
+    ],
+)
+def test_what_graphs_replay_is_what_stepping_gives(way, which, num_steps, settings):
+    check_replays(way, which, num_steps, settings)
+
+
+@pytest.mark.slow
 @pairwise(
     way=["torch", "kernels"],
     which=["CartPole-v1", "Pendulum-v1", "fading", "several", "dock"],
     num_steps=[1, 7, 128],
-    settings=[
-        {},
-        {"dropout": 0.3, "hidden_sizes": [8]},
-        {"normalize_obs": True},
-        {"log_std": "network"},
-        {"network": f"{__name__}:Body"},
-    ],
+    settings=list(SETTINGS),
 )
-def test_what_graphs_replay_is_what_stepping_gives(way, which, num_steps, settings):
+def test_what_graphs_replay_is_what_stepping_gives_everywhere(way, which, num_steps, settings):
+    check_replays(way, which, num_steps, settings)
+
+
+def check_replays(way, which, num_steps, settings):
     host = make(which, 9)
-    policy = make_policy(host, **settings)
+    policy = make_policy(host, **SETTINGS[settings])
     with a_device(way) as device:
         envs, moved = make(which, 9, "cuda"), copy.deepcopy(policy).to("cuda")
         collector = prepared(way, moved, envs, num_steps)
@@ -361,25 +385,26 @@ def test_what_graphs_replay_is_what_stepping_gives(way, which, num_steps, settin
             moved.observe(stepped.obs.to("cuda"), stepped.mask.to("cuda"))
 
 
-@pytest.mark.parametrize(("way", "most"), [("torch", 60), ("kernels", 12)])
-def test_a_row_takes_few_operations(way, most):
+@pytest.mark.parametrize(("way", "num_steps", "most"), [("torch", 128, 60), ("kernels", 32, 12)])
+def test_a_row_takes_few_operations(way, num_steps, most):
     """82 before, however many environments there are; half of them, or more, for random numbers."""
     with a_device(way, graphs=False) as device:
         envs = make("CartPole-v1", 64, "cuda", limit=500)
         spaces = envs.single_observation_space, envs.single_action_space
         policy = Policy(*spaces).to("cuda")
-        collector = prepared(way, policy, envs, 128)
+        collector = prepared(way, policy, envs, num_steps)
         device.clear()
-        rollout = collector.collect(envs, policy, num_steps=128, seed=1, iteration=0, wait=False)
+        arguments = {"num_steps": num_steps, "seed": 1, "iteration": 0}
+        rollout = collector.collect(envs, policy, **arguments, wait=False)
         # With what begins and ends it, and a block that was begun before the end was seen.
         played = len(rollout.mask) + 16
-        assert 128 < len(rollout.mask) < 400
+        assert num_steps < len(rollout.mask) < 400
         assert device.operations.of() <= most * played
         assert device.waits.of() == 0
         assert device.looks.of() == len(rollout.mask) // 16
 
 
-@pytest.mark.parametrize("way", ["torch", "kernels"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("where", "finite"), [("reward", False), ("obs", False), ("nowhere", True), ("masked", True)]
 )
@@ -446,7 +471,7 @@ def test_what_is_seen_at_a_truncation_has_to_be_finite():
             assert not found.finite.item()
 
 
-@pytest.mark.parametrize("way", ["torch", "kernels"])
+@pytest.mark.parametrize("way", WAYS)
 def test_with_a_wait_a_rollout_of_a_device_is_that_of_the_host(way):
     host = make("fading", 7, limit=5)
     policy = make_policy(host, dropout=0.3)
@@ -462,7 +487,7 @@ def test_with_a_wait_a_rollout_of_a_device_is_that_of_the_host(way):
             agree(found, stepped)
 
 
-@pytest.mark.parametrize("way", ["torch", "kernels"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_group_of_environments_plays_what_it_plays_alone(way):
     with a_device(way):
         envs, third = make("Pendulum-v1", 9, "cuda"), make("Pendulum-v1", 3, "cuda")
@@ -477,7 +502,7 @@ def test_a_group_of_environments_plays_what_it_plays_alone(way):
                 assert torch.equal(whole, getattr(part, name)), name
 
 
-@pytest.mark.parametrize("way", ["torch", "kernels"])
+@pytest.mark.parametrize("way", WAYS)
 def test_parameters_that_have_moved_are_found(way):
     with a_device(way):
         envs = make("CartPole-v1", 5, "cuda")
