@@ -657,6 +657,25 @@ def test_states_of_float64_are_those_of_stepping():
         agree(found, by_stepping(host, policy, **arguments))
 
 
+@pytest.mark.parametrize("between", [1, 16])
+def test_a_policy_sees_observations_one_by_one_in_memory(monkeypatch, between):
+    """The bits of a matrix product may depend on how its factors lie there."""
+
+    class Watching(Plain):
+        def sample(self, obs, uniforms, *others):
+            contiguous.append(obs.is_contiguous() and uniforms.is_contiguous())
+            return super().sample(obs, uniforms, *others)
+
+    monkeypatch.setattr(module, "_ROWS_BETWEEN_LOOKS", {"cpu": between})
+    for which in ("CartPole-v1", "fading", "Pendulum-v1"):
+        contiguous = []
+        envs = make(which, 9)
+        policy = Watching(envs.single_observation_space, envs.single_action_space)
+        collect(envs, policy, num_steps=5, seed=1, iteration=0)
+        assert len(contiguous) >= 5
+        assert all(contiguous)
+
+
 def test_environments_are_left_as_they_were():
     envs = make("fading", 4)
     envs.reset(seed=5)
