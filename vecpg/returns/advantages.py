@@ -179,7 +179,9 @@ def _advantages(
     arguments = rewards, values, dones, scalar, gammas, scalar_lambda, lambdas
     if not is_served(backend, rewards):
         discounts, decays = (
-            torch.full((), number, dtype=torch.float64, device=rewards.device) if one is None else one
+            torch.full((), number, dtype=torch.float64, device=rewards.device)
+            if one is None
+            else one
             for number, one in ((scalar, gammas), (scalar_lambda, lambdas))
         )
         result = reference.generalized_advantage(
