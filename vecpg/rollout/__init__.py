@@ -277,7 +277,9 @@ def choose_collector(
         )
     return Collector(
         "reference",
-        "as asked" if backend == "reference" else refused[policy.device.type],
+        "as asked"
+        if backend == "reference"
+        else refused["cuda" if policy.device.type == "cuda" else "cpu"],
         draws_on_host=not action_masks and sampling.why_not(policy) is None,
         on_tensors=off_tensors is None,
         action_masks=action_masks,

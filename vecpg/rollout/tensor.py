@@ -4,11 +4,11 @@ import importlib.util
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.kernels import graphs
 from vecpg.kernels.announce import once
 from vecpg.memory import in_words
-from vecpg.noise import KeyedNoise, Purpose, Stream
+from vecpg.noise import KeyedNoise, Purpose, Stream, steps_at_once
 from vecpg.policy import Policy
 from vecpg.policy.sampling import sampler
 from vecpg.rollout.data import FINISHED, PLAYING, RESETTING, Rollout, Rows, check_finite
@@ -32,12 +32,6 @@ _ROWS_BETWEEN_LOOKS = {"cpu": 1}
 _ROWS_BETWEEN_LOOKS_ELSEWHERE = 16
 _BLOCKS_AHEAD = {"cpu": 0}
 _BLOCKS_AHEAD_ELSEWHERE = 1
-# Random numbers that are made at once, of at most so many rows: on a CPU they stay in its cache,
-# and a GPU gets enough to do.
-_NUMBERS = {"cpu": 2**18}
-_NUMBERS_ELSEWHERE = 2**23
-_MOST_ROWS_OF_NUMBERS = {"cpu": 64}
-_MOST_ROWS_OF_NUMBERS_ELSEWHERE = 256
 
 
 class Copies(NamedTuple):
@@ -92,14 +86,12 @@ class Tallies(NamedTuple):
     counted:     rows that count, so far.
     episodes:    that have ended.
     truncations: of them.
-    starting:    environments that may start another episode.
     """
 
     playing: int
     counted: int
     episodes: int
     truncations: int
-    starting: int
 
 
 def why_not(envs: Any, policy: Policy) -> str | None:
@@ -219,18 +211,19 @@ class TensorCollector:
         self.graphs = False
         self._draws_on_host = draws_on_host
         self._kernels = kernels
-        kind, num_envs = device.type, envs.num_envs
-        self.between = _ROWS_BETWEEN_LOOKS.get(kind, _ROWS_BETWEEN_LOOKS_ELSEWHERE)
-        self._ahead = _BLOCKS_AHEAD.get(kind, _BLOCKS_AHEAD_ELSEWHERE)
         # An environment that starts its last episode has made fewer than num_steps real steps, so
         # that at most num_steps - 1 episodes ended before, and a row that resets followed each. At
         # most 2 * (num_steps - 1) rows are before it, and the time limit's number in it.
-        longest = 2 * num_steps + envs.max_episode_steps - 2
+        self._resetting_rows = 2 * (num_steps - 1)
+        longest = self._resetting_rows + envs.max_episode_steps
+        between = _ROWS_BETWEEN_LOOKS.get(device.type, _ROWS_BETWEEN_LOOKS_ELSEWHERE)
+        self.between = min(between, longest)
+        self._ahead = _BLOCKS_AHEAD.get(device.type, _BLOCKS_AHEAD_ELSEWHERE)
         self._blocks = -(-longest // self.between)
         self._make_copies(device)
         self._make_noise(device)
-        size = num_envs // shards
-        self._parts = [slice(first, first + size) for first in range(0, num_envs, size)]
+        size = envs.num_envs // shards
+        self._parts = [slice(first, first + size) for first in range(0, envs.num_envs, size)]
         self._rows: Any = None
         self._functions = _Functions(
             self._begin, self._block, self._draw_numbers, self._draw_all_numbers
@@ -269,11 +262,11 @@ class TensorCollector:
         limits = [min(each, 2**31 - 1) for each in (envs.max_episode_steps, self.num_steps)]
         self._limits = torch.tensor(limits, dtype=torch.int32).to(device)[:, None]
         self._following = torch.arange(self.between, device=device)
-        self._tallies = torch.zeros(5, dtype=torch.int64, device=device)
+        self._tallies = torch.zeros(4, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
         self._host_key = torch.zeros(6, dtype=torch.int64, pin_memory=pinned)
         self._host_tallies = [
-            torch.zeros(5, dtype=torch.int64, pin_memory=pinned) for _ in range(self._ahead + 1)
+            torch.zeros(4, dtype=torch.int64, pin_memory=pinned) for _ in range(self._ahead + 1)
         ]
         self._arrived: list[Any] = []
         if pinned:
@@ -288,31 +281,26 @@ class TensorCollector:
             counts[Purpose.DROPOUT] = policy.dropout_units
         self._purposes = [*counts]
         with_starts = counts | {Purpose.START: envs.definition.num_uniforms}
-        kind, between = device.type, self.between
-        numbers = 4 * envs.num_envs * sum((count + 3) // 4 for count in with_starts.values())
-        rows = min(
-            _NUMBERS.get(kind, _NUMBERS_ELSEWHERE) // numbers,
-            _MOST_ROWS_OF_NUMBERS.get(kind, _MOST_ROWS_OF_NUMBERS_ELSEWHERE),
-            self._blocks * between,
-        )
-        # Whole blocks of rows; kernels make those of one at a time.
-        rows = between if kernels is not None else max(1, rows // between) * between
+        between, num_envs = self.between, envs.num_envs
+        rows = between  # kernels make those of a block at a time
+        if kernels is None:
+            numbers = 4 * num_envs * sum((count + 3) // 4 for count in with_starts.values())
+            most = min(steps_at_once(numbers, device), self._blocks * between)
+            rows = max(1, most // between) * between
         self._rows_of_noise = rows
         self._numbers = [
-            torch.zeros(count, rows, envs.num_envs, dtype=torch.float32, device=device)
+            torch.zeros(count, rows, num_envs, dtype=torch.float32, device=device)
             for count in counts.values()
         ]
         if kernels is not None:
             return
-        shape = envs.num_envs, device
         starts = {Purpose.START: with_starts[Purpose.START]}
-        self._noise = KeyedNoise(counts, rows, *shape)
-        self._noise_and_starts = KeyedNoise(with_starts, rows, *shape)
-        self._first_starts = KeyedNoise(starts, 1, *shape)
+        self._noise = KeyedNoise(counts, rows, num_envs, device)
+        self._noise_and_starts = KeyedNoise(with_starts, rows, num_envs, device)
+        self._first_starts = KeyedNoise(starts, 1, num_envs, device)
         self._before = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self._starts = torch.zeros(
-            len(self._copies.state), rows, envs.num_envs, dtype=envs.dtype, device=device
-        )
+        shape = len(self._copies.state), rows, num_envs
+        self._starts = torch.zeros(shape, dtype=envs.dtype, device=device)
 
     def _make_rows(self, capacity: int) -> Rows:
         policy = self.policy
@@ -454,10 +442,8 @@ class TensorCollector:
             terminations, truncations = self._advance()
             copies.episodes.add_((terminations | truncations).sum(dim=0))
             copies.cut.add_(truncations.sum(dim=0))
-        unfinished = copies.now != FINISHED
-        starting = (copies.steps < self._limits[1]) & unfinished
-        both = torch.stack([unfinished, starting]).sum(dim=1)
-        torch.cat([both[:1], self._counts[1:].sum(dim=1), both[1:]], out=self._tallies)
+        playing = (copies.now != FINISHED).sum(dim=0, keepdim=True)
+        torch.cat([playing, self._counts[1:].sum(dim=1)], out=self._tallies)
 
     # -- CUDA graphs -----------------------------------------------------------------------------
 
@@ -471,10 +457,8 @@ class TensorCollector:
             + 4
             + 3
         )
-        need, free = (
-            self._blocks * self.between * num_envs * row,
-            torch.cuda.mem_get_info(device)[0],
-        )
+        need = self._blocks * self.between * num_envs * row
+        free = torch.cuda.mem_get_info(device)[0]
         if 2 * need <= free:
             return True
         once(
@@ -529,24 +513,25 @@ class TensorCollector:
     def _prepare(self, stream: Stream) -> None:
         """Tell the device which numbers are to be drawn. Those before were read long ago."""
         start_seed = stream.common_seed(Purpose.TRAINING_RESET)
-        key = *stream.key(Purpose.ACTION)[:3].tolist(), start_seed, 0, stream.first_env
-        for i, word in enumerate(key):
-            self._host_key[i] = word
+        words = stream.key(Purpose.ACTION)[:3].astype(np.int64)
+        self._host_key.numpy()[:] = *words, start_seed, 0, stream.first_env
         self._copies.key.copy_(self._host_key, non_blocking=True)
         if self._draws_on_host:
             self._draw_on_host = sampler(self.policy, stream, in_machine_code=True)
 
-    def _begin_block(self, number: int, starting: bool) -> None:
+    def _begin_block(self, number: int) -> None:
+        """Have room and random numbers for it."""
         self._t = number * self.between
         self._rows.make_room(self._t + self.between)
         if self._kernels is None and self._t % self._rows_of_noise == 0:
-            (self._does.numbers_all if starting else self._does.numbers)()
+            resets = self._t < self._resetting_rows
+            (self._does.numbers_all if resets else self._does.numbers)()
 
     def _play_at_once(self) -> tuple[int, None]:
         """All rows, of which there are the returned number, and a look at the end of each block."""
         self._begin()
         for number in range(self._blocks):
-            self._begin_block(number, starting=True)
+            self._begin_block(number)
             self._advance()
             if not bool(self._copies.now.any()):
                 break
@@ -555,30 +540,23 @@ class TensorCollector:
     def _play(self) -> tuple[int, Tallies]:
         """The same; a look is read while the device is at the next block already."""
         self._does.begin()
-        looks: deque[int] = deque()
-        # With a window of one step nobody starts another episode. Those that may, get fewer.
-        starting = self.num_steps > 1
-        for number in range(self._blocks):
-            self._begin_block(number, starting)
-            self._does.block()
-            looks.append(self._look(number))
-            if len(looks) > self._ahead:
-                tallies = self._read(looks[0])
+        for number in range(self._blocks + self._ahead):
+            if number < self._blocks:
+                self._begin_block(number)
+                self._does.block()
+                self._look(number)
+            if number >= self._ahead:
+                tallies = self._read(number - self._ahead)
                 if not tallies.playing:
                     break
-                starting = tallies.starting > 0
-                looks.popleft()
-        while (tallies := self._read(looks[0])).playing:
-            looks.popleft()
-        return (looks[0] + 1) * self.between, tallies
+        return (number - self._ahead + 1) * self.between, tallies
 
-    def _look(self, number: int) -> int:
-        """Send the tallies to the host. Returns the block's number."""
+    def _look(self, number: int) -> None:
+        """Send a block's tallies to the host."""
         at = number % len(self._host_tallies)
         self._host_tallies[at].copy_(self._tallies, non_blocking=True)
         if self._arrived:
-            self._arrived[at].record()
-        return number
+            self._arrived[at].record(torch.cuda.current_stream(self.policy.device))
 
     def _read(self, number: int) -> Tallies:
         at = number % len(self._host_tallies)
