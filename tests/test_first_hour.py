@@ -738,6 +738,9 @@ def test_returns_are_timed_and_wrong_ones_are_not(pretended_gpu, monkeypatch):
             found = returns.timed(name, 9, 5, layout)
             assert (found["name"], found["layout"]) == (name, layout)
             assert min(found[each] for each in ("device_us", "copy_us", "call_us", "cpu_us")) > 0
+    asked = []
+    tiles.measure(types.SimpleNamespace(run=asked.extend))
+    assert {"128 x 4096, time, wide", "2048 x 64, batch, many"} < {what for what, _ in asked}
     found = tiles.timed(9, 5, "time", "tall")
     assert (found["tile"], found["length"], found["num_envs"]) == ("tall", 9, 5)
 
