@@ -22,7 +22,7 @@ def measure(job):
         for length in LENGTHS
         for num_envs in NUM_ENVS
         for layout in ("time", "batch")
-        for tile in cuda._LAYOUTS[layout]
+        for tile in cuda.TILES[layout]
         if length * num_envs <= _MOST_ELEMENTS
     ]
     job.run(
