@@ -283,9 +283,9 @@ def a_device(way="torch", graphs=True):
         device = undone.enter_context(pretended())
         if way == "kernels":
             pytest.importorskip("triton", reason="needs triton, which is for Linux")
-            from twins import in_place_of_kernels
+            from twins import twins
 
-            undone.enter_context(in_place_of_kernels())
+            undone.enter_context(twins())
         if not graphs:
             alone = mock.patch.object(module.graphs, "capture", lambda function, *_: function)
             undone.enter_context(alone)
