@@ -46,7 +46,17 @@ def by_loop(weights, mask, dones):
     return rows
 
 
-def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
+def turn(rows):
+    """The same, with time contiguous in memory."""
+    return rows.mT.contiguous().mT
+
+
+def longest_of(rows, num_envs):
+    """How many ages each environment has."""
+    return [sum(n in by_env for by_env in rows.values()) for n in range(num_envs)]
+
+
+def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turned=False):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(length, num_envs, generator=g) >= masked
     dones = torch.rand(length, num_envs, generator=g) < done  # some where nothing counts
@@ -54,6 +64,10 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
     weights = (weights * 10.0 ** (seed % 5)).masked_fill(~mask, math.nan)
     rows = by_loop(weights, mask, dones)
     given = [each.to(device) for each in (weights, mask, dones)]
+    found = cuda.find(*given[1:])
+    assert found.longest.tolist() == longest_of(rows, num_envs)
+    if turned:
+        given = [turn(each) for each in given]
     sums = cuda.sums_by_age(*given)
     assert torch.equal(sums, cuda.sums_by_age(*given)), "the same bits twice"
     for age in range(length):
@@ -63,15 +77,16 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
         assert abs(total - math.fsum(own)) <= 1e-13 * math.fsum(map(abs, own))
     # Rows in which nothing counts, at the end.
     later = [torch.cat([each, each.new_zeros(5, num_envs)]) for each in given]
+    if turned:
+        later = [turn(each) for each in later]
     more = cuda.sums_by_age(*later)
     assert torch.equal(more[:, :length], sums)
     assert not more[:, length:].any()
     for others in (True, False):
-        results = given[0].clone(), later[0].clone()
-        cuda.subtract_mean_by_age(results[0], *given[1:], sums, others)
-        cuda.subtract_mean_by_age(results[1], *later[1:], more, others)
-        assert torch.equal(results[1][:length], results[0])
-        assert not results[1][length:].any()
+        result = later[0].clone()
+        assert result.is_contiguous() is not turned
+        cuda.subtract_mean_by_age(result, *later[1:], more, others)
+        assert not result[length:].any()
         expected = torch.zeros(length, num_envs, dtype=torch.float64)
         for by_env in rows.values():
             for n, own in by_env.items():
@@ -82,7 +97,7 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1):
                     expected[t, n] = weight - mean
         close = 1e-12 if dtype == torch.float64 else 1e-6
         scale = max(1.0, expected.abs().max().item())
-        error = (results[0].cpu().double() - expected).abs().max().item()
+        error = (result[:length].cpu().double() - expected).abs().max().item()
         assert error <= close * scale, (length, num_envs, dtype, seed, others, error)
 
 
@@ -110,7 +125,7 @@ def interpret():
     check_case("cpu", 1, 1, torch.float32, 0, masked=0.0)
     check_case("cpu", 1, 3, torch.float32, 1, masked=1.0)
     check_case("cpu", 9, 1, torch.float64, 2)
-    check_case("cpu", 5, 3, torch.float32, 3)
+    check_case("cpu", 5, 3, torch.float32, 3, turned=True)
     check_case("cpu", 13, 9, torch.float32, 4)
     check_case("cpu", 12, 5, torch.float32, 6, masked=0.0, done=0.0)
     check_case("cpu", 8, 5, torch.float32, 7, done=1.0)
@@ -136,9 +151,13 @@ def launched(monkeypatch, call):
     return recorders
 
 
-def launch(length, num_envs, dtype=torch.float32):
-    weights = unfilled((length, num_envs), dtype)
-    flags = unfilled((length, num_envs), torch.bool)
+def launch(length, num_envs, offset=0):
+    """Of rows that begin so many elements behind where memory was allocated."""
+    size = length * num_envs
+    weights, flags = (
+        unfilled(offset + size, dtype)[offset:].reshape(length, num_envs)
+        for dtype in (torch.float32, torch.bool)
+    )
     sums = cuda.sums_by_age(weights, flags, flags)
     assert sums.shape == (2, length)
     for others in (True, False):
@@ -180,10 +199,10 @@ def test_compiled(capability, monkeypatch):
 
 
 def test_sizes_are_arguments(monkeypatch):
-    """Rollouts of other lengths, of which every iteration makes one, do not compile anew."""
+    """Rollouts of other lengths, or elsewhere in memory, do not compile anew."""
     first = given(launched(monkeypatch, lambda: launch(500, 4096)))
-    for shape in ((1, 1), (17, 33), (501, 4096), (16, 64), (400, 2**24)):
-        assert given(launched(monkeypatch, lambda shape=shape: launch(*shape))) == first
+    for other in ((1, 1), (17, 33), (501, 4096), (16, 64), (400, 2**24), (500, 4096, 3)):
+        assert given(launched(monkeypatch, lambda other=other: launch(*other))) == first
 
 
 def test_how_sums_are_cut_depends_on_the_shape_alone(monkeypatch):
@@ -254,20 +273,17 @@ def test_kernels_serve_a_gpu_if_triton_is_there(monkeypatch, with_triton):
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "num_envs", "with_final"),
     [
-        ({"baseline": "none"}, ("prepare_reward_to_go", 64, False)),
-        ({"baseline": "mean", "shards": 4}, ("prepare_reward_to_go", 16, False)),
-        (
-            {"baseline": "value", "bootstrap_truncations": True},
-            ("prepare_reward_to_go", 64, True),
-        ),
-        ({"baseline": "value", "weights": "gae"}, ("prepare_generalized_advantage", 64, False)),
-        ({"baseline": "timestep_mean"}, ("prepare_reward_to_go", 64, False)),
-        ({"baseline": "leave_one_out", "shards": 2}, ("prepare_reward_to_go", 32, False)),
+        ({"baseline": "none"}, 64, False),
+        ({"baseline": "mean", "shards": 4}, 16, False),
+        ({"baseline": "value", "bootstrap_truncations": True}, 64, True),
+        ({"baseline": "value", "weights": "gae"}, 64, False),
+        ({"baseline": "timestep_mean"}, 64, False),
+        ({"baseline": "leave_one_out", "shards": 2}, 32, False),
     ],
 )
-def test_what_is_prepared_is_what_a_run_uses(monkeypatch, settings, expected):
+def test_what_is_prepared_is_what_a_run_uses(monkeypatch, settings, num_envs, with_final):
     """Of the returns their variant for this shape; of the sums every kernel, as it is launched."""
     device, prepared = torch.device("meta"), []
 
@@ -286,7 +302,10 @@ def test_what_is_prepared_is_what_a_run_uses(monkeypatch, settings, expected):
     by_age = given(
         launched(monkeypatch, lambda: advantage.prepare_advantages(device, config, 1000))
     )
-    assert prepared == [expected]
+    expected = [("prepare_reward_to_go", num_envs, with_final)]
+    if config.weights == "gae":
+        expected.append(("prepare_generalized_advantage", num_envs, with_final))
+    assert prepared == expected
     others = config.baseline == "leave_one_out"
 
     def of_a_run():

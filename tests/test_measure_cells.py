@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -425,3 +426,14 @@ def test_bare_actions_are_of_both_kinds():
     run, _ = cells._bare(Envs(), Case("stepping", "cpu", "sync", 8))
     run()
     assert 0.2 < np.mean(taken) < 0.8
+
+
+def test_what_compiles_in_a_round_is_no_figure(monkeypatch):
+    monkeypatch.setattr(timing, "calls_for", lambda *_: 1)
+    add = numba.njit(lambda x: x + 1)
+    rounds = iter([1, 1, 1.0, 1.0])  # the first compiles, and the third for another type
+    with pytest.raises(CheckFailed, match="compiled while it was timed"):
+        timing._rounds(Cell(lambda: add(next(rounds)), "calls", 1, 1), "cpu", Pace(rounds=3))
+    rounds = iter([1, 1.0, 1])
+    seconds, _ = timing._rounds(Cell(lambda: add(next(rounds)), "calls", 1, 1), "cpu", Pace(3))
+    assert len(seconds) == 3

@@ -9,6 +9,7 @@ from gymnasium import spaces
 triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
 
 import gpu_kernels  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from vecpg.noise import WORD, Purpose, Stream  # noqa: E402
 from vecpg.policy import Policy, cuda  # noqa: E402
@@ -66,6 +67,7 @@ def interpret():
     torch.manual_seed(1)
     check_categorical()
     check_extreme_logits()
+    check_bounds_between_actions()
     check_gaussian()
     check_uniforms()
 
@@ -97,6 +99,21 @@ def check_extreme_logits():
     assert (draw(policy, logits, 0)[0] == 1).all()
     logits = torch.tensor([[3e38], [-3e38], [3e38]]).repeat(1, STREAM.num_envs)
     assert sorted(draw(policy, logits, 0)[0].unique().tolist()) == [0, 2]
+
+
+@triton.jit
+def choose(logits, uniforms, chosen, NUMBER: tl.constexpr):
+    n = tl.arange(0, 8)
+    number = tl.load(uniforms + n)
+    tl.store(chosen + n, cuda.choose(logits + n, 8, number, n < 8, NUMBER))
+
+
+def check_bounds_between_actions():
+    """A number at a bound stands for the action above it, as a cumulative sum is reached there."""
+    uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.25 - 2**-24, 0.5 - 2**-24, 0.5, 1 - 2**-24])
+    chosen = torch.zeros(8, dtype=torch.int32)
+    choose[(1,)](torch.zeros(4, 8), uniforms, chosen, NUMBER=4)
+    assert chosen.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def check_gaussian():

@@ -72,8 +72,8 @@ def interpret():
     np.seterr(all="ignore")
     torch.set_num_threads(1)
     cuda._BLOCK = 4
-    check_rollout(CartPole, num_envs=6, num_steps=22, limit=20, first_env=7)
-    check_rollout(CartPole, num_envs=8, num_steps=1, limit=11)
+    check_rollout(CartPole, num_envs=6, num_steps=14, limit=13, first_env=7)
+    check_rollout(Fading, num_envs=8, num_steps=1, limit=5)
     check_rollout(Pendulum, num_envs=5, num_steps=7, limit=5, first_env=1000)
     check_rollout(Acrobot, num_envs=3, num_steps=6, limit=4, seed=2**40 + 5)
     check_rollout(MountainCarContinuous, num_envs=3, num_steps=6, limit=4)
@@ -179,6 +179,7 @@ def check_what_is_not_finite():
         (PLAYING, nan, 1.0, 0.5, 3, True),
         (PLAYING, 1.0, 1.0, inf, 3, True),
         (RESETTING, 1.0, 1.0, nan, 0, False),
+        (FINISHED, 3.0, 1.0, 0.5, 0, False),
         (PLAYING, 2.0, 1.0, 0.5, 3, True),  # from before
     ]
     now, place, reward, action, length, bad = zip(*cases, strict=True)
@@ -192,23 +193,20 @@ def check_what_is_not_finite():
     copies.t[:] = 1
     rows.actions[1, :, 0] = torch.tensor(action)
     copies.acted[:, 0] = torch.tensor(action).clamp(-1, 1)
-    before = copies.state.clone()
     cuda.make_step(Echo, 2)(copies, rows, 0, num_steps=20, max_episode_steps=10)
     assert copies.bad.tolist() == [*bad]
     playing = torch.tensor(now) == PLAYING
     assert torch.equal(rows.mask[1], playing)
-    assert rows.rewards[1][~playing].tolist() == [0, 0, 0]
+    assert rows.rewards[1][~playing].tolist() == [0] * 4
     assert rows.terminations[1].nonzero()[:, 0].tolist() == [5, 6]
     assert rows.truncations[1].nonzero()[:, 0].tolist() == [6]
-    goes_on = [PLAYING] * 4 + [FINISHED] * 3 + [PLAYING] * 4
+    goes_on = [PLAYING] * 4 + [FINISHED] * 3 + [PLAYING] * 3 + [FINISHED, PLAYING]
     assert copies.now.tolist() == goes_on
-    assert copies.lengths.tolist() == [4, 4, 4, 0, 0, 0, 0, 4, 4, 0, 4]
-    assert copies.episodes.tolist() == [4 + (n in (5, 6)) for n in range(11)]
-    assert copies.cut.tolist() == [2 + (n == 6) for n in range(11)]
+    assert copies.lengths.tolist() == [4, 4, 4, 0, 0, 0, 0, 4, 4, 0, 0, 4]
+    assert copies.episodes.tolist() == [4 + (n in (5, 6)) for n in range(12)]
+    assert copies.cut.tolist() == [2 + (n == 6) for n in range(12)]
     # A copy that has finished stays as it is.
-    assert before[:, 4].isnan().all()
-    assert copies.state[:, 4].isnan().all()
-    assert copies.state[0, 0] == 1.5
+    assert copies.state[0, [0, 10]].tolist() == [1.5, 3.0]
 
     cuda.make_start(Echo, 2)(copies, rows)
     assert not copies.bad.any()

@@ -1,132 +1,219 @@
-"""The kernels that play rows on a GPU, in torch: a twin has its kernel's arguments and effects."""
+"""What Triton's kernels do, in plain torch: in their place, a launch each, on a pretended device."""
 
 import functools
-import sys
+import importlib.util
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import numpy as np
 import torch
 from pretend import launch_as
+from torch.utils._python_dispatch import _disable_current_modes
 
+from vecpg.advantage import ages
+from vecpg.advantage import reference as by_age
+from vecpg.envs.definition import Definition
 from vecpg.envs.tensor import Dynamics
 from vecpg.noise import KeyedNoise, Purpose
-from vecpg.policy import cuda as policy_cuda
-from vecpg.rollout import cuda
-from vecpg.rollout.data import NEXT, PLAYING, RESETTING
+from vecpg.returns import reference as returns
+from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 
 
 @contextmanager
-def in_place_of_kernels():
-    """The twins instead of the kernels, each of which counts and is recorded as one operation."""
-    here = sys.modules[__name__]
+def twins() -> Iterator[None]:
+    """Whatever launches a kernel calls its twin."""
+    import vecpg.advantage.cuda
+    import vecpg.policy.cuda
+    import vecpg.returns.cuda
+    import vecpg.rollout.cuda
+
+    modules = {
+        vecpg.rollout.cuda: {"_launch": lambda kernel, *given: kernel(*given)},
+        vecpg.policy.cuda: {
+            "_draw_categorical": _draw_categorical,
+            "_draw_gaussian": _draw_gaussian,
+            "uniforms": _uniforms,
+        },
+        vecpg.advantage.cuda: {
+            "find": lambda mask, dones: (mask, dones),
+            "add": lambda weights, found: by_age.sums_by_age(weights, *found)[:, None],
+            "add_parts": lambda parts: parts[:, 0],
+            "subtract": _subtract,
+        },
+        vecpg.returns.cuda: {
+            "reward_to_go": _reward_to_go,
+            "generalized_advantage": _generalized_advantage,
+        },
+    }
     with ExitStack() as undone:
-        for name in ("start", "step", "draw"):
-            undone.enter_context(launch_as(here, name, globals()[name]))
-        undone.enter_context(launch_as(policy_cuda, "uniforms", uniforms))
-        for owner, name, new in (
-            (cuda, "make_start", _make_start),
-            (cuda, "make_step", _make_step),
-            (cuda, "prepare", lambda *given: None),
-            (policy_cuda, "make_draw", _make_draw),
-            (policy_cuda, "prepare", lambda policy: None),
-        ):
-            undone.enter_context(mock.patch.object(owner, name, new))
-        for each in (noise_of, following_table):
-            undone.callback(each.cache_clear)
+        for module, functions in modules.items():
+            for name, twin in functions.items():
+                if hasattr(module, name):
+                    undone.enter_context(launch_as(module, name, twin))
+        for name in ("prepare_reward_to_go", "prepare_generalized_advantage"):
+            undone.enter_context(
+                mock.patch.object(
+                    vecpg.returns.cuda, name, lambda *args, **kwargs: None, create=True
+                )
+            )
+        undone.enter_context(mock.patch.object(vecpg.rollout.cuda, "_kernels", _kernels))
         yield
 
 
-def _make_start(definition, num_variables):
-    dynamics = Dynamics(definition, torch.float32)
-    return lambda copies, rows: start(dynamics, copies, rows)
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """As where it is not installed."""
+    find_spec = importlib.util.find_spec
+
+    def find(name, *args):
+        return None if name == "triton" else find_spec(name, *args)
+
+    with (
+        mock.patch.object(importlib.util, "find_spec", find),
+        mock.patch.object(ages, "_has_triton", lambda: False),
+    ):
+        yield
 
 
-def _make_step(definition, num_variables):
-    dynamics = Dynamics(definition, torch.float32)
-
-    def launch(copies, rows, offset, *, num_steps, max_episode_steps):
-        step(dynamics, copies, rows, offset, num_steps, max_episode_steps)
-
-    return launch
+# -- Returns and sums by age, of new tensors ------------------------------------------------------
 
 
-def _make_draw(policy):
-    return lambda parameters, copies, rows, offset: draw(policy, parameters, copies, rows, offset)
+def _reward_to_go(rewards, dones, gamma, final_values, last_values, mask, mask_mode, out):
+    gamma = _as_tensor(gamma, out)
+    given = rewards, dones, gamma, final_values, last_values, mask, mask_mode
+    out.copy_(returns.reward_to_go(*given))
 
 
-def start(dynamics, copies, rows):
-    """Begins a collection."""
-    copies.state.copy_(fresh(dynamics, copies, copies.t.zero_() - 1))
-    for each in (copies.lengths, copies.steps, copies.episodes, copies.cut):
-        each.zero_()
-    copies.now.fill_(PLAYING)
-    copies.seen.copy_(dynamics.observation(copies.state).flatten(1))
-    copies.bad.copy_(~copies.seen.isfinite().all(dim=1))
-    rows.obs[0].copy_(copies.seen.view_as(rows.obs[0]))
+def _generalized_advantage(
+    rewards, values, dones, gamma, gae_lambda, final_values, last_values, mask, mask_mode, plus, out
+):
+    gamma, gae_lambda = _as_tensor(gamma, out), _as_tensor(gae_lambda, out)
+    given = rewards, values, dones, gamma, gae_lambda, final_values, last_values, mask, mask_mode
+    out.copy_(returns.generalized_advantage(*given))
+    if plus:
+        out.add_(torch.where(mask, values, 0.0))
 
 
-def step(dynamics, copies, rows, offset, num_steps, max_episode_steps):
-    """A row."""
-    at = copies.t + offset
-    num_envs = len(copies.now)
-    plays, resets = copies.now == PLAYING, copies.now == RESETTING
-    action = copies.acted.view(num_envs, *dynamics.definition.action_space.shape)
-    following, paid, ended = dynamics.step(copies.state, action)
-    copies.lengths.copy_(torch.where(plays, copies.lengths + 1, 0))
-    copies.steps.add_(plays)
-    ended = plays & ended
-    truncated = plays & (copies.lengths >= max_episode_steps)
-    over = ended | truncated
-    copies.episodes.add_(over)
-    copies.cut.add_(truncated)
-    table = following_table(copies.now.device)
-    more = copies.steps < num_steps
-    copies.now.copy_(table.take(copies.now.long() * 4 + over.long() * 2 + more.long()))
-    moved = torch.where(plays, following, copies.state)
-    copies.state.copy_(torch.where(resets, fresh(dynamics, copies, at), moved))
-    copies.seen.copy_(dynamics.observation(copies.state).flatten(1))
-    rows.obs.index_copy_(0, at + 1, copies.seen.view(1, *rows.obs.shape[1:]))
-    rows.rewards.index_copy_(0, at, torch.where(plays, paid, 0.0)[None])
-    rows.terminations.index_copy_(0, at, ended[None])
-    rows.truncations.index_copy_(0, at, truncated[None])
-    rows.mask.index_copy_(0, at, plays[None])
-    counts = truncated | (copies.now == PLAYING)
-    copies.bad.logical_or_(counts & ~copies.seen.isfinite().all(dim=1))
-    drawn = rows.actions.index_select(0, at).double().view(num_envs, -1)
-    copies.bad.logical_or_(plays & ~(paid.isfinite() & drawn.isfinite().all(dim=1)))
+def _as_tensor(number, like):
+    if isinstance(number, torch.Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=like.device)
 
 
-def draw(policy, parameters, copies, rows, offset):
-    """A row's actions."""
-    numbers = torch.empty(policy.num_uniforms, 1, len(copies.now), device=copies.t.device)
-    uniforms(numbers, copies, Purpose.ACTION, offset)
-    actions = policy.distribution.sample(parameters, numbers[:, 0])
-    rows.actions.index_copy_(0, copies.t + offset, actions[None])
-    copies.acted.copy_(policy.distribution.clipped(actions).view_as(copies.acted))
+def _subtract(weights, mask, found, sums, others):
+    by_age.subtract_mean_by_age(weights, *found, sums, others)
 
 
-def uniforms(out, copies, purpose, offset):
-    """Uniform numbers."""
-    noise = noise_of(purpose, *out.shape, out.device)
-    out.copy_(noise(copies.key, copies.t + offset)[0])
+# -- Rows of a rollout, in place. What is made meanwhile is on no device. -------------------------
 
 
-def fresh(dynamics, copies, at):
-    """(V, N) states of copies that are reset at a row."""
-    count = dynamics.definition.num_uniforms
-    noise = noise_of(Purpose.START, count, 1, len(copies.now), at.device)
-    return dynamics.start(noise(copies.key, at)[0][:, 0])
+def _in_place(function):
+    @functools.wraps(function)
+    def call(*given):
+        with _disable_current_modes(), torch.no_grad():
+            function(*given)
 
-
-# Constants are made once, as a kernel has them: a graph holds no copies from the host.
+    return call
 
 
 @functools.cache
-def noise_of(purpose, count, num_steps, num_envs, device):
-    return KeyedNoise({purpose: count}, num_steps, num_envs, device)
+def _noise(purpose: Purpose, count: int, steps: int, num_envs: int) -> KeyedNoise:
+    return KeyedNoise({purpose: count}, steps, num_envs, torch.device("cpu"))
 
 
-@functools.cache
-def following_table(device):
-    return torch.from_numpy(NEXT.astype(np.int64)).to(device).flatten()
+def _numbers(purpose, count, steps, num_envs, t, key, offset):
+    (numbers,) = _noise(purpose, count, steps, num_envs)(key, t + offset)
+    return numbers
+
+
+@_in_place
+def _uniforms(out, copies, purpose, offset):
+    out.copy_(_numbers(purpose, *out.shape, copies.t, copies.key, offset))
+
+
+@_in_place
+def _draw_categorical(logits, first_action, copies, rows, offset):
+    uniforms = _numbers(Purpose.ACTION, 1, 1, logits.shape[1], copies.t, copies.key, offset)[:, 0]
+    below = torch.softmax(logits, dim=0)[:-1].cumsum(dim=0)
+    actions = (below <= uniforms).sum(dim=0) + first_action
+    rows.actions[copies.t.item() + offset] = actions
+    copies.acted.copy_(actions[:, None])
+
+
+@_in_place
+def _draw_gaussian(means, distribution, copies, rows, offset):
+    count, num_envs = distribution.num_uniforms, means.shape[1]
+    uniforms = _numbers(Purpose.ACTION, count, 1, num_envs, copies.t, copies.key, offset)[:, 0]
+    actions = distribution.sample(means, uniforms)
+    rows.actions[copies.t.item() + offset] = actions
+    copies.acted.copy_(distribution.clipped(actions).view_as(copies.acted))
+
+
+def _kernels(definition: type[Definition], num_variables: int):
+    dynamics = Dynamics(definition, torch.float32)
+
+    def fresh(num_envs, t, key, offset):
+        count = definition.num_uniforms
+        numbers = _numbers(Purpose.START, count, 1, num_envs, t, key, offset)
+        return dynamics.start(numbers[:, 0])
+
+    @_in_place
+    def begin(num_envs, obs, state, lengths, steps, now, episodes, cut, bad, seen, t, key):
+        t.zero_()
+        state.copy_(fresh(num_envs, t, key, -1))
+        for each in (lengths, steps, episodes, cut):
+            each.zero_()
+        now.fill_(PLAYING)
+        seen.copy_(dynamics.observation(state).view_as(seen))
+        bad.copy_(~seen.isfinite().all(dim=1))
+        obs[0] = seen.view_as(obs[0])
+
+    @_in_place
+    def play(
+        num_envs,
+        obs,
+        state,
+        lengths,
+        steps,
+        now,
+        episodes,
+        cut,
+        bad,
+        seen,
+        t,
+        key,
+        acted,
+        actions,
+        rewards,
+        terminations,
+        truncations,
+        mask,
+        offset,
+        num_steps,
+        max_episode_steps,
+    ):
+        at = t.item() + offset
+        plays, resets = now == PLAYING, now == RESETTING
+        after, paid, ended = dynamics.step(
+            state, acted.view(num_envs, *definition.action_space.shape)
+        )
+        lengths += plays
+        steps += plays
+        ended, truncated = plays & ended, plays & (lengths >= max_episode_steps)
+        over = ended | truncated
+        rewards[at] = torch.where(plays, paid, 0.0)
+        terminations[at], truncations[at], mask[at] = ended, truncated, plays
+        lengths *= ~over
+        now[resets] = PLAYING
+        now[over] = torch.where(steps < num_steps, RESETTING, FINISHED).to(now.dtype)[over]
+        episodes += over
+        cut += truncated
+        after = torch.where(plays, after, state)
+        state.copy_(torch.where(resets, fresh(num_envs, t, key, offset), after))
+        seen.copy_(dynamics.observation(state).view_as(seen))
+        obs[at + 1] = seen.view_as(obs[at + 1])
+        wrong = plays & ~(paid.isfinite() & actions[at].view(num_envs, -1).isfinite().all(dim=1))
+        counts = truncated | (now == PLAYING)
+        bad |= wrong | (counts & ~seen.isfinite().all(dim=1))
+
+    return {"begin": begin, "play": play}

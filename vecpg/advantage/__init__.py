@@ -141,12 +141,11 @@ def _prepare_on_gpu(device: torch.device, config: "Config", longest: int) -> Non
     from vecpg.returns import cuda as returns
 
     num_envs = config.num_envs // config.resolved_shards
-    prepare = (
-        returns.prepare_generalized_advantage
-        if config.weights == "gae"
-        else returns.prepare_reward_to_go
-    )
-    prepare(num_envs, longest, device, with_final=config.bootstrap_truncations)
+    with_final = config.bootstrap_truncations
+    # With "gae" it is what V is fitted to.
+    returns.prepare_reward_to_go(num_envs, longest, device, with_final=with_final)
+    if config.weights == "gae":
+        returns.prepare_generalized_advantage(num_envs, longest, device, with_final=with_final)
     if config.baseline in _BY_AGE:
         by_age.prepare(device, others=config.baseline == "leave_one_out")
 

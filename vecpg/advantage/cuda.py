@@ -53,15 +53,18 @@ class Found(NamedTuple):
 
 
 def sums_by_age(weights: Tensor, mask: Tensor, dones: Tensor) -> Tensor:
-    """See `vecpg.advantage.ages.sums_by_age`; all contiguous. Nothing waits for the GPU."""
-    return add_parts(add(weights, find(mask, dones)))
+    """See `vecpg.advantage.ages.sums_by_age`. Nothing waits for the GPU."""
+    return add_parts(add(weights.contiguous(), find(mask.contiguous(), dones.contiguous())))
 
 
 def subtract_mean_by_age(
     weights: Tensor, mask: Tensor, dones: Tensor, sums: Tensor, others: bool
 ) -> None:
-    """See `vecpg.advantage.ages.subtract_mean_by_age`; all contiguous, nothing waits."""
-    subtract(weights, mask, find(mask, dones), sums, others)
+    """See `vecpg.advantage.ages.subtract_mean_by_age`. Nothing waits for the GPU."""
+    rows, mask = weights.contiguous(), mask.contiguous()
+    subtract(rows, mask, find(mask, dones.contiguous()), sums, others)
+    if rows is not weights:
+        weights.copy_(rows)
 
 
 def prepare(device: torch.device, others: bool) -> None:
@@ -72,7 +75,7 @@ def prepare(device: torch.device, others: bool) -> None:
     subtract_mean_by_age(weights, flags, flags, sums, others)
 
 
-# -- Launches, one in each -----------------------------------------------------------------------
+# -- Launches, one in each, of contiguous rows ----------------------------------------------------
 
 
 def find(mask: Tensor, dones: Tensor) -> Found:

@@ -274,9 +274,7 @@ class Compilation(event.Listener):
         """Triton does not tell whether it will find a kernel among those that it kept."""
         if self._counts():
             self._started = time.perf_counter()
-            self._say(
-                "compiling the GPU's kernels, or loading them; this takes up to twenty seconds"
-            )
+            self._say("compiling the GPU's kernels, or loading those of an earlier run")
 
     def on_triton_end(self) -> None:
         """Kernels of Triton's are compiled one by one."""

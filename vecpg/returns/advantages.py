@@ -179,13 +179,15 @@ def _advantages(
     arguments = rewards, values, dones, scalar, gammas, scalar_lambda, lambdas
     if not is_served(backend, rewards):
         discounts, decays = (
-            torch.tensor(number, dtype=torch.float64, device=rewards.device) if one is None else one
+            torch.full((), number, dtype=torch.float64, device=rewards.device)
+            if one is None
+            else one
             for number, one in ((scalar, gammas), (scalar_lambda, lambdas))
         )
         result = reference.generalized_advantage(
             rewards, values, dones, discounts, decays, *options, plus_values
         )
-    elif rewards.device.type == "cpu" and not has_derivatives(gamma, gae_lambda):
+    elif not has_derivatives(gamma, gae_lambda):
         if is_plain((*given.values(), out)):
             out = writable(rewards, out)
             operator.write_advantage(*arguments, *options, plus_values, False, out)
@@ -211,7 +213,7 @@ def _composed(
     plus_values: bool,
     backend: str,
 ) -> Tensor:
-    """Reward-to-go of the errors: on CUDA, and where gamma or lambda take part in derivatives."""
+    """Reward-to-go of the errors: where gamma or lambda take part in derivatives."""
     wide = torch.float64
     after = rewards.new_zeros((1, *rewards.shape[1:]), dtype=wide)
     if last_values is not None:

@@ -443,7 +443,10 @@ def check_gamma(
                     f"{name}: expected numbers in [0, 1], got {low} to {high}; pass ones such as"
                     " 0.99"
                 )
-        if type(gamma) is Tensor and not gamma.requires_grad and gamma.dtype != torch.float64:
+        plain = type(gamma) is Tensor and not gamma.requires_grad
+        if plain and gamma.ndim == 0:  # a number: nothing is copied to another device
+            return float(gamma), None
+        if plain and gamma.dtype != torch.float64:
             wide = kept.empty_like(gamma, torch.float64).copy_(gamma)
             return 0.0, wide.expand(rewards.shape)
     return 0.0, gamma.to(device=rewards.device, dtype=torch.float64).expand(rewards.shape)

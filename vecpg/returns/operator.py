@@ -74,7 +74,7 @@ def differentiable_advantage(
     plus_values: bool,
     resets: bool,
 ) -> Tensor:
-    """The same of advantages on the CPU, but without gradients of gamma and lambda.
+    """The same of advantages, but without gradients of gamma and lambda.
 
     Those are float64 in the shape of `rewards`, or None. Without values they are 0. With
     `plus_values` the values are added before it is rounded; with `resets` a row ends an episode
@@ -122,14 +122,16 @@ def write_advantage(
     resets: bool,
     out: Tensor,
 ) -> None:
-    """Write generalized advantages of (T, *batch) tensors on the CPU to `out`."""
+    """Write generalized advantages of (T, *batch) tensors to `out`; `resets` on the CPU alone."""
     timed = rewards, values, dones, gammas, lambdas, final_values, mask, out
     for (r, v, d, g, k, f, m, o), last in _matrices(timed, last_values):
         discount, decay = gamma if g is None else g, gae_lambda if k is None else k
         last = None if last is None else last.reshape(-1)
-        _advantage_kernels().generalized_advantage(
-            r, v, d, discount, decay, f, last, m, mask_mode, plus_values, resets, o
-        )
+        options = r, v, d, discount, decay, f, last, m, mask_mode, plus_values
+        if rewards.is_cuda:
+            _kernels(True).generalized_advantage(*options, o)
+        else:
+            _advantage_kernels().generalized_advantage(*options, resets, o)
 
 
 def write_common_advantage(*arguments: Any) -> None:
@@ -252,6 +254,11 @@ def _adjoint_implementation(
     has_values: bool,
     has_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grad.is_cuda:
+        return adjoint_by_returns(
+            *(grad, dones, gamma, gammas, gae_lambda, lambdas, mask, mask_mode, plus_values),
+            *(has_values, has_final),
+        )
     results = _adjoint_results(grad, dones, has_values, has_final, kept.empty_like)
     to_rewards, to_values, to_final, to_last = results
     timed = (
@@ -265,6 +272,72 @@ def _adjoint_implementation(
             *(x, d, discount, decay, m, mask_mode, plus_values, resets, r, v, f, last)
         )
     return results
+
+
+def adjoint_by_returns(
+    grad: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gammas: Tensor | None,
+    gae_lambda: float,
+    lambdas: Tensor | None,
+    mask: Tensor | None,
+    mask_mode: str,
+    plus_values: bool,
+    has_values: bool,
+    has_final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where there is no kernel for it: reward-to-go with time reversed, once or twice.
+
+        reached[t] = grad[t] + a[t - 1] * reached[t - 1]
+        shown[t] = d[t - 1] * reached[t - 1] + p[t - 1] * shown[t - 1]
+
+    An advantage is b[t] + a[t] * (the next one), where b holds d[t] * (the value that is shown to
+    the row), and a value is shown through a row by the factor p[t].
+    """
+    wide = torch.float64
+    discount = torch.full((), gamma, dtype=wide, device=grad.device) if gammas is None else gammas
+    discount = discount.expand(grad.shape)
+    ends = dones if mask is None else dones & mask
+    advantage_by = discount * (gae_lambda if lambdas is None else lambdas)
+    advantage_by, value_by = torch.where(ends, 0.0, advantage_by), torch.where(ends, 0.0, discount)
+    through = torch.zeros_like(discount)
+    own = grad.to(wide)
+    if mask is not None:
+        own = torch.where(mask, own, 0.0)
+        if mask_mode == "cut":
+            advantage_by = torch.where(mask, advantage_by, 0.0)
+        if mask_mode == "skip":
+            advantage_by = torch.where(mask, advantage_by, 1.0)
+        if mask_mode != "zero":
+            value_by = torch.where(mask, value_by, 0.0)
+        if mask_mode in ("skip", "decay"):
+            through = torch.where(mask, 0.0, 1.0 if mask_mode == "skip" else discount)
+    reached = _along(own, advantage_by)
+    from_row = value_by * reached
+    shown = _along(torch.cat([torch.zeros_like(own[:1]), from_row[:-1]]), through)
+    to_last = (from_row + through * shown)[-1:].sum(0)
+    to_rewards = reached if mask is None else torch.where(mask, reached, 0.0)
+    to_values = shown if mask is None else torch.where(mask, shown, 0.0)
+    to_values = to_values - to_rewards + (own if plus_values else 0.0)
+    to_final = torch.where(ends, discount * reached, 0.0)
+    results = _adjoint_results(grad, dones, has_values, has_final, torch.empty_like)
+    results[0].copy_(to_rewards)
+    if has_values:
+        results[1].copy_(to_values)
+    if has_final:
+        results[2].copy_(to_final)
+    results[3].copy_(to_last)
+    return results
+
+
+def _along(paid: Tensor, through: Tensor) -> Tensor:
+    """x[t] = paid[t] + through[t - 1] * x[t - 1]."""
+    discount = torch.cat([through.flip(0)[1:], torch.zeros_like(through[:1])])
+    out = torch.empty_like(paid)
+    flags = torch.zeros_like(paid, dtype=torch.bool)
+    write(paid.flip(0), flags, 0.0, discount, None, None, None, "cut", out)
+    return out.flip(0)
 
 
 def _adjoint_results(
@@ -328,9 +401,11 @@ _library.impl("reward_to_go", _implementation, "CUDA")  # type: ignore[no-untype
 torch.library.register_fake("vecpg::reward_to_go", _fake, lib=_library)
 torch.library.register_vmap("vecpg::reward_to_go", _batched, lib=_library)
 _library.impl("generalized_advantage", _advantage_implementation, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("generalized_advantage", _advantage_implementation, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("vecpg::generalized_advantage", _fake, lib=_library)
 torch.library.register_vmap("vecpg::generalized_advantage", _advantage_batched, lib=_library)
 _library.impl("advantage_adjoint", _adjoint_implementation, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("advantage_adjoint", _adjoint_implementation, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("vecpg::advantage_adjoint", _adjoint_fake, lib=_library)
 torch.library.register_vmap("vecpg::advantage_adjoint", _adjoint_batched, lib=_library)
 

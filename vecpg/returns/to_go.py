@@ -105,7 +105,7 @@ def reward_to_go(
     if out is not None:
         check_out(out, rewards, given)
     if not is_served(backend, rewards):
-        discounts = torch.tensor(scalar, dtype=torch.float64, device=rewards.device)
+        discounts = torch.full((), scalar, dtype=torch.float64, device=rewards.device)
         discounts = discounts if gammas is None else gammas
         result = reference.reward_to_go(
             rewards, dones, discounts, final_values, last_values, mask, mask_mode

@@ -1,7 +1,7 @@
 """A row of collecting as one Triton kernel, made from the definition of an environment.
 
-Beside it another one begins a collection. Both are launched for all N environments; where in the
-collection they are is a counter on the device, so that a captured launch can be replayed.
+Beside it another one begins a collection. Both are launched for all N environments; which row it is
+says a counter on the device, so that a captured launch can be replayed.
 """
 
 import functools
@@ -22,6 +22,7 @@ from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 
 # Environments of a program.
 _BLOCK = 128
+_FINISHED, _PLAYING, _RESETTING = map(tl.constexpr, (FINISHED, PLAYING, RESETTING))
 _SIZES = ["num_envs", "offset", "num_steps", "max_episode_steps"]
 
 
@@ -138,6 +139,32 @@ def prepare(definition: type[Definition], num_variables: int, device: torch.devi
     make_step(definition, num_variables)(copies, rows, 0, num_steps=1, max_episode_steps=1)
 
 
+@triton.jit
+def next_row(now, terminated, lengths, steps, num_steps, max_episode_steps):
+    """What comes of a row, by the rule of `data.NEXT`, for a block of copies.
+
+    Args:
+        now: what they do at it.
+        terminated: where the task's rule ends an episode; it counts where they play.
+        lengths: steps since their episodes began, int32.
+        steps: real steps in this iteration, int32.
+        num_steps: the start window.
+        max_episode_steps: the time limit.
+
+    Returns:
+        terminations, truncations, and `lengths`, `steps` and `now` for the next row.
+    """
+    plays = now == _PLAYING
+    lengths += plays.to(tl.int32)
+    steps += plays.to(tl.int32)
+    terminated = plays & terminated
+    truncated = plays & (lengths >= max_episode_steps)
+    over = terminated | truncated
+    again = tl.where(steps < num_steps, _RESETTING, _FINISHED)
+    following = tl.where(over, again, tl.where(now == _RESETTING, _PLAYING, now))
+    return terminated, truncated, tl.where(over, 0, lengths), steps, following
+
+
 def _of(copies: Any) -> tuple[torch.Tensor, ...]:
     return (
         copies.state,
@@ -167,6 +194,7 @@ def _kernels(definition: type[Definition], num_variables: int) -> dict[str, Any]
         "words": words,
         "as_uniform": as_uniform,
         "is_finite": is_finite,
+        "next_row": next_row,
         **device_functions(definition, num_variables),
     }
     text = _source(definition, num_variables)
@@ -261,25 +289,25 @@ def play(
     was = tl.load(now + n, mask=inside, other={FINISHED})
     plays, resets = was == {PLAYING}, was == {RESETTING}
     {", ".join(following)} = transition({", ".join(state + action)})
-    ended = plays & terminated({", ".join(following)})
     paid = reward({", ".join(state + action + following)})
-    length = tl.load(lengths + n, mask=inside, other=0) + plays.to(tl.int32)
-    made = tl.load(steps + n, mask=inside, other=0) + plays.to(tl.int32)
-    truncated = plays & (length >= max_episode_steps)
+    ended, truncated, length, made, follows = next_row(
+        was,
+        terminated({", ".join(following)}),
+        tl.load(lengths + n, mask=inside, other=0),
+        tl.load(steps + n, mask=inside, other=0),
+        num_steps,
+        max_episode_steps,
+    )
     over = ended | truncated
-    follows = tl.where(resets, {PLAYING}, was)
-    follows = tl.where(over, tl.where(made < num_steps, {RESETTING}, {FINISHED}), follows)
     tl.store(rewards + at, tl.where(plays, paid, 0.0), mask=inside)
     tl.store(terminations + at, ended, mask=inside)
     tl.store(truncations + at, truncated, mask=inside)
     tl.store(mask + at, plays, mask=inside)
-    tl.store(lengths + n, tl.where(over, 0, length), mask=inside)
+    tl.store(lengths + n, length, mask=inside)
     tl.store(steps + n, made, mask=inside)
     tl.store(now + n, follows, mask=inside)
-    done = tl.load(episodes + n, mask=inside, other=0) + over.to(tl.int32)
-    tl.store(episodes + n, done, mask=inside)
-    cuts = tl.load(cut + n, mask=inside, other=0) + truncated.to(tl.int32)
-    tl.store(cut + n, cuts, mask=inside)
+    tl.store(episodes + n, tl.load(episodes + n, mask=over, other=0) + 1, mask=over)
+    tl.store(cut + n, tl.load(cut + n, mask=truncated, other=0) + 1, mask=truncated)
     {lines(*moved)}
     if tl.max(resets.to(tl.int32), 0) > 0:
         {lines(*begun, *replaced, indent=8)}

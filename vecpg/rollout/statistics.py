@@ -104,9 +104,7 @@ def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def _differences(values: Tensor, first: Tensor) -> Tensor:
-    before = torch.zeros_like(values)
-    before[1:] = values[:-1]
-    return values - torch.where(first, 0, before)
+    return torch.where(first, values, values.diff(prepend=values[:1]))
 
 
 @jit
