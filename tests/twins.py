@@ -1,4 +1,4 @@
-"""What Triton's kernels do, in plain torch: in their place, a launch each, on a pretended device."""
+"""What Triton's kernels do, in plain torch: in their place, a launch each, where none is."""
 
 import functools
 import importlib.util
@@ -51,11 +51,7 @@ def twins() -> Iterator[None]:
                 if hasattr(module, name):
                     undone.enter_context(launch_as(module, name, twin))
         for name in ("prepare_reward_to_go", "prepare_generalized_advantage"):
-            undone.enter_context(
-                mock.patch.object(
-                    vecpg.returns.cuda, name, lambda *args, **kwargs: None, create=True
-                )
-            )
+            undone.enter_context(mock.patch.object(vecpg.returns.cuda, name, create=True))
         undone.enter_context(mock.patch.object(vecpg.rollout.cuda, "_kernels", _kernels))
         yield
 
@@ -70,7 +66,7 @@ def without_triton() -> Iterator[None]:
 
     with (
         mock.patch.object(importlib.util, "find_spec", find),
-        mock.patch.object(ages, "_has_triton", lambda: False),
+        mock.patch.object(ages, "_has_triton", return_value=False),
     ):
         yield
 
@@ -84,14 +80,10 @@ def _reward_to_go(rewards, dones, gamma, final_values, last_values, mask, mask_m
     out.copy_(returns.reward_to_go(*given))
 
 
-def _generalized_advantage(
-    rewards, values, dones, gamma, gae_lambda, final_values, last_values, mask, mask_mode, plus, out
-):
-    gamma, gae_lambda = _as_tensor(gamma, out), _as_tensor(gae_lambda, out)
-    given = rewards, values, dones, gamma, gae_lambda, final_values, last_values, mask, mask_mode
-    out.copy_(returns.generalized_advantage(*given))
-    if plus:
-        out.add_(torch.where(mask, values, 0.0))
+def _generalized_advantage(rewards, values, dones, gamma, gae_lambda, *given):
+    *given, out = given
+    factors = _as_tensor(gamma, out), _as_tensor(gae_lambda, out)
+    out.copy_(returns.generalized_advantage(rewards, values, dones, *factors, *given))
 
 
 def _as_tensor(number, like):
