@@ -7,9 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vecpg import advantage
-from vecpg.advantage import add_by_age, advantages, masked_mean, normalized, sums_by_age
+from vecpg.advantage import (
+    add_by_age,
+    advantages,
+    ages,
+    cpu,
+    masked_mean,
+    normalized,
+    sums_by_age,
+)
 from vecpg.config import Config
 from vecpg.rollout import Rollout
 
@@ -76,6 +86,13 @@ def by_hand(rollout, config):
         for (n, _, _), (t, _) in rows.items():
             out[t, n] = (out[t, n] - mean) / deviation
     return out
+
+
+def on_meta(length, num_envs, cut=10):
+    """A rollout on a device that has shapes and no numbers: whoever asks for one is refused."""
+    numbers = torch.empty(length, num_envs, device="meta")
+    flags, whole = numbers > 0, torch.empty(cut, 2, dtype=torch.int64, device="meta")
+    return Rollout(numbers[:, :, None], flags, numbers, flags, flags, flags, whole, whole)
 
 
 RAGGED = [[3, 1, 4], [6], [1, 1, 1, 1], [2, 5]]
@@ -450,7 +467,7 @@ def test_means_by_age_are_the_same_in_torch_and_on_the_host(monkeypatch, length,
     expected, sums = weights.double(), advantage.sums_by_age(weights.double(), mask, dones)
     advantage.subtract_mean_by_age(expected, mask, dones, sums, others=others)
     for block_envs in (1, 7, 64):
-        monkeypatch.setattr(advantage, "_BLOCK_ENVS", block_envs)
+        monkeypatch.setattr(cpu, "_BLOCK_ENVS", block_envs)
         ours = weights.clone()
         own_sums = advantage.sums_by_age(ours, mask, dones)
         torch.testing.assert_close(own_sums, sums, rtol=1e-9, atol=1e-9)
@@ -482,8 +499,8 @@ def test_sums_by_age_are_their_definition(episodes, reset_rows, seed, block_envs
         expected[:, age] = torch.tensor([math.fsum(own), len(own)], dtype=torch.float64)
         size[age] = math.fsum(map(abs, own))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advantage, "_BLOCK_ENVS", block_envs)
-        patch.setattr(advantage, "_BLOCK_ROWS", block_envs * len(weights))
+        patch.setattr(cpu, "_BLOCK_ENVS", block_envs)
+        patch.setattr(cpu, "_BLOCK_ROWS", block_envs * len(weights))
         together = sums_by_age(weights, rollout.mask, rollout.dones)
         apart = []
         for n in range(len(episodes)):
@@ -519,8 +536,8 @@ def test_sums_by_age_take_no_more_memory_than_a_few_rows_need():
         peaks.append(arguments[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_add_on_host", "_subtract_on_host"):
-            patch.setattr(advantage, name, width_of)
+        for name in ("_add", "_subtract"):
+            patch.setattr(cpu, name, width_of)
         advantages(rollout, Config(baseline="timestep_mean"))
     assert peaks == [1, 1]
 
@@ -531,3 +548,102 @@ def test_rewards_of_other_types_go_through_torch(dtype):
     plain = advantages(rollout, Config())
     rollout = replace(rollout, rewards=rollout.rewards.to(dtype))
     torch.testing.assert_close(advantages(rollout, Config()).float(), plain, rtol=0.05, atol=0.05)
+
+
+# -- On a GPU ------------------------------------------------------------------------------------
+
+KINDS = [
+    *itertools.product(
+        ["reward_to_go", "full_return"],
+        ["none", "mean", "timestep_mean", "leave_one_out", "value"],
+        [False],
+    ),
+    ("reward_to_go", "value", True),
+    ("full_return", "value", True),
+    ("gae", "value", False),
+    ("gae", "value", True),
+]
+
+
+class Noted(TorchDispatchMode):
+    """Keeps the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def away_from_the_host(monkeypatch):
+    """Tensors on the CPU go where those of any other device go, which has no kernels."""
+    monkeypatch.setattr(ages, "_on_host", lambda weights: False)
+
+
+@pairwise(kind=KINDS, normalize=[False, True])
+def test_nothing_waits_and_nothing_is_added_in_any_order(monkeypatch, kind, normalize):
+    weights, baseline, bootstrap = kind
+    away_from_the_host(monkeypatch)
+    config = Config(
+        weights=weights, baseline=baseline, bootstrap_truncations=bootstrap, normalize=normalize
+    )
+    values, final_values = (torch.empty(each, device="meta") for each in ((7, 65), 10))
+    result = advantages(on_meta(7, 65), config, values, final_values)
+    assert (result.shape, result.device.type) == ((7, 65), "meta")
+    rollout, values, final_values = with_ends(make_rollout(RAGGED))
+    with Noted() as noted:
+        advantages(rollout, config, values, final_values)
+    # Of CUDA tensors each of these is a wait, or adds atomically.
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique"}
+    assert not waits & set(noted.names)
+    assert not {"scatter_add", "scatter_add_", "index_add_", "put_"} & set(noted.names)
+
+
+def test_on_a_gpu_all_environments_are_one_call(monkeypatch):
+    """65,536 environments: a block of 2^18 rows would have 524 of them."""
+    shapes = []
+
+    def reward_to_go(rewards, *arguments, **options):
+        assert rewards.is_contiguous()
+        shapes.append(tuple(rewards.shape))
+        return torch.empty_like(rewards)
+
+    monkeypatch.setattr(advantage, "reward_to_go", reward_to_go)
+    advantages(on_meta(500, 65_536), Config())
+    assert shapes == [(500, 65_536)]
+
+
+def with_rows_at_the_end(rollout, values, count):
+    """The same rows, and some in which nothing counts."""
+    poison = torch.full((count, rollout.mask.shape[1]), math.nan)
+    more = {
+        name: nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count))
+        for name in ("obs", "actions", "terminations", "truncations", "mask")
+        for rows in [getattr(rollout, name)]
+    }
+    more["rewards"] = torch.cat([rollout.rewards, poison])
+    return replace(rollout, **more), torch.cat([values, poison])
+
+
+@pytest.mark.parametrize("machine_code", [True, False])
+@pairwise(kind=KINDS, normalize=[False, True])
+def test_rows_at_the_end_in_which_nothing_counts_change_nothing(
+    monkeypatch, kind, normalize, machine_code
+):
+    weights, baseline, bootstrap = kind
+    if not machine_code:
+        away_from_the_host(monkeypatch)
+    config = Config(
+        weights=weights, baseline=baseline, bootstrap_truncations=bootstrap, normalize=normalize
+    )
+    rollout, values, final_values = with_ends(make_rollout(RAGGED))
+    expected = advantages(rollout, config, values, final_values)
+    more, more_values = with_rows_at_the_end(rollout, values, 5)
+    result = advantages(more, config, more_values, final_values)
+    assert not result[-5:].any()
+    if baseline == "mean" or normalize:  # sums over all rows are rounded as their number has it
+        torch.testing.assert_close(result[:-5], expected)
+    else:
+        assert torch.equal(result[:-5], expected)

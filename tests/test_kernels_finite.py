@@ -12,7 +12,7 @@ from torch import nn
 
 from vecpg.config import Config
 from vecpg.envs import EnvironmentFailure
-from vecpg.kernels.finite import all_finite, check_parameters
+from vecpg.kernels.finite import all_finite, check_parameters, finite
 from vecpg.run.checkpoint import Saver
 from vecpg.run.state import TrainState
 from vecpg.train import train
@@ -26,14 +26,25 @@ def test_one_number_in_any_place_is_found(place, wrong):
     numbers = torch.randn(13, generator=torch.Generator().manual_seed(0))
     parts = [numbers[:8].reshape(2, 4).mT, numbers[8:]]
     assert all_finite(parts)
+    assert finite(parts)
     numbers[place] = wrong
     assert not all_finite(parts)
+    assert not finite(parts)
 
 
 def test_a_sum_beyond_the_largest_number_proves_nothing():
     assert all_finite([torch.full((5,), LARGEST)])
+    assert finite([torch.full((5,), LARGEST), torch.full((5,), LARGEST, dtype=torch.float64)])
     # Infinities of both signs, whose sum is NaN.
     assert not all_finite([torch.tensor([math.inf, -math.inf])])
+
+
+def test_the_host_may_ask_later():
+    """A device answers with a tensor, and nothing asks for its number."""
+    tensors = [torch.ones(2, 3, device="meta"), torch.ones(1, requires_grad=True).to("meta")]
+    answer = finite(tensors)
+    assert (answer.shape, answer.dtype, answer.is_meta) == ((), torch.bool, True)
+    assert not answer.requires_grad
 
 
 def test_a_parameter_is_named_and_so_is_what_adam_keeps():

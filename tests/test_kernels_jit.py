@@ -7,7 +7,9 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import pytest
@@ -73,6 +75,52 @@ def test_what_threads_of_kernels_compile_is_counted():
         threads.run(task, 2)
     assert one.signatures
     assert compilation.seconds > 0
+
+
+def fake_triton(version):
+    """Triton's hooks, as they were up to 3.3 and are since 3.4; `compile` calls them as it does."""
+    jit = SimpleNamespace(JITFunction=SimpleNamespace(cache_hook=None, compiled_hook=None))
+    fake = SimpleNamespace(runtime=SimpleNamespace(jit=jit))
+    owner, names = jit.JITFunction, ("cache_hook", "compiled_hook")
+    if version >= 3.4:
+        owner = SimpleNamespace(jit_cache_hook=None, jit_post_compile_hook=None)
+        fake.knobs, names = SimpleNamespace(runtime=owner), (*vars(owner),)
+
+    def compile(seconds):
+        if not getattr(owner, names[0])(key="k", is_manual_warmup=False):
+            time.sleep(seconds)
+            getattr(owner, names[1])(key="k", is_manual_warmup=False)
+
+    return fake, owner, names, compile
+
+
+@pytest.mark.parametrize("version", [3.2, 3.7])
+def test_what_triton_compiles_is_counted_and_announced_once(version, caplog):
+    fake, owner, names, compile = fake_triton(version)
+    told = []
+    setattr(owner, names[0], lambda **given: told.append(given["key"]) or len(told) == 4)
+    module.hear_triton(fake)
+    hooks = [getattr(owner, name) for name in names]
+    module.hear_triton(fake)
+    assert hooks == [getattr(owner, name) for name in names]
+    with caplog.at_level(logging.INFO, "vecpg"), Compilation() as compilation:
+        compile(0.01)
+        first = compilation.seconds
+        assert first >= 0.01
+        compile(0.01)
+        assert compilation.seconds >= first + 0.01
+        seconds = compilation.seconds
+        thread = threading.Thread(target=compile, args=(0.01,))  # another run's
+        thread.start()
+        thread.join()
+        compile(0.01)  # the hook that was there says not to
+        assert compilation.seconds == seconds
+    compile(0.01)
+    assert compilation.seconds == seconds
+    assert told == ["k"] * 5
+    assert [record.message for record in caplog.records] == [
+        "compiling the GPU's kernels, or loading those of an earlier run"
+    ]
 
 
 @pytest.mark.slow

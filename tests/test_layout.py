@@ -23,7 +23,7 @@ ALLOWED = {
     "vecpg.recipes": {"vecpg.config"},
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},
-    "vecpg.advantage": {"vecpg.kernels", "vecpg.returns"},
+    "vecpg.advantage": {"vecpg.advantage", "vecpg.kernels", "vecpg.returns"},
     "vecpg.named": set(),
     "vecpg.noise": set(),
     "vecpg.device": set(),

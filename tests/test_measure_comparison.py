@@ -300,13 +300,13 @@ def test_a_sleep_in_the_collector_is_found(repository):
 
 @pytest.mark.slow
 def test_a_commit_without_what_is_needed_is_one_line_and_status_2(repository, capsys, tmp_path):
-    (repository / "vecpg" / "advantage.py").unlink()
+    shutil.rmtree(repository / "vecpg" / "advantage")
     subprocess.run(
         ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "commit", "-qam", "x"],
         cwd=repository,
         check=True,
     )
-    shutil.copy(ROOT / "vecpg" / "advantage.py", repository / "vecpg")
+    shutil.copytree(ROOT / "vecpg" / "advantage", repository / "vecpg" / "advantage")
     with pytest.raises(SystemExit) as caught:
         measure_cli.benchmark_main(["--compare", "HEAD", "--out-dir", str(tmp_path / "out")])
     captured = capsys.readouterr()

@@ -195,10 +195,19 @@ def test_what_is_recorded_is_small_and_makes_the_tables(repository, monkeypatch)
     report.record(make_results(time="2026-01-02T03:04:06+00:00", commit="0000000"), repository)
     other = make_results(machine=found["machine"] | {"gpu": None, "cores": 2})
     report.record(other, repository)
+    hour = {**make_results(commit="f00"), "rows": [{"results": {"cells": found["cells"]}}]}
+    hour["machine"] = hour["machine"] | {"gpu": "NVIDIA U"}
+    (repository / "benchmarks/results/U").mkdir()
+    (repository / "benchmarks/results/U/first-hour-f.json").write_text(json.dumps(hour))
+    report.record(other, repository)
     readme = written[2].read_text()
     assert readme.count("### ") == 2
     assert "0000000" in readme
-    assert {row["commit"] for row in json.loads(written[3].read_text())["rows"]} == {"0000000"}
+    rows = json.loads(written[3].read_text())["rows"]
+    assert {(row["gpu"], row["commit"]) for row in rows} == {
+        ("NVIDIA T", "0000000"),
+        ("NVIDIA U", "f00"),  # of which there is a first hour only
+    }
 
 
 @pytest.mark.parametrize("other", [{"quick": True}, {"dirty": True}, {"commit": None}])

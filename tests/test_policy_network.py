@@ -355,6 +355,19 @@ def test_parameters_are_drawn_by_one_thread_at_a_time():
     assert torch.equal(torch.rand(3), after)
 
 
+def test_generators_of_other_devices_are_left_alone(monkeypatch):
+    """Nobody would restore them; and the numbers are those that torch's own seed gives."""
+    torch.manual_seed(2**40 + 7)
+    expected = fully_connected(3, (5,), 2, "tanh", 1.0), torch.nn.Embedding(3, 2), torch.rand(3)
+    for name in ("manual_seed", "manual_seed_all", "seed_all", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    with drawn_from(2**40 + 7):
+        found = fully_connected(3, (5,), 2, "tanh", 1.0), torch.nn.Embedding(3, 2), torch.rand(3)
+    assert all(map(torch.equal, found[0].parameters(), expected[0].parameters()))
+    assert torch.equal(found[1].weight, expected[1].weight)
+    assert torch.equal(found[2], expected[2])
+
+
 def test_layers_are_as_asked_for():
     network = fully_connected(3, (7, 5), 2, "relu", last_gain=0.01)
     kinds = [type(layer).__name__ for layer in network]

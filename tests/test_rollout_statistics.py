@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import gymnasium
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
@@ -57,15 +59,16 @@ def test_episode_statistics_are_in_order_of_environment_and_start():
     assert list(zip(episodes.returns.tolist(), episodes.lengths.tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (63, 3), (40, 65)])
-def test_episode_statistics_are_the_same_in_torch_and_on_the_host(length, num_envs):
+def random_rollout(length, num_envs, after=0):
+    """Rows of which some count, and `after` of them nothing does; NaN where nothing counts."""
     g = torch.Generator().manual_seed(length)
-    mask = torch.rand(length, num_envs, generator=g) < 0.9
-    ends = torch.rand(length, num_envs, generator=g) < 0.2  # some where nothing counts
-    rewards = torch.randn(length, num_envs, generator=g).masked_fill(~mask, torch.nan)
-    rollout = Rollout(
-        obs=torch.zeros(length, num_envs, 1),
-        actions=torch.zeros(length, num_envs, dtype=torch.int64),
+    mask = torch.rand(length + after, num_envs, generator=g) < 0.9
+    mask[length:] = False
+    ends = torch.rand(length + after, num_envs, generator=g) < 0.2  # some where nothing counts
+    rewards = torch.randn(mask.shape, generator=g).masked_fill(~mask, torch.nan)
+    return Rollout(
+        obs=torch.zeros(*mask.shape, 1),
+        actions=torch.zeros(mask.shape, dtype=torch.int64),
         rewards=rewards,
         terminations=ends,
         truncations=torch.zeros_like(ends),
@@ -73,9 +76,68 @@ def test_episode_statistics_are_the_same_in_torch_and_on_the_host(length, num_en
         final_obs=torch.zeros(0, 1),
         final_rows=torch.zeros(0, 2, dtype=torch.int64),
     )
-    ours, expected = (
-        statistics._statistics_on_host(rollout),
-        statistics._statistics_in_torch(rollout),
+
+
+def by_loop(rollout):
+    """The returns and lengths, in order of (environment, start)."""
+    found = []
+    for n in range(rollout.mask.shape[1]):
+        rewards = []
+        for t in range(len(rollout.mask)):
+            if rollout.mask[t, n]:
+                rewards.append(rollout.rewards[t, n].item())
+                if rollout.dones[t, n]:
+                    found.append((math.fsum(rewards), len(rewards)))
+                    rewards = []
+    returns, lengths = zip(*found, strict=True) if found else ((), ())
+    return torch.tensor(returns, dtype=torch.float64), torch.tensor(lengths, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("way", ["on the host", "in torch", "in torch, known"])
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(("length", "num_envs"), [(1, 1), (9, 1), (63, 3), (40, 65)])
+def test_episode_statistics_are_their_definition(monkeypatch, length, num_envs, after, way):
+    rollout = random_rollout(length, num_envs, after)
+    returns, lengths = by_loop(rollout)
+    if way != "on the host":
+        monkeypatch.setattr(statistics, "_statistics", statistics._statistics_in_torch)
+    if way == "in torch, known":
+        rollout = replace(rollout, num_episodes=len(returns))
+    episodes = episode_statistics(rollout)
+    torch.testing.assert_close(episodes.returns, returns, rtol=1e-12, atol=1e-12)
+    assert torch.equal(episodes.lengths, lengths)
+    torch.testing.assert_close(episodes.return_sum, returns.sum(), rtol=1e-12, atol=1e-12)
+
+
+class Noted(TorchDispatchMode):
+    """Keeps the names of operations, and the shape of what each is given first."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        shape = tuple(args[0].shape) if args and isinstance(args[0], torch.Tensor) else ()
+        self.calls.append((function.overloadpacket.__name__, shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_envs", [1, 65_536])
+def test_on_a_gpu_nothing_waits_if_the_number_of_episodes_is_known(num_envs):
+    """Of tensors without numbers whoever asks for one is refused; and there are no blocks."""
+    flags = torch.empty(500, num_envs, dtype=torch.bool, device="meta")
+    numbers = torch.empty(500, num_envs, device="meta")
+    none = torch.empty(0, 2, dtype=torch.int64, device="meta")
+    rollout = Rollout(
+        numbers[:, :, None], flags, numbers, flags, flags, flags, none, none, num_episodes=70_000
     )
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-9, atol=1e-9)
-    assert torch.equal(ours[1], expected[1])
+    with Noted() as noted:
+        episodes = episode_statistics(rollout)
+    assert episodes.returns.shape == episodes.lengths.shape == (70_000,)
+    assert len(noted.calls) <= 50  # views among them
+    # What CUDA adds up in an order that differs between calls: one column alone.
+    scanned = [shape for name, shape in noted.calls if name == "cumsum"]
+    assert sum(shape == (500, 1) for shape in scanned) <= 2  # of whole numbers
+    assert not {"scatter_add", "scatter_add_", "index_put_"} & {name for name, _ in noted.calls}
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        episode_statistics(replace(rollout, num_episodes=None))

@@ -6,8 +6,7 @@ from gymnasium import spaces
 
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
-from vecpg.rollout.statistics import Episodes
-from vecpg.run.stopping import ReturnWindow, Stopping
+from vecpg.run.stopping import Returned, ReturnWindow, Stopping
 
 
 class Judge:
@@ -33,9 +32,8 @@ def mark(policy, value=None):
     return policy.network[0].bias.item()
 
 
-def episodes(returns):
-    returns = torch.tensor(returns, dtype=torch.float64)
-    return Episodes(returns, torch.ones_like(returns), returns.sum())
+def returned(returns):
+    return Returned(sum(returns), len(returns), min(returns), max(returns))
 
 
 def run(stopping, *iterations, confirm=None):
@@ -43,7 +41,9 @@ def run(stopping, *iterations, confirm=None):
     policy = marked_policy()
     for number, returns in enumerate(iterations):
         mark(policy, number)
-        stopping.consider(policy, episodes(returns), confirm)
+        stopping.consider(
+            policy, returned(returns), None if confirm is None else lambda: confirm(policy)
+        )
         mark(policy, 99.0)
     return stopping
 

@@ -16,7 +16,13 @@ from pairs import pairwise
 
 from vecpg import advantage, update, value
 from vecpg import begin as begin_module
-from vecpg.advantage import advantages, subtract_mean_by_age, sum_and_count, sums_by_age
+from vecpg.advantage import (
+    advantages,
+    ages,
+    subtract_mean_by_age,
+    sum_and_count,
+    sums_by_age,
+)
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.kernels import threads
@@ -433,7 +439,7 @@ def values_agree(whole, parts, value_function, bootstrap):
         t, n = part.final_rows.t()
         of_rows[t, n + k * part.mask.shape[1]] = final
     equal &= bits(predicted[1]) == bits(of_rows[tuple(whole.final_rows.t())])
-    loss = fit(ours, whole, predicted[1], config)
+    loss = fit(ours, whole, predicted[1], config).value_loss
 
     expected = fit_alone(alone, parts, [final for _, final in own], config)
     return equal and states_agree(ours, alone) and bits(loss) == bits(expected)
@@ -537,7 +543,8 @@ def iterate_together(run, way, config, iteration):
     weights = advantages(rollout, config, values, final_values)
     learner = choose_learner(run.policy)
     stats = learner.update(run.policy, run.optimizer, rollout, weights, config)
-    loss = fit(run.critic, rollout, final_values, config)
+    fitted = fit(run.critic, rollout, final_values, config)
+    loss = None if fitted is None else fitted.value_loss
     return stats.policy_loss, stats.entropy, stats.grad_norm, loss
 
 
@@ -615,7 +622,7 @@ def test_one_shard_and_many_agree_to_rounding(way):
             optimizer = torch.optim.SGD(run.policy.parameters(), 0.0)
             given = run.policy, optimizer, whole, weights, replace(config, shards=shards)
             stats = update.update(*given)
-            loss = fit(run.critic, whole, final_values, replace(config, shards=shards))
+            loss = fit(run.critic, whole, final_values, replace(config, shards=shards)).value_loss
             gradient = [p.grad for p in run.policy.parameters()]
             observed = [b for _, b in run.policy.named_buffers()]
             fitted = list(run.critic.value_function.parameters())
@@ -679,7 +686,7 @@ def all_at_once(monkeypatch):
 
 def last_first(monkeypatch):
     """The right sums of shards, added in another order."""
-    for module in (advantage, statistics, update, value):
+    for module in (advantage, ages, statistics, update, value):
         monkeypatch.setattr(module, "in_order", lambda parts: added(list(parts)[::-1]))
     for module in (update, value):
         monkeypatch.setattr(

@@ -164,6 +164,17 @@ def test_clipping_scales_the_gradient_down_to_the_limit_and_reports_what_it_was(
         assert torch.equal(same.grad, long.grad)
 
 
+@pytest.mark.parametrize("limit", [0.37, 1e-320, 1e3])
+def test_clipping_has_the_bits_of_torchs_own(limit):
+    policy, case = make_policy(), make_case()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    norm = update(policy, optimizer, *case, Config()).grad_norm
+    torch.nn.utils.clip_grads_with_norm_(policy.parameters(), limit, norm)
+    expected = [p.grad.clone() for p in policy.parameters()]
+    update(policy, optimizer, *case, Config(max_grad_norm=limit))
+    assert all(map(torch.equal, (p.grad for p in policy.parameters()), expected))
+
+
 @pytest.mark.parametrize("advantage", [math.inf, 1e30])  # NaN, and a norm beyond float32
 def test_a_gradient_that_is_not_finite_changes_nothing(advantage):
     policy = make_policy()

@@ -121,7 +121,7 @@ def test_fitting_is_that_of_a_plain_loop(bootstrap):
     assert rollout.final_rows.tolist() == [[1, 1], [4, 2], [6, 3]]
     final = {(1, 1): final_values[0].item(), (6, 3): final_values[2].item()} if bootstrap else {}
     wanted = targets(rollout, 0.9, final)
-    loss = fit(critic, rollout, final_values, config)
+    loss = fit(critic, rollout, final_values, config).value_loss
 
     optimizer = torch.optim.Adam(twin.parameters(), lr=0.02)
     losses = []
@@ -144,8 +144,8 @@ def test_whether_gradients_are_on_makes_no_difference(mode):
     for off in (False, True):
         with mode() if off else contextlib.nullcontext():
             critic = make_critic()
-            loss = fit(critic, rollout, predict(critic, rollout)[1], config)
-        again = fit(critic, rollout, None, config)
+            loss = fit(critic, rollout, predict(critic, rollout)[1], config).value_loss
+        again = fit(critic, rollout, None, config).value_loss
         fitted.append([loss, again, *critic.value_function.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*fitted, strict=True))
 
@@ -158,7 +158,7 @@ def test_chunks_change_nothing_but_rounding(monkeypatch, rows):
         monkeypatch.setattr(value_module, "_CHUNK_ROWS", chunk)
         critic, rollout = make_critic(), make_rollout()
         values, final_values = predict(critic, rollout)
-        loss = fit(critic, rollout, final_values, config)
+        loss = fit(critic, rollout, final_values, config).value_loss
         parameters = [p.detach() for p in critic.value_function.parameters()]
         results.append((values, final_values, loss, *parameters))
     for whole, chunked in zip(*results, strict=True):
@@ -188,7 +188,7 @@ def test_pictures_change_nothing_but_their_chunks(monkeypatch):
         given = Rollout(**parts | {"obs": obs[0], "final_obs": obs[1]})
         asked.clear()
         values, final_values = predict(critic, given)
-        loss = fit(critic, given, final_values, config)
+        loss = fit(critic, given, final_values, config).value_loss
         parameters = [p.detach() for p in critic.value_function.parameters()]
         results.append((values, final_values, loss, *parameters))
     assert set(asked) == {3}  # of 18 rows that count, and of 3 final ones

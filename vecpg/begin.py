@@ -194,7 +194,8 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         # What the first iteration would wait for is no part of its time.
         collector.prepare(envs, policy)
         learner.prepare(policy)
-        prepare_advantages(device)
+        limit = config.max_episode_steps or spec.max_episode_steps or 1
+        prepare_advantages(device, config, 2 * config.num_steps + limit)
         prepare_statistics(device)
         if not config.action_masks:  # what masks them is in torch
             prepare_evaluation(policy)

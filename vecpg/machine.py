@@ -12,19 +12,23 @@ from typing import Any
 import vecpg
 
 
-def versions() -> dict[str, str]:
-    """Of vecpg, Python and the packages whose bits a run depends on."""
+def versions() -> dict[str, str | None]:
+    """Of vecpg, Python and the packages whose bits a run depends on; None for what is missing."""
     packages = ("torch", "gymnasium", "numpy", "numba", "tensorboard")
     return {
         "vecpg": vecpg.__version__,
         "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
+        **{package: package_version(package) for package in packages},
     }
 
 
 @functools.cache
-def _version(package: str) -> str:
-    return metadata.version(package)
+def package_version(package: str) -> str | None:
+    """Of a package as pip knows it; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def system() -> dict[str, Any]:
@@ -97,7 +101,19 @@ def git(root: Path, *args: str) -> str | None:
 
 
 def results_folder(machine: dict[str, Any]) -> Path:
-    """The folder of the repository for figures of a machine that `system` describes; it is made."""
-    folder = checkout() / "benchmarks" / "results" / folder_name(machine)
+    """The folder for figures of a machine that `system` describes; it is made.
+
+    It lies beside this package, in a checkout or in a copy of its files.
+
+    Raises:
+        ValueError: the package was installed without its benchmarks.
+    """
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not benchmarks.is_dir():
+        raise ValueError(
+            "expected vecpg with its benchmarks beside it, got it installed alone; clone its"
+            " repository, and install it with pip's -e"
+        )
+    folder = benchmarks / "results" / folder_name(machine)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -4,7 +4,7 @@ Every number is a pure function of (seed, iteration, global environment index, s
 run can be resumed, split over processes or moved to another device and draw the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -16,6 +16,7 @@ from torch import Tensor
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 
 
 class Purpose(IntEnum):
@@ -47,9 +48,19 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
         >>> [hex(word.item()) for word in philox([torch.tensor(0), 0, 0, 0], (0, 0))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
+    return _rounds(counter, [_of_round(key, i) for i in range(ROUNDS)])
+
+
+def _of_round(key: tuple[int, int], i: int) -> tuple[int, int]:
+    return (key[0] + i * WEYL[0]) & WORD, (key[1] + i * WEYL[1]) & WORD
+
+
+def _rounds(
+    counter: Sequence[Tensor | int], keys: Sequence[tuple[Tensor | int, Tensor | int]]
+) -> list[Tensor]:
+    """As `philox`, with the key of every round."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    for k0, k1 in keys:
         # The 64-bit product wraps into the sign, and the bits are right all the same.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -58,7 +69,6 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
             ((p0 >> 32) & WORD) ^ c3 ^ k1,
             p0 & WORD,
         )
-        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
     return [torch.as_tensor(word) for word in (c0, c1, c2, c3)]
 
 
@@ -158,7 +168,7 @@ class Stream:
             int(purpose) | blocks << 8,
         )
         words = torch.stack(philox(counter, (self.seed & WORD, self.seed >> 32)), dim=1)
-        return (words.flatten(0, 1)[:count] >> 8).to(torch.float32) * 2.0**-24
+        return _as_uniforms(words.flatten(0, 1)[:count])
 
     def key(self, purpose: Purpose) -> NDArray[np.uint64]:
         """What machine code takes of it: the words of the seed, the iteration and the purpose.
@@ -166,6 +176,20 @@ class Stream:
         Its counters hold the environment's index in the whole run.
         """
         return np.array([self.seed & WORD, self.seed >> 32, self.iteration, purpose], np.uint64)
+
+
+def _as_uniforms(words: Tensor) -> Tensor:
+    """32-bit words as numbers in [0, 1)."""
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def steps_at_once(numbers: int, device: torch.device) -> int:
+    """For how many steps random numbers are drawn together, of so many for each.
+
+    On a CPU they stay in its cache; a GPU gets enough to do.
+    """
+    most, steps = (2**18, 64) if device.type == "cpu" else (2**23, 256)
+    return max(1, min(steps, most // max(1, numbers)))
 
 
 class StepNoise:
@@ -185,7 +209,7 @@ class StepNoise:
     ) -> None:
         self._stream, self._purpose, self._count, self._made = stream, purpose, count, made
         self._envs = torch.arange(stream.num_envs, device=device)
-        self._steps = max(1, min(64, 2**18 // max(1, stream.num_envs * count)))
+        self._steps = steps_at_once(stream.num_envs * count, device)
         self._start = -self._steps
         self._block = torch.empty(0)
 
@@ -199,3 +223,72 @@ class StepNoise:
             )
             self._block = self._made(numbers)
         return self._block[:, t - self._start]
+
+
+class KeyedNoise:
+    """The numbers of `Stream.uniforms_at`, for a block of steps, from a key that is a tensor.
+
+    Which numbers they are is known to the device alone: nothing here depends on Python's numbers
+    that change between two calls, so that a CUDA graph may hold one.
+
+    The key is (6,) int64: both words of the seed, the iteration, both words of the seed of start
+    states, and the index in the whole run of the first environment. Numbers for `Purpose.START` are
+    those of the latter seed, of iteration 0, and of the step after: a row that resets an
+    environment draws the state of the following one.
+
+    Args:
+        counts: how many numbers of each purpose, for every step and environment.
+        steps: how many steps a block has.
+        num_envs: how many environments.
+        device: where the key is.
+
+    Example:
+        >>> noise = KeyedNoise({Purpose.ACTION: 1}, 3, 2, torch.device("cpu"))
+        >>> (numbers,) = noise(torch.tensor([7, 0, 4, 0, 0, 5]), torch.tensor([10]))
+        >>> torch.equal(numbers[0], Stream(7, 4, 5, 2).uniforms(range(10, 13), Purpose.ACTION))
+        True
+    """
+
+    def __init__(
+        self, counts: Mapping[Purpose, int], steps: int, num_envs: int, device: torch.device
+    ) -> None:
+        blocks = [
+            (purpose, block)
+            for purpose, count in counts.items()
+            for block in range((count + 3) // 4)
+        ]
+        starts = [purpose == Purpose.START for purpose, _ in blocks]
+
+        def column(numbers: Iterable[int]) -> Tensor:
+            return torch.tensor([*numbers], dtype=torch.int64).to(device)[:, None, None]
+
+        self._counts = [*counts.values()]
+        self._envs = torch.arange(num_envs, device=device)
+        # Of each block of four numbers the counter's last word, and where in the key its seed is.
+        self._above = column(purpose | block << 8 for purpose, block in blocks)
+        self._seeds = column(3 if start else 0 for start in starts).flatten()
+        self._iterations = column(not start for start in starts)
+        self._steps = torch.arange(steps, device=device)[:, None] + column(starts)
+        self._weyl = [
+            column(i * word & WORD for i in range(ROUNDS)).view(ROUNDS, 1, 1, 1) for word in WEYL
+        ]
+
+    def __call__(self, key: Tensor, t: Tensor) -> list[Tensor]:
+        """(count, steps, num_envs) float32 of each purpose, from step t on, (1,) int64."""
+        if not self._counts:
+            return []
+        low = key.index_select(0, self._seeds)[:, None, None]
+        high = key[1:].index_select(0, self._seeds)[:, None, None]
+        keys = zip(
+            ((low + self._weyl[0]) & WORD).unbind(),
+            ((high + self._weyl[1]) & WORD).unbind(),
+            strict=True,
+        )
+        counter = self._steps + t, self._envs + key[5:], self._iterations * key[2], self._above
+        words = _rounds(counter, [*keys])
+        numbers, block = [], 0
+        for count in self._counts:
+            chosen = [words[i % 4][block + i // 4] for i in range(count)]
+            numbers.append(_as_uniforms(torch.stack(chosen)))
+            block += (count + 3) // 4
+        return numbers

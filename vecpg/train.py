@@ -4,13 +4,13 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 
 from vecpg import memory
 from vecpg.advantage import advantages
@@ -31,11 +31,13 @@ from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
 from vecpg.run.interrupts import Interrupts, Told
+from vecpg.run.outcomes import Outcome, Outcomes
 from vecpg.run.progress import Progress, Share
 from vecpg.run.resume import find_run, read_json, resume_command
 from vecpg.run.state import Counters, TrainState
+from vecpg.run.stopping import parameters
 from vecpg.update import UpdateStats, update
-from vecpg.value import fit, predict
+from vecpg.value import FitStats, fit, predict
 
 OnIteration = Callable[[dict[str, float | None], Policy], bool | None]
 
@@ -154,54 +156,68 @@ def advance(
     """
     with _running(config, run, interrupts) as clock:
         envs, state, draft = run.envs, run.state, run.state.draft()
-        while not _is_over(config, state.counters, state.stopping.solved):
-            iteration = state.counters.iteration
+        judge = partial(_evaluated, config, run) if config.confirm else None
+        outcomes = Outcomes(state, draft, clock, run.files.metrics, judge)
+        run.closing.callback(outcomes.settle)
+        on_host = run.device.type == "cpu"
+        # Where nobody decides by what an iteration came to, the host need not wait for a GPU.
+        ahead = not on_host and state.stopping.target is None and on_iteration is None
+        acting = draft.policy if ahead else state.policy
+        collector = run.collector
+        if not on_host:
+            collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
+        ending = _is_over(config, state.counters, state.stopping.solved)
+        while not ending:
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)
                 rollout = collect(
                     envs,
-                    state.policy,
+                    acting,
                     num_steps=config.num_steps,
                     seed=config.seed,
-                    iteration=iteration,
+                    iteration=draft.counters.iteration,
                     shards=config.resolved_shards,
-                    backend=run.collector,
+                    backend=collector,
+                    wait=on_host,
                 )
-            episodes = episode_statistics(rollout, config.resolved_shards)
-            with clock.evaluation():
-                confirm = _confirmation(config, run.judge, iteration) if config.confirm else None
-                evaluation = draft.stopping.consider(state.policy, episodes, confirm)
-            if draft.stopping.solved:
-                clock.note("solved")
+            acted = parameters(acting) if ahead else None
             with interrupts.held():
+                episodes = episode_statistics(rollout, config.resolved_shards)
+                _count(draft, rollout, episodes)
                 with clock.phase("returns"):  # weights minus baseline, (T, N)
-                    values, final_values = predict(state.critic, rollout, config.resolved_shards)
+                    values, final_values = predict(draft.critic, rollout, config.resolved_shards)
                     weights = advantages(rollout, config, values, final_values)
                 with clock.phase("update"):  # one batched gradient step
                     stats = update(
-                        draft.policy, draft.optimizer, rollout, weights, config, backend=run.learner
+                        draft.policy,
+                        draft.optimizer,
+                        rollout,
+                        weights,
+                        config,
+                        backend=run.learner,
+                        wait=on_host,
                     )
-                    value_loss = fit(draft.critic, rollout, final_values, config)
-                _count(draft, rollout, episodes, clock)
-                row = _row(draft, clock, episodes, stats, value_loss, evaluation)
-                run.files.metrics.log(row)
-                state.commit(draft)
+                    fitted = fit(draft.critic, rollout, final_values, config, wait=on_host)
+                outcomes.add(_outcome(draft, rollout, episodes, stats, fitted, clock, acted))
             del rollout, weights, values  # there is never more than one
+            ending = _is_over(config, draft.counters, False)
+            due = progress.is_due() or run.files.saver.is_due() or outcomes.full
+            if ahead and not ending and not due:
+                continue
+            row = outcomes.commit(interrupts)
             # Signals reach it: it may take its time, and the iteration is committed.
             stopped = on_iteration is not None and _is_false(
                 on_iteration(dict(row), copy.deepcopy(state.policy))
             )
-            ending = stopped or _is_over(config, state.counters, state.stopping.solved)
+            ending = stopped or ending or state.stopping.solved
             with interrupts.held():
                 progress.show(row, last=ending)
                 if not ending:
                     run.files.saver.save_if_due(state)
-            if stopped:
-                break
         wall_seconds = clock.without_evaluations()
         final = state.stopping.evaluation
         if final is None:
             with clock.evaluation():
-                final = _confirmation(config, run.judge, state.counters.iteration)(state.policy)
+                final = _evaluated(config, run, state.policy, state.counters.iteration)
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, state.counters.env_steps)
 
@@ -277,23 +293,17 @@ def _running(config: Config, run: Run, interrupts: Interrupts | Told) -> Iterato
                 run.closing.close()
 
 
-def _confirmation(
-    config: Config, judge: VectorEnv[Any, Any, Any], iteration: int
-) -> Callable[[Policy], EvalResult]:
+def _evaluated(config: Config, run: Run, policy: Policy, iteration: int) -> EvalResult:
     """The greedy evaluation of an iteration's policy; no two iterations play the same episodes."""
-
-    def confirm(policy: Policy) -> EvalResult:
-        return evaluate_in(
-            judge,
-            policy,
-            config.eval_episodes,
-            seed=config.seed,
-            purpose=Purpose.CONFIRMATION_RESET,
-            draw=iteration,
-            action_masks=config.action_masks,
-        )
-
-    return confirm
+    return evaluate_in(
+        run.judge,
+        policy,
+        config.eval_episodes,
+        seed=config.seed,
+        purpose=Purpose.CONFIRMATION_RESET,
+        draw=iteration,
+        action_masks=config.action_masks,
+    )
 
 
 def _is_over(config: Config, counters: Counters, solved: bool) -> bool:
@@ -311,39 +321,43 @@ def _is_false(answer: Any) -> bool:
     return isinstance(answer, bool | np.bool_) and not answer
 
 
-def _count(draft: TrainState, rollout: Rollout, episodes: Episodes, clock: Clock) -> None:
+def _count(draft: TrainState, rollout: Rollout, episodes: Episodes) -> None:
+    counted = rollout.mask.sum() if rollout.counted is None else len(rollout.counted)
     draft.counters.iteration += 1
-    draft.counters.env_steps += int(rollout.mask.sum())
+    draft.counters.env_steps += int(counted)
     draft.counters.vector_steps += rollout.mask.numel()
     draft.counters.episodes += len(episodes.returns)
-    draft.seconds = clock.totals()
 
 
-def _row(
-    state: TrainState,
-    clock: Clock,
+def _outcome(
+    draft: TrainState,
+    rollout: Rollout,
     episodes: Episodes,
     stats: UpdateStats,
-    value_loss: torch.Tensor | None,
-    evaluation: EvalResult | None,
-) -> dict[str, float | None]:
-    """One line of metrics.jsonl. Reading the statistics is where the host waits for the device."""
-    counters = state.counters
-    return {
-        "iteration": counters.iteration,
-        "env_steps": counters.env_steps,
-        "episodes": counters.episodes,
-        "charts/episodic_return": (episodes.return_sum / len(episodes.returns)).item(),
-        "charts/best_return": state.stopping.best_return,
-        "charts/episodic_length": episodes.lengths.to(torch.float64).mean().item(),
-        "charts/SPS": per_second(counters.env_steps, clock.without_evaluations()),
-        "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
-        "losses/policy_loss": stats.policy_loss.item(),
-        "losses/value_loss": None if value_loss is None else value_loss.item(),
-        "losses/entropy": stats.entropy.item(),
-        "losses/grad_norm": stats.grad_norm.item(),
-        **{f"perf/{phase}_s": spent for phase, spent in clock.last.items()},
+    fitted: FitStats | None,
+    clock: Clock,
+    acted: dict[str, torch.Tensor] | None,
+) -> Outcome:
+    checks = {
+        "observations, rewards and actions": rollout.finite,
+        "the loss, its gradient and the parameters": stats.finite,
+        "V and its parameters": None if fitted is None else fitted.finite,
     }
+    return Outcome(
+        replace(draft.counters),
+        len(episodes.returns),
+        (episodes.return_sum, episodes.returns.min(), episodes.returns.max()),
+        episodes.lengths.to(torch.float64).mean(),
+        (
+            stats.policy_loss,
+            None if fitted is None else fitted.value_loss,
+            stats.entropy,
+            stats.grad_norm,
+        ),
+        {name: finite for name, finite in checks.items() if finite is not None},
+        clock.lap(),
+        acted,
+    )
 
 
 def _summary(config: Config, run: Run, ending: Ending) -> dict[str, Any]:

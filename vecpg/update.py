@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vecpg.adam import Adam
 from vecpg.kernels import threads
-from vecpg.kernels.finite import all_finite, check_parameters
+from vecpg.kernels.finite import all_finite, check_parameters, finite
+from vecpg.kernels.gathered import Gradient, Source, rows_at_once
 from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
@@ -32,8 +33,10 @@ CHUNK_ROWS = 4096
 _SLAB_ROWS = 4096
 _MOST_SLABS = 64
 _MOST_NUMBERS = 2**22
-# Random numbers that choose what one pass drops: drawing each takes some 100 bytes.
+# Random numbers that choose what one pass drops: drawing each takes some 100 bytes. On a GPU a pass
+# of few rows takes as long as one of many.
 _MOST_DROPOUT = 2**19
+_MOST_DROPOUT_ON_CUDA = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +46,25 @@ class UpdateStats:
     policy_loss: the surrogate whose gradient was followed; its value means nothing by itself.
     entropy:     mean over counted rows, in nats, before the step.
     grad_norm:   length of the gradient before any clipping.
+    finite:      bool, whether these and all parameters after the step are finite; None where that
+                 was looked at, and they are.
     """
 
     policy_loss: Tensor
     entropy: Tensor
     grad_norm: Tensor
+    finite: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Their sum, in which NaN and infinity stay."""
+        return self.policy_loss + self.entropy + self.grad_norm
 
     def not_finite(self) -> str | None:
         """Which of these is NaN or infinite, in words; None where none is.
 
         The host waits for the device once where none is.
         """
-        # NaN and infinity stay in a sum.
-        if math.isfinite((self.policy_loss + self.entropy + self.grad_norm).item()):
+        if math.isfinite(self.total().item()):
             return None
         named = {
             "loss": self.policy_loss.item(),
@@ -67,18 +76,24 @@ class UpdateStats:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Learner:
     """The way that the gradient goes, chosen once for a policy.
 
     backend: "reference", torch's autograd, or "cpu", machine code.
     reason:  why it is not "cpu"; None if it is.
+    rows:    of the largest CUDA graph; None off CUDA.
     """
 
     backend: str
     reason: str | None
+    rows: int | None = None
+    # What was captured, once it is prepared: of the policy that was updated last.
+    _gradient: Gradient | None = field(default=None, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
+        if self.rows is not None:
+            return f"by autograd, in CUDA graphs of {self.rows:,} rows"
         return "in machine code" if self.reason is None else f"by autograd: {self.reason}"
 
     @torch.inference_mode(False)
@@ -90,6 +105,8 @@ class Learner:
         rollout: Rollout,
         advantages: Tensor,
         config: "Config",
+        *,
+        wait: bool = True,
     ) -> UpdateStats:
         """As the function `update`."""
         count = rollout.mask.sum().clamp(min=1)
@@ -104,46 +121,58 @@ class Learner:
                 "rollout.action_masks: expected None for a learner in machine code, which knows of"
                 " no masks; choose one with action_masks=True"
             )
-        differentiate = by_machine_code if self.backend == "cpu" else by_autograd
-        surrogate, entropy = differentiate(
-            policy,
-            rollout,
-            advantages,
-            divisor,
-            config.ent_coef / count.to(torch.float32),
-            shards=config.resolved_shards,
-        )
+        given = policy, rollout, advantages, divisor, config.ent_coef / count.to(torch.float32)
+        shards = config.resolved_shards
+        if self.backend == "cpu":
+            surrogate, entropy = by_machine_code(*given, shards=shards)
+        else:
+            surrogate, entropy = by_autograd(*given, shards=shards, gradient=self._kept(policy))
 
         parameters = list(policy.parameters())  # that walk through all modules takes a while
         gradients = [p.grad for p in parameters if p.grad is not None]
         # What `nn.utils.get_total_norm` computes, without asking of each where it is.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         stats = UpdateStats(surrogate, entropy / count, norm)
-        wrong = stats.not_finite()
-        if wrong is not None:
+        if wait and (wrong := stats.not_finite()) is not None:
             suspect = _suspect(policy, rollout, advantages, config)
             raise FloatingPointError(
                 f"{wrong}{when(rollout)}, and the policy was left as it was: {suspect}"
             )
         if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, stats.grad_norm)
+            # What `nn.utils.clip_grads_with_norm_` computes, likewise.
+            scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
         try:
             optimizer.step()
             # Squares of the gradient make its norm, so what Adam keeps of them is finite.
-            if not all_finite(parameters):
+            if wait and not all_finite(parameters):
                 check_parameters(policy)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error}{when(rollout)}; lower --learning-rate (now {config.learning_rate:g})"
             ) from None
-        for shard in rollout.shards(config.resolved_shards):
-            policy.observe(shard.obs, shard.mask)
-        return stats
+        for shard in rollout.shards(shards):
+            policy.observe(shard.obs, shard.mask, shard.counted)
+        if wait:
+            return stats
+        return replace(stats, finite=stats.total().isfinite() & finite(parameters))
 
     def prepare(self, policy: Policy) -> None:
-        """Compile, or load, the kernels that learning this way will need."""
+        """Compile, or load, the kernels that learning this way will need.
+
+        On CUDA: capture from now on what is done with rows, and replay it.
+        """
         if self.backend == "cpu":
             policy_cpu.prepare(policy)
+        elif self.rows is not None:
+            self._gradient = gradient_of(policy, self.rows, replayed=True)
+
+    def _kept(self, policy: Policy) -> Gradient | None:
+        """The gradient whose graphs are kept, of this policy; None where none are."""
+        kept = self._gradient
+        if kept is not None and kept.module is not policy:
+            kept = self._gradient = gradient_of(policy, kept.most, replayed=True)
+        return kept
 
 
 def choose_learner(policy: Policy, backend: str = "auto", *, action_masks: bool = False) -> Learner:
@@ -177,7 +206,8 @@ def choose_learner(policy: Policy, backend: str = "auto", *, action_masks: bool 
             f'backend="cpu": {reason}; use backend="reference" or "auto", which differentiate any'
             " policy"
         )
-    return Learner("cpu" if reason is None else "reference", reason)
+    rows = None if policy.device.type == "cpu" else chunk_rows_on_cuda(policy)
+    return Learner("cpu" if reason is None else "reference", reason, rows)
 
 
 def update(
@@ -188,6 +218,7 @@ def update(
     config: "Config",
     *,
     backend: "str | Learner" = "auto",
+    wait: bool = True,
 ) -> UpdateStats:
     """One step along the policy gradient estimate of a rollout.
 
@@ -209,19 +240,21 @@ def update(
         config: `reduction`, `ent_coef`, `max_grad_norm` and `resolved_shards` are read.
         backend: as `choose_learner` takes it; a `Learner` was chosen before, and nothing is asked
             again.
+        wait: for the device, to see whether all is well. If not, nothing is raised for numbers that
+            are not finite: `UpdateStats.finite` says it.
 
     Returns:
         `UpdateStats`.
 
     Raises:
-        FloatingPointError: loss, entropy or gradient are not finite, and nothing was changed; or a
-            parameter is not finite after the step.
+        FloatingPointError: with `wait`, loss, entropy or gradient are not finite, and nothing was
+            changed; or a parameter is not finite after the step.
         ValueError: as `choose_learner`.
     """
     chosen = backend
     if not isinstance(chosen, Learner):
         chosen = choose_learner(policy, chosen, action_masks=rollout.action_masks is not None)
-    return chosen.update(policy, optimizer, rollout, advantages, config)
+    return chosen.update(policy, optimizer, rollout, advantages, config, wait=wait)
 
 
 def _suspect(policy: Policy, rollout: Rollout, advantages: Tensor, config: "Config") -> str:
@@ -263,10 +296,12 @@ def by_autograd(
     ent_coef: Tensor | float,
     *,
     shards: int = 1,
+    gradient: Gradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the sum over counted rows of -log pi * advantage / divisor - ent_coef * H.
 
-    H is the entropy. Any policy, any device.
+    H is the entropy. Any policy, any device. The host waits for nothing, if the rollout says which
+    rows count.
 
     Args:
         policy: gets the gradient; one that it had is overwritten.
@@ -275,18 +310,72 @@ def by_autograd(
         divisor: of the sum.
         ent_coef: what one row's entropy is worth.
         shards: groups of environments, each of which has sums of its own.
+        gradient: what `gradient_of` made for this policy, to be used again. None: one is made where
+            the policy is on CUDA, and none is needed on the CPU.
 
     Returns:
         the first part of the sum, and the summed entropy, float64 without dimensions.
     """
     parts = rollout.shards(shards)
     weights = rollout.split(advantages, parts)
+    gathered = gradient
+    if gathered is None and policy.device.type != "cpu":
+        gathered = gradient_of(policy, chunk_rows_on_cuda(policy))
 
     def differentiate(shard: int) -> tuple[Tensor, Tensor]:
-        return _add_gradient(policy, parts[shard], weights[shard], divisor, ent_coef)
+        part, own = parts[shard], weights[shard]
+        if gathered is None:
+            return _add_gradient(policy, part, own, divisor, ent_coef)
+        gathered.load(part.places(), _sources(policy, part, own), [divisor, ent_coef])
+        _, surrogate, entropy = gathered.add(copied=len(parts) > 1)
+        return surrogate, entropy
 
     surrogates, entropies = zip(*gradient_in_order(policy, differentiate, len(parts)), strict=True)
     return in_order(surrogates), in_order(entropies)
+
+
+def chunk_rows_on_cuda(policy: Policy) -> int:
+    """How many rows go through the policy together on CUDA, forwards and backwards."""
+    rows = policy.encoder.rows_at_once(rows_at_once(policy.network))
+    if policy.dropout_units:
+        rows = max(1, min(rows, _MOST_DROPOUT_ON_CUDA // policy.dropout_units))
+    return rows
+
+
+def gradient_of(policy: Policy, rows: int, *, replayed: bool = False) -> Gradient:
+    """What `by_autograd` adds up, of so many rows at a time; as `Gradient` replayed or not."""
+
+    def terms(
+        padding: Tensor,
+        settings: tuple[Tensor, Tensor],
+        obs: Tensor,
+        actions: Tensor,
+        weights: Tensor,
+        *more: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        divisor, ent_coef = settings
+        dropout, *masks = more if policy.dropout_units else (None, *more)
+        log_probs, entropies = policy.log_probs_and_entropy(obs, actions, dropout, *masks)
+        surrogate = -(log_probs * weights).masked_fill(padding, 0.0).sum() / divisor
+        entropy = entropies.masked_fill(padding, 0.0).sum()
+        return surrogate - ent_coef * entropy, surrogate, entropy
+
+    return Gradient(policy, terms, 3, 2, most=rows, what="the update", replayed=replayed)
+
+
+def _sources(policy: Policy, rollout: Rollout, advantages: Tensor) -> list[Source]:
+    """What the terms of `gradient_of` take of a row, of all rows of a shard."""
+    rows = rollout.mask.numel()
+    sources: list[Source] = [
+        rollout.obs.reshape(rows, *policy.obs_shape),
+        rollout.actions.reshape(rows, *policy.action_shape),
+        advantages.detach().reshape(rows),
+    ]
+    if policy.dropout_units:
+        sources.append(lambda index: _dropout(policy, rollout, index))
+    if rollout.action_masks is not None:
+        sources.append(rollout.action_masks.reshape(rows, -1))
+    return sources
 
 
 def _add_gradient(

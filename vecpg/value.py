@@ -1,6 +1,8 @@
 """The learned baseline V(s): predicted before the policy's step, fitted after it."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +10,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from vecpg.adam import Adam
-from vecpg.kernels.finite import check_parameters
+from vecpg.kernels.finite import check_parameters, finite
+from vecpg.kernels.gathered import Gradient, rows_at_once
 from vecpg.kernels.sums import gradient_in_order, in_order
 from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
@@ -17,8 +20,21 @@ from vecpg.rollout.data import Rollout, when
 if TYPE_CHECKING:
     from vecpg.config import Config
 
-# Rows of one forward pass; of images fewer.
+# Rows of one forward pass on the CPU; of images fewer.
 _CHUNK_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class FitStats:
+    """What fitting V did, as tensors without dimensions on its device.
+
+    value_loss: before the first step.
+    finite:     bool, whether all losses, all parameters after the last step and what the optimizer
+                keeps are finite; None where that was looked at, and they are.
+    """
+
+    value_loss: Tensor
+    finite: Tensor | None = None
 
 
 class ValueFunction(nn.Module):
@@ -61,6 +77,11 @@ class ValueFunction(nn.Module):
         values: Tensor = self.network(self.encoder(obs))[:, 0]
         return values
 
+    def chunk_rows(self, device: torch.device) -> int:
+        """How many rows go through together, forwards and backwards."""
+        most = _CHUNK_ROWS if device.type == "cpu" else rows_at_once(self.network)
+        return self.encoder.rows_at_once(most)
+
 
 class Critic:
     """A value function with its own optimizer (Adam)."""
@@ -68,6 +89,19 @@ class Critic:
     def __init__(self, value_function: ValueFunction, learning_rate: float) -> None:
         self.value_function = value_function
         self.optimizer = Adam(value_function.parameters(), learning_rate)
+        self._gradient: Gradient | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: what was captured is of this one's memory."""
+        return {**self.__dict__, "_gradient": None}
+
+    def gradient(self, device: torch.device) -> Gradient | None:
+        """That of the mean squared error, with CUDA graphs that are kept; None on the CPU."""
+        if self._gradient is None and device.type != "cpu":
+            self._gradient = gradient_of(
+                self.value_function, self.value_function.chunk_rows(device)
+            )
+        return self._gradient
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
@@ -96,8 +130,8 @@ def predict(
     values, final_values = [], []
     parts = rollout.shards(shards)
     for shard in parts:
-        own = torch.zeros_like(shard.rewards)
-        own[shard.mask] = _in_chunks(critic.value_function, shard.obs, _counted(shard))
+        own, at = torch.zeros_like(shard.rewards), _rows_of(shard, shard.places())
+        own[at] = _in_chunks(critic.value_function, shard.obs, at)
         values.append(own)
         final = torch.arange(len(shard.final_obs), device=own.device)
         final_values.append(_in_chunks(critic.value_function, shard.final_obs, (final,)))
@@ -107,8 +141,13 @@ def predict(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
-    critic: Critic | None, rollout: Rollout, final_values: Tensor | None, config: "Config"
-) -> Tensor | None:
+    critic: Critic | None,
+    rollout: Rollout,
+    final_values: Tensor | None,
+    config: "Config",
+    *,
+    wait: bool = True,
+) -> FitStats | None:
     """Fit V to the rewards-to-go of a rollout, by `config.value_steps` steps over all of its rows.
 
         loss = mean over counted rows of (V(s_t) - G_t)^2
@@ -123,12 +162,15 @@ def fit(
         rollout: T steps of N environments.
         final_values: as `predict` gave them.
         config: `gamma`, `bootstrap_truncations`, `value_steps` and `resolved_shards` are read.
+        wait: for the device, once at the end (on the CPU, at every step), to see whether all is
+            well. If not, nothing is raised for numbers that are not finite: `FitStats.finite` says
+            it.
 
     Returns:
-        the loss before the first step, without dimensions; None without a critic.
+        `FitStats`; None without a critic.
 
     Raises:
-        FloatingPointError: the loss is not finite, or a parameter after a step.
+        FloatingPointError: with `wait`, a loss is not finite, or a parameter after a step.
 
     Source: Sutton & Barto (2018), section 13.4; the number of steps is Spinning Up's.
     """
@@ -139,44 +181,80 @@ def fit(
     if config.bootstrap_truncations and final_values is not None:
         continued = [*rollout.split(rollout.values_at_truncations(final_values), shards)]
     examples = [_examples(*pair, config.gamma) for pair in zip(shards, continued, strict=True)]
-    rows = sum(len(targets) for _, targets in examples)
+    rows = sum(len(places) for places, _ in examples)
     value_function, optimizer = critic.value_function, critic.optimizer
+    gradient = critic.gradient(rollout.mask.device)
+    chosen = []
+    if gradient is None:
+        pairs = zip(shards, examples, strict=True)
+        chosen = [(_rows_of(shard, places), wanted[places]) for shard, (places, wanted) in pairs]
+    losses: list[Tensor] = []
 
     def differentiate(shard: int) -> Tensor:
-        at, targets = examples[shard]
-        return _add_gradient(value_function, shards[shard].obs, at, targets, rows)
+        obs = shards[shard].obs
+        if gradient is None:
+            return _add_gradient(value_function, obs, *chosen[shard], rows)
+        if len(shards) > 1 or not losses:
+            places, targets = examples[shard]
+            flat = obs.reshape(len(targets), *value_function.encoder.shape)
+            gradient.load(places, [flat, targets], [rows])
+        return gradient.add(copied=len(shards) > 1)[0]
 
-    before = None
     try:
         for _ in range(config.value_steps):
             total = in_order(gradient_in_order(value_function, differentiate, len(shards)))
-            if not bool(total.isfinite()):
-                raise FloatingPointError(f"the loss is {total.item()}")
+            if wait and gradient is None:
+                _check([total])
             optimizer.step()
-            before = total if before is None else before
-        check_parameters(value_function, optimizer.averages())
+            losses.append(total)
+        if wait and (gradient is None or not bool(_finite(losses, critic))):
+            _check(losses)
+            check_parameters(value_function, optimizer.averages())
     except FloatingPointError as error:
         raise FloatingPointError(
             f"fitting the value function{when(rollout)}: {error}; scale the rewards, or lower"
             f" --value-learning-rate (now {config.value_learning_rate:g})"
         ) from None
     for shard in shards:
-        value_function.encoder.observe(shard.obs, shard.mask)
-    return before
+        value_function.encoder.observe(shard.obs, shard.mask, shard.counted)
+    return FitStats(losses[0], None if wait else _finite(losses, critic))
 
 
-def _counted(rollout: Rollout) -> tuple[Tensor, ...]:
-    """The t and n of every counted row."""
-    return rollout.mask.nonzero().unbind(dim=1)
+def _finite(losses: list[Tensor], critic: Critic) -> Tensor:
+    """As `FitStats.finite`."""
+    numbers = [*critic.value_function.parameters(), *critic.optimizer.averages()]
+    return torch.stack(losses).isfinite().all() & finite(numbers)
 
 
-def _examples(
-    rollout: Rollout, continued: Tensor | None, gamma: float
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The place of every counted row, and its target."""
+def _check(losses: list[Tensor]) -> None:
+    for loss in losses:
+        if not math.isfinite(number := loss.item()):
+            raise FloatingPointError(f"the loss is {number}")
+
+
+def gradient_of(value_function: ValueFunction, rows: int) -> Gradient:
+    """What `fit` follows, of so many rows at a time."""
+
+    def terms(
+        padding: Tensor, settings: tuple[Tensor], obs: Tensor, targets: Tensor
+    ) -> tuple[Tensor]:
+        errors = (value_function(obs) - targets).square()
+        return (errors.masked_fill(padding, 0.0).sum() / settings[0],)
+
+    return Gradient(value_function, terms, 1, 1, most=rows, what="fitting V", replayed=True)
+
+
+def _rows_of(rollout: Rollout, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The t and n of places."""
+    num_envs = rollout.mask.shape[1]
+    return places // num_envs, places % num_envs
+
+
+def _examples(rollout: Rollout, continued: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
+    """The places of counted rows, and the targets of all (T * N)."""
     mask = rollout.mask
     targets = reward_to_go(rollout.rewards, rollout.dones, gamma, final_values=continued, mask=mask)
-    return _counted(rollout), targets[mask]
+    return rollout.places(), targets.reshape(-1)
 
 
 def _add_gradient(
@@ -188,7 +266,7 @@ def _add_gradient(
 ) -> Tensor:
     """Add that of the sum of squared errors / `divisor` to every `.grad`, and return the sum."""
     total = torch.zeros((), dtype=torch.float64, device=obs.device)
-    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
+    chunk_rows = value_function.chunk_rows(obs.device)
     for rows, wanted in zip(
         _chunks(obs, at, chunk_rows), torch.split(targets, chunk_rows), strict=True
     ):
@@ -199,7 +277,7 @@ def _add_gradient(
 
 
 def _in_chunks(value_function: ValueFunction, obs: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    chunk_rows = value_function.encoder.rows_at_once(_CHUNK_ROWS)
+    chunk_rows = value_function.chunk_rows(obs.device)
     return torch.cat([value_function(rows) for rows in _chunks(obs, at, chunk_rows)])
 
 

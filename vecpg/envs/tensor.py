@@ -44,7 +44,8 @@ class Dynamics:
         self.definition = definition
         self.dtype = dtype
         self._discrete = isinstance(definition.action_space, spaces.Discrete)
-        self._functions = bound(definition, TensorOps(dtype))
+        self._ops = TensorOps(dtype)
+        self._functions = bound(definition, self._ops)
         self.num_variables = self._check()
 
     def start(self, uniforms: Tensor) -> Tensor:
@@ -59,15 +60,13 @@ class Dynamics:
         numbers = self._functions["transition"](before, action)
         after = tuple([self._row(each, like) for each in numbers])
         rewards = self._row(self._functions["reward"](before, action, after), like)
-        ended = self._functions["terminated"](after)
-        if not isinstance(ended, Tensor):
-            ended = torch.full_like(like, ended, dtype=torch.bool)
+        ended = self._row(self._functions["terminated"](after), like)
         return torch.stack(after), rewards, ended
 
     def observation(self, state: Tensor) -> Tensor:
         """(N, *shape), in memory of its own."""
         if self._shows_state:
-            return state.mT.clone()
+            return state.mT.clone(memory_format=torch.contiguous_format)
         numbers = self._functions["observation"](state.unbind())
         seen = torch.stack([self._row(each, state[0]) for each in numbers], dim=1)
         return seen.reshape(-1, *self.definition.observation_space.shape)
@@ -80,7 +79,7 @@ class Dynamics:
         """A number of every copy. A constant stands for the same in all of them."""
         if isinstance(number, Tensor):
             return number
-        return torch.full_like(like, number, dtype=self.dtype)
+        return self._ops.constant(number, like.device).expand(like.shape)
 
     def _check(self) -> int:
         """Call every function once, of three copies. Returns the number of variables."""

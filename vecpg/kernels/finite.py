@@ -11,6 +11,23 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
+def finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether no tensor holds NaN or infinity, on their device. The host does not wait for it.
+
+    Args:
+        tensors: of real numbers, of any shapes, on one device; at least one.
+
+    Returns:
+        bool without dimensions.
+
+    Example:
+        >>> finite([torch.full((3, 3), 3e38), torch.tensor([0.0, torch.nan])])
+        tensor(False)
+    """
+    return torch.cat([each.reshape(-1) for each in tensors]).isfinite().all()
+
+
+@torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity.
 
@@ -27,7 +44,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         False
     """
     flat = torch.cat([each.reshape(-1) for each in tensors])
-    return math.isfinite(flat.sum().item()) or bool(flat.isfinite().all())
+    return math.isfinite(flat.sum().item()) or bool(finite([flat]))
 
 
 def check_parameters(module: nn.Module, averages: Iterable[Tensor] = ()) -> None:

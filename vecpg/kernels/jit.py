@@ -219,7 +219,8 @@ class Compilation(event.Listener):
     """Seconds spent compiling while it is entered; the first time it happens, the log says so.
 
     They are those of this thread, and of the threads that run kernels for others. What another one
-    compiles meanwhile, for another run, keeps this one from nothing.
+    compiles meanwhile, for another run, keeps this one from nothing. What Triton compiles, or loads
+    from its own cache, counts as soon as `hear_triton` was called.
 
     Example:
         >>> with Compilation() as compilation:
@@ -231,6 +232,7 @@ class Compilation(event.Listener):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._said: set[str] = set()
         self._depth = 0
         self._started = 0.0
         self._thread = 0
@@ -238,6 +240,7 @@ class Compilation(event.Listener):
     def __enter__(self) -> "Compilation":
         self._thread = threading.get_ident()
         event.register("numba:compile", self)  # type: ignore[no-untyped-call]
+        _entered.append(self)
         return self
 
     def __exit__(
@@ -246,6 +249,7 @@ class Compilation(event.Listener):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _entered.remove(self)
         event.unregister("numba:compile", self)  # type: ignore[no-untyped-call]
 
     def on_start(self, event: Any) -> None:
@@ -254,9 +258,8 @@ class Compilation(event.Listener):
             return
         if self._depth == 0:
             self._started = time.perf_counter()
-            if self.seconds == 0:
-                again = "" if _not_kept else ", once for runs of this kind"
-                _log.info("compiling kernels%s; this takes up to twenty seconds", again)
+            again = "" if _not_kept else ", once for runs of this kind"
+            self._say(f"compiling kernels{again}; this takes up to twenty seconds")
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
@@ -267,7 +270,56 @@ class Compilation(event.Listener):
         if self._depth == 0:
             self.seconds += time.perf_counter() - self._started
 
+    def on_triton_start(self) -> None:
+        """Triton does not tell whether it will find a kernel among those that it kept."""
+        if self._counts():
+            self._started = time.perf_counter()
+            self._say("compiling the GPU's kernels, or loading those of an earlier run")
+
+    def on_triton_end(self) -> None:
+        """Kernels of Triton's are compiled one by one."""
+        if self._counts():
+            self.seconds += time.perf_counter() - self._started
+
+    def _say(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            _log.info(words)
+
     def _counts(self) -> bool:
         thread = threading.current_thread()
         # As `vecpg.kernels.threads` calls its own.
         return thread.ident == self._thread or thread.name.startswith("vecpg_")
+
+
+_entered: list[Compilation] = []
+
+
+def hear_triton(triton: ModuleType) -> None:
+    """Have Triton tell every `Compilation` what it compiles; who imports Triton calls this.
+
+    It tells by two functions, one called before a kernel is compiled or loaded and one after:
+    `knobs.runtime.jit_cache_hook` and `jit_post_compile_hook` since 3.4, and before that
+    `JITFunction.cache_hook` and `compiled_hook`. Those that stood there are called too.
+    """
+    knobs = getattr(triton, "knobs", None)
+    owner = triton.runtime.jit.JITFunction if knobs is None else knobs.runtime
+    before, after = ("cache_hook", "compiled_hook")
+    if knobs is not None:
+        before, after = "jit_cache_hook", "jit_post_compile_hook"
+
+    def hooked(hook: str, tell: Callable[[Compilation], None]) -> None:
+        other = getattr(owner, hook)
+        if getattr(other, "__module__", None) == __name__:
+            return
+
+        def told(**given: Any) -> Any:
+            for each in [*_entered]:
+                tell(each)
+            # Of the first, something else than None or False says not to compile.
+            return None if other is None else other(**given)
+
+        setattr(owner, hook, told)
+
+    hooked(before, Compilation.on_triton_start)
+    hooked(after, Compilation.on_triton_end)

@@ -4,6 +4,7 @@ This file imports nothing of its own package. To compare two commits, one copy o
 """
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from vecpg.kernels.cores import cores
 from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.returns import reward_to_go
-from vecpg.rollout import Rollout, collect
+from vecpg.rollout import Rollout, choose_collector, collect
 from vecpg.rollout.statistics import episode_statistics
-from vecpg.update import by_autograd, update
+from vecpg.update import by_autograd, choose_learner, update
 
 ENV_ID = "CartPole-v1"
 
@@ -241,16 +242,12 @@ def _stepping(case: Case) -> Iterator[Cell]:
 def _collect(case: Case) -> Iterator[Cell]:
     with _envs(case) as envs:
         policy = _policy(envs, case.device)
-        rollout = _checked_rollout(envs, policy, case)
-        counted = int(rollout.mask.sum())
-        yield Cell(
-            lambda: collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0),
-            "environment steps",
-            counted,
-            num_steps(case),
-            counted / rollout.mask.numel(),
-            _limit_of_steps(envs, case),
-        )
+        gather = _gathering(envs, policy, case)
+        rollout = gather()
+        check_rollout(rollout, policy, num_steps(case))
+        counted, rows = int(rollout.mask.sum()), rollout.mask.numel()
+        limit = _limit_of_steps(envs, case)
+        yield Cell(gather, "environment steps", counted, num_steps(case), counted / rows, limit)
 
 
 @contextmanager
@@ -258,13 +255,16 @@ def _train(case: Case) -> Iterator[Cell]:
     """Whole iterations. With a step size of 0 every round does the same work."""
     with _envs(case) as envs:
         policy = _policy(envs, case.device)
-        rollout = _checked_rollout(envs, policy, case)
+        gather = _gathering(envs, policy, case)
+        rollout = gather()
+        check_rollout(rollout, policy, num_steps(case))
         config = Config(num_envs=case.num_envs, num_steps=num_steps(case))
         optimizer = Adam(policy.parameters(), lr=0.0)
         weights = advantages(rollout, config)
         _check_advantages(rollout, weights, config.gamma)
         _check_gradient(policy, optimizer, rollout, weights, config)
-        counted = int(rollout.mask.sum())
+        counted, rows = int(rollout.mask.sum()), rollout.mask.numel()
+        learning = _learning(policy, case)
         phases: dict[str, list[float]] = {}
 
         def iteration() -> None:
@@ -275,13 +275,13 @@ def _train(case: Case) -> Iterator[Cell]:
                 clock.append(time.perf_counter())
                 phases.setdefault(phase, []).append(clock[-1] - clock[-2])
 
-            rollout = collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0)
+            rollout = gather()
             end("collect")
             episode_statistics(rollout)
             end("statistics")
             weights = advantages(rollout, config)
             end("returns")
-            update(policy, optimizer, rollout, weights, config)
+            update(policy, optimizer, rollout, weights, config, **learning)
             end("update")
 
         yield Cell(
@@ -289,7 +289,7 @@ def _train(case: Case) -> Iterator[Cell]:
             "environment steps",
             counted,
             num_steps(case),
-            counted / rollout.mask.numel(),
+            counted / rows,
             _limit_of_steps(envs, case),
             phases,
         )
@@ -322,6 +322,9 @@ def _update(case: Case) -> Iterator[Cell]:
     rows = _update_rows(case)
     shape = rows, case.num_envs
     none = torch.zeros(shape, dtype=torch.bool, device=case.device)
+    known: dict[str, Any] = {}
+    if case.device == "cuda":  # what collecting there leaves too
+        known = {"counted": torch.arange(none.numel(), device=case.device)}
     rollout = Rollout(
         obs=torch.randn(*shape, 4, generator=generator).to(case.device),
         actions=torch.randint(0, 2, shape, generator=generator).to(case.device),
@@ -331,15 +334,17 @@ def _update(case: Case) -> Iterator[Cell]:
         mask=~none,
         final_obs=torch.zeros(0, 4, device=case.device),
         final_rows=torch.zeros(0, 2, dtype=torch.int64, device=case.device),
+        **known,
     )
     weights = torch.randn(shape, generator=generator).to(case.device)
     with _envs(Case("update", "cpu", "vector_entry_point", 1)) as envs:
         policy = _policy(envs, case.device)
     optimizer = Adam(policy.parameters(), lr=0.0)
     config = Config(num_envs=case.num_envs)
+    learning = _learning(policy, case)
     _check_gradient(policy, optimizer, rollout, weights, config)
     yield Cell(
-        lambda: update(policy, optimizer, rollout, weights, config),
+        lambda: update(policy, optimizer, rollout, weights, config, **learning),
         "environment steps",
         none.numel(),
         rows,
@@ -423,13 +428,36 @@ def _copy(moved: int, units: int, device: str) -> Limit:
     return Limit("copy", run, units)
 
 
-def _checked_rollout(envs: Any, policy: Policy, case: Case) -> Rollout:
-    """A rollout that was found to be CartPole's, of the window asked for, by this policy."""
-    rollout = collect(envs, policy, num_steps=num_steps(case), seed=1, iteration=0)
+def _gathering(envs: Any, policy: Policy, case: Case) -> Callable[[], Rollout]:
+    """What collects the way that training does.
+
+    On a GPU it is chosen and prepared once, does not wait, and its rollouts lie in one memory.
+    """
+    asked: dict[str, Any] = {"num_steps": num_steps(case), "seed": 1, "iteration": 0}
+    if case.device == "cuda":
+        collector = choose_collector(envs, policy).prepare(envs, policy, num_steps(case))
+        asked |= {"backend": collector, "wait": False}
+    return functools.partial(collect, envs, policy, **asked)
+
+
+def _learning(policy: Policy, case: Case) -> dict[str, Any]:
+    """How `update` is told to go the way that training does."""
+    if case.device == "cpu":
+        return {}
+    learner = choose_learner(policy)
+    learner.prepare(policy)
+    return {"backend": learner, "wait": False}
+
+
+def check_rollout(rollout: Rollout, policy: Policy, start_window: int) -> None:
+    """A rollout of seed 1, iteration 0, is CartPole's, of the window asked for, by this policy.
+
+    Raises:
+        CheckFailed: it is not.
+    """
     check_cartpole(rollout)
-    _check_window(rollout, num_steps(case))
+    _check_window(rollout, start_window)
     _check_actions(rollout, policy)
-    return rollout
 
 
 def check_cartpole(rollout: Rollout) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vecpg.machine import folder_name
+
 SCHEMA = 1
 # More spread than this, between the quartiles and in parts of the median, and a figure is noisy.
 NOISY = 0.1
@@ -122,6 +124,26 @@ def newest_of_each_machine(folder: Path) -> list[Results]:
     return [
         max(map(read, files), key=lambda results: str(results["time"])) for files in kept if files
     ]
+
+
+def of_every_machine(folder: Path) -> list[Results]:
+    """What tells which device is faster: the last results of every machine, or, of one that has
+    none, the results that its first hour has left (`benchmarks/first_hour.py`, part f).
+
+    Args:
+        folder: as `newest_of_each_machine`.
+
+    Raises:
+        ValueError: a file of another schema.
+    """
+    newest = newest_of_each_machine(folder)
+    measured = {folder_name(results["machine"]) for results in newest}
+    for path in sorted(folder.glob("*/first-hour-f.json")):
+        if path.parent.name not in measured:
+            hour = json.loads(path.read_text(encoding="utf-8"))
+            cells = [cell for row in hour["rows"] for cell in row["results"]["cells"]]
+            newest.append({**hour, "cells": cells})
+    return newest
 
 
 def now() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vecpg.kernels.cores import cores
+from vecpg.kernels.jit import Compilation
 from vecpg.machine import commit, system
 from vecpg.measure import results as results_file
 from vecpg.measure.cells import (
@@ -192,7 +193,11 @@ def _measured(case: Case, pace: Pace) -> dict[str, Any]:
 
 
 def _rounds(cell: Cell, device: str, pace: Pace) -> tuple[list[float], list[float]]:
-    """Seconds of one call in each round: of the cell, and of its limit right after it."""
+    """Seconds of one call in each round: of the cell, and of its limit right after it.
+
+    Raises:
+        CheckFailed: something was compiled in one of them.
+    """
     calls = calls_for(ROUND_SECONDS, cell.run, device)
     if cell.limit is not None:
         limit_calls = calls_for(ROUND_SECONDS, cell.limit.run, device)
@@ -200,11 +205,14 @@ def _rounds(cell: Cell, device: str, pace: Pace) -> tuple[list[float], list[floa
         spent.clear()
     seconds: list[float] = []
     limit_seconds: list[float] = []
-    while not pace.enough(len(seconds), calls * sum(seconds)):
-        time.sleep(_QUIET_SECONDS)
-        seconds.append(seconds_of(cell.run, calls, device))
-        if cell.limit is not None:
-            limit_seconds.append(seconds_of(cell.limit.run, limit_calls, device))
+    with Compilation() as compilation:
+        while not pace.enough(len(seconds), calls * sum(seconds)):
+            time.sleep(_QUIET_SECONDS)
+            seconds.append(seconds_of(cell.run, calls, device))
+            if cell.limit is not None:
+                limit_seconds.append(seconds_of(cell.limit.run, limit_calls, device))
+    if compilation.seconds:
+        raise CheckFailed("a kernel was compiled while it was timed")
     return seconds, limit_seconds
 
 

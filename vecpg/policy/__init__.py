@@ -224,14 +224,16 @@ class Policy(nn.Module):
             actions = actions.cpu().numpy()
         return self.distribution.for_env(actions)
 
-    def observe(self, obs: Tensor, mask: Tensor) -> None:
+    def observe(self, obs: Tensor, mask: Tensor, counted: Tensor | None = None) -> None:
         """Take counted rows into the statistics of `normalize_obs`; without it nothing changes.
 
         Args:
             obs: (T, N, *obs_shape).
             mask: (T, N) bool, True = counted; other rows are not looked at.
+            counted: (C,) int64, the places t * N + n where the mask is True: given them the host
+                does not wait for the device. None where nobody has gathered them yet.
         """
-        self.encoder.observe(obs, mask)
+        self.encoder.observe(obs, mask, counted)
 
     @torch.no_grad()
     def act(

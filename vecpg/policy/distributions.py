@@ -52,8 +52,11 @@ class Categorical(nn.Module):
         """Draw by inverting the distribution function: (actions, B) and (1, B) to (B,) int64."""
         if action_mask is not None:
             return self._sample_allowed(logits, uniforms, action_mask)
-        below = torch.softmax(logits, dim=0)[:-1].cumsum(dim=0)
-        return (below <= uniforms).sum(dim=0) + self.first_action
+        below = torch.softmax(logits, dim=0)[:-1]
+        if self.num_actions > 2:
+            below = below.cumsum(dim=0)
+        passed = (below <= uniforms).sum(dim=0)
+        return passed + self.first_action if self.first_action else passed
 
     def _sample_allowed(self, logits: Tensor, uniforms: Tensor, action_mask: Tensor) -> Tensor:
         below = torch.softmax(masked(logits, action_mask), dim=0).cumsum(dim=0)
@@ -210,7 +213,9 @@ class DiagonalGaussian(nn.Module):
         radii, turns = uniforms.chunk(2)
         radii = torch.sqrt(-2 * torch.log1p(-radii))
         angles = 2 * math.pi * turns
-        normals = torch.cat([radii * torch.cos(angles), radii * torch.sin(angles)])[: self.size]
+        normals = radii * torch.cos(angles)
+        if self.size > 1:
+            normals = torch.cat([normals, radii * torch.sin(angles)])[: self.size]
         return (mean + log_std.exp() * normals).mT.contiguous()
 
     def mode(self, parameters: Tensor) -> Tensor:

@@ -47,10 +47,11 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Parameters that are made inside are functions of the seed alone.
+    """Parameters that are made on the CPU inside are functions of the seed alone.
 
     They are drawn by one thread at a time, and on one of torch's threads: an initialization may
-    depend on their number in its last bits. Torch's own generator is as before afterwards.
+    depend on their number in its last bits. Torch's own generator is as before afterwards; those of
+    other devices are left alone.
 
     Example:
         >>> with drawn_from(1):
@@ -60,7 +61,8 @@ def drawn_from(seed: int) -> Iterator[None]:
         True
     """
     with _drawing, threads.torch_using(1), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not `torch.manual_seed`, which seeds those of all devices, where nothing restores them.
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -216,14 +218,20 @@ class Encoder(nn.Module):
         """
         return max(1, min(most, _MOST_KEPT // max(1, self._kept)))
 
-    def observe(self, obs: Tensor, mask: Tensor) -> None:
+    def observe(self, obs: Tensor, mask: Tensor, counted: Tensor | None = None) -> None:
         """Take the counted rows of (T, N, *obs_shape) into the running statistics, where kept.
 
-        Nothing changes between two calls: an iteration sees one and the same normalization.
+        Nothing changes between two calls: an iteration sees one and the same normalization. As
+        `Policy.observe` has it.
         """
         if self.normalizer is None:
             return
         numbers = math.prod(self.shape)
+        if counted is not None:
+            every = obs.reshape(-1, numbers)
+            for places in torch.split(counted, max(1, _MOST_OBSERVED // numbers)):
+                self.normalizer.observe(self._entering(every.index_select(0, places)))
+            return
         flat, counted = obs.reshape(mask.numel(), numbers), mask.reshape(-1)
         at_once = max(1, min(_ROWS, _MOST_OBSERVED // numbers))
         for rows, kept in zip(

@@ -1,6 +1,6 @@
 """Collecting whole episodes from N environments at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gymnasium.vector import VectorEnv, VectorWrapper
@@ -11,11 +11,11 @@ from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.noise import Stream
 from vecpg.policy import Policy, sampling
 from vecpg.policy.sampling import sampler
-from vecpg.rollout import cpu, stepping
+from vecpg.rollout import cpu, stepping, tensor
 from vecpg.rollout.cpu import collect_in_blocks
 from vecpg.rollout.data import Rollout, check_shards
 from vecpg.rollout.stepping import collect_by_stepping, play
-from vecpg.rollout.tensor import collect_on_device
+from vecpg.rollout.tensor import TensorCollector
 
 __all__ = ["Collector", "Rollout", "choose_collector", "collect", "play"]
 
@@ -25,31 +25,39 @@ _CONVERSIONS = {
     for name in ("array_conversion", "jax_to_numpy", "jax_to_torch", "numpy_to_torch")
 }
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class Collector:
     """The way that collecting goes, chosen once for environments and a policy.
 
-    backend:           "reference" or "cpu".
-    reason:            why it is not "cpu"; None if it is.
+    backend:           "reference", "cpu" or "cuda".
+    reason:            why it is "reference"; of "cuda", why actions are drawn in torch; else None.
     draws_on_host:     actions are drawn in machine code (always so where the backend is "cpu").
+    on_tensors:        what the environments do is done on the policy's device, by
+                       `vecpg.rollout.tensor`.
     action_masks:      infos say which actions are allowed, and the others are not taken.
     activation_memory: bytes of hidden activations to keep for the update (the backend "cpu").
+    kept:              the memory of all rollouts, on a GPU, once it is prepared.
     """
 
     backend: str
     reason: str | None
     draws_on_host: bool
+    on_tensors: bool = False
     action_masks: bool = False
     activation_memory: int = 0
+    kept: TensorCollector | None = None
 
     def __str__(self) -> str:
-        if self.backend == "cpu":
-            return "in machine code"
-        drawing = "" if self.draws_on_host else ", actions drawn in torch"
-        return f"by stepping{drawing}: {self.reason}"
+        graphs = ""
+        if self.kept is not None and self.kept.graphs:
+            graphs = f", in CUDA graphs of {self.kept.between} rows"
+        why = "" if self.reason is None else f": {self.reason}"
+        drawing = "" if self.draws_on_host or self.reason is None else ", actions drawn in torch"
+        way = {"cpu": "in machine code", "cuda": "in Triton kernels", "reference": "by stepping"}
+        return f"{way[self.backend]}{graphs}{drawing}{why}"
 
     def collect(
         self,
@@ -61,11 +69,14 @@ class Collector:
         iteration: int,
         first_env: int = 0,
         shards: int = 1,
+        wait: bool = True,
     ) -> Rollout:
-        """As the function `collect`."""
+        """As the function `collect`.
+
+        What `prepare` has kept is used for the environments, policy and numbers that it was given.
+        """
         check_shards(shards, envs.num_envs)
-        on_tensors = isinstance(envs, TensorVectorEnv)
-        if first_env and has_one_generator(envs) and not on_tensors:
+        if first_env and has_one_generator(envs) and not isinstance(envs, TensorVectorEnv):
             raise ValueError(
                 f"first_env: expected 0 for {type(envs).__name__}, whose copies draw from one"
                 f' generator, got {first_env}; make them with vectorization="sync"'
@@ -79,10 +90,13 @@ class Collector:
                 stream=stream,
                 activation_memory=0 if shards > 1 else self.activation_memory,
             )
-        draw = sampler(policy, stream, shards=shards, in_machine_code=self.draws_on_host)
-        if on_tensors:
-            return collect_on_device(envs, policy, draw, num_steps=num_steps, stream=stream)
+        if self.on_tensors:
+            kept = self.kept
+            if kept is None or not kept.serves(envs, policy, num_steps, shards):
+                kept = self._on_tensors(envs, policy, num_steps, shards)
+            return kept.collect(stream, wait=wait)
         # A wrapper around environments on tensors is stepped like any other.
+        draw = sampler(policy, stream, shards=shards, in_machine_code=self.draws_on_host)
         return collect_by_stepping(
             envs,
             policy,
@@ -92,13 +106,44 @@ class Collector:
             action_masks=self.action_masks,
         )
 
-    def prepare(self, envs: Any, policy: Policy) -> None:
-        """Compile, or load, the kernels that collecting this way, and evaluating, will need."""
+    def prepare(
+        self, envs: Any, policy: Policy, num_steps: int | None = None, shards: int = 1
+    ) -> "Collector":
+        """Compile, or load, the kernels that collecting this way, and evaluating, will need.
+
+        Args:
+            envs: that will be collected from.
+            policy: whose parameters will change in place.
+            num_steps: the start window, if it is known: on a GPU memory for every rollout of it is
+                set aside, which each overwrites, and what is done is recorded in CUDA graphs.
+            shards: as in `collect`.
+
+        Returns:
+            the collector that has what was set aside.
+        """
         if self.backend == "cpu":
             cpu.prepare(envs, policy)
+        elif self.backend == "cuda":
+            tensor.prepare_kernels(envs, policy)
         elif self.draws_on_host:
             sampling.prepare(policy)
         stepping.prepare()  # evaluation steps
+        if not self.on_tensors or policy.device.type == "cpu" or num_steps is None:
+            return self
+        return replace(self, kept=self._on_tensors(envs, policy, num_steps, shards, static=True))
+
+    def _on_tensors(
+        self, envs: Any, policy: Policy, num_steps: int, shards: int, static: bool = False
+    ) -> TensorCollector:
+        return TensorCollector(
+            envs,
+            policy,
+            num_steps=num_steps,
+            shards=shards,
+            draws_on_host=self.draws_on_host,
+            kernels=tensor.find_kernels(envs, policy) if self.backend == "cuda" else None,
+            static=static,
+        )
 
 
 def collect(
@@ -113,6 +158,7 @@ def collect(
     backend: str | Collector = "auto",
     action_masks: bool = False,
     activation_memory: int = 0,
+    wait: bool = True,
 ) -> Rollout:
     """Whole episodes from a fresh reset, with the start window.
 
@@ -130,14 +176,19 @@ def collect(
             (seed, iteration, index) fixes every random number of an environment.
         shards: groups of environments that go through the network one by one. The rollout of each,
             collected alone with its own `first_env`, is the same, bit for bit.
-        backend: "reference" steps the environments in Python; "cpu" plays whole rollouts in
-            machine code, of environments on tensors on the CPU under a plain network; "auto" takes
-            "cpu" where it serves. A `Collector` was chosen before, and nothing is asked again.
+        backend: "reference" steps the environments in Python, or plays rows in torch of those on
+            tensors; "cpu" plays whole rollouts in machine code, of environments on tensors on the
+            CPU under a plain network; "cuda" plays rows of those on a GPU in Triton kernels; "auto"
+            takes "cpu" or "cuda" where it serves. A `Collector` was chosen before, and nothing is
+            asked again.
         action_masks: take only actions that `infos["action_mask"]` of the environments, (N, A),
             allows; the rollout has them as `action_masks`. A `Collector` knows by itself.
         activation_memory: bytes that the rollout may keep of hidden activations, so that `update`
             with the same policy need not compute them again: of wide layers in machine code, and of
             one shard. No bit depends on it. A `Collector` knows by itself.
+        wait: False: of environments on tensors on a GPU, do not wait for the device but to see
+            whether all is over. Then the rollout says by `finite` whether its numbers are, instead
+            of an error, and may have rows at its end in which nothing counts.
 
     Returns:
         a `Rollout` on the policy's device.
@@ -177,6 +228,7 @@ def collect(
         iteration=iteration,
         first_env=first_env,
         shards=shards,
+        wait=wait,
     )
 
 
@@ -202,15 +254,35 @@ def choose_collector(
         if isinstance(envs, TensorVectorEnv):
             raise ValueError("action_masks: environments on tensors give no infos")
     masked = "its actions are masked" if action_masks else None
-    reason = "as asked" if backend == "reference" else masked or cpu.why_not(envs, policy)
-    if backend == "cpu" and reason is not None:
+    refused = {
+        "cpu": masked or cpu.why_not(envs, policy),
+        "cuda": masked or tensor.why_no_kernels(envs, policy),
+    }
+    if refused.get(backend) is not None:
+        served = {"cpu": cpu.SERVED, "cuda": tensor.SERVED}[backend]
         raise ValueError(
-            f'backend="cpu": {reason}; it serves {cpu.SERVED}. Use backend="reference" or "auto"'
+            f'backend="{backend}": {refused[backend]}; it serves {served}. Use'
+            ' backend="reference" or "auto"'
         )
-    if reason is None:
+    if backend in ("auto", "cpu") and refused["cpu"] is None:
         return Collector("cpu", None, draws_on_host=True, activation_memory=activation_memory)
-    on_host = not action_masks and sampling.why_not(policy) is None
-    return Collector("reference", reason, draws_on_host=on_host, action_masks=action_masks)
+    if backend in ("auto", "cuda") and refused["cuda"] is None:
+        reason = tensor.why_drawn_in_torch(policy)
+        return Collector("cuda", reason, draws_on_host=False, on_tensors=True)
+    kind = "cuda" if policy.device.type == "cuda" else "cpu"
+    off_tensors = tensor.why_not(envs, policy)
+    if off_tensors is not None and isinstance(envs, TensorVectorEnv) and envs.device.type == "cuda":
+        raise ValueError(
+            f"envs: on {envs.device} expected what rows are played of on a GPU, but {off_tensors};"
+            ' make them with device="cpu"'
+        )
+    return Collector(
+        "reference",
+        "as asked" if backend == "reference" else refused[kind],
+        draws_on_host=not action_masks and sampling.why_not(policy) is None,
+        on_tensors=off_tensors is None,
+        action_masks=action_masks,
+    )
 
 
 def _check_wrappers(envs: Any) -> None:

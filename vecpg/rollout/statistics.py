@@ -10,8 +10,6 @@ from vecpg.kernels.jit import jit
 from vecpg.kernels.sums import in_order
 from vecpg.rollout.data import Rollout
 
-_BLOCK_ROWS = 2**18
-
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
@@ -29,6 +27,8 @@ class Episodes:
 
 def episode_statistics(rollout: Rollout, shards: int = 1) -> Episodes:
     """Undiscounted return and length of every episode.
+
+    On CUDA the host waits only where the rollout does not say how many there are, or is sharded.
 
     Args:
         rollout: whole episodes.
@@ -78,31 +78,33 @@ def prepare_statistics(device: torch.device) -> None:
 
 
 def _statistics_in_torch(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """The reference, on any device."""
-    returns, lengths = [], []
-    # A few environments at a time, so that the temporaries stay small.
-    width = max(1, _BLOCK_ROWS // rollout.mask.shape[0])
-    for mask, rewards, dones in zip(
-        *(
-            torch.split(each, width, dim=1)
-            for each in (rollout.mask, rollout.rewards, rollout.dones & rollout.mask)
-        ),
-        strict=True,
-    ):
-        totals = torch.where(mask, rewards, 0.0).cumsum(dim=0, dtype=torch.float64).mT
-        steps = mask.cumsum(dim=0).mT
-        n, t = dones.mT.nonzero(as_tuple=True)
-        first = torch.ones_like(n, dtype=torch.bool)
-        first[1:] = n[1:] != n[:-1]
-        returns.append(_differences(totals[n, t], first))
-        lengths.append(_differences(steps[n, t], first))
-    return torch.cat(returns), torch.cat(lengths)
+    """The reference, on any device. A host waits if it has to ask how many episodes there are."""
+    mask, ends = rollout.mask, rollout.dones & rollout.mask
+    num_envs = mask.shape[1]
+    num_episodes = rollout.num_episodes
+    if num_episodes is None:
+        num_episodes = int(ends.sum())
+    n = torch.arange(num_envs, device=mask.device)
+    # Each end's place among all, in order of (environment, start); other rows go behind.
+    ended = ends.cumsum(dim=0)
+    before = ended[-1].cumsum(dim=0) - ended[-1] - 1
+    place = torch.where(ends, ended + before, num_episodes + n).reshape(-1)
+    rows = torch.arange(ends.numel(), device=mask.device)
+    places = rows.new_empty(num_episodes + num_envs).scatter_(0, place, rows)[:num_episodes]
+    # CUDA adds up one column alone in an order that differs between calls, but not two.
+    paid = torch.where(mask, rollout.rewards, 0.0).expand(-1, max(2, num_envs))
+    totals = paid.cumsum(dim=0, dtype=torch.float64)[:, :num_envs]
+    steps = mask.cumsum(dim=0)
+    first = torch.ones_like(places, dtype=torch.bool)
+    first[1:] = (places % num_envs).diff() != 0
+    returns, lengths = (
+        _differences(each.reshape(-1).index_select(0, places), first) for each in (totals, steps)
+    )
+    return returns, lengths
 
 
 def _differences(values: Tensor, first: Tensor) -> Tensor:
-    before = torch.zeros_like(values)
-    before[1:] = values[:-1]
-    return values - torch.where(first, 0, before)
+    return torch.where(first, values, values.diff(prepend=values[:1]))
 
 
 @jit

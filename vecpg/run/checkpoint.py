@@ -396,9 +396,13 @@ class Saver:
         self._saved = time.perf_counter()
         return folder
 
+    def is_due(self) -> bool:
+        """Whether the last time was long ago."""
+        return time.perf_counter() - self._saved >= self._every
+
     def save_if_due(self, state: "TrainState") -> None:
         """Write a checkpoint, if the last time was long ago."""
-        if time.perf_counter() - self._saved >= self._every:
+        if self.is_due():
             self.save(state)
 
     def _prune(self) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -19,13 +20,32 @@ def per_second(count: int, seconds: float) -> float | None:
     return count / seconds if seconds > 0 else None
 
 
+class _Marks(NamedTuple):
+    """Where a phase began and ended among what a GPU was given, and what was compiled meanwhile."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    compiled: float
+
+    def seconds(self) -> float:
+        return max(0.0, _seconds_between(self.begin, self.end) - self.compiled)
+
+
+class Lap(NamedTuple):
+    """An iteration's phases, in seconds, or as marks that can be read once the GPU is that far."""
+
+    phases: dict[str, float]
+    marks: dict[str, _Marks]
+
+
 class Clock:
     """Seconds spent in each phase, in the iteration at hand and in total, without compiling.
 
-    No time is negative, whatever a machine's clock does.
+    No time is negative, whatever a machine's clock does. On a GPU a phase is what the device spends
+    on it, and the host does not wait for that: it is counted when its lap is.
 
     Args:
-        device: is waited for at the end of a phase.
+        device: of the run.
         compilation: what is not counted.
         before: the totals that an earlier part of the run came to, as `totals` gave them.
     """
@@ -41,6 +61,7 @@ class Clock:
         self._started = time.perf_counter()
         # Of the last iteration.
         self.last: dict[str, float] = {}
+        self._marks: dict[str, _Marks] = {}
         # The phase at hand, or the last one; "evaluate" while evaluating.
         self.phase_now = "collect"
 
@@ -80,9 +101,42 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         """Add what happens inside to `name`."""
         self.phase_now = name
+        if self._device.type == "cuda":
+            begin, compiled = self._mark(), self._compilation.seconds
+            yield
+            self._marks[name] = _Marks(begin, self._mark(), self._compilation.seconds - compiled)
+            return
         started = self.since_start()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.last[name] = max(0.0, self.since_start() - started)
-        self._total[name] = self._total.get(name, 0.0) + self.last[name]
+        self._count(name, max(0.0, self.since_start() - started))
+
+    def lap(self) -> Lap:
+        """The phases since the last lap, which may be counted later."""
+        marks, self._marks = self._marks, {}
+        return Lap(dict(self.last), marks)
+
+    def count(self, lap: Lap, last: Lap) -> tuple[dict[str, float], float]:
+        """What a lap's phases took, and how long before the end of the last lap it ended.
+
+        To be called once for each, in order, when the host has read what the last lap computed.
+        """
+        if not lap.marks:
+            return lap.phases, 0.0
+        for name, marks in lap.marks.items():
+            self._count(name, marks.seconds())
+        ends = [list(each.marks.values())[-1].end for each in (lap, last)]
+        return dict(self.last), max(0.0, _seconds_between(*ends))
+
+    def _count(self, name: str, seconds: float) -> None:
+        self.last[name] = seconds
+        self._total[name] = self._total.get(name, 0.0) + seconds
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _seconds_between(one: torch.cuda.Event, other: torch.cuda.Event) -> float:
+    milliseconds: float = one.elapsed_time(other)
+    return milliseconds / 1000

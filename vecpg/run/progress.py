@@ -21,7 +21,7 @@ from vecpg.run.clock import per_second
 with warnings.catch_warnings(action="ignore", category=TqdmWarning):
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-# Seconds between looks at all of many runs.
+# Seconds between looks at all of many runs, and at one that is not waited for.
 _LOOK = 0.1
 
 
@@ -84,6 +84,7 @@ class _Line:
             return
         try:
             if self._live:
+                self._next_line = time.monotonic() + _LOOK
                 unit, done, total = nearest
                 self._bar.unit, self._bar.total = f" {unit}", total
                 self._bar.set_description_str(words, refresh=False)
@@ -111,6 +112,10 @@ class Progress(_Line):
         self._limits = {names: limit for names, limit in limits.items() if limit is not None}
         (unit, _), total = next(iter(self._limits.items()))
         super().__init__(config.progress, config.log_every, unit, total)
+
+    def is_due(self) -> bool:
+        """Whether what is shown now would be seen."""
+        return self._seen and time.monotonic() >= self._next_line
 
     def show(self, row: dict[str, float | None], *, last: bool) -> None:
         """Bring the line up to date.
@@ -154,6 +159,10 @@ class PopulationProgress(_Line):
         self._before[place] = env_steps
         return Share(self, place)
 
+    def is_due(self) -> bool:
+        """Whether a row would be looked at."""
+        return time.monotonic() >= self._next_look
+
     def show(self, place: int, row: dict[str, float | None]) -> None:
         """Take in a row of a run."""
         self._returns[place] = row["charts/episodic_return"] or 0.0
@@ -186,6 +195,10 @@ class Share:
 
     def __init__(self, line: PopulationProgress, place: int) -> None:
         self._line, self._place = line, place
+
+    def is_due(self) -> bool:
+        """As `Progress.is_due`."""
+        return self._line.is_due()
 
     def show(self, row: dict[str, float | None], *, last: bool) -> None:
         """As `Progress.show`."""

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vecpg.evaluate import EvalResult
 from vecpg.kernels.announce import whose
 from vecpg.policy import Policy
-from vecpg.rollout.statistics import Episodes
 
 # After so many iterations of equal returns somebody should hear about it.
 _STUCK_ITERATIONS = 5
@@ -56,6 +55,15 @@ class ReturnWindow:
         return sum(total for total, _ in self.iterations) / count
 
 
+class Returned(NamedTuple):
+    """The returns of an iteration's episodes: their sum, how many, the smallest, the largest."""
+
+    total: float
+    episodes: int
+    low: float
+    high: float
+
+
 class Stopping:
     """Keeps the best policy, and decides whether the target is reached.
 
@@ -79,24 +87,25 @@ class Stopping:
 
     def consider(
         self,
-        policy: Policy,
-        episodes: Episodes,
-        confirm: Callable[[Policy], EvalResult] | None,
+        policy: Policy | dict[str, Tensor],
+        returned: Returned,
+        confirm: Callable[[], EvalResult] | None,
     ) -> EvalResult | None:
-        """Take in the episodes that `policy` has just collected, before it is updated.
+        """Take in what the episodes that `policy` has collected returned, before it is updated.
 
         Args:
-            policy: is not changed; its parameters are copied where it is the best so far.
-            episodes: of the iteration.
-            confirm: plays the greedy evaluation of a policy, or None where none is wanted.
+            policy: is not changed; its parameters are copied where it is the best so far. Or a copy
+                of them.
+            returned: in the iteration.
+            confirm: plays the greedy evaluation of that policy, or None where none is wanted.
 
         Returns:
             the greedy evaluation, if the target was reached and one was asked for.
         """
-        self.window = self.window.with_iteration(episodes.return_sum.item(), len(episodes.returns))
+        self.window = self.window.with_iteration(returned.total, returned.episodes)
         mean = self.window.mean
         if mean is None or self.target is None or mean < self.target:
-            self._notice_equal(episodes.returns)
+            self._notice_equal(returned.low, returned.high)
         if mean is None:
             return None
         if self.best_return is None or mean > self.best_return:
@@ -106,7 +115,7 @@ class Stopping:
             return None
         evaluation = None
         if confirm is not None:
-            evaluation = confirm(policy)
+            evaluation = confirm()
             if evaluation.return_mean < self.target:
                 _log.info(
                     "%snot confirmed: the window's mean is %.1f, a greedy evaluation gives %.1f"
@@ -167,9 +176,8 @@ class Stopping:
         low, iterations_of_it = content["equal"]
         self.equal = (low, iterations_of_it)
 
-    def _notice_equal(self, returns: Tensor) -> None:
+    def _notice_equal(self, low: float, high: float) -> None:
         """Say once in a row that every episode has the same return: no gradient comes of that."""
-        low, high = returns.min().item(), returns.max().item()
         value, iterations = self.equal
         if low != high:
             self.equal = (0.0, 0)
@@ -185,6 +193,8 @@ class Stopping:
             )
 
 
-def parameters(policy: Policy) -> dict[str, Tensor]:
-    """A copy of the policy's parameters."""
+def parameters(policy: Policy | dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the policy's parameters; where it is one, that."""
+    if isinstance(policy, dict):
+        return policy
     return {name: value.detach().clone() for name, value in policy.state_dict().items()}

@@ -28,14 +28,15 @@ class TensorOps:
     def where(self, flag: Tensor, one: Number, other: Number) -> Tensor:
         """As `ops.where`."""
         if not isinstance(one, Tensor):
-            one = self._constant(one, flag.device)
+            one = self.constant(one, flag.device)
         return torch.where(flag, one, other)
 
-    def _constant(self, number: float, device: torch.device) -> Tensor:
+    def constant(self, number: float | bool, device: torch.device) -> Tensor:
         """A tensor, made once: two plain numbers would be chosen from in torch's default dtype."""
         key = repr(number), device  # -0.0 is another one
         if key not in self._constants:
-            self._constants[key] = torch.full((), number, dtype=self.dtype, device=device)
+            dtype = torch.bool if isinstance(number, bool) else self.dtype
+            self._constants[key] = torch.full((), number, dtype=dtype, device=device)
         return self._constants[key]
 
     def minimum(self, x: Number, y: Number) -> Number:

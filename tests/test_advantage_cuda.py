@@ -1,0 +1,345 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
+
+from test_advantage import RAGGED, by_hand, make_rollout  # noqa: E402
+from test_returns_cuda import Recorder, needs_gpu, resources, unfilled  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import vecpg.returns.cuda  # noqa: E402
+from vecpg import advantage  # noqa: E402
+from vecpg.advantage import ages, cuda, reference  # noqa: E402
+from vecpg.config import Config  # noqa: E402
+
+KERNELS = ("_find", "_add", "_add_parts", "_subtract")
+
+# What each launch does, in torch, for a device that is not there: nothing is found beforehand.
+TWINS = {
+    "find": lambda mask, dones: (mask, dones),
+    "add": lambda weights, found: reference.sums_by_age(weights, *found)[:, None],
+    "add_parts": lambda parts: parts[:, 0],
+    "subtract": lambda weights, mask, found, sums, others: reference.subtract_mean_by_age(
+        weights, *found, sums, others
+    ),
+}
+
+
+def by_loop(weights, mask, dones):
+    """All weights of each (age, environment), row by row in Python."""
+    rows = {}
+    for n in range(mask.shape[1]):
+        age = 0
+        for t in range(len(mask)):
+            if not mask[t, n]:
+                age = 0
+                continue
+            rows.setdefault(age, {}).setdefault(n, []).append((t, weights[t, n].item()))
+            age = 0 if dones[t, n] else age + 1
+    return rows
+
+
+def turn(rows):
+    """The same, with time contiguous in memory."""
+    return rows.mT.contiguous().mT
+
+
+def longest_of(rows, num_envs):
+    """How many ages each environment has."""
+    return [sum(n in by_env for by_env in rows.values()) for n in range(num_envs)]
+
+
+def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turned=False):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(length, num_envs, generator=g) >= masked
+    dones = torch.rand(length, num_envs, generator=g) < done  # some where nothing counts
+    weights = torch.randn(length, num_envs, generator=g, dtype=torch.float64).to(dtype)
+    weights = (weights * 10.0 ** (seed % 5)).masked_fill(~mask, math.nan)
+    rows = by_loop(weights, mask, dones)
+    given = [each.to(device) for each in (weights, mask, dones)]
+    found = cuda.find(*given[1:])
+    assert found.longest.tolist() == longest_of(rows, num_envs)
+    if turned:
+        given = [turn(each) for each in given]
+    sums = cuda.sums_by_age(*given)
+    assert torch.equal(sums, cuda.sums_by_age(*given)), "the same bits twice"
+    for age in range(length):
+        own = [w for many in rows.get(age, {}).values() for _, w in many]
+        total, count = sums[:, age].tolist()
+        assert count == len(own)
+        assert abs(total - math.fsum(own)) <= 1e-13 * math.fsum(map(abs, own))
+    # Rows in which nothing counts, at the end.
+    later = [torch.cat([each, each.new_zeros(5, num_envs)]) for each in given]
+    if turned:
+        later = [turn(each) for each in later]
+    more = cuda.sums_by_age(*later)
+    assert torch.equal(more[:, :length], sums)
+    assert not more[:, length:].any()
+    for others in (True, False):
+        result = later[0].clone()
+        assert result.is_contiguous() is not turned
+        cuda.subtract_mean_by_age(result, *later[1:], more, others)
+        assert not result[length:].any()
+        expected = torch.zeros(length, num_envs, dtype=torch.float64)
+        for by_env in rows.values():
+            for n, own in by_env.items():
+                kept = [many for m, many in by_env.items() if not (others and m == n)]
+                kept = [w for many in kept for _, w in many]
+                mean = math.fsum(kept) / len(kept) if kept else 0.0
+                for t, weight in own:
+                    expected[t, n] = weight - mean
+        close = 1e-12 if dtype == torch.float64 else 1e-6
+        scale = max(1.0, expected.abs().max().item())
+        error = (result[:length].cpu().double() - expected).abs().max().item()
+        assert error <= close * scale, (length, num_envs, dtype, seed, others, error)
+
+
+# In the interpreter, which has to be chosen before the kernels are read: in a process of its own.
+
+
+@pytest.mark.slow
+def test_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_advantage_cuda as t; t.interpret()"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def interpret():
+    torch.set_num_threads(1)
+    # What was not written is found.
+    torch.Tensor.new_empty = poisoned
+    # Tiles that small tensors fill more than once, and parts that have several blocks.
+    cuda._AGES, cuda._ENVS, cuda._ROWS, cuda._PARTS = 4, 2, 4, 2
+    check_case("cpu", 1, 1, torch.float32, 0, masked=0.0)
+    check_case("cpu", 1, 3, torch.float32, 1, masked=1.0)
+    check_case("cpu", 9, 1, torch.float64, 2)
+    check_case("cpu", 5, 3, torch.float32, 3, turned=True)
+    check_case("cpu", 13, 9, torch.float32, 4)
+    check_case("cpu", 12, 5, torch.float32, 6, masked=0.0, done=0.0)
+    check_case("cpu", 8, 5, torch.float32, 7, done=1.0)
+    cuda._AGES, cuda._ENVS, cuda._ROWS = 32, 32, 64
+    check_case("cpu", 70, 35, torch.float32, 8)
+
+
+def poisoned(self, *size, dtype=None, device=None):
+    size = size[0] if isinstance(size[0], tuple) else size
+    dtype = dtype or self.dtype
+    return torch.full(size, math.nan if dtype.is_floating_point else 99, dtype=dtype)
+
+
+# Compiled, as launched, without a GPU.
+
+
+def launched(monkeypatch, call):
+    recorders = {name: Recorder(getattr(cuda, name)) for name in KERNELS}
+    with monkeypatch.context() as patch:
+        for name, recorder in recorders.items():
+            patch.setattr(cuda, name, recorder)
+        call()
+    return recorders
+
+
+def launch(length, num_envs, offset=0):
+    """Of rows that begin so many elements behind where memory was allocated."""
+    size = length * num_envs
+    weights, flags = (
+        unfilled(offset + size, dtype)[offset:].reshape(length, num_envs)
+        for dtype in (torch.float32, torch.bool)
+    )
+    sums = cuda.sums_by_age(weights, flags, flags)
+    assert sums.shape == (2, length)
+    for others in (True, False):
+        cuda.subtract_mean_by_age(weights, flags, flags, sums, others)
+
+
+def given(recorders, capability=90):
+    """What the compiler is given, of every kernel."""
+    target = GPUTarget("cuda", capability, 32)
+    return [
+        (name, signature, constants, attributes, options)
+        for name, recorder in recorders.items()
+        for options, signature, constants, attributes in recorder.bound(target)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled(capability, monkeypatch):
+    target = GPUTarget("cuda", capability, 32)
+    recorders = launched(monkeypatch, lambda: launch(500, 4096))
+    compiled = {}
+    for name, *source, options in given(recorders, capability):
+        if str((name, source)) in compiled:
+            continue
+        kernel = triton.compile(
+            ASTSource(recorders[name].kernel, *source), target=target, options=options.__dict__
+        )
+        compiled[str((name, source))] = kernel
+        used = resources(kernel.asm["cubin"])
+        assert used["LOCAL"] == 0
+        assert used["STACK"] == 0
+        # Two thousand threads' worth of registers is what an SM has 32 of.
+        assert used["REG"] <= 128
+        # Nothing is added by several programs.
+        assert "atom" not in kernel.asm["ptx"]
+        assert "red.global" not in kernel.asm["ptx"]
+    assert len(compiled) == 5
+
+
+def test_sizes_are_arguments(monkeypatch):
+    """Rollouts of other lengths, or elsewhere in memory, do not compile anew."""
+    first = given(launched(monkeypatch, lambda: launch(500, 4096)))
+    for other in ((1, 1), (17, 33), (501, 4096), (16, 64), (400, 2**24), (500, 4096, 3)):
+        assert given(launched(monkeypatch, lambda other=other: launch(*other))) == first
+
+
+def test_how_sums_are_cut_depends_on_the_shape_alone(monkeypatch):
+    recorders = {}
+    for shape in ((5, 1), (500, 33), (7, 10**7)):
+        grids = []
+
+        class Grids(Recorder):
+            def __getitem__(self, grid, grids=grids):
+                grids.append(grid)
+                return super().__getitem__(grid)
+
+        with monkeypatch.context() as patch:
+            for name in KERNELS:
+                patch.setattr(cuda, name, Grids(getattr(cuda, name)))
+            cuda.sums_by_age(
+                *(unfilled(shape, each) for each in (torch.float32, *[torch.bool] * 2))
+            )
+        recorders[shape] = grids
+    assert recorders == {
+        (5, 1): [(1,), (1, 1), (1, 2)],
+        (500, 33): [(2,), (16, 2), (16, 2)],
+        (7, 10**7): [(312500,), (1, 256), (1, 2)],
+    }
+
+
+# -- Which way it goes ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretending(monkeypatch):
+    """Kernels serve every tensor; each launch is noted, and its twin is called."""
+    launches = []
+
+    def noted(name, twin):
+        def call(*arguments):
+            launches.append(name)
+            return twin(*arguments)
+
+        return call
+
+    monkeypatch.setattr(ages, "_on_host", lambda weights: False)
+    monkeypatch.setattr(ages, "on_gpu", lambda device: True)
+    monkeypatch.setattr(advantage, "on_gpu", lambda device: True)
+    for name, twin in TWINS.items():
+        monkeypatch.setattr(cuda, name, noted(name, twin))
+    return launches
+
+
+@pytest.mark.parametrize("baseline", ["timestep_mean", "leave_one_out"])
+def test_sums_by_age_are_five_launches(pretending, baseline):
+    rollout, config = make_rollout(RAGGED), Config(baseline=baseline, gamma=0.9)
+    result = advantage.advantages(rollout, config)
+    torch.testing.assert_close(result.double(), by_hand(rollout, config), atol=2e-6, rtol=1e-5)
+    assert pretending == ["find", "add", "add_parts", "find", "subtract"]
+
+
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_kernels_serve_a_gpu_if_triton_is_there(monkeypatch, with_triton):
+    found = triton.__spec__ if with_triton else None
+    monkeypatch.setattr(ages.importlib.util, "find_spec", lambda name: found)
+    ages._has_triton.cache_clear()
+    try:
+        assert ages.on_gpu(torch.device("cuda", 1)) is with_triton
+        assert not ages.on_gpu(torch.device("cpu"))
+    finally:
+        ages._has_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_envs", "with_final"),
+    [
+        ({"baseline": "none"}, 64, False),
+        ({"baseline": "mean", "shards": 4}, 16, False),
+        ({"baseline": "value", "bootstrap_truncations": True}, 64, True),
+        ({"baseline": "value", "weights": "gae"}, 64, False),
+        ({"baseline": "timestep_mean"}, 64, False),
+        ({"baseline": "leave_one_out", "shards": 2}, 32, False),
+    ],
+)
+def test_what_is_prepared_is_what_a_run_uses(monkeypatch, settings, num_envs, with_final):
+    """Of the returns their variant for this shape; of the sums every kernel, as it is launched."""
+    device, prepared = torch.device("meta"), []
+
+    def returns(name):
+        def prepare(num_envs, longest, on, with_final):
+            assert (longest, on) == (1000, device)
+            prepared.append((name, num_envs, with_final))
+
+        return prepare
+
+    monkeypatch.setattr(advantage, "on_gpu", lambda device: True)
+    monkeypatch.setattr(ages, "on_gpu", lambda device: True)
+    for name in ("prepare_reward_to_go", "prepare_generalized_advantage"):
+        monkeypatch.setattr(vecpg.returns.cuda, name, returns(name), raising=False)
+    config = Config(num_envs=64, **settings)
+    by_age = given(
+        launched(monkeypatch, lambda: advantage.prepare_advantages(device, config, 1000))
+    )
+    expected = [("prepare_reward_to_go", num_envs, with_final)]
+    if config.weights == "gae":
+        expected.append(("prepare_generalized_advantage", num_envs, with_final))
+    assert prepared == expected
+    others = config.baseline == "leave_one_out"
+
+    def of_a_run():
+        if config.baseline in ("timestep_mean", "leave_one_out"):
+            weights, flags = unfilled((292, 32)), unfilled((292, 32), torch.bool)
+            sums = ages.sums_by_age(weights, flags, flags)
+            ages.subtract_mean_by_age(weights, flags, flags, sums, others=others)
+
+    assert by_age == given(launched(monkeypatch, of_a_run))
+
+
+# On a GPU.
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (40, 3), (130, 33), (300, 65)])
+def test_on_a_gpu_they_are_their_definition(shape, dtype):
+    check_case("cuda", *shape, dtype, seed=1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(500, 4096), (33, 70_000), (20_000, 64)])
+def test_on_a_gpu_they_are_the_reference(shape):
+    g = torch.Generator("cuda").manual_seed(0)
+    mask, ends = torch.rand(2, *shape, generator=g, device="cuda")
+    mask, dones = mask < 0.95, ends < 0.02
+    weights = torch.randn(shape, generator=g, device="cuda").masked_fill(~mask, math.nan)
+    sums = cuda.sums_by_age(weights, mask, dones)
+    expected = reference.sums_by_age(weights, mask, dones)
+    torch.testing.assert_close(sums, expected, rtol=1e-9, atol=1e-9)
+    ours, theirs = weights.clone(), weights.clone()
+    cuda.subtract_mean_by_age(ours, mask, dones, sums, True)
+    reference.subtract_mean_by_age(theirs, mask, dones, sums, True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(sums, cuda.sums_by_age(weights, mask, dones))
+    assert torch.equal(expected, reference.sums_by_age(weights, mask, dones))

@@ -1,0 +1,325 @@
+"""Sums by age on a GPU: whoever has an age looks its rows up, so that nothing is added atomically.
+
+The row of age a in an environment's k-th episode is starts[k] + a. So a program that has some ages
+of some environments finds all their rows, k after k, and nobody else has them. Of a rollout of
+T x N rows, with few episodes in each environment:
+
+| launch       | what it does                              | bytes a row                        |
+|--------------|-------------------------------------------|------------------------------------|
+| `_find`      | where each environment's episodes lie     | 2: both flags                      |
+| `_add`       | sums of each part of the environments     | 4: the weight                      |
+| `_add_parts` | the parts' sums, in order                 | 16 of a part's 32 or more rows     |
+| `_find`      | again, to subtract                        | 2                                  |
+| `_subtract`  | the means, and what is left               | 9: mask, weight read and written   |
+
+Where environments have many short episodes, neighbours in memory are not read together, and up to
+eight times as much is moved. How the sums are cut and added depends on T and N alone, not on the
+GPU. Importing this needs triton, running it a CUDA GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What a program holds at a time, of each age of a block of environments: 4 numbers a thread.
+_AGES, _ENVS, _WARPS = 32, 32, 8
+# Rows in which episodes are looked for at a time.
+_ROWS = 64
+# As many groups of environments have their own sums: enough programs, and few to add in the end.
+_PARTS = 256
+
+# Integer arguments: Triton would compile anew for a 1 or a multiple of 16 among them.
+_SIZES = ["num_rows", "num_envs", "num_ages", "num_parts"]
+# And for an address that is a multiple of 16, of which a kernel that knows no size makes no use.
+_PLACES = ["weights", "mask", "dones", "starts", "stops", "numbers", "longest", "parts", "sums"]
+
+
+class Found(NamedTuple):
+    """Where the episodes of each environment lie: its first `numbers` of each column are there.
+
+    starts:  (T, N) int32, the first row of the k-th episode.
+    stops:   (T, N) int32, the row after its last.
+    numbers: (N,) int32.
+    longest: (N,) int32, the rows of the longest.
+    """
+
+    starts: Tensor
+    stops: Tensor
+    numbers: Tensor
+    longest: Tensor
+
+
+def sums_by_age(weights: Tensor, mask: Tensor, dones: Tensor) -> Tensor:
+    """See `vecpg.advantage.ages.sums_by_age`. Nothing waits for the GPU."""
+    return add_parts(add(weights.contiguous(), find(mask.contiguous(), dones.contiguous())))
+
+
+def subtract_mean_by_age(
+    weights: Tensor, mask: Tensor, dones: Tensor, sums: Tensor, others: bool
+) -> None:
+    """See `vecpg.advantage.ages.subtract_mean_by_age`. Nothing waits for the GPU."""
+    rows, mask = weights.contiguous(), mask.contiguous()
+    subtract(rows, mask, find(mask, dones.contiguous()), sums, others)
+    if rows is not weights:
+        weights.copy_(rows)
+
+
+def prepare(device: torch.device, others: bool) -> None:
+    """Compile, or load, what rollouts of any size need: no kernel depends on it."""
+    weights = torch.zeros(1, 1, device=device)
+    flags = torch.zeros(1, 1, dtype=torch.bool, device=device)
+    sums = sums_by_age(weights, flags, flags)
+    subtract_mean_by_age(weights, flags, flags, sums, others)
+
+
+# -- Launches, one in each, of contiguous rows ----------------------------------------------------
+
+
+def find(mask: Tensor, dones: Tensor) -> Found:
+    """Where the episodes of each environment lie."""
+    num_rows, num_envs = mask.shape
+    shapes = (num_rows, num_envs), (num_rows, num_envs), (num_envs,), (num_envs,)
+    found = Found(*(mask.new_empty(shape, dtype=torch.int32) for shape in shapes))
+    with torch.cuda.device_of(mask):
+        _find[(triton.cdiv(num_envs, _ENVS),)](
+            mask.view(torch.uint8),
+            dones.view(torch.uint8),
+            *found,
+            num_rows,
+            num_envs,
+            ROWS=_ROWS,
+            ENVS=_ENVS,
+            num_warps=_WARPS,
+        )
+    return found
+
+
+def add(weights: Tensor, found: Found) -> Tensor:
+    """(2, parts, T) float64: sums by age, and numbers, of each part of the environments."""
+    num_rows, num_envs = weights.shape
+    num_parts = min(_PARTS, triton.cdiv(num_envs, _ENVS))
+    parts = weights.new_empty((2, num_parts, num_rows), dtype=torch.float64)
+    with torch.cuda.device_of(weights):
+        _add[(triton.cdiv(num_rows, _AGES), num_parts)](
+            weights,
+            *found,
+            parts,
+            num_rows,
+            num_envs,
+            num_parts,
+            AGES=_AGES,
+            ENVS=_ENVS,
+            num_warps=_WARPS,
+        )
+    return parts
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """(2, T) float64: the parts' sums."""
+    _, num_parts, num_rows = parts.shape
+    sums = parts.new_empty(2, num_rows)
+    with torch.cuda.device_of(parts):
+        _add_parts[(triton.cdiv(num_rows, _AGES), 2)](
+            parts, sums, num_rows, num_parts, AGES=_AGES, PARTS=_ENVS, num_warps=_WARPS
+        )
+    return sums
+
+
+def subtract(weights: Tensor, mask: Tensor, found: Found, sums: Tensor, others: bool) -> None:
+    """Subtract the means of (2, ages) `sums`, in place; `ages` may be more than T."""
+    num_rows, num_envs = weights.shape
+    with torch.cuda.device_of(weights):
+        _subtract[(triton.cdiv(num_envs, _ENVS) * triton.cdiv(num_rows, _AGES),)](
+            weights,
+            mask.view(torch.uint8),
+            *found,
+            sums,
+            num_rows,
+            num_envs,
+            sums.shape[1],
+            OTHERS=others,
+            AGES=_AGES,
+            ENVS=_ENVS,
+            num_warps=_WARPS,
+        )
+
+
+# -- Kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
+def _find(
+    mask,
+    dones,
+    starts,
+    stops,
+    numbers,
+    longest,
+    num_rows: tl.int64,
+    num_envs: tl.int64,
+    ROWS: tl.constexpr,
+    ENVS: tl.constexpr,
+):
+    """A row begins an episode if it counts and none goes on from the row before; ends likewise."""
+    n = tl.program_id(0).to(tl.int64) * ENVS + tl.arange(0, ENVS)[None, :]
+    number = tl.zeros((1, ENVS), tl.int32)
+    most = tl.zeros((1, ENVS), tl.int32)
+    last = tl.zeros((1, ENVS), tl.int32)  # where the episode at hand began
+    for first in range(0, num_rows, ROWS):
+        t = first + tl.arange(0, ROWS)[:, None]
+        here = (t < num_rows) & (n < num_envs)
+        place = t * num_envs + n
+        counted = tl.load(mask + place, mask=here, other=0) != 0
+        ends = tl.load(dones + place, mask=here, other=0) != 0
+        before = here & (t > 0)
+        follows = tl.load(mask + place - num_envs, mask=before, other=0) != 0
+        follows &= tl.load(dones + place - num_envs, mask=before, other=1) == 0
+        after = here & (t + 1 < num_rows)
+        goes_on = tl.load(mask + place + num_envs, mask=after, other=0) != 0
+        begins = counted & ~follows
+        stopping = counted & (ends | ~goes_on)
+        # The episode of a counted row is the one that began last.
+        begun = tl.cumsum(begins.to(tl.int32), 0) + number
+        place = (begun - 1) * num_envs + n
+        row = t.to(tl.int32)
+        tl.store(starts + place, row, mask=begins)
+        tl.store(stops + place, row + 1, mask=stopping)
+        start = tl.associative_scan(tl.where(begins, row, last), 0, _larger)
+        most = tl.maximum(most, tl.max(tl.where(stopping, row + 1 - start, 0), 0)[None, :])
+        last = tl.max(start, 0)[None, :]
+        number += tl.sum(begins.to(tl.int32), 0)[None, :]
+    tl.store(numbers + n, number, mask=n < num_envs)
+    tl.store(longest + n, most, mask=n < num_envs)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def _look_up(numbers, longest, n, age, num_envs):
+    """In how many episodes of each environment to look for some ages: in none if all are short."""
+    number = tl.load(numbers + n, mask=n < num_envs, other=0)
+    reached = tl.load(longest + n, mask=n < num_envs, other=0) > tl.min(age)
+    return tl.where(reached, number, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_each(
+    weights, starts, stops, number, n, age, num_envs, AGES: tl.constexpr, ENVS: tl.constexpr
+):
+    """Sum and number of the weights of each (age, environment), one episode after the other."""
+    total = tl.zeros((AGES, ENVS), tl.float64)
+    count = tl.zeros((AGES, ENVS), tl.int32)
+    for k in range(0, tl.max(number)):
+        there = k < number
+        start = tl.load(starts + k * num_envs + n, mask=there, other=0)
+        stop = tl.load(stops + k * num_envs + n, mask=there, other=0)
+        counted = start + age < stop
+        place = (start + age).to(tl.int64) * num_envs + n
+        total += tl.load(weights + place, mask=counted, other=0.0).to(tl.float64)
+        count += counted.to(tl.int32)
+    return total, count
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
+def _add(
+    weights,
+    starts,
+    stops,
+    numbers,
+    longest,
+    parts,
+    num_rows: tl.int64,
+    num_envs: tl.int64,
+    num_parts: tl.int64,
+    AGES: tl.constexpr,
+    ENVS: tl.constexpr,
+):
+    """A part has every `num_parts`-th block of environments."""
+    ages = tl.program_id(0) * AGES + tl.arange(0, AGES)
+    part = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((AGES, ENVS), tl.float64)
+    count = tl.zeros((AGES, ENVS), tl.int64)
+    for first in range(part * ENVS, num_envs, num_parts * ENVS):
+        n = first + tl.arange(0, ENVS)[None, :]
+        number = _look_up(numbers, longest, n, ages, num_envs)
+        own_total, own_count = _of_each(
+            weights, starts, stops, number, n, ages[:, None], num_envs, AGES, ENVS
+        )
+        total += own_total
+        count += own_count
+    place = parts + part * num_rows + ages
+    tl.store(place, tl.sum(total, 1), mask=ages < num_rows)
+    counts = tl.sum(count, 1).to(tl.float64)
+    tl.store(place + num_parts * num_rows, counts, mask=ages < num_rows)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
+def _add_parts(
+    parts,
+    sums,
+    num_rows: tl.int64,
+    num_parts: tl.int64,
+    AGES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The sums, and in other programs the numbers."""
+    ages = tl.program_id(0) * AGES + tl.arange(0, AGES)[None, :]
+    which = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((PARTS, AGES), tl.float64)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        place = parts + (which * num_parts + part) * num_rows + ages
+        total += tl.load(place, mask=(part < num_parts) & (ages < num_rows), other=0.0)
+    result = tl.sum(total, 0)[None, :]
+    tl.store(sums + which * num_rows + ages, result, mask=ages < num_rows)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
+def _subtract(
+    weights,
+    mask,
+    starts,
+    stops,
+    numbers,
+    longest,
+    sums,
+    num_rows: tl.int64,
+    num_envs: tl.int64,
+    num_ages: tl.int64,
+    OTHERS: tl.constexpr,
+    AGES: tl.constexpr,
+    ENVS: tl.constexpr,
+):
+    """Of some ages the weights, and of as many rows those that do not count."""
+    blocks = tl.cdiv(num_envs, ENVS)
+    n = tl.program_id(0) % blocks * ENVS + tl.arange(0, ENVS)[None, :]
+    age = (tl.program_id(0) // blocks * AGES).to(tl.int32) + tl.arange(0, AGES)[:, None]
+    here = (age < num_rows) & (n < num_envs)
+    rows = age.to(tl.int64) * num_envs + n
+    counted = tl.load(mask + rows, mask=here, other=1) != 0
+    tl.store(weights + rows, tl.zeros((AGES, ENVS), tl.float32), mask=~counted)
+
+    number = _look_up(numbers, longest, n, age, num_envs)
+    total = tl.load(sums + age, mask=age < num_rows, other=0.0)
+    count = tl.load(sums + num_ages + age, mask=age < num_rows, other=0.0)
+    if OTHERS:
+        own_total, own_count = _of_each(
+            weights, starts, stops, number, n, age, num_envs, AGES, ENVS
+        )
+        total = total - own_total
+        count = count - own_count.to(tl.float64)
+    mean = tl.where(count > 0.0, total / tl.where(count > 0.0, count, 1.0), 0.0)
+    for k in range(0, tl.max(number)):
+        there = k < number
+        start = tl.load(starts + k * num_envs + n, mask=there, other=0)
+        stop = tl.load(stops + k * num_envs + n, mask=there, other=0)
+        own = start + age < stop
+        place = weights + (start + age).to(tl.int64) * num_envs + n
+        weight = tl.load(place, mask=own, other=0.0).to(tl.float64)
+        tl.store(place, (weight - mean).to(weights.dtype.element_ty), mask=own)
