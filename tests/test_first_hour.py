@@ -1,6 +1,7 @@
 """The first hour on a GPU, without one: what runs, what is kept, and what is refused."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from pretend import pretended
+from twins import twins
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -708,3 +711,82 @@ def test_without_torch_it_says_what_adds_it(monkeypatch):
     )
     assert first_hour.why_no_gpu() == "there is no torch"
     assert first_hour.plan(list(PARTS), "there is no torch") == []
+
+
+# What runs on a GPU, on one that is pretended.
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    pytest.importorskip("triton", reason="needs triton, which is for Linux")
+    monkeypatch.setattr(clock, "product_speed", lambda: float("inf"))
+    monkeypatch.setattr(clock, "memory_speed", lambda: None)
+    monkeypatch.setattr(clock, "cache_bytes", lambda: None)
+    with pretended(), twins():
+        yield
+
+
+@pytest.mark.slow
+def test_returns_are_timed_and_wrong_ones_are_not(pretended_gpu, monkeypatch):
+    from hour import returns
+
+    monkeypatch.setattr(returns, "_cached_copies", lambda: [])  # of many bytes
+    few = functools.partial(clock.on_device, launches=2, replays=2)
+    monkeypatch.setattr(clock, "on_device", few)
+    for name in returns.BYTES:
+        for layout in returns.LAYOUTS:
+            found = returns.timed(name, 9, 5, layout)
+            assert (found["name"], found["layout"]) == (name, layout)
+            assert min(found[each] for each in ("device_us", "copy_us", "call_us", "cpu_us")) > 0
+    asked = []
+    tiles.measure(types.SimpleNamespace(run=asked.extend))
+    assert {"128 x 4096, time, wide", "2048 x 64, batch, many"} < {what for what, _ in asked}
+    found = tiles.timed(9, 5, "time", "tall")
+    assert (found["tile"], found["length"], found["num_envs"]) == ("tall", 9, 5)
+
+    real = returns.reward_to_go
+
+    def off(*given, **options):
+        result = real(*given, **options)
+        return result if "backend" in options else result.mul_(1.001)
+
+    monkeypatch.setattr(returns, "reward_to_go", off)
+    with pytest.raises(Wrong, match="differs from the reference"):
+        returns.timed("returns", 9, 6, "time")
+
+
+@pytest.mark.slow
+def test_every_way_is_compared_with_the_cpu(pretended_gpu):
+    from hour import parity
+
+    for way in parity.WAYS:
+        for env_id in ("CartPole-v1", "Pendulum-v1"):
+            if (way, env_id) == ("kernels in graphs", "CartPole-v1"):
+                continue  # of a kernel the same bits are expected, which its twin does not give
+            found = parity.compared(env_id, way, 13, "cuda")
+            assert (found["env_id"], found["way"], found["rows"]) == (env_id, way, 50)
+            assert ("in CUDA graphs" in found["how"]) == ("in graphs" in way)
+            assert ("Triton kernels" in found["how"]) == ("kernels" in way)
+
+
+@pytest.mark.slow
+def test_every_rung_is_timed(pretended_gpu, monkeypatch):
+    from hour import ladder
+
+    monkeypatch.setattr(ladder, "_SECONDS", 0.0)
+    for way, how in ladder.WAYS.items():
+        found = ladder.timed("collect" if "torch" in way else "train", 5, 4, way, *how)
+        assert found["rounds"] == ladder._FEWEST
+        assert found["counted"] == 84
+        assert 0 < found["p5"] <= found["median"] <= found["p95"]
+    monkeypatch.setattr(clock, "product_speed", lambda: 1.0)
+    with pytest.raises(Wrong, match="more products than the GPU computes"):
+        ladder.timed("collect", 5, 4, "torch in graphs", *ladder.WAYS["torch in graphs"])
+
+
+@pytest.mark.slow
+def test_whole_runs_are_timed(pretended_gpu):
+    from hour import solving
+
+    found = solving.solved(4, "cuda", 1, 2)
+    assert (found["device"], found["iterations"], found["warm_up"]) == ("cuda", 2, True)

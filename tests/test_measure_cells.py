@@ -7,7 +7,9 @@ import numba
 import numpy as np
 import pytest
 import torch
+from pretend import pretended
 from torch.utils.flop_counter import FlopCounterMode
+from twins import twins
 
 from vecpg.advantage import advantages
 from vecpg.envs import make_envs
@@ -437,3 +439,27 @@ def test_what_compiles_in_a_round_is_no_figure(monkeypatch):
     rounds = iter([1, 1.0, 1])
     seconds, _ = timing._rounds(Cell(lambda: add(next(rounds)), "calls", 1, 1), "cpu", Pace(3))
     assert len(seconds) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thing", ["collect", "train", "update", "returns"])
+def test_on_a_gpu_it_goes_the_way_of_training(thing, spy, monkeypatch):
+    """On one that is pretended: chosen and prepared once, in CUDA graphs, and without a wait."""
+    monkeypatch.setattr(cells, "_PRODUCT_SIDE", {"cuda": 16})
+    calls = spy("collect", "update", "choose_collector", "choose_learner")
+    with pretended() as device, twins():
+        with prepared(Case(thing, "cuda", "tensor", 5)) as cell:
+            chosen = [name for name, *_ in calls if name.startswith("choose")]
+            assert chosen.count("choose_collector") == (thing in ("collect", "train"))
+            assert chosen.count("choose_learner") == (thing in ("update", "train"))
+            cell.run()
+            calls.clear()
+            monkeypatch.setattr(cells, "wait_for", lambda device: None)
+            device.clear()
+            cell.run()
+            assert device.waits.of() == 0, device.waits
+        ways = {name: settings["backend"] for name, _, settings, _ in calls}
+        if "collect" in ways:
+            assert ways["collect"].kept.graphs
+        if "update" in ways:
+            assert ways["update"]._gradient is not None

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vecpg.noise import Purpose, StepNoise, Stream, philox
+from vecpg.noise import KeyedNoise, Purpose, StepNoise, Stream, philox, steps_at_once
 from vecpg.policy import sampling
 
 # The known answers that come with Random123 (kat_vectors, philox4x32-10).
@@ -167,3 +167,25 @@ def test_machine_code_makes_the_published_words():
     ):
         key = np.array([*seed, counter[2], counter[3]], np.uint64)
         assert sampling.philox(key, counter[0], counter[1]) == expected
+
+
+@pytest.mark.parametrize("seed", [5, 2**64 - 1])
+def test_from_a_key_on_the_device_come_the_numbers_of_the_stream(seed):
+    counts = {Purpose.ACTION: 1, Purpose.DROPOUT: 9, Purpose.START: 5}
+    stream, starts = Stream(seed, 3, 7, 6), Stream(2**32 - 1, 0, 7, 6)
+    noise = KeyedNoise(counts, 4, 6, torch.device("cpu"))
+    key = torch.tensor([seed % 2**32, seed >> 32, 3, 2**32 - 1, 0, 7])
+    for t in (0, 130):
+        found = noise(key, torch.tensor([t]))
+        rows, envs = torch.arange(t, t + 4)[:, None], torch.arange(6)
+        for numbers, (purpose, count) in zip(found, counts.items(), strict=True):
+            whose, after = (starts, 1) if purpose == Purpose.START else (stream, 0)
+            wanted = whose.uniforms_at(rows + after, envs, purpose, count)
+            assert torch.equal(numbers, wanted)
+    assert KeyedNoise({}, 4, 6, torch.device("cpu"))(key, torch.tensor([0])) == []
+
+
+def test_a_gpu_draws_far_more_numbers_at_once_than_a_cpu():
+    host, device = torch.device("cpu"), torch.device("cuda")
+    assert [steps_at_once(n, host) for n in (1, 2**14, 2**30)] == [64, 16, 1]
+    assert [steps_at_once(n, device) for n in (1, 2**16, 2**30)] == [256, 128, 1]

@@ -1,6 +1,8 @@
 import itertools
+import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -31,13 +33,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 # Tiles that small tensors fill more than once, and the rows of a program (None: all).
 KERNELS = [
-    (cuda._Tile(False, 4, 1, 4, 1, 1), None),  # A
-    (cuda._Tile(False, 2, 4, 2, 1, 1), None),  # B
-    (cuda._Tile(True, 2, 2, 2, 1, 1), None),  # C, twice
+    (cuda._Tile(False, 4, 1, 4, 1, 1), None),  # serial
+    (cuda._Tile(False, 2, 4, 2, 1, 1), None),  # runs of rows
+    (cuda._Tile(True, 2, 2, 4, 1, 1), None),  # time is contiguous, twice
     (cuda._Tile(True, 1, 4, 2, 1, 1), None),
-    (cuda._Tile(False, 2, 2, 2, 1, 1), 8),  # D, twice
-    (cuda._Tile(True, 2, 2, 2, 1, 1), 4),
+    (cuda._Tile(False, 2, 1, 4, 1, 1), 4),  # spans, twice
+    (cuda._Tile(True, 2, 2, 4, 1, 1), 4),
 ]
+ADVANTAGE_MODES = (*MODES, "zero")
 OPTIONAL = ("final_values", "last_values", "mask")
 LAYOUTS = ("plain", "transposed", "sliced")
 
@@ -46,9 +49,10 @@ LAYOUTS = ("plain", "transposed", "sliced")
 
 
 @pytest.mark.slow
-def test_interpreted():
+@pytest.mark.parametrize("function", ["interpret", "fuzz"])
+def test_interpreted(function):
     done = subprocess.run(
-        [sys.executable, "-c", "import test_returns_cuda as t; t.interpret()"],
+        [sys.executable, "-c", f"import test_returns_cuda as t; t.{function}()"],
         cwd=Path(__file__).parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -62,6 +66,7 @@ def interpret():
     check_public()
     check_packed("cpu", (23, 24))
     check_offsets_out_of_bounds()
+    check_span_by_span()
     cases = pairs(
         KERNELS,
         [(9, 5), (13, 3), (2, 3), (1, 1)],
@@ -77,6 +82,82 @@ def interpret():
         check_nothing_passes_an_end(*kernel)
 
 
+def fuzz():
+    """Advantages and returns beside the float64 reference, of whatever is drawn."""
+    torch.set_num_threads(1)
+    pick = random.Random(0)
+    for seed in range(160):
+        check_drawn(seed, pick, *pick.choice(KERNELS))
+
+
+def check_drawn(seed, pick, tile, span):
+    shape = length, num_envs = pick.choice([(9, 3), (7, 4), (5, 1), (1, 3)])
+    dtype, mode = pick.choice(list(TOLERANCE)), pick.choice(ADVANTAGE_MODES)
+    done, masked = pick.choice([0.0, 0.1, 0.5]), pick.choice([0.0, 0.4, 0.9])
+    case = make_case(seed, length, num_envs, dtype, done=done, masked=masked)
+    case["values"] = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    poison(case)
+    case["values"] = case["values"].masked_fill(~case["mask"], math.nan)
+    for name in OPTIONAL:
+        if pick.random() < 0.4:
+            case[name] = None
+    if case["mask"] is None:  # then every row is read
+        for name in ("rewards", "values"):
+            case[name] = case[name].nan_to_num(0.5)
+        if case["final_values"] is not None:
+            case["final_values"] = case["final_values"].masked_fill(case["dones"], 0.25)
+    case["gae_lambda"] = pick.choice([0.9, 0.0, 1.0, torch.rand(shape, dtype=torch.float64)])
+    if pick.random() < 0.6:
+        case["gamma"] = pick.choice([0.9, 0.0, 1.0])
+    options = {"plus_values": pick.random() < 0.5, "mask_mode": mode}
+    is_advantage = pick.random() < 0.75
+    if not is_advantage:
+        del case["values"], case["gae_lambda"], options["plus_values"]
+
+    wide = {name: widened(value) for name, value in case.items()}
+    loop = reference.generalized_advantage if is_advantage else reference.reward_to_go
+    expected = loop(**wide, **options)
+    passed = {
+        name: laid_out(value, pick.choice([*LAYOUTS, "shifted"]))
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in case.items()
+    }
+    out = laid_out(torch.full(shape, math.nan, dtype=dtype), pick.choice(LAYOUTS))
+    cuda._scan(cuda._Inputs(**passed, **options), out, tile, span or length)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2 * TOLERANCE[dtype]
+    error = (out.double() - expected).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    assert error <= tolerance * scale, (seed, tile, span, shape, dtype, options, error)
+
+
+def widened(value):
+    if isinstance(value, torch.Tensor):
+        return value if value.dtype == torch.bool else value.double()
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+
+
+def check_span_by_span():
+    """A span's second pass reads on to its last end, and no further, and leaves the rest alone."""
+    tile, length = cuda._Tile(True, 2, 2, 2, 1, 1), 32
+    rewards = torch.randn(length, 2)
+    dones = torch.zeros(length, 2, dtype=torch.bool)
+    dones[[13, 21]] = True
+    inputs = cuda._Inputs(rewards, dones, 0.9)
+    whole, out = torch.empty(length, 2), torch.full((length, 2), math.nan)
+    cuda._scan(inputs, whole, tile, length)
+    totals = torch.empty((2, 2, 2), dtype=torch.float64)
+    cuda._launch(inputs, out, tile, 16, totals=totals)
+    # Of the first span, the tile that holds its end is written later; the one before it at once.
+    assert out[:12].isfinite().all()
+    assert out[12:16].isnan().all()
+    assert out[16:].isfinite().all()
+    first = rewards.clone()
+    first[:12] = math.nan
+    cuda._launch(inputs._replace(rewards=first), out, tile, 16, after=totals)
+    torch.testing.assert_close(out, whole, rtol=1e-6, atol=1e-6)
+
+
 def check_public():
     case = poison(make_case(1, 9, 5))
     out = torch.full((9, 5), math.nan)
@@ -89,6 +170,8 @@ def laid_out(value, layout):
         return value.t().contiguous().t()
     if layout == "sliced":
         return torch.stack([value, torch.zeros_like(value)], dim=-1)[..., 0]
+    if layout == "shifted":  # no longer a multiple of 16 bytes
+        return torch.cat([value.reshape(-1)[:1], value.reshape(-1)])[1:].view(value.shape)
     return value
 
 
@@ -245,50 +328,74 @@ def unfilled(shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(shape, env_major=False, everything=False):
+def launch(shape, env_major=False, everything=False, advantage=False):
     def tensor(dtype=torch.float32):
         return unfilled(shape[::-1], dtype).t() if env_major else unfilled(shape, dtype)
 
     options = (tensor(), unfilled(shape[1]), tensor(torch.bool)) if everything else (None,) * 3
-    cuda.reward_to_go(tensor(), tensor(torch.bool), 0.99, *options, "skip", tensor())
+    mode, flags, out = "skip" if everything else "cut", tensor(torch.bool), tensor()
+    if advantage:
+        given = tensor(), tensor(), flags, 0.99, 0.95, *options, mode, everything
+        cuda.generalized_advantage(*given, out)
+    else:
+        cuda.reward_to_go(tensor(), flags, 0.99, *options, mode, out)
 
 
-def launch_packed(everything):
+def launch_packed(_, everything, advantage):
     final_values = unfilled(99) if everything else None
     offsets = unfilled(100, torch.int64)
     cuda.packed_reward_to_go(unfilled(100_000), offsets, 0.99, final_values, unfilled(100_000))
 
 
-# What makes each kernel's launches, and how many they are.
-LAUNCHES = {
-    "A": (lambda everything: launch((128, 65536), False, everything), 1),
-    "B": (lambda everything: launch((128, 4096), False, everything), 1),
-    "C": (lambda everything: launch((500, 8192), True, everything), 1),
-    "D": (lambda everything: launch((65536, 64), False, everything), 3),
-    "packed": (launch_packed, 4),
+# A shape of each tile, and whether time is contiguous; the most registers that any variant needs.
+SHAPES = {
+    "wide": ((128, 131072), False, 240),
+    "narrow": ((128, 32768), False, 240),
+    "short": ((512, 16384), False, 160),
+    "tall": ((128, 4096), False, 160),
+    "few": ((32, 8192), True, 96),
+    "many": ((500, 8192), True, 96),
+    "tall in spans": ((65536, 64), False, 232),
+    "many in spans": ((65536, 64), True, 128),
+    "one in spans": ((5000, 1), False, 128),
+    "packed": (None, False, 128),
 }
 
 
-@pairwise(name=LAUNCHES, capability=[80, 90, 100], everything=[False, True])
-def test_compiled(name, everything, capability, monkeypatch):
-    call, launches = LAUNCHES[name]
+@pairwise(name=SHAPES, capability=[80, 90, 100], given=["bare", "all"], advantage=[False, True])
+@pytest.mark.slow
+def test_compiled(name, capability, given, advantage, monkeypatch):
+    shape, env_major, most = SHAPES[name]
     target = GPUTarget("cuda", capability, 32)
+    everything = given == "all"
+
+    def call():
+        if shape is None:
+            launch_packed(None, everything, advantage)
+        else:
+            launch(shape, env_major, everything, advantage)
+
     sources = [
         (ASTSource(recorder.kernel, signature, constants, attributes), options.__dict__)
-        for recorder in launched(monkeypatch, lambda: call(everything))
+        for recorder in launched(monkeypatch, call)
         for options, signature, constants, attributes in recorder.bound(target)
     ]
-    assert len(sources) == launches
+    carried = everything and advantage
+    assert len(sources) == {"packed": 3}.get(name, 2 + carried if "spans" in name else 1)
     for source, options in sources:
         compiled = triton.compile(source, target=target, options=options)
         used = resources(compiled.asm["cubin"])
         assert used["LOCAL"] == 0
-        assert used["STACK"] == 0
-        if name == "A":
+        assert used["REG"] <= most
+        # A word or two that a program needs once, behind its last tile.
+        assert used["STACK"] <= 16
+        if name in ("wide", "narrow"):
+            assert used["STACK"] == 0
             assert "shfl" not in compiled.asm["ptx"]
-            assert compiled.metadata.shared == 0
-            # Fours of floats and of bytes.
-            assert compiled.asm["ptx"].count("ld.global.v4.b32") >= 8
+            # Fours, or twos, of floats; as many flags in one load.
+            together = "v4.b32" if name == "wide" else "v2.b32"
+            assert compiled.asm["ptx"].count(f"ld.global.{together}") >= 4
+            assert "ld.global.b8" not in compiled.asm["ptx"]
 
 
 def resources(cubin):
@@ -301,42 +408,121 @@ def resources(cubin):
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def keys(monkeypatch, call):
+    """What the compiler is given that depends on a launch's arguments, for each launch."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found = []
+    for recorder in launched(monkeypatch, call):
+        kernel = recorder.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found += [repr(bind(*args, **kwargs)[1:]) for args, kwargs in recorder.launches]
+    return found
+
+
 def test_sizes_and_gamma_are_arguments(monkeypatch):
     """Other sizes and another gamma do not compile anew, and gamma is not rounded to float32."""
-    target = GPUTarget("cuda", 90, 32)
+    first = keys(monkeypatch, lambda: launch((128, 4096)))
+    assert first[0].count("'fp64'") == 2  # lambda too
+    assert first == keys(monkeypatch, lambda: launch((77, 33)))
+    assert keys(monkeypatch, lambda: launch((128, 40000))) == keys(
+        monkeypatch, lambda: launch((999, 65532))
+    )
 
-    def given(call):
-        (recorder,) = launched(monkeypatch, call)
-        return [(signature, attributes) for _, signature, _, attributes in recorder.bound(target)]
 
-    first = given(lambda: launch((128, 4096)))
-    assert first == given(lambda: launch((17, 33))) == given(lambda: launch((400, 2**31)))
-    assert first[0][0]["gamma"] == "fp64"
-    assert given(lambda: launch((128, 40000))) == given(lambda: launch((999, 65532)))
+def test_where_memory_begins_is_no_reason_to_compile(monkeypatch):
+    """Blocks of environments, as slices are, begin anywhere; the kernel is that of odd strides."""
+    store = torch.empty(100, 4099)
+    flags = torch.empty(100, 4099, dtype=torch.bool)
+    found = {
+        key
+        for first in range(6)
+        for key in keys(
+            monkeypatch,
+            lambda first=first: cuda.reward_to_go(
+                *(store[:, first : first + 4000], flags[:, first : first + 4000], 0.9, None, None),
+                *(None, "cut", torch.empty(100, 4000)),
+            ),
+        )
+    }
+    assert len(found) == 1
+
+
+@pairwise(
+    num_envs=[1, 3, 64, 16384, 40001, 65536, 131072],
+    with_final=[False, True],
+    advantage=[False, True],
+)
+def test_what_is_prepared_is_all_that_a_run_needs(num_envs, with_final, advantage, monkeypatch):
+    """200 rollouts of changing length compile nothing that was not prepared, and all of that."""
+    longest, device = 3000, torch.device("meta")
+    prepare = cuda.prepare_generalized_advantage if advantage else cuda.prepare_reward_to_go
+
+    def roll_out(num_rows):
+        shape = num_rows, num_envs
+        rewards, flags, out = unfilled(shape), unfilled(shape, torch.bool), unfilled(shape)
+        options = rewards if with_final else None, None, flags, "cut"
+        if advantage:
+            given = rewards, rewards, flags, 0.99, 0.95
+            cuda.generalized_advantage(*given, *options, False, out)
+        else:
+            cuda.reward_to_go(rewards, flags, 0.99, *options, out)
+
+    lengths = [1, 2, longest, *torch.randint(1, longest, (195,)).tolist(), 13, 64]
+    prepared = keys(monkeypatch, lambda: prepare(num_envs, longest, device, with_final=with_final))
+    needed = keys(monkeypatch, lambda: [roll_out(num_rows) for num_rows in lengths])
+    assert len(needed) >= 200
+    assert set(needed) == set(prepared)
 
 
 @pytest.mark.parametrize(
-    ("shape", "env_major", "name"),
+    ("shape", "env_major", "tile", "is_split"),
     [
-        ((16, 64), False, "A"),
-        ((1000, 32768), False, "A"),
-        ((128, 4096), False, "B"),
-        ((10_000, 4096), False, "B"),
-        ((500, 64), False, "B"),
-        ((65536, 64), False, "D"),
-        ((32, 8), True, "C"),
-        ((2048, 8192), True, "C"),
-        ((131_072, 8), True, "D"),
-        ((512, 1), False, "C"),
-        ((5000, 1), False, "D"),
+        ((16, 64), False, (False, 16, 1, 64, 2, 1), False),
+        ((1000, 131072), False, (False, 16, 1, 128, 4, 1), False),
+        ((1000, 32768), False, (False, 16, 1, 64, 2, 1), False),
+        ((1000, 32769), False, (False, 16, 1, 32, 1, 1), False),
+        ((512, 16384), False, (False, 8, 4, 32, 1, 4), False),
+        ((64, 4096), False, (False, 8, 4, 32, 1, 4), False),
+        ((128, 4096), False, (False, 16, 8, 32, 1, 8), False),
+        ((10_000, 4096), False, (False, 16, 8, 32, 1, 8), False),
+        ((500, 64), False, (False, 16, 8, 32, 1, 8), False),
+        ((65536, 64), False, (False, 16, 8, 32, 1, 8), True),
+        ((32, 8), True, (True, 4, 8, 16, 4, 4), False),
+        ((2048, 8192), True, (True, 4, 32, 4, 4, 4), False),
+        ((131_072, 8), True, (True, 4, 32, 4, 4, 4), True),
+        ((512, 1), False, (True, 4, 128, 1, 4, 4), False),
+        ((5001, 1), False, (True, 1, 512, 1, 1, 4), True),
     ],
 )
-def test_dispatch(shape, env_major, name):
+def test_dispatch(shape, env_major, tile, is_split):
     value = unfilled(shape[::-1]).t() if env_major else unfilled(shape)
-    tile, span = cuda._choose(cuda._Inputs(value, value.bool(), 0.9), value)
-    kernel = "C" if tile.env_major else "A" if tile.runs == 1 else "B"
-    assert name == ("D" if span < shape[0] else kernel)
-    assert span == shape[0] or span % tile.rows == 0
+    chosen, span = cuda._choose(cuda._Inputs(value, value.bool(), 0.9), value, shape[0])
+    assert chosen == tile
+    assert (span < shape[0]) == is_split
+    assert span == shape[0] or span % chosen.rows == 0
+
+
+def test_every_shape_takes_a_tile_that_there_is():
+    table = json.loads(cuda._SHAPES.read_text(encoding="utf-8"))
+    for rows in table.values():
+        for row in rows:
+            assert row["tile"] in cuda.TILES[row["layout"]]
+            assert row.keys() <= {"layout", "tile", "max_rows", "min_envs"}
+    # What fits whatever comes.
+    last = {row["layout"]: row for row in table["default"]}
+    assert all(row.keys() == {"layout", "tile"} for row in last.values())
+    assert last.keys() == cuda.TILES.keys()
+
+
+def test_what_was_measured_on_a_gpu_comes_first(tmp_path, monkeypatch):
+    own = {"layout": "time", "max_rows": 100, "min_envs": 1000, "tile": "tall"}
+    table = json.loads(cuda._SHAPES.read_text(encoding="utf-8")) | {"Some GPU": [own]}
+    (tmp_path / "cuda.json").write_text(json.dumps(table))
+    monkeypatch.setattr(cuda, "_SHAPES", tmp_path / "cuda.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    rows = cuda._shapes.__wrapped__(torch.device("cuda", 0))
+    assert rows == [own, *table["default"]]
+    assert cuda._shapes.__wrapped__(torch.device("meta")) == table["default"]
 
 
 # On a GPU.

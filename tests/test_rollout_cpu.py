@@ -423,7 +423,9 @@ def test_what_is_not_served_goes_the_reference_way_and_says_why():
     ):
         with pytest.raises(ValueError, match=f'backend="cpu": {reason}.*; it serves environments'):
             collect(made, policy, **arguments, backend="cpu")
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, got 'x'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, reference, cpu, cuda, got 'x'"
+    ):
         collect(envs, plain, **arguments, backend="x")
 
 

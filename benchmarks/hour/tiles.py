@@ -12,18 +12,17 @@ LENGTHS = (128, 512, 32, 8, 2048)
 NUM_ENVS = (4096, 64, 16384, 32768, 131072, 1024)
 # Larger ones would be as these are, and take their time.
 _MOST_ELEMENTS = 2**26
-_TILES = {"time": ("wide", "narrow", "short", "tall"), "batch": ("few", "many")}
 
 
 def measure(job):
-    if job.miniature:
-        return
+    from vecpg.returns import cuda
+
     cases = [
         (length, num_envs, layout, tile)
         for length in LENGTHS
         for num_envs in NUM_ENVS
-        for layout, tiles in _TILES.items()
-        for tile in tiles
+        for layout in ("time", "batch")
+        for tile in cuda.TILES[layout]
         if length * num_envs <= _MOST_ELEMENTS
     ]
     job.run(

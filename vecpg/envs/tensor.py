@@ -66,7 +66,7 @@ class Dynamics:
     def observation(self, state: Tensor) -> Tensor:
         """(N, *shape), in memory of its own."""
         if self._shows_state:
-            return state.mT.clone()
+            return state.mT.clone(memory_format=torch.contiguous_format)
         numbers = self._functions["observation"](state.unbind())
         seen = torch.stack([self._row(each, state[0]) for each in numbers], dim=1)
         return seen.reshape(-1, *self.definition.observation_space.shape)

@@ -28,7 +28,9 @@ def capture(function: Callable[[], None], device: torch.device, what: str) -> Ca
 
     Example:
         >>> total = torch.zeros(1)
-        >>> again = capture(lambda: total.add_(1), torch.device("cpu"), "counting")
+        >>> def count():
+        ...     total.add_(1)
+        >>> again = capture(count, total.device, "counting")
         >>> again()
         >>> total
         tensor([1.])

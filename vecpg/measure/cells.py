@@ -322,6 +322,9 @@ def _update(case: Case) -> Iterator[Cell]:
     rows = _update_rows(case)
     shape = rows, case.num_envs
     none = torch.zeros(shape, dtype=torch.bool, device=case.device)
+    known: dict[str, Any] = {}
+    if case.device == "cuda":  # what collecting there leaves too
+        known = {"counted": torch.arange(none.numel(), device=case.device)}
     rollout = Rollout(
         obs=torch.randn(*shape, 4, generator=generator).to(case.device),
         actions=torch.randint(0, 2, shape, generator=generator).to(case.device),
@@ -331,6 +334,7 @@ def _update(case: Case) -> Iterator[Cell]:
         mask=~none,
         final_obs=torch.zeros(0, 4, device=case.device),
         final_rows=torch.zeros(0, 2, dtype=torch.int64, device=case.device),
+        **known,
     )
     weights = torch.randn(shape, generator=generator).to(case.device)
     with _envs(Case("update", "cpu", "vector_entry_point", 1)) as envs:

@@ -73,7 +73,8 @@ class _Tile(NamedTuple):
 # A serial program has all rows of its environments after each other, and passes nothing between
 # threads; the others have threads that follow in time.
 _SERIAL = {"wide": 4, "narrow": 2}  # environments of a thread
-_LAYOUTS = {
+# What a shape's memory may be like, and the tiles that can be taken then.
+TILES = {
     "time": ("wide", "narrow", "short", "tall"),
     "batch": ("few", "many"),
     "column": ("one",),
@@ -170,7 +171,7 @@ def _prepare(
     # One environment's rows are read in fours where there are fours.
     for rows in (8, 7):
         some = numbers[:rows]
-        flags, out = some > 0, torch.empty_like(some)
+        flags, out = torch.zeros_like(some, dtype=torch.bool), torch.empty_like(some)
         inputs = _Inputs(some, flags, 1.0, some if with_final else None, mask=flags)
         if with_values:
             inputs = inputs._replace(values=some)
@@ -587,7 +588,8 @@ def _kernel(
             place = _at(gammas, top, run_rows, step, n, g_t, g_n, 1)
             discount = tl.load(place, mask=valid, other=0.0)
         place = _at(dones, top, run_rows, step, n, d_t, d_n, VECTOR)
-        closed = (tl.load(place, mask=valid, other=0) != 0) & real
+        flag = tl.load(place, mask=valid, other=0)
+        closed = (flag != 0) & real
         a = discount
         if values is None:
             if final_values is not None:
@@ -640,8 +642,9 @@ def _kernel(
                 following = tl.where(real, following, 0.0)
             b = b - own.to(tl.float64) + discount * following
         if mask is not None and MASK_MODE == "cut":
-            closed = closed | (valid & ~real)
-        a = tl.where(closed, 0.0, a)
+            a = tl.where(real & (flag == 0), a, 0.0)
+        else:
+            a = tl.where(closed, 0.0, a)
         if mask is not None and MASK_MODE == "skip":
             a = tl.where(real, a, 1.0)
         if totals is not None:

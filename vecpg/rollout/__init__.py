@@ -269,6 +269,7 @@ def choose_collector(
     if backend in ("auto", "cuda") and refused["cuda"] is None:
         reason = tensor.why_drawn_in_torch(policy)
         return Collector("cuda", reason, draws_on_host=False, on_tensors=True)
+    kind = "cuda" if policy.device.type == "cuda" else "cpu"
     off_tensors = tensor.why_not(envs, policy)
     if off_tensors is not None and isinstance(envs, TensorVectorEnv) and envs.device.type == "cuda":
         raise ValueError(
@@ -277,9 +278,7 @@ def choose_collector(
         )
     return Collector(
         "reference",
-        "as asked"
-        if backend == "reference"
-        else refused["cuda" if policy.device.type == "cuda" else "cpu"],
+        "as asked" if backend == "reference" else refused[kind],
         draws_on_host=not action_masks and sampling.why_not(policy) is None,
         on_tensors=off_tensors is None,
         action_masks=action_masks,

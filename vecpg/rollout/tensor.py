@@ -231,7 +231,8 @@ class TensorCollector:
         self._does = self._functions
         self._static = static and self._has_room(device)
         if self._static:
-            self._rows = self._make_rows(self._blocks * self.between)
+            # To record a block, two are played.
+            self._rows = self._make_rows(max(2, self._blocks) * self.between)
             self._capture()
 
     # -- Memory ----------------------------------------------------------------------------------
