@@ -21,6 +21,7 @@ from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.kernels import graphs
 from vecpg.policy import Policy
+from vecpg.returns.checks import check_gamma
 from vecpg.rollout import Rollout, choose_collector
 from vecpg.train import train
 
@@ -161,6 +162,12 @@ def test_a_row(monkeypatch, env_id, backend):
     assert kept.between == BLOCK
     assert backend == "cuda" or kept._rows_of_noise == 256
     assert counted[1] / BLOCK + numbers / 256 <= LIMITS[backend]
+
+
+def test_a_discount_in_a_tensor_of_the_host_is_a_number():
+    """Copied to the device it would be waited for, and read again with every reward."""
+    rewards = torch.ones(5, 2, device="meta")
+    assert check_gamma("gamma", torch.tensor(0.5), rewards) == (0.5, None)
 
 
 # -- A run ---------------------------------------------------------------------------------------
