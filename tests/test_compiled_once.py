@@ -14,7 +14,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-import vecpg.returns.cuda  # noqa: E402
 from vecpg.advantage import advantages, prepare_advantages  # noqa: E402
 from vecpg.config import Config  # noqa: E402
 from vecpg.envs import make_envs  # noqa: E402
@@ -47,9 +46,6 @@ def launched(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(vecpg.returns.cuda, "prepare_reward_to_go"), reason="returns are not prepared yet"
-)
 @pytest.mark.parametrize(
     ("env_id", "num_envs", "settings"),
     [
@@ -66,7 +62,7 @@ def test_the_first_iteration_compiles_all(monkeypatch, launched, env_id, num_env
 
     def read(collector, number):
         """As if all were over after so many blocks, of which nothing counts: nothing is played."""
-        return Tallies(int(number + 1 < blocks), 0, 0, 0, 1)
+        return Tallies(int(number + 1 < blocks), 0, 0, 0)
 
     monkeypatch.setattr(TensorCollector, "_read", read)
     with pretended() as on:

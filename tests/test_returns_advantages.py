@@ -14,6 +14,7 @@ from vecpg.returns import (
     cpu_advantages,
     generalized_advantage,
     lambda_returns,
+    operator,
     packed_generalized_advantage,
     packed_reward_to_go,
     ranges,
@@ -524,3 +525,30 @@ def test_factors_for_each_environment_are_those_of_each_alone(shape, kind, layou
         alone |= {name: factors[name][n].item() for name in factors}
         for ours, expected in zip(whole, found(alone), strict=True):
             torch.testing.assert_close(ours[..., n : n + 1], expected, rtol=1e-6, atol=1e-6)
+
+
+@pairwise(
+    mode=["cut", "skip", "decay", "zero"],
+    masked=[False, True],
+    with_tensors=[False, True],
+    plus_values=[False, True],
+    shape=[(9, 3), (1, 2), (7, 2, 2), (0, 3)],
+)
+def test_the_adjoint_by_returns_is_that_of_machine_code(
+    mode, masked, with_tensors, plus_values, shape
+):
+    g = torch.Generator().manual_seed(5)
+    wide = {"generator": g, "dtype": torch.float64}
+    grad, dones = torch.randn(shape, **wide), torch.rand(shape, generator=g) < 0.3
+    mask = torch.rand(shape, generator=g) < 0.6 if masked else None
+    gammas, lambdas = (torch.rand(shape, **wide) if with_tensors else None for _ in range(2))
+    if mask is not None:
+        grad = grad.masked_fill(~mask, math.nan)
+    arguments = grad, dones, 0.9, gammas, 0.8, lambdas, mask, mode, plus_values
+    expected = operator._adjoint(*arguments, False, True, True)
+    found = operator.adjoint_by_returns(*arguments, True, True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    few = operator.adjoint_by_returns(*arguments, False, False)
+    assert [each.numel() > 0 for each in few[1:3]] == [False, False]
+    assert torch.equal(few[0], found[0])

@@ -213,9 +213,6 @@ def test_an_environment_on_tensors_is_trained_and_evaluated(tmp_path, vectorizat
 # -- On a device ----------------------------------------------------------------------------------
 
 
-WAYS = ["torch", pytest.param("kernels", marks=pytest.mark.slow)]
-
-
 class Body(torch.nn.Module):
     """A user's own network."""
 
@@ -405,7 +402,7 @@ def test_a_row_takes_few_operations(way, num_steps, most):
         assert device.looks.of() == len(rollout.mask) // 16
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["torch", "kernels"])
 @pytest.mark.parametrize(
     ("where", "finite"), [("reward", False), ("obs", False), ("nowhere", True), ("masked", True)]
 )
@@ -472,7 +469,7 @@ def test_what_is_seen_at_a_truncation_has_to_be_finite():
             assert not found.finite.item()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["torch", "kernels"])
 def test_with_a_wait_a_rollout_of_a_device_is_that_of_the_host(way):
     host = make("fading", 7, limit=5)
     policy = make_policy(host, dropout=0.3)
@@ -488,7 +485,7 @@ def test_with_a_wait_a_rollout_of_a_device_is_that_of_the_host(way):
             agree(found, stepped)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["torch", "kernels"])
 def test_a_group_of_environments_plays_what_it_plays_alone(way):
     with a_device(way):
         envs, third = make("Pendulum-v1", 9, "cuda"), make("Pendulum-v1", 3, "cuda")
@@ -503,7 +500,7 @@ def test_a_group_of_environments_plays_what_it_plays_alone(way):
                 assert torch.equal(whole, getattr(part, name)), name
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["torch", "kernels"])
 def test_parameters_that_have_moved_are_found(way):
     with a_device(way):
         envs = make("CartPole-v1", 5, "cuda")

@@ -65,6 +65,44 @@ def test_a_phase_that_failed_is_still_known(now):
     assert clock.phase_now == "update"
 
 
+def test_on_a_gpu_a_lap_is_counted_when_it_is_read(now, monkeypatch):
+    """The device is behind the host: a mark has its time when the device comes to it."""
+    device = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = device[0]
+
+        def elapsed_time(self, other):
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    compiled = Compiled(0.0)
+    clock = Clock(torch.device("cuda"), compiled, {"collect": 10.0})
+    laps = []
+    for seconds in (1.0, 2.0):
+        with clock.phase("collect"):
+            device[0] += 4 * seconds
+        with clock.phase("update"):
+            device[0] += seconds
+            compiled.seconds += 0.25
+        laps.append(clock.lap())
+        now[0] += 0.001  # the host does not wait
+    assert clock.totals()["collect"] == 10.0
+    now[0] += 15.0
+    found = [clock.count(lap, laps[-1]) for lap in laps]
+    assert found == [
+        ({"collect": 4.0, "update": 0.75}, 10.0),
+        ({"collect": 8.0, "update": 1.75}, 0.0),
+    ]
+    assert clock.totals()["collect"] == 22.0
+    assert clock.totals()["update"] == 2.5
+
+
 @pytest.mark.parametrize("step", [0.0, -1.0])
 def test_a_clock_that_does_not_go_forwards_gives_no_speed(tmp_path, monkeypatch, capsys, step):
     """As coarse clocks do, and those of machines that are moved."""

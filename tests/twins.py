@@ -48,10 +48,9 @@ def twins() -> Iterator[None]:
     with ExitStack() as undone:
         for module, functions in modules.items():
             for name, twin in functions.items():
-                if hasattr(module, name):
-                    undone.enter_context(launch_as(module, name, twin))
+                undone.enter_context(launch_as(module, name, twin))
         for name in ("prepare_reward_to_go", "prepare_generalized_advantage"):
-            undone.enter_context(mock.patch.object(vecpg.returns.cuda, name, create=True))
+            undone.enter_context(mock.patch.object(vecpg.returns.cuda, name))
         undone.enter_context(mock.patch.object(vecpg.rollout.cuda, "_kernels", _kernels))
         yield
 

@@ -1,8 +1,12 @@
 """The recurrence as one Triton kernel.
 
-    x[t] = b[t] + a[t] * x[t + 1],   x[T] = last_values
+    x[t] = b[t] + a[t] * x[t + 1]
 
-with, in a real row, b = r + gamma * final_value and a = 0 at an end, b = r and a = gamma elsewhere.
+For returns x[T] = last_values, and in a real row b = r + gamma * final_value and a = 0 at an end,
+b = r and a = gamma elsewhere. For advantages x[T] = 0, b = r + gamma * V' - V and a = gamma *
+lambda, or 0 at an end, where V', the value behind the row, is final_value or that of the next row:
+read beside it, or, where masked rows let values through, scanned like x.
+
 A program holds a tile of (time, environments) in registers, scans it with `_combine` in float64,
 latest row first, and carries x to the tile before it. Kernels differ in the tile only (`_choose`).
 Importing this needs triton, running it a CUDA GPU.
@@ -18,6 +22,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if not hasattr(tl, "gather"):
+    raise RuntimeError(
+        f"returns on cuda: expected triton 3.3 or newer, got {triton.__version__}; install torch"
+        ' 2.7 or newer, which brings it, or pass backend="reference"'
+    )
 
 # Which tile a shape takes, by the name of the GPU: rows of "layout" and "tile", and of the most
 # rows and the least environments that they are for. The first that fits is taken, those of the GPU
@@ -317,7 +327,7 @@ def _scan(inputs: _Inputs, out: Tensor, tile: _Tile, span: int) -> None:
         return inputs.rewards.new_empty((2, spans, num_envs), dtype=torch.float64)
 
     shown = None
-    if inputs.values is not None and _is_carried(inputs):
+    if inputs.values is not None and inputs.mask is not None and _is_carried(inputs):
         shown = pairs()
         # Every real row ends what is shown by those behind it.
         each = _Inputs(
@@ -422,10 +432,12 @@ def _follow(a, b, x):
 @triton.jit  # type: ignore[untyped-decorator]
 def _at(tensor, top, run_rows, step, n, t_stride, n_stride, VECTOR: tl.constexpr):
     """Places of rows `top - run_rows + step`: what differs within a thread is added last."""
-    # Says no more than VECTOR, lest bytes get another layout than floats and have to be exchanged.
+    # As many are read together as are said to be aligned, so that bytes get the layout of floats.
+    # Without a dimension of neighbours older compilers have threads follow in time instead.
     BYTES: tl.constexpr = VECTOR * tensor.dtype.element_ty.primitive_bitwidth // 8
+    NEIGHBOURS: tl.constexpr = 2 if VECTOR == 1 else VECTOR
     places = tensor + top * t_stride + (n * n_stride - run_rows * t_stride) + step * t_stride
-    return tl.max_contiguous(tl.multiple_of(places, (1, 1, BYTES)), (1, 1, VECTOR))
+    return tl.max_contiguous(tl.multiple_of(places, (1, 1, BYTES)), (1, 1, NEIGHBOURS))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -460,7 +472,7 @@ def _scan_tile(
     return b, total, x
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _x_after(totals, k, spans, env, num_envs):
     """The x that follows span k: later spans' a and b in their order, as far as anything flows."""
     SPANS: tl.constexpr = 16  # at a time

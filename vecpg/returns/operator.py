@@ -312,7 +312,8 @@ def adjoint_by_returns(
         if mask_mode != "zero":
             value_by = torch.where(mask, value_by, 0.0)
         if mask_mode in ("skip", "decay"):
-            through = torch.where(mask, 0.0, 1.0 if mask_mode == "skip" else discount)
+            passed = torch.ones_like(discount) if mask_mode == "skip" else discount
+            through = torch.where(mask, 0.0, passed)
     reached = _along(own, advantage_by)
     from_row = value_by * reached
     shown = _along(torch.cat([torch.zeros_like(own[:1]), from_row[:-1]]), through)
