@@ -31,6 +31,18 @@ def test_what_was_recorded_is_done_again_on_the_same_memory():
         assert device.operations.of() == 1
 
 
+def test_the_first_call_is_after_what_was_given_before_and_before_what_follows(monkeypatch):
+    with pretended():
+        order, device = [], torch.device("cuda", 0)
+        waits = lambda stream, other: order.append((stream, other))  # noqa: E731
+        monkeypatch.setattr(torch.cuda.Stream, "wait_stream", waits)
+        current = torch.cuda.current_stream()
+        capture(lambda: order.append(torch.cuda.current_stream()), device, "asking")
+        side = order[1]
+        assert order[:3] == [(side, current), side, (current, side)]
+        assert side is not current
+
+
 def test_what_cannot_be_recorded_is_done_op_by_op_and_the_log_says_why_once(caplog):
     caplog.set_level("INFO", "vecpg")
     with anew(), pretended():
