@@ -181,6 +181,17 @@ def test_with_a_target_the_host_reads_once_an_iteration(tmp_path):
     check_waits(run(tmp_path, target_return=1e9), target=True)
 
 
+def test_the_best_of_iterations_that_are_read_late_is_the_policy_that_collected(tmp_path):
+    late, at_once = (run(tmp_path, device=each, return_window=8) for each in ("cuda", "cpu"))
+    for best, expected in zip(late.parameters, at_once.parameters, strict=True):
+        torch.testing.assert_close(best, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_to_be_saved_is_read(tmp_path):
+    counted = run(tmp_path, save_every=1e-6, total_iterations=3)
+    assert [each.waits.of("commit", "tolist") for each in counted.iterations] == [1, 1, 1]
+
+
 def test_who_reads_a_number_is_found(tmp_path, monkeypatch):
     """And where, by this test."""
     module = sys.modules["vecpg.update"]
