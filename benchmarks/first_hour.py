@@ -1,15 +1,16 @@
 """The first hour on a GPU: is it right, how fast is it, and how far from the limit.
 
     python benchmarks/first_hour.py                       # every part, in under eight minutes
-    python benchmarks/first_hour.py a d                   # some; these need torch and triton alone
+    python benchmarks/first_hour.py a d                   # these need torch, triton and NumPy alone
     python benchmarks/first_hour.py t                     # every tile of the returns kernel
     python benchmarks/first_hour.py --record              # its tables from what was measured
 
 Before it starts it says which parts won't run, why, and the line that adds what they lack. Each
 part is a process with a limit of time, and its JSON is whole after every measurement:
-benchmarks/results/<machine>/first-hour-<part>.json. What fails costs only itself. Every figure was
-compared with another computation of the same just before it was timed. A table goes to stdout,
-progress to stderr. Exit status 1: something was wrong.
+benchmarks/results/<machine>/first-hour-<part>.json. What fails costs only itself, and what is wrong
+is no figure (benchmarks/README.md says what is checked). A table goes to stdout, progress to
+stderr. Ctrl-C, SIGTERM or SIGHUP end it; what was measured is kept and shown. Exit status 1:
+something was wrong, or nothing was measured.
 
 Without a GPU the parts run in miniature, to see that they run; what they find is kept only where
 --out-dir says.
@@ -32,15 +33,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from hour import parts, tables  # noqa: E402
 from hour.job import BROKEN, read, write  # noqa: E402
-from hour.parts import GRACE, PARTS, USUAL  # noqa: E402
+from hour.parts import GRACE, OWN_SECONDS, PARTS, USUAL  # noqa: E402
 
 # Less is not worth the start of a process.
 _LEAST_SECONDS = 8
 
 
+class Ended(BaseException):
+    """By a signal: its argument is the exit status."""
+
+
+def end(signum, frame):
+    raise Ended(128 + signum)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(["parts:", *(f"  {key}  {one.title}" for key, one in PARTS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{' '.join(USUAL)} if none is given"
+    )
     parser.add_argument("--out-dir", type=Path, help="instead of benchmarks/results/<machine>")
     parser.add_argument("--commit", help="of these files, where they lie in no repository")
     parser.add_argument(
@@ -51,6 +66,8 @@ def main():
     )
     args = parser.parse_args()
     if args.record:
+        if args.parts or args.commit:
+            parser.error("--record: expected no PART and no --commit; it measures nothing")
         record(parser, args.out_dir)
         return
     chosen = args.parts or list(USUAL)
@@ -62,7 +79,7 @@ def main():
     running = plan(chosen, why)
     if not running:
         print("nothing was measured", flush=True)
-        return
+        sys.exit(1)
     about = described(args.commit)
     with contextlib.ExitStack() as stack:
         folder = args.out_dir
@@ -72,11 +89,19 @@ def main():
             from vecpg.machine import results_folder
 
             folder = results_folder(about["machine"])
-        folder.mkdir(parents=True, exist_ok=True)
-        found = [part(letter, folder, about, why is not None) for letter in running]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out-dir {folder}: expected a folder, got {error.strerror}")
+        if why is None:
+            promise(running, folder, about)
+        found, status = measured(running, folder, about, why is not None)
     print("\n\n".join(tables.table(content) for content in found), flush=True)
-    if any(content["problems"] for content in found):
-        sys.exit(1)
+    if why is None:
+        given = "" if args.out_dir is None else f" --out-dir {folder}"
+        tell(f"kept in {folder}; `--record{given}` makes the tables of it")
+    if status or any(content["problems"] for content in found):
+        sys.exit(status or 1)
 
 
 def record(parser, folder):
@@ -86,6 +111,25 @@ def record(parser, folder):
         print("written: " + ", ".join(str(p.relative_to(ROOT)) for p in record(ROOT, folder)))
     except ValueError as error:
         parser.error(f"--record: {error}")
+
+
+def measured(letters, folder, about, miniature):
+    """The contents of the parts that were begun, and the exit status if a signal ended it."""
+    begun, status = [], 0
+    try:
+        for letter in letters:
+            begun.append(letter)
+            part(letter, folder, about, miniature)
+    except Ended as ended:
+        (status,) = ended.args
+    rest = "".join(f" ({letter})" for letter in letters[len(begun) :])
+    if rest:
+        tell(f"not begun:{rest}")
+    return [read(file_of(folder, letter)) for letter in begun], status
+
+
+def file_of(folder, letter):
+    return folder / f"first-hour-{letter}.json"
 
 
 def why_no_gpu():
@@ -102,6 +146,8 @@ def why_no_gpu():
 def plan(chosen, why):
     """Say what will run and what will not. Returns the letters of the former."""
     running, lacking = [], {}
+    if why is not None:
+        tell(f"{why}: there will be no figures")
     for letter in chosen:
         part = PARTS[letter]
         missing = parts.missing(part)
@@ -109,9 +155,9 @@ def plan(chosen, why):
         if missing:
             words = f"WON'T RUN: {', '.join(missing)} not installed"
         elif why is not None and part.miniature is None:
-            words = f"WON'T RUN: needs a GPU; {why}"
+            words = "WON'T RUN: needs a GPU"
         elif why is not None:
-            words = f"in miniature: {part.miniature}; needs a GPU for figures; {why}"
+            words = f"in miniature: {part.miniature}"
         else:
             words = f"at most {part.seconds + GRACE:.0f} s"
         if not words.startswith("WON'T"):
@@ -120,6 +166,16 @@ def plan(chosen, why):
     if lacking:
         tell(f"what is missing is added by: {parts.pip_line(list(lacking))}")
     return running
+
+
+def promise(letters, folder, about):
+    """Say how long it takes, and what becomes of the figures, while it costs nothing yet."""
+    seconds = OWN_SECONDS + sum(PARTS[letter].seconds + GRACE for letter in letters)
+    tell(f"all of it takes at most {seconds:.0f} s and is kept in {folder}")
+    if about["commit"] is None:
+        tell("these files lie in no repository: without --commit `--record` won't take the figures")
+    elif about["dirty"]:
+        tell("files differ from their commit: `--record` won't take the figures; commit first")
 
 
 def described(given):
@@ -158,7 +214,7 @@ def gpu():
 def part(letter, folder, about, miniature):
     """Run a part, and what is left of it anew where its process ended. Returns its content."""
     chosen = PARTS[letter]
-    path = folder / f"first-hour-{letter}.json"
+    path = file_of(folder, letter)
     tell(f"({letter}) {chosen.title}")
     empty = {"now": None, "rows": [], "problems": [], "not_reached": []}
     write(path, {"part": letter, "title": chosen.title, **about, "miniature": miniature, **empty})
@@ -168,20 +224,29 @@ def part(letter, folder, about, miniature):
         return chosen.seconds - (time.monotonic() - started)
 
     while True:
-        status = run(letter, path, left(), miniature)
+        ended = None
+        try:
+            status = run(letter, path, left(), miniature)
+        except Ended as error:
+            status, ended = None, error
         content = read(path)
         if status == BROKEN:
             tell("    the device answers no more; what is left goes on in another process")
         elif status != 0:
             how = f"its process ended with status {status}"
-            if status in (None, -signal.SIGALRM):
+            if ended is not None:
+                how = "it was interrupted"
+            elif status in (None, -signal.SIGALRM):
                 how = "it took longer than it may, and was ended"
             what = content["now"] or "the start"
             content["problems"].append({"what": what, "problem": how})
-            tell(f"    FAILED: {what}: {how}")
         content["now"] = None
         content["seconds"] = time.monotonic() - started
         write(path, content)
+        if status not in (0, BROKEN):
+            tell(f"    FAILED: {what}: {how}")
+        if ended is not None:
+            raise ended
         # Each process that goes on has one case less before it.
         if status == 0 or what_stands(content) or left() < _LEAST_SECONDS:
             return content
@@ -216,4 +281,10 @@ def tell(text):
 
 
 if __name__ == "__main__":
-    main()
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as nohup does
+            signal.signal(each, end)
+    try:
+        main()
+    except Ended as early:
+        sys.exit(*early.args)

@@ -81,10 +81,12 @@ def test_without_a_gpu_every_other_part_runs_in_miniature_or_says_that_it_needs_
     before = sorted((ROOT / "benchmarks").rglob("*.json"))
     done = hour("f", "c", "b", "e")
     assert done.returncode == 0, done.stderr
-    assert "(f) scripts/benchmark.py --devices cpu cuda: WON'T RUN: needs a GPU" in done.stderr
+    assert "finds no CUDA device here: there will be no figures\n" in done.stderr
+    assert "(f) scripts/benchmark.py --devices cpu cuda: WON'T RUN: needs a GPU\n" in done.stderr
     headings = [line[:3] for line in done.stdout.splitlines() if line.startswith("(")]
     assert headings == ["(b)", "(c)", "(e)"]
-    assert done.stdout.count("cases ran and were right") == 3
+    assert done.stdout.count("cases ran and were right") == 2
+    assert "1 case ran and was right" in done.stdout
     assert sorted((ROOT / "benchmarks").rglob("*.json")) == before
 
 
@@ -92,6 +94,49 @@ def test_a_part_that_is_not_there_is_refused():
     done = hour("a", "z")
     assert done.returncode == 2
     assert "expected of a, b, c, d, e, f, t, got z" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--record", "a"], "--record: expected no PART"),
+        (["--record", "--out-dir", "tests"], "first-hour-<part>.json in tests, got none; measure"),
+        (["--out-dir", "README.md"], "--out-dir README.md: expected a folder, got File exists"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(monkeypatch, capsys, args, problem):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["first_hour.py", *args])
+    monkeypatch.setattr(first_hour, "why_no_gpu", lambda: "here is none")
+    monkeypatch.setattr(first_hour, "plan", lambda chosen, why: chosen)
+    with pytest.raises(SystemExit, match="^2$"):
+        first_hour.main()
+    assert problem in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_measured_that_is_said_and_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["first_hour.py", "f"])
+    monkeypatch.setattr(first_hour, "why_no_gpu", lambda: "here is none")
+    with pytest.raises(SystemExit, match="^1$"):
+        first_hour.main()
+    assert capsys.readouterr().out == "nothing was measured\n"
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ({"commit": "abc", "dirty": False}, ""),
+        ({"commit": "abc", "dirty": None}, ""),
+        ({"commit": None, "dirty": None}, "without --commit `--record` won't take the figures\n"),
+        ({"commit": "abc", "dirty": True}, "`--record` won't take the figures; commit first\n"),
+    ],
+)
+def test_what_it_costs_and_what_becomes_of_it_is_said_before(capsys, at, said):
+    first_hour.promise(list(USUAL), Path("there"), at)
+    first, *rest = capsys.readouterr().err.splitlines(keepends=True)
+    assert first == "all of it takes at most 477 s and is kept in there\n"
+    assert "".join(rest).endswith(said)
+    assert bool(rest) == bool(said)
 
 
 def test_all_parts_together_take_less_than_eight_minutes():
@@ -217,6 +262,52 @@ def test_what_was_ended_is_named(processes):
 def test_what_cannot_start_is_not_started_again(processes):
     found = processes((1, None, None))
     assert found["problems"][0]["what"] == "the start"
+
+
+def test_what_was_measured_until_a_signal_is_kept(monkeypatch, tmp_path, capsys):
+    def run(letter, path, seconds, miniature):
+        if letter == "d":
+            job.write(path, job.read(path) | {"rows": [{"what": "one"}], "now": "two"})
+            first_hour.end(signal.SIGTERM, None)
+        return 0
+
+    monkeypatch.setattr(first_hour, "run", run)
+    found, status = first_hour.measured(["a", "d", "e", "f"], tmp_path, {}, miniature=False)
+    assert status == 128 + signal.SIGTERM
+    assert [each["part"] for each in found] == ["a", "d"]
+    assert found[1]["rows"] == [{"what": "one"}]
+    assert found[1]["problems"] == [{"what": "two", "problem": "it was interrupted"}]
+    assert found[1]["now"] is None
+    assert found[1] == job.read(tmp_path / "first-hour-d.json")
+    assert "not begun: (e) (f)\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_all_of_it_with_the_table(tmp_path, signum, status):
+    pytest.importorskip("triton", reason="needs triton, which is for Linux")
+    # Where this process ignores it, so would that one.
+    before = signal.signal(signum, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, "d", "--out-dir", str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signum, before)
+    while not process.stderr.readline().startswith("    returns"):
+        assert process.poll() is None
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in err
+    assert "(d) returns and advantages beside a copy of the same bytes: in miniature" in out
+    assert "it was interrupted" in out
+    assert job.read(tmp_path / "first-hour-d.json")["now"] is None
 
 
 def test_a_process_is_ended_at_its_time(monkeypatch, tmp_path):
@@ -581,9 +672,9 @@ def test_a_table_has_the_figures_with_their_machine(letter):
 
 
 def test_what_is_wrong_or_was_not_reached_is_in_the_table():
-    problem = {"what": "128 x 64", "problem": "Wrong: 9 bytes/s are more than a copy's 8"}
+    problem = {"what": "128 x 64", "problem": "9 bytes/s are more than a copy's 8"}
     text = tables.table(kept("d", [], problems=[problem], not_reached=["512 x 64"]))
-    assert "* WRONG: 128 x 64: Wrong: 9 bytes/s are more than a copy's 8" in text
+    assert "* FAILED: 128 x 64: 9 bytes/s are more than a copy's 8" in text
     assert "* no time for: 512 x 64" in text
 
 
@@ -695,6 +786,17 @@ def test_what_is_no_figure_of_a_commit_is_not_recorded(repository, tmp_path, oth
     with pytest.raises(ValueError, match=f"first-hour-d.json: .*{problem}"):
         record.record(repository, tmp_path / "out")
     assert not list((repository / "benchmarks" / "results").iterdir())
+    # Nor where it was measured into the folder that is kept.
+    own = repository / "benchmarks" / "results" / "X"
+    own.mkdir()
+    job.write(own / "first-hour-d.json", kept("d", FOUND["d"], **other))
+    with pytest.raises(ValueError, match=f"first-hour-d.json: .*{problem}"):
+        record.record(repository, None)
+
+
+def test_where_nothing_was_measured_nothing_is_recorded(repository):
+    with pytest.raises(ValueError, match="results/<machine>, got none; measure first"):
+        record.record(repository, None)
 
 
 def test_the_tables_of_this_repository_are_made_from_its_files():
@@ -705,12 +807,25 @@ def test_the_tables_of_this_repository_are_made_from_its_files():
         assert readme.count(": unmeasured") == len(USUAL)
 
 
-def test_without_torch_it_says_what_adds_it(monkeypatch):
+def test_without_torch_it_says_what_adds_it(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(
         parts.importlib.util, "find_spec", lambda name: None if name == "torch" else name
     )
     assert first_hour.why_no_gpu() == "there is no torch"
     assert first_hour.plan(list(PARTS), "there is no torch") == []
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "is added by" in each]
+    assert line.endswith("pip install -c constraints.txt torch")
+
+
+def test_what_is_missing_is_added_to_this_python_wherever_it_is_called(monkeypatch, tmp_path):
+    bin = tmp_path / "of its own" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "pip").touch()
+    monkeypatch.setattr(sys, "executable", str(bin / "python"))
+    monkeypatch.chdir(ROOT / "tests")
+    line = parts.pip_line(["torch"])
+    assert line == f"'{bin}/pip' install -c ../constraints.txt torch"
 
 
 # What runs on a GPU, on one that is pretended.

@@ -4,7 +4,12 @@ Only the standard library is imported here: what is missing has to be said.
 """
 
 import importlib.util
+import os
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
+
+from vecpg.shell import how_to_call
 
 # What a part needs, as it is imported and as pip knows it.
 KERNELS = ("torch", "numpy", "triton")
@@ -96,5 +101,6 @@ def missing(part: Part) -> list[str]:
 
 
 def pip_line(packages: list[str]) -> str:
-    """What adds them, in the versions that were tested."""
-    return f"pip install -c constraints.txt {' '.join(packages)}"
+    """What adds them to this Python, in the versions that were tested."""
+    tested = os.path.relpath(Path(__file__).resolve().parents[2] / "constraints.txt")
+    return f"{how_to_call('pip', 'pip')} install -c {shlex.quote(tested)} {' '.join(packages)}"

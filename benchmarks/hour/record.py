@@ -24,14 +24,18 @@ def record(root, folder):
         the files that were written.
 
     Raises:
-        ValueError: files of no commit, or in miniature.
+        ValueError: there are no files, or of no commit, or in miniature.
     """
     from vecpg.machine import folder_name
     from vecpg.measure import report, results
 
     kept = root / "benchmarks" / "results"
     written = []
-    for path in sorted(folder.glob("first-hour-*.json")) if folder is not None else []:
+    given = sorted(folder.glob("first-hour-?.json")) if folder is not None else []
+    if not given and (folder is not None or not machines(kept)):
+        where = "benchmarks/results/<machine>" if folder is None else folder
+        raise ValueError(f"expected first-hour-<part>.json in {where}, got none; measure first")
+    for path in given:
         content = read(path)
         check(path, content)
         own = kept / folder_name(content["machine"])
@@ -63,10 +67,15 @@ def check(path, content):
 
 
 def machines(kept):
-    """The parts of each machine that has any: {folder: {letter: content}}."""
+    """The parts of each machine that has any: {folder: {letter: content}}.
+
+    Raises:
+        ValueError: files of no commit, or in miniature.
+    """
     found = {}
     for path in sorted(kept.glob("*/first-hour-?.json")):
         content = read(path)
+        check(path, content)
         found.setdefault(path.parent.name, {})[content["part"]] = content
     return found
 

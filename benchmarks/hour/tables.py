@@ -6,10 +6,14 @@ def table(content):
     lines = [f"({content['part']}) {content['title']}: {where(content)}"]
     rows = content["rows"]
     if content["miniature"]:
-        lines.append(f"{len(rows)} cases ran and were right")
+        lines.append(
+            "1 case ran and was right"
+            if len(rows) == 1
+            else f"{len(rows)} cases ran and were right"
+        )
     elif rows:
         lines.append(_TABLES[content["part"]](rows))
-    lines += [f"* WRONG: {one['what']}: {one['problem']}" for one in content["problems"]]
+    lines += [f"* FAILED: {one['what']}: {one['problem']}" for one in content["problems"]]
     if content["not_reached"]:
         lines.append(f"* no time for: {'; '.join(content['not_reached'])}")
     return "\n\n".join(lines)
