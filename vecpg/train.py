@@ -116,6 +116,8 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
 
     def save() -> None:
         _log.info("saved: %s", run.files.saver.save(run.state))
+        if run.device.type != "cpu":  # which may be iterations ahead of the state
+            run.files.saver.save_again()
 
     try:
         with (
