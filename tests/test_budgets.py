@@ -22,7 +22,8 @@ from vecpg.envs import make_envs
 from vecpg.kernels import graphs
 from vecpg.policy import Policy
 from vecpg.returns.checks import check_gamma
-from vecpg.rollout import Rollout, choose_collector
+from vecpg.rollout import Rollout, choose_collector, collect
+from vecpg.rollout.statistics import episode_statistics
 from vecpg.train import train
 
 LOOP: Any = sys.modules[train.__module__]
@@ -181,6 +182,17 @@ def test_with_a_target_the_host_reads_once_an_iteration(tmp_path):
     check_waits(run(tmp_path, target_return=1e9), target=True)
 
 
+def test_the_best_of_iterations_that_are_read_late_is_the_policy_that_collected(tmp_path):
+    late, at_once = (run(tmp_path, device=each, return_window=8) for each in ("cuda", "cpu"))
+    for best, expected in zip(late.parameters, at_once.parameters, strict=True):
+        torch.testing.assert_close(best, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_to_be_saved_is_read(tmp_path):
+    counted = run(tmp_path, save_every=1e-6, total_iterations=3)
+    assert [each.waits.of("commit", "tolist") for each in counted.iterations] == [1, 1, 1]
+
+
 def test_who_reads_a_number_is_found(tmp_path, monkeypatch):
     """And where, by this test."""
     module = sys.modules["vecpg.update"]
@@ -277,3 +289,19 @@ def check_close(rows, expected):
         numbers = {name: number for name, number in wanted.items() if number is not None}
         assert [name for name in row if row[name] is not None] == [*numbers]
         assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+
+
+def test_what_the_host_has_stepped_it_counts():
+    """Nothing that is made of such a rollout waits: see `Rollout.counted`."""
+    with pretended() as on:
+        envs = make_envs("CartPole-v1", 3, vectorization="sync")
+        policy = Policy(envs.single_observation_space, envs.single_action_space).to("cuda")
+        rollout = collect(envs, policy, num_steps=5, seed=1, iteration=0, wait=False)
+        on.clear()
+        episodes = episode_statistics(rollout)
+        assert not on.waits
+        places = rollout.mask.cpu().reshape(-1).nonzero()[:, 0]
+        assert torch.equal(rollout.places().cpu(), places)
+        assert int(episodes.lengths.sum().cpu()) == len(places)
+        assert len(episodes.returns) == int(rollout.dones.sum().cpu())
+    envs.close()

@@ -17,7 +17,7 @@ from vecpg import value as value_module
 from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.kernels import graphs
-from vecpg.kernels.gathered import chunk_sizes, rows_at_once
+from vecpg.kernels.gathered import Gradient, chunk_sizes, rows_at_once
 from vecpg.noise import Stream
 from vecpg.policy import Policy
 from vecpg.policy import network as network_module
@@ -262,6 +262,24 @@ def test_the_same_again_has_the_same_bits(captured):
             learner.update(policy, optimizer, *given, wait=False)
         results.append(flat(policy.parameters()))
     assert torch.equal(*results)
+
+
+def test_convolutions_add_in_one_order_forwards_and_backwards():
+    line, seen = nn.Linear(1, 1), []
+
+    def terms(padding, settings, x):
+        look()
+        return [line(x).sum()]
+
+    def look(*gradient):
+        seen.append(torch.backends.cudnn.deterministic)
+
+    line.weight.register_hook(look)
+    gradient = Gradient(line, terms, 1, 0, most=2, what="an example")
+    gradient.load(torch.tensor([0]), [torch.ones(1, 1)], [])
+    gradient.add()
+    look()
+    assert seen == [True, True, False]
 
 
 def test_a_parameter_on_which_nothing_depends_has_no_gradient(captured):

@@ -31,6 +31,18 @@ def test_what_was_recorded_is_done_again_on_the_same_memory():
         assert device.operations.of() == 1
 
 
+def test_the_first_call_is_after_what_was_given_before_and_before_what_follows(monkeypatch):
+    with pretended():
+        order, device = [], torch.device("cuda", 0)
+        waits = lambda stream, other: order.append((stream, other))  # noqa: E731
+        monkeypatch.setattr(torch.cuda.Stream, "wait_stream", waits)
+        current = torch.cuda.current_stream()
+        capture(lambda: order.append(torch.cuda.current_stream()), device, "asking")
+        side = order[1]
+        assert order[:3] == [(side, current), side, (current, side)]
+        assert side is not current
+
+
 def test_what_cannot_be_recorded_is_done_op_by_op_and_the_log_says_why_once(caplog):
     caplog.set_level("INFO", "vecpg")
     with anew(), pretended():
@@ -47,6 +59,37 @@ def test_what_cannot_be_recorded_is_done_op_by_op_and_the_log_says_why_once(capl
     assert said.startswith(
         "adding up: op by op, as a CUDA graph cannot hold it: operation not perm"
     )
+
+
+def test_the_log_has_the_first_reason_and_the_stream_is_as_before_where_torch_cannot_end(
+    caplog, monkeypatch
+):
+    """As `torch.cuda.graph` fails: its end raises too, before its stream is given back."""
+    with anew(), pretended():
+        total, before = torch.zeros(2, device="cuda"), torch.cuda.current_stream()
+
+        class Graph:
+            def __init__(self, graph, stream, capture_error_mode):
+                self.entered = torch.cuda.stream(stream)
+
+            def __enter__(self):
+                self.entered.__enter__()
+
+            def __exit__(self, *raised):
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        monkeypatch.setattr(torch.cuda, "graph", Graph)
+        calls = []
+
+        def waiting():
+            calls.append(0)
+            if len(calls) == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        assert capture(waiting, total.device, "waiting") is waiting
+        assert torch.cuda.current_stream() is before
+    (said,) = caplog.messages
+    assert said.endswith("cannot hold it: operation not permitted when stream is capturing")
 
 
 def test_what_fails_without_a_graph_is_no_matter_of_graphs():

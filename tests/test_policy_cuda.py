@@ -50,6 +50,11 @@ def draw(policy, parameters, t):
     return rows.actions[t], copies.acted
 
 
+def turned(parameters):
+    """The same numbers, with those of one environment next to each other."""
+    return parameters.mT.contiguous().mT
+
+
 def uniforms_of(t, count):
     return STREAM.uniforms_at(
         torch.full((STREAM.num_envs,), t), torch.arange(STREAM.num_envs), Purpose.ACTION, count
@@ -85,6 +90,7 @@ def check_categorical():
             decided = ((below - uniforms).abs() > 1e-6).all(dim=0)
             assert torch.equal(drawn[decided], wanted[decided])
             assert torch.equal(acted[:, 0], drawn.float())
+            assert torch.equal(draw(policy, turned(logits), t)[0], drawn)
             assert ((drawn >= start) & (drawn < start + number)).all()
             assert number == 18 or len(drawn.unique()) == number
             undecided += int((~decided).sum())
@@ -127,6 +133,7 @@ def check_gaussian():
         wanted = policy.distribution.sample(means, uniforms_of(1, policy.num_uniforms)).detach()
         torch.testing.assert_close(drawn, wanted, rtol=1e-6, atol=1e-6)
         assert torch.equal(acted, policy.distribution.clipped(drawn))
+        assert torch.equal(draw(policy, turned(means), 1)[0], drawn)
         assert (acted != drawn).any()
         assert (acted == drawn).any()
         # The parameters are read anew at every call.

@@ -19,9 +19,9 @@ from vecpg.config import Config
 from vecpg.evaluate import EvalResult
 from vecpg.kernels.jit import Compilation
 from vecpg.policy import Policy
-from vecpg.run.clock import Clock
-from vecpg.run.outcomes import Outcome, Outcomes
-from vecpg.run.state import TrainState
+from vecpg.run.clock import Clock, Lap
+from vecpg.run.outcomes import Outcome, Outcomes, _read
+from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import Stopping, parameters
 
 CPU = torch.device("cpu")
@@ -178,6 +178,32 @@ def test_who_is_stopped_is_not_evaluated():
     assert shown == [(digest(collected), 1)]
     assert other.state.stopping.solved
     assert other.lines[-1]["eval/episodic_return"] == 9.0
+    # When that was, is known of it alone.
+    assert "solved" in other.state.seconds
+    assert "solved" not in at_once().state.seconds
+
+
+def test_the_speed_in_a_row_is_that_until_its_own_end(monkeypatch):
+    run, rows = Run(ahead=True), []
+    monkeypatch.setattr(run, "log", rows.append)
+    monkeypatch.setattr(run.clock, "without_evaluations", lambda: 10.0)
+    monkeypatch.setattr(run.clock, "count", lambda lap, last: ({}, 0.0 if lap is last else 6.0))
+    for returns in RETURNS[:2]:
+        run.iterate(returns)
+    run.outcomes.commit(Signals())
+    assert [row["charts/SPS"] for row in rows] == [10 / 4, 20 / 10]
+
+
+def test_no_digit_is_lost_on_the_way_from_a_gpu():
+    with pretended():
+        of = {"dtype": torch.float64, "device": "cuda"}
+        returns = tuple(torch.full((), 2.0**24 + i / 8, **of) for i in range(3))
+        one, yes = torch.ones((), device="cuda"), torch.ones((), dtype=torch.bool, device="cuda")
+        outcome = Outcome(
+            Counters(), 1, returns, one, (one, None, one, one), {"all": yes}, Lap({}, {}), None
+        )
+        read = _read([outcome, outcome])
+    assert read == [[2.0**24, 2.0**24 + 0.125, 2.0**24 + 0.25, 1, 1, 1, 1, 1]] * 2
 
 
 def test_memory_is_bounded(monkeypatch):

@@ -179,7 +179,8 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
             "--threads: expected 1 in a process made by fork, whose parent keeps torch's"
             f' threads, got {wanted}; start it by multiprocessing.get_context("spawn")'
         )
-    once(_log, f"collecting: {collector}")
+    if device.type == "cpu":  # elsewhere it is said once it is known what graphs can hold
+        once(_log, f"collecting: {collector}")
     once(_log, f"gradient: {learner}")
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         once(_log, "baseline leave_one_out: with one environment it equals none")

@@ -19,7 +19,7 @@ from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.kernels import threads
-from vecpg.kernels.announce import anew, whose
+from vecpg.kernels.announce import anew, once, whose
 from vecpg.kernels.cores import cores
 from vecpg.look import video
 from vecpg.noise import Purpose
@@ -168,6 +168,7 @@ def advance(
         collector = run.collector
         if not on_host:
             collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
+            once(_log, f"collecting: {collector}")
         ending = _is_over(config, state.counters, state.stopping.solved)
         while not ending:
             with clock.phase("collect"):  # N environments, whole episodes, (T, N)

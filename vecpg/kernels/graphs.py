@@ -45,12 +45,19 @@ def capture(function: Callable[[], None], device: torch.device, what: str) -> Ca
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Another thread's run may wait for the device meanwhile.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        # Another thread's run may wait for the device meanwhile. Where something was refused torch
+        # cannot end the capture: it says only that, and leaves `side` the current stream.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
             function()
     # A function of the user's own may wait for the device, or do anything else that none can hold.
     except RuntimeError as error:
-        words = str(error).splitlines()[0]
+        reason: BaseException = error
+        while reason.__context__ is not None:
+            reason = reason.__context__
+        words = (str(reason) or repr(reason)).splitlines()[0]
         once(_log, f"{what}: op by op, as a CUDA graph cannot hold it: {words}", logging.WARNING)
         return function
     return graph.replay

@@ -47,7 +47,7 @@ def make_draw(policy: Policy) -> Callable[..., None]:
 
         draw(parameters, copies, rows, offset)
 
-    It draws those of row t = copies.t[0] + offset, from parameters (P, N) float32, contiguous, as
+    It draws those of row t = copies.t[0] + offset, from parameters (P, N) float32, as
     `Policy.forward` gives them; t is read on the device, and so are standard deviations, whenever
     it is called. They are the actions of `Policy.sample`, but where rounding decides.
 
@@ -126,7 +126,7 @@ def _draw_categorical(
     with torch.cuda.device_of(logits):
         _categorical[(triton.cdiv(num_envs, _BLOCK),)](
             num_envs,
-            logits,
+            logits.contiguous(),  # a forward of the user's own need not keep to it
             rows.actions,
             copies.acted,
             copies.t,
@@ -145,7 +145,7 @@ def _draw_gaussian(means: Tensor, distribution: Any, copies: Any, rows: Any, off
     with torch.cuda.device_of(means):
         _gaussian[(triton.cdiv(num_envs, _BLOCK),)](
             num_envs,
-            means,
+            means.contiguous(),
             distribution.raw_log_std.detach(),
             distribution.low,
             distribution.high,

@@ -14,6 +14,7 @@ Importing this needs triton, running it a CUDA GPU.
 
 import functools
 import json
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ _FEW_TILES = 8
 # Integer arguments: Triton would compile anew for a 1 or a multiple of 16 among them.
 _SIZES = ["num_rows", "num_envs", "span", "r_t", "r_n", "v_t", "v_n", "d_t", "d_n", "g_t", "g_n"]
 _SIZES += ["k_t", "k_n", "f_t", "f_n", "l_n", "m_t", "m_n", "o_t", "o_n", "episodes", "total"]
+_SIZES += ["gamma", "gae_lambda"]
 # And for a pointer to a multiple of 16 bytes: how many are read together is VECTOR's to say.
 _PLACES = ["rewards", "values", "dones", "gammas", "lambdas", "final_values", "last_values"]
 _PLACES += ["mask", "out", "totals", "after", "shown"]
@@ -371,9 +373,9 @@ def _launch(
         rewards,
         inputs.values,
         dones.view(torch.uint8),
-        scalar,
+        _bits(scalar),
         gammas,
-        decay,
+        _bits(decay),
         lambdas,
         final_values,
         last_values,
@@ -403,6 +405,17 @@ def _launch(
         VECTOR=tile.vector,
         num_warps=tile.warps,
     )
+
+
+def _bits(number: float) -> int:
+    """Those of a float64. Before 3.4 Triton hands every number that is no integer on as float32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+@triton.jit
+def _number(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -484,9 +497,9 @@ def _kernel(
     rewards,
     values,
     dones,
-    gamma: tl.float64,
+    gamma: tl.int64,
     gammas,
-    gae_lambda: tl.float64,
+    gae_lambda: tl.int64,
     lambdas,
     final_values,
     last_values,
@@ -527,7 +540,8 @@ def _kernel(
 
     `totals` gets, per span and environment, a and b of the x before the span as b + a * (the x that
     follows); then `out` gets the rows that no x that follows reaches. Given those as `after`, it
-    gets the others. `shown` is the same of the values that masked rows let through.
+    gets the others. `shown` is the same of the values that masked rows let through. `gamma` and
+    `gae_lambda` are the bits of a float64.
     """
     # A tile's dimensions: a thread's rows, runs of such rows, environments; or in reverse order.
     # The last one is contiguous in memory. `later` counts rows from the last, as the scan goes.
@@ -595,7 +609,7 @@ def _kernel(
             paid = tl.where(real, paid, 0.0)
         b = paid.to(tl.float64)
         if gammas is None:
-            discount = tl.full(valid.shape, 0.0, tl.float64) + gamma
+            discount = tl.full(valid.shape, 0.0, tl.float64) + _number(gamma)
         else:
             place = _at(gammas, top, run_rows, step, n, g_t, g_n, 1)
             discount = tl.load(place, mask=valid, other=0.0)
@@ -610,7 +624,7 @@ def _kernel(
                 b = tl.where(closed, b + discount * final, b)
         else:
             if lambdas is None:
-                a = discount * gae_lambda
+                a = discount * _number(gae_lambda)
             else:
                 place = _at(lambdas, top, run_rows, step, n, k_t, k_n, 1)
                 a = discount * tl.load(place, mask=valid, other=0.0)

@@ -323,11 +323,17 @@ class Rows:
     def rollout(self, length: int, device: torch.device, stream: Stream) -> Rollout:
         """The first `length` rows, on a device."""
         rows: dict[str, Any]
+        num_episodes = None
         if self.host is not None:
             arrays = {name: getattr(self.host, name)[:length] for name in self._rows}
             # In one dimension it takes a third of the time.
             t, n = divmod(np.flatnonzero(arrays["truncations"]), arrays["mask"].shape[1])
             arrays |= {"final_obs": self.host.obs[t + 1, n], "final_rows": np.stack([t, n], axis=1)}
+            if device != self._device:
+                # There it would have to be waited for.
+                arrays["counted"] = np.flatnonzero(arrays["mask"])
+                ends = arrays["terminations"] | arrays["truncations"]
+                num_episodes = int(np.count_nonzero(ends))
             with torch.inference_mode(False):
                 rows = {name: torch.from_numpy(each) for name, each in arrays.items()}
         else:
@@ -337,7 +343,7 @@ class Rows:
             rows |= {"final_obs": final_obs, "final_rows": final_rows}
         if device != self._device:
             rows = {name: each.to(device, non_blocking=True) for name, each in rows.items()}
-        return Rollout(**rows, stream=stream)
+        return Rollout(**rows, stream=stream, num_episodes=num_episodes)
 
 
 def check_finite(rollout: Rollout) -> None:
