@@ -207,7 +207,8 @@ def test_no_digit_is_lost_on_the_way_from_a_gpu():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("vecpg.run.outcomes._MOST_KEPT", 16)  # a weight and a bias, twice
+    monkeypatch.setattr("vecpg.run.outcomes._KEPT_AT_LEAST", 8)
+    monkeypatch.setattr("vecpg.run.outcomes._MOST_KEPT", 32)  # a weight and a bias beside, twice
     run = Run(ahead=True)
     run.iterate(RETURNS[0])
     assert not run.outcomes.full
