@@ -239,7 +239,7 @@ def test_the_readmes_set_up_lines_are_those_that_ci_runs():
     assert "pip install -c constraints.txt -e '.[test]'" in README
     assert "-c constraints.txt -e '.[test]'" in script
     assert "python -m pytest\n" in README
-    assert "python -m pytest\n" in script
+    assert "python -m pytest || failed=1\n" in script
 
 
 def test_the_workflow_runs_what_ci_runs():

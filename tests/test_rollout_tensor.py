@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import apart, by_stepping
 from gymnasium import spaces
+from gymnasium.vector import VectorWrapper
 from on_tensors import Dock, Fading, Panel
 from pairs import pairwise
 from pretend import pretended
@@ -605,9 +606,11 @@ def test_which_way_it_goes_on_a_device_is_said(monkeypatch):
         ):
             choose_collector(envs, policy, "cpu")
         other = Other(Fading, 2, max_episode_steps=5, device="cuda")
-        with pytest.raises(ValueError, match="on cuda:0 .* but Other may do something else than"):
+        with pytest.raises(ValueError, match="on cuda:0, .*: Other may do something else than"):
             choose_collector(other, make_policy(other).to("cuda"))
-        with pytest.raises(ValueError, match="on cuda:0 .* but its actions are not those of the"):
+        with pytest.raises(ValueError, match="on cuda:0, .*: these are no environments on tens"):
+            choose_collector(VectorWrapper(envs), policy)
+        with pytest.raises(ValueError, match="on cuda:0, .*: its actions are not those of the"):
             choose_collector(envs, gaussian_of(envs).to("cuda"))
         with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -1,15 +1,21 @@
 """Iterations that the host reads late leave what those leave that it reads at once."""
 
 import contextlib
+import importlib
+import os
+import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import digest
 from gymnasium import spaces
 from pretend import pretended
+from twins import without_triton
 
 from vecpg.adam import Adam
+from vecpg.config import Config
 from vecpg.evaluate import EvalResult
 from vecpg.kernels.jit import Compilation
 from vecpg.policy import Policy
@@ -201,7 +207,8 @@ def test_no_digit_is_lost_on_the_way_from_a_gpu():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("vecpg.run.outcomes._MOST_KEPT", 16)  # a weight and a bias, twice
+    monkeypatch.setattr("vecpg.run.outcomes._KEPT_AT_LEAST", 8)
+    monkeypatch.setattr("vecpg.run.outcomes._MOST_KEPT", 32)  # a weight and a bias beside, twice
     run = Run(ahead=True)
     run.iterate(RETURNS[0])
     assert not run.outcomes.full
@@ -209,3 +216,36 @@ def test_memory_is_bounded(monkeypatch):
     assert run.outcomes.full
     run.outcomes.commit(Signals())
     assert not run.outcomes.full
+
+
+@pytest.mark.slow
+def test_sigusr1_has_the_newest_iteration_saved_where_the_host_is_ahead(tmp_path, monkeypatch):
+    """What it saves at once is the last that was read; the next iteration is read and saved."""
+    loop: Any = importlib.import_module("vecpg.train")
+    predict, calls = loop.predict, []
+
+    def asked(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return predict(*given)
+
+    monkeypatch.setattr(loop, "predict", asked)
+    config = Config(
+        num_envs=2,
+        max_episode_steps=3,
+        total_iterations=6,
+        target_return=None,
+        eval_episodes=1,
+        hidden_sizes=(4,),
+        vectorization="tensor",
+        device="cuda",
+        out_dir=str(tmp_path),
+        progress=False,
+        log_every=1e9,
+        save_every=1e9,
+    )
+    with pretended(), without_triton():
+        result = loop.train(config)
+    saved = {folder.name for folder in (result.run_dir / "checkpoints").iterdir()}
+    assert "4" in saved

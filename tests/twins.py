@@ -190,13 +190,13 @@ def _kernels(definition: type[Definition], num_variables: int):
         )
         lengths += plays
         steps += plays
-        ended, truncated = plays & ended, plays & (lengths >= max_episode_steps)
+        ended, truncated = plays & ended, plays & (lengths.long() >= max_episode_steps)
         over = ended | truncated
         rewards[at] = torch.where(plays, paid, 0.0)
         terminations[at], truncations[at], mask[at] = ended, truncated, plays
         lengths *= ~over
         now[resets] = PLAYING
-        now[over] = torch.where(steps < num_steps, RESETTING, FINISHED).to(now.dtype)[over]
+        now[over] = torch.where(steps.long() < num_steps, RESETTING, FINISHED).to(now.dtype)[over]
         episodes += over
         cut += truncated
         after = torch.where(plays, after, state)

@@ -190,6 +190,8 @@ class _Population:
 
         def save() -> None:
             run.files.saver.save(run.state)
+            if run.device.type != "cpu":  # which may be iterations ahead of the state
+                run.files.saver.save_again()
 
         def save_all() -> None:
             self.ask_to_save()

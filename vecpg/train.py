@@ -86,7 +86,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         ConfigError: something that can be known before the first environment step.
         EnvironmentFailure: an environment raised or returned a number that is not finite.
         FloatingPointError: loss, entropy, gradient, an action, or a parameter after a step are not
-            finite.
+            finite; of environments on tensors on a GPU an observation or a reward.
         MemoryError: there was no more memory.
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint was written.
         OSError: a file of the run could not be written.
@@ -116,6 +116,8 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
 
     def save() -> None:
         _log.info("saved: %s", run.files.saver.save(run.state))
+        if run.device.type != "cpu":  # which may be iterations ahead of the state
+            run.files.saver.save_again()
 
     try:
         with (

@@ -180,7 +180,8 @@ def collect(
             tensors; "cpu" plays whole rollouts in machine code, of environments on tensors on the
             CPU under a plain network; "cuda" plays rows of those on a GPU in Triton kernels; "auto"
             takes "cpu" or "cuda" where it serves. A `Collector` was chosen before, and nothing is
-            asked again.
+            asked again; one that was prepared on a GPU has all its rollouts in the same memory, so
+            that the next overwrites this one.
         action_masks: take only actions that `infos["action_mask"]` of the environments, (N, A),
             allows; the rollout has them as `action_masks`. A `Collector` knows by itself.
         activation_memory: bytes that the rollout may keep of hidden activations, so that `update`
@@ -271,10 +272,15 @@ def choose_collector(
         return Collector("cuda", reason, draws_on_host=False, on_tensors=True)
     kind = "cuda" if policy.device.type == "cuda" else "cpu"
     off_tensors = tensor.why_not(envs, policy)
-    if off_tensors is not None and isinstance(envs, TensorVectorEnv) and envs.device.type == "cuda":
+    inner = envs.unwrapped
+    if (
+        off_tensors is not None
+        and isinstance(inner, TensorVectorEnv)
+        and inner.device.type == "cuda"
+    ):
         raise ValueError(
-            f"envs: on {envs.device} expected what rows are played of on a GPU, but {off_tensors};"
-            ' make them with device="cpu"'
+            f"envs: expected a TensorVectorEnv itself on {inner.device}, got what cannot be stepped"
+            f' there: {off_tensors}; make it with device="cpu"'
         )
     return Collector(
         "reference",

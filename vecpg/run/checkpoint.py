@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -395,6 +396,10 @@ class Saver:
             self._prune()
         self._saved = time.perf_counter()
         return folder
+
+    def save_again(self) -> None:
+        """Have a save be due: what the last one wrote is older than what was asked for."""
+        self._saved = -math.inf
 
     def is_due(self) -> bool:
         """Whether the last time was long ago."""

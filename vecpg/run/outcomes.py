@@ -24,8 +24,9 @@ Row = dict[str, float | None]
 # The greedy evaluation of the policy with which an iteration, of this number, began.
 Judge = Callable[[Policy, int], EvalResult]
 
-# Bytes of parameters that are kept for iterations that were not read.
+# Bytes that are kept for iterations that were not read, and of one at least, its parameters beside.
 _MOST_KEPT = 2**28
+_KEPT_AT_LEAST = 2**14
 
 
 class Outcome(NamedTuple):
@@ -78,7 +79,8 @@ class Outcomes:
         self._state, self._draft, self._clock, self._metrics = state, draft, clock, metrics
         self._judge = judge
         self._pending: list[Outcome] = []
-        self._bytes: int = sum(each.nbytes for each in state.policy.state_dict().values())
+        of_parameters: int = sum(each.nbytes for each in state.policy.state_dict().values())
+        self._bytes = _KEPT_AT_LEAST + of_parameters
 
     @property
     def full(self) -> bool:
