@@ -157,12 +157,18 @@ def test_an_error_costs_only_its_own_case(tmp_path):
     def fails():
         raise OSError("no file /home/somebody/x.py: lost")
 
+    def too_fast():
+        raise Wrong("too fast")
+
     path = begun(tmp_path)
     cases = [("one", lambda: {"x": 1 / 3}), ("two", fails), ("three", lambda: {"x": float("inf")})]
-    Job(path, 60, miniature=True).run(cases)
+    Job(path, 60, miniature=True).run([*cases, ("four", too_fast)])
     found = job.read(path)
     assert found["rows"] == [{"what": "one", "x": 0.333333}, {"what": "three", "x": None}]
-    assert found["problems"] == [{"what": "two", "problem": "OSError: no file x.py: lost"}]
+    assert found["problems"] == [
+        {"what": "two", "problem": "OSError: no file x.py: lost"},
+        {"what": "four", "problem": "too fast"},
+    ]
     assert (found["now"], found["not_reached"]) == (None, [])
 
 
