@@ -82,8 +82,10 @@ def test_all_is_compiled_before_the_first_iteration(
         critic = None
         if config.baseline == "value":
             critic = Critic(ValueFunction(spaces[0]).to("cuda"), 1e-3)
-        collector = choose_collector(envs, policy)
+        collector = choose_collector(envs, policy).prepare(envs, policy)
+        kernels = len(launched)
         collector = collector.prepare(envs, policy, config.num_steps)
+        assert len(launched) == kernels  # what is recorded in graphs is compiled already
         kept, does = collector.kept, collector.kept._does
         # The first block alone: others launch the same.
         kept._does = does._replace(block=lambda: kept._t or does.block())

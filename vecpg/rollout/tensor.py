@@ -244,7 +244,8 @@ class TensorCollector:
         def zeros(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
 
-        self._counts = zeros(4, num_envs, of=torch.int32)
+        # Each begins where Triton finds memory aligned, as it does where kernels are prepared.
+        self._counts = zeros(4, -(-num_envs // 4) * 4, of=torch.int32)[:, :num_envs]
         lengths, steps, episodes, cut = self._counts
         self._copies = Copies(
             state=zeros(envs.dynamics.num_variables, num_envs, of=envs.dtype),
