@@ -4,8 +4,10 @@ They are compared with the CPU's machine code and with plain torch: bit for bit,
 actions, whose exponentials and logarithms are others.
 """
 
+import copy
 import functools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -13,14 +15,20 @@ import torch
 from hour.correctness import check_again, checked
 from hour.job import Wrong
 from hour.parity import AT_A_BOUNDARY, ENVS
+from vecpg.adam import Adam
 from vecpg.advantage import cuda as ages_cuda
 from vecpg.advantage import reference as ages_reference
+from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.noise import WORD, Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import cuda as policy_cuda
-from vecpg.rollout import collect, cuda
+from vecpg.rollout import Rollout, collect, cuda
+from vecpg.update import by_autograd, choose_learner
 
+# Of a rollout, what a learner reads.
+_TENSORS = ("obs", "actions", "rewards", "terminations", "truncations", "mask", "final_obs")
+_TENSORS += ("final_rows",)
 _STREAM = 2**40 + 17, 5, 1000  # seed, iteration and first copy: all words of a key are used
 
 
@@ -40,6 +48,10 @@ def cases(device, copies=1000, envs=ENVS, window=30):
             (f"sums by age, {length} x {num_envs}", check)
             for length, num_envs in ((37, copies), (5, 1), (9, 3 * copies))
             for check in [functools.partial(_check_ages, device, length, num_envs)]
+        ),
+        *(
+            (f"update, {env_id}", functools.partial(_check_update, device, env_id, copies, window))
+            for env_id in envs
         ),
     ]
 
@@ -189,3 +201,36 @@ def _check_ages(device, length, num_envs):
         ages_reference.subtract_mean_by_age(theirs, mask, dones, expected, others)
         checked(ours, theirs.double(), 5e-7)
     return {**row, "kernel": "sums by age", "dtype": "float64"}
+
+
+def _check_update(device, env_id, copies, window):
+    """The gradient that a step follows, in CUDA graphs too: that of autograd in float64."""
+    envs = make_envs(env_id, copies, vectorization="tensor")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(envs.single_observation_space, envs.single_action_space)
+        weights = torch.randn(copies)
+    rollout = collect(envs, policy, num_steps=window, seed=1, iteration=0, backend="cpu")
+    weights = weights.expand(rollout.mask.shape).masked_fill(~rollout.mask, math.nan)
+    wide = copy.deepcopy(policy).double()
+    by_autograd(wide, replace(rollout, obs=rollout.obs.double()), weights.double(), copies, 0.0)
+    expected = torch.cat([each.grad.flatten() for each in wide.parameters()])
+    there = Policy(envs.single_observation_space, envs.single_action_space).to(device)
+    there.load_state_dict(policy.state_dict())
+    tensors = {name: getattr(rollout, name) for name in _TENSORS}
+    moved = Rollout(
+        **{name: each.to(device) for name, each in tensors.items()},
+        counted=rollout.places().to(device),
+    )
+    config, optimizer = Config(num_envs=copies), Adam(there.parameters(), lr=0.0)
+    learner = choose_learner(there, "reference")
+    learner.prepare(there)
+
+    def gradient():
+        learner.update(there, optimizer, moved, weights.to(device), config, wait=False)
+        return torch.cat([each.grad.flatten() for each in there.parameters()])
+
+    result = gradient().clone()
+    row = checked(result, expected, 1e-5)
+    check_again(result, gradient())
+    return {**row, "kernel": "update", "dtype": "float32"}
