@@ -14,13 +14,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 
-def interpret(module):
-    """Call `interpret` of a module of tests where kernels are interpreted, slowly, with NumPy.
+def interpret(module, function="interpret"):
+    """Call a function of a module of tests where kernels are interpreted, slowly, with NumPy.
 
     That has to be chosen before the kernels are read.
     """
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module}; {module}.interpret()"],
+        [sys.executable, "-c", f"import {module}; {module}.{function}()"],
         cwd=Path(__file__).parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -1,16 +1,14 @@
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
 
+from gpu_kernels import interpret as in_interpreter  # noqa: E402
+from gpu_kernels import resources  # noqa: E402
 from test_advantage import RAGGED, by_hand, make_rollout  # noqa: E402
-from test_returns_cuda import Recorder, needs_gpu, resources, unfilled  # noqa: E402
+from test_returns_cuda import Recorder, needs_gpu, unfilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -106,14 +104,7 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turn
 
 @pytest.mark.slow
 def test_interpreted():
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_advantage_cuda as t; t.interpret()"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    in_interpreter(__name__)
 
 
 def interpret():
@@ -187,7 +178,7 @@ def test_compiled(capability, monkeypatch):
             ASTSource(recorders[name].kernel, *source), target=target, options=options.__dict__
         )
         compiled[str((name, source))] = kernel
-        used = resources(kernel.asm["cubin"])
+        used = resources(kernel)
         assert used["LOCAL"] == 0
         assert used["STACK"] == 0
         # Two thousand threads' worth of registers is what an SM has 32 of.

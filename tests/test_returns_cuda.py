@@ -1,14 +1,9 @@
 import itertools
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
-import tempfile
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +13,8 @@ from test_returns import MODES, TOLERANCE, definition, make_case, poison
 
 triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
 
+from gpu_kernels import interpret as in_interpreter  # noqa: E402
+from gpu_kernels import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
@@ -54,14 +51,7 @@ LAYOUTS = ("plain", "transposed", "sliced")
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["interpret", "fuzz"])
 def test_interpreted(function):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_returns_cuda as t; t.{function}()"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    in_interpreter(__name__, function)
 
 
 def interpret():
@@ -440,7 +430,7 @@ def test_compiled(name, capability, given, advantage, monkeypatch):
     assert len(sources) == {"packed": 3}.get(name, 2 + carried if "spans" in name else 1)
     for source, options in sources:
         compiled = triton.compile(source, target=target, options=options)
-        used = resources(compiled.asm["cubin"])
+        used = resources(compiled)
         assert used["LOCAL"] == 0
         assert used["REG"] <= most
         # A word or two that a program needs once, behind its last tile.
@@ -452,16 +442,6 @@ def test_compiled(name, capability, given, advantage, monkeypatch):
             together = "v4.b32" if name == "wide" else "v2.b32"
             assert compiled.asm["ptx"].count(f"ld.global.{together}") >= 4
             assert "ld.global.b8" not in compiled.asm["ptx"]
-
-
-def resources(cubin):
-    """What a kernel takes, by the compiler's account: LOCAL and STACK hold spilled registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
 def keys(monkeypatch, call):
