@@ -193,7 +193,11 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
     compilation = Compilation()
     with compilation:
         # What the first iteration would wait for is no part of its time.
-        collector.prepare(envs, policy)
+        if device.type == "cpu":
+            window = config.num_steps, config.resolved_shards
+            collector = collector.prepare(envs, policy, *window)
+        else:  # again once it is known who acts
+            collector.prepare(envs, policy)
         learner.prepare(policy)
         limit = config.max_episode_steps or spec.max_episode_steps or 1
         prepare_advantages(device, config, 2 * config.num_steps + limit)

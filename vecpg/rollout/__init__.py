@@ -39,7 +39,7 @@ class Collector:
                        `vecpg.rollout.tensor`.
     action_masks:      infos say which actions are allowed, and the others are not taken.
     activation_memory: bytes of hidden activations to keep for the update (the backend "cpu").
-    kept:              the memory of all rollouts, on a GPU, once it is prepared.
+    kept:              what collects on tensors, once it is prepared.
     """
 
     backend: str
@@ -128,9 +128,10 @@ class Collector:
         elif self.draws_on_host:
             sampling.prepare(policy)
         stepping.prepare()  # evaluation steps
-        if not self.on_tensors or policy.device.type == "cpu" or num_steps is None:
+        if not self.on_tensors or num_steps is None:
             return self
-        return replace(self, kept=self._on_tensors(envs, policy, num_steps, shards, static=True))
+        static = policy.device.type != "cpu"
+        return replace(self, kept=self._on_tensors(envs, policy, num_steps, shards, static=static))
 
     def _on_tensors(
         self, envs: Any, policy: Policy, num_steps: int, shards: int, static: bool = False

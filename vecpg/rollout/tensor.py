@@ -507,6 +507,8 @@ class TensorCollector:
             if self._kernels is None:
                 return replace(rollout, finite=_finite(rollout))
             return replace(rollout, finite=~self._copies.bad.any())
+        if not self._static:
+            self._rows = None  # they are the rollout's
         length = int(rows.mask[:length].any(dim=1).nonzero().max()) + 1
         rollout = rows.rollout(length, device, stream)
         check_finite(rollout)
