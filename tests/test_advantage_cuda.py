@@ -11,6 +11,7 @@ from test_advantage import RAGGED, by_hand, make_rollout  # noqa: E402
 from test_returns_cuda import Recorder, needs_gpu, unfilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from twins import ADVANTAGE  # noqa: E402
 
 import vecpg.returns.cuda  # noqa: E402
 from vecpg import advantage  # noqa: E402
@@ -18,16 +19,6 @@ from vecpg.advantage import ages, cuda, reference  # noqa: E402
 from vecpg.config import Config  # noqa: E402
 
 KERNELS = ("_find", "_add", "_add_parts", "_subtract")
-
-# What each launch does, in torch, for a device that is not there: nothing is found beforehand.
-TWINS = {
-    "find": lambda mask, dones: (mask, dones),
-    "add": lambda weights, found: reference.sums_by_age(weights, *found)[:, None],
-    "add_parts": lambda parts: parts[:, 0],
-    "subtract": lambda weights, mask, found, sums, others: reference.subtract_mean_by_age(
-        weights, *found, sums, others
-    ),
-}
 
 
 def by_loop(weights, mask, dones):
@@ -238,7 +229,7 @@ def pretending(monkeypatch):
     monkeypatch.setattr(ages, "_on_host", lambda weights: False)
     monkeypatch.setattr(ages, "on_gpu", lambda device: True)
     monkeypatch.setattr(advantage, "on_gpu", lambda device: True)
-    for name, twin in TWINS.items():
+    for name, twin in ADVANTAGE.items():
         monkeypatch.setattr(cuda, name, noted(name, twin))
     return launches
 

@@ -18,6 +18,16 @@ from vecpg.noise import KeyedNoise, Purpose
 from vecpg.returns import reference as returns
 from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 
+# Of the kernels that add by age: nothing is found beforehand.
+ADVANTAGE = {
+    "find": lambda mask, dones: (mask, dones),
+    "add": lambda weights, found: by_age.sums_by_age(weights, *found)[:, None],
+    "add_parts": lambda parts: parts[:, 0],
+    "subtract": lambda weights, mask, found, sums, others: by_age.subtract_mean_by_age(
+        weights, *found, sums, others
+    ),
+}
+
 
 @contextmanager
 def twins() -> Iterator[None]:
@@ -34,12 +44,7 @@ def twins() -> Iterator[None]:
             "_draw_gaussian": _draw_gaussian,
             "uniforms": _uniforms,
         },
-        vecpg.advantage.cuda: {
-            "find": lambda mask, dones: (mask, dones),
-            "add": lambda weights, found: by_age.sums_by_age(weights, *found)[:, None],
-            "add_parts": lambda parts: parts[:, 0],
-            "subtract": _subtract,
-        },
+        vecpg.advantage.cuda: ADVANTAGE,
         vecpg.returns.cuda: {
             "reward_to_go": _reward_to_go,
             "generalized_advantage": _generalized_advantage,
@@ -89,10 +94,6 @@ def _as_tensor(number, like):
     if isinstance(number, torch.Tensor):
         return number
     return torch.full((), number, dtype=torch.float64, device=like.device)
-
-
-def _subtract(weights, mask, found, sums, others):
-    by_age.subtract_mean_by_age(weights, *found, sums, others)
 
 
 # -- Rows of a rollout, in place. What is made meanwhile is on no device. -------------------------

@@ -86,15 +86,13 @@ def with_tables(text, found):
     Raises:
         ValueError: there are no marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected the lines {BEGIN} and {END} in benchmarks/README.md")
+    from vecpg.measure.report import between_marks
+
     parts = [
         f"### {name}\n\n" + "\n\n".join(_shown(letter, own) for letter in USUAL)
         for name, own in found.items()
     ] or ["\n".join(_shown(letter, {}) for letter in USUAL)]
-    return before + "\n\n".join([begin, *parts, end]) + after
+    return between_marks(text, BEGIN, END, parts)
 
 
 def _shown(letter, own):

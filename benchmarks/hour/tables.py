@@ -1,4 +1,4 @@
-"""What a part found, in Markdown. Only the standard library is imported here."""
+"""What a part found, in Markdown. What others need than the standard library is imported late."""
 
 
 def table(content):
@@ -79,6 +79,8 @@ def _parity(rows):
 
 
 def _ladder(rows):
+    from vecpg.measure.report import short
+
     ways = list(dict.fromkeys(row["way"] for row in rows))
     places = dict.fromkeys((row["thing"], row["copies"], row["num_steps"]) for row in rows)
     lines = []
@@ -92,6 +94,8 @@ def _ladder(rows):
 
 
 def _solving(rows):
+    from vecpg.measure.report import short
+
     lines = []
     for copies, device in dict.fromkeys((row["copies"], row["device"]) for row in rows):
         own = [r for r in rows if (r["copies"], r["device"]) == (copies, device)]
@@ -112,6 +116,8 @@ def _solving(rows):
 
 
 def _devices(rows):
+    from vecpg.measure.report import short
+
     cells = [cell for row in rows for cell in row["results"]["cells"]]
     keys = dict.fromkeys((c["thing"], c["vectorization"], c["num_envs"]) for c in cells)
     lines = []
@@ -148,21 +154,6 @@ def _tiles(rows):
             ]
         )
     return aligned([["layout", "T x N", "fastest", "of a copy", "others"], *lines])
-
-
-def short(number):
-    """Three digits, with k, M, G or T.
-
-    Example:
-        >>> short(1234567.0), short(999.6), short(45.0)
-        ('1.23M', '1k', '45')
-    """
-    for unit in ("", "k", "M", "G", "T"):
-        shown = f"{number:.3g}"
-        if float(shown) < 1000:
-            return shown + unit
-        number /= 1000
-    return f"{number:.3g}P"
 
 
 def aligned(rows):

@@ -178,7 +178,7 @@ def _rows(cells: list[dict[str, Any]]) -> list[list[str]]:
 def _figure(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
-    words = f"{_short(cell['median'])} ({_short(cell['p5'])} to {_short(cell['p95'])})"
+    words = f"{short(cell['median'])} ({short(cell['p5'])} to {short(cell['p95'])})"
     return words + (" noisy" if cell["noisy"] else "")
 
 
@@ -186,7 +186,7 @@ def _of_limit(cell: dict[str, Any] | None) -> str:
     if cell is None or cell["limit"] is None:
         return ""
     share = cell["of_limit"]
-    return f"{share:.{0 if share >= 0.1 else 1}%} of {_short(cell['limit'])}"
+    return f"{share:.{0 if share >= 0.1 else 1}%} of {short(cell['limit'])}"
 
 
 def _shares(cell: dict[str, Any] | None) -> str:
@@ -194,11 +194,11 @@ def _shares(cell: dict[str, Any] | None) -> str:
     return ", ".join(f"{100 * share:.0f}" for share in shares.values())
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Three digits, with k, M, G or T.
 
     Example:
-        >>> _short(1234567.0), _short(999.6), _short(45.0)
+        >>> short(1234567.0), short(999.6), short(45.0)
         ('1.23M', '1k', '45')
     """
     for unit in ("", "k", "M", "G", "T"):
@@ -283,7 +283,7 @@ def _draw(axes: "Axes", cells: list[dict[str, Any]], thing: str) -> None:
         """Labels where this one has room for them: on few decades minor ticks have some too."""
 
         def __call__(self, number: float, pos: int | None = None) -> str:
-            return _short(number) if super().__call__(number, pos) else ""
+            return short(number) if super().__call__(number, pos) else ""
 
     for kind, device in dict.fromkeys((cell["vectorization"], cell["device"]) for cell in cells):
         line = [c for c in cells if (c["vectorization"], c["device"]) == (kind, device)]
@@ -320,7 +320,7 @@ def _draw(axes: "Axes", cells: list[dict[str, Any]], thing: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(sorted({cell["num_envs"] for cell in cells})))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: _short(number)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
     axes.yaxis.set_minor_formatter(Short())
     axes.set_xlabel("environments, num_envs", fontsize=11)
     axes.set_ylabel(unit, fontsize=11)
@@ -386,17 +386,30 @@ def with_figures(text: str, newest: Sequence[Results]) -> str:
     Raises:
         ValueError: there are no marks.
     """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"expected the lines {_BEGIN} and {_END} in benchmarks/README.md")
     shown = []
     for results in newest:
         name = folder_name(results["machine"])
         shown.append(
             f"### {name}\n\n![throughput](results/{name}/benchmark.png)\n\n{table(results)}"
         )
-    return before + "\n\n".join([begin, *shown, end]) + after
+    return between_marks(text, _BEGIN, _END, shown)
+
+
+def between_marks(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
+    r"""A README with these parts between two marks, instead of what is there.
+
+    Raises:
+        ValueError: there are no marks.
+
+    Example:
+        >>> between_marks("a <b> old <e> c", "<b>", "<e>", ["new"])
+        'a <b>\n\nnew\n\n<e> c'
+    """
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"expected the lines {begin} and {end} in benchmarks/README.md")
+    return before + "\n\n".join([begin, *parts, end]) + after
 
 
 def speeds_of(newest: Sequence[Results]) -> str:
