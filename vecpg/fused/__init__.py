@@ -1,0 +1,1 @@
+"""Whole iterations on a GPU: {rollout, returns, baseline, gradient, Adam} as one CUDA graph."""
