@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from vecpg.advantage import advantages
 from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.fused import Fused
 from vecpg.kernels import threads
@@ -169,7 +170,7 @@ def advance(
             while not outcomes.ended:
                 ring.iterate()  # all of what `_iterate` does, in one CUDA graph
                 outcomes.catch_up(interrupts, progress, full=not ring.room)
-                ring.release(outcomes.read)
+                ring.release(outcomes.read - 1)
         final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
             with clock.evaluation():
@@ -302,7 +303,7 @@ def _fused(config: Config, run: Run) -> Fused | None:
     if reason is not None:
         once(_log, f"iterations: in several steps: {reason}")
         return None
-    made = Fused([config], run.envs, run.state.policy)
+    made = Fused([config], cast(TensorVectorEnv, run.envs), run.state.policy)
     state = run.state
     made.load(0, state.policy, state.optimizer, state.counters.iteration)
     once(_log, f"iterations: {made}")
