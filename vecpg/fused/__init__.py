@@ -5,6 +5,7 @@ what it came to lie in a ring, from which the host reads when it likes, and take
 any iteration that it has not released: those that it launched beyond are as if they had not been.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,6 @@ from vecpg.value import Critic
 _MOST_BYTES, _FEWEST_SLOTS, _MOST_SLOTS = 2**28, 4, 256
 # Of how many iterations keys and scalars are written together.
 _AHEAD = 8
-# Parts of a shard's rows, of which each has a gradient: enough programs, and few to add in the end.
-_FEWEST_PARTS, _MOST_PARTS = 16, 256
 
 _BY_AGE = ("timestep_mean", "leave_one_out")
 # As `Adam.state_dict` names them, in the order in which a state has them.
@@ -254,18 +253,6 @@ class Fused:
         self._arrived.synchronize()
         return self._entries.numpy()[slots], self._stamps.numpy()[slots]
 
-    def phases(self, stamps: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        """Seconds of "collect", "returns" and "update", each of (...,).
-
-        Args:
-            stamps: (..., len(Stamp)), as `read` gives them.
-        """
-        begun = [stamps[..., each] for each in Stamp]
-        if self._configs[0].baseline == "none":  # the rollout's own kernel has them
-            begun[Stamp.RETURNS] = begun[Stamp.UPDATE]
-        names = "collect", "returns", "update"
-        return {name: (begun[i + 1] - begun[i]) / 1e9 for i, name in enumerate(names)}
-
     def acted(self, run: int, number: int) -> dict[str, Tensor]:
         """A copy of the parameters with which an iteration acts, as `policy.state_dict()` has them.
 
@@ -310,8 +297,7 @@ class Fused:
 
     def release(self, number: int) -> None:
         """Iterations up to this one are not needed any more, but for what it left."""
-        self._check(number, self.launched - 1)
-        self._released = number + 1
+        self._released = max(self._released, number + 1)
 
     # -- Memory ----------------------------------------------------------------------------------
 
@@ -422,23 +408,24 @@ def _limit_of(envs: TensorVectorEnv) -> int:
 def _memory_of(
     config: Config, envs: TensorVectorEnv, shape: shapes.Shape, runs: int, device: torch.device
 ) -> Memory:
-    def make(slots: int, device: torch.device) -> Memory:
-        shards = config.resolved_shards
-        return make_memory(
-            shape,
-            runs=runs,
-            num_envs=config.num_envs,
-            shards=shards,
-            num_steps=config.num_steps,
-            max_episode_steps=_limit_of(envs),
-            slots=slots,
-            # By the shape alone, as the bits depend on it.
-            parts=min(_MOST_PARTS, max(_FEWEST_PARTS, config.num_envs // shards)),
-            device=device,
-        )
+    from vecpg.policy.cuda import gradient
 
-    one = make(1, torch.device("meta"))
+    make = functools.partial(
+        make_memory,
+        shape,
+        runs=runs,
+        num_envs=config.num_envs,
+        shards=config.resolved_shards,
+        num_steps=config.num_steps,
+        max_episode_steps=_limit_of(envs),
+    )
+    one = make(slots=1, parts=1, device=torch.device("meta"))
+    blocks = one.last.shape[1] // config.resolved_shards
     rings = one.keys, one.scalars, one.states, one.entries, one.stamps
     fitting = _MOST_BYTES // sum(each.nbytes for each in rings)
     slots = min(_MOST_SLOTS, max(_FEWEST_SLOTS, fitting))
-    return make(2 ** (slots.bit_length() - 1), device)
+    return make(
+        slots=2 ** (slots.bit_length() - 1),
+        parts=gradient.num_parts(one.flags.shape[1], blocks),
+        device=device,
+    )
