@@ -186,11 +186,12 @@ def test_what_was_launched_beyond_is_as_if_it_had_not_been(on):
 
     together, (policy, optimizer) = launched(config, count=4)
     together.restore(0, 1, policy, optimizer)
-    assert_same([*together.acted(0, 2).values()], [each.detach() for each in policy.parameters()])
+    acts = together.acted(0, 2)
     together.release(3)
     together.load(0, policy, optimizer, 2)
     for _ in range(4):
         together.iterate()
+    assert_same([*acts.values()], [each.detach() for each in policy.parameters()])
     assert np.array_equal(together.read(4, 4)[0], entries[2:])
     together.restore(0, 7, policy, optimizer)
     assert_same(bits(policy, optimizer), wanted)
@@ -233,26 +234,26 @@ def test_an_iteration_is_one_launch_and_nothing_waits(on):
 
 def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
     config = config_of()
-    wide, (policy, optimizer) = launched(config, count=11)
-    entries = wide.read(0, 11)[0]
-    wide.restore(0, 10, policy, optimizer)
+    wide, (policy, optimizer) = launched(config, count=13)
+    entries = wide.read(0, 13)[0]
+    wide.restore(0, 12, policy, optimizer)
     wanted = bits(policy, optimizer)
     monkeypatch.setattr(fused, "_MOST_BYTES", 0)
     narrow, state = launched(config)
     assert narrow.room == 3
     found, acted = [], []
-    for number in range(11):
+    for number in range(13):
         narrow.iterate()
         if number >= 2:
             found.append(narrow.read(number - 2, 1)[0])
             acted.append(narrow.acted(0, number - 2))
             narrow.release(number - 2)
             assert narrow.room == 1
-    found.append(narrow.read(9, 2)[0])
+    found.append(narrow.read(11, 2)[0])
     assert np.array_equal(np.concatenate(found), entries)
     for number, parameters in enumerate(acted):
         assert_same([*parameters.values()], [*wide.acted(0, number).values()])
-    narrow.restore(0, 10, *state)
+    narrow.restore(0, 12, *state)
     assert_same(bits(*state), wanted)
 
 
