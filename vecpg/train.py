@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from vecpg import fused, memory
+from vecpg import memory
 from vecpg.advantage import advantages
 from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
@@ -21,6 +21,7 @@ from vecpg.envs import EnvironmentFailure
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.fused import Fused
+from vecpg.fused.lanes import Lane
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew, once, whose
 from vecpg.kernels.cores import cores
@@ -154,18 +155,27 @@ def advance(
     interrupts: Interrupts | Told,
     progress: Progress | Share,
     on_iteration: OnIteration | None = None,
+    ring: Fused | Lane | None = None,
 ) -> Ending:
     """Iterate until the run is at its end; however that comes, the run is saved and closed.
+
+    Args:
+        config: of the run.
+        run: as `begin` left it.
+        interrupts: what reaches it.
+        progress: what it is shown by.
+        on_iteration: as `train`.
+        ring: what computes its iterations, with others; None: it goes by itself.
 
     Raises:
         as `train`.
     """
     with _running(config, run, interrupts) as clock:
-        ring = _fused(config, run)
+        ring = ring or _fused(config, run)
         if ring is None:
             _iterate(config, run, clock, interrupts, progress, on_iteration)
         else:
-            outcomes = ring_outcomes(config, run, clock, ring, on_iteration=on_iteration)
+            outcomes = _ring_outcomes(config, run, clock, ring, on_iteration)
             clock.start()
             while not outcomes.ended:
                 ring.iterate()  # all of what `_iterate` does, in one CUDA graph
@@ -202,6 +212,7 @@ def _iterate(
     if not on_host:
         collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
         once(_log, f"collecting: {collector}")
+        once(_log, f"iterations: step by step: {run.apart}")
     ending = _is_over(config, state.counters, state.stopping.solved)
     while not ending:
         with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -251,15 +262,10 @@ def _iterate(
                 run.files.saver.save_if_due(state)
 
 
-def ring_outcomes(
-    config: Config,
-    run: Run,
-    clock: Clock,
-    ring: Ring,
-    place: int = 0,
-    on_iteration: OnIteration | None = None,
+def _ring_outcomes(
+    config: Config, run: Run, clock: Clock, ring: Ring, on_iteration: OnIteration | None
 ) -> RingOutcomes:
-    """What commits the iterations of a run that a ring has at a place."""
+    """What commits the iterations of a run that a ring has."""
     state, most = run.state, config.total_iterations
 
     def goes_on(row: Row) -> bool:
@@ -273,7 +279,6 @@ def ring_outcomes(
         run.files,
         partial(_evaluated, config, run) if config.confirm else None,
         ring=ring,
-        run=place,
         num_envs=config.num_envs,
         is_over=lambda counters: _is_over(config, counters, False),
         surely_more=lambda counters: _surely_more(config, run, counters),
@@ -296,18 +301,14 @@ def _surely_more(config: Config, run: Run, counters: Counters) -> int:
 
 
 def _fused(config: Config, run: Run) -> Fused | None:
-    """What computes whole iterations on a GPU, where the run is one that it can."""
-    if run.device.type == "cpu":
+    """What makes whole iterations on a GPU, where the run is one that it can."""
+    if run.apart is not None:
         return None
-    reason = fused.why_not(config, run.envs, run.state.policy)
-    if reason is not None:
-        once(_log, f"iterations: in several steps: {reason}")
-        return None
-    made = Fused([config], cast(TensorVectorEnv, run.envs), run.state.policy)
     state = run.state
-    made.load(0, state.policy, state.optimizer, state.counters.iteration)
-    once(_log, f"iterations: {made}")
-    return made
+    ring = Fused([config], cast(TensorVectorEnv, run.envs), state.policy)
+    ring.load(0, state.policy, state.optimizer, state.counters.iteration)
+    once(_log, f"iterations: {ring}")
+    return ring
 
 
 def conclude(config: Config, run: Run, ending: Ending) -> TrainResult:
