@@ -149,7 +149,9 @@ def on_the_cpu(config, count):
             backend="reference",
         )
         episodes = episode_statistics(rollout, shards)
-        stats = update(policy, optimizer, rollout, advantages(rollout, config), config)
+        stats = update(
+            policy, optimizer, rollout, advantages(rollout, config), config, backend="reference"
+        )
         entry[Entry.COUNTED], entry[Entry.ROWS] = rollout.mask.sum(), len(rollout.mask)
         entry[Entry.EPISODES] = len(episodes.returns)
         entry[Entry.RETURN_SUM] = episodes.return_sum
