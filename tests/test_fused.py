@@ -341,3 +341,41 @@ def test_why_not_together():
     assert why_not_together([config, config_of(shards=1)]) is None
     other = config_of(shards=2)
     assert why_not_together([config, config, other]) == "they differ in --shards: 1 and 2"
+
+
+# -- Kernels and their twins ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_interpreted():
+    pytest.importorskip("triton", reason="needs triton, which is for Linux")
+    import gpu_kernels
+
+    gpu_kernels.interpret("test_fused")
+
+
+def interpret():
+    """Iterations of the kernels come to what those of their twins do."""
+    from fused_twins import fused_twins
+
+    for changes in ALL.values():
+        configs = config_of(**changes), config_of(**changes, seed=5, gamma=0.5)
+        with pretended(), fused_twins():
+            together, *_ = launched(*configs)
+            together._write_ahead()
+            before = Memory(*(each.cpu() for each in together._memory))
+            for _ in range(2):
+                together.iterate()
+            wanted = Memory(*(each.cpu() for each in together._memory))
+        for each in (before.obs, before.weights, before.rewards, before.parts, before.tallies):
+            each.fill_(torch.nan)
+        together._memory = before
+        for _ in range(2):
+            together._iteration()
+        exact = [Entry.COUNTED, Entry.ROWS, Entry.EPISODES, Entry.ROLLOUT_FINITE]
+        exact += [Entry.UPDATE_FINITE]
+        assert torch.equal(before.entries[..., exact], wanted.entries[..., exact])
+        torch.testing.assert_close(before.entries, wanted.entries, rtol=1e-5, atol=1e-5)
+        for name in ("starts", "stops", "numbers", "longest", "last", "flags", "at"):
+            assert torch.equal(getattr(before, name), getattr(wanted, name)), name
+        torch.testing.assert_close(before.states, wanted.states, rtol=1e-5, atol=1e-6)
