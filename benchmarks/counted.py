@@ -27,7 +27,7 @@ from gpu_kernels import compiling, resources  # noqa: E402
 from hour.tables import aligned  # noqa: E402
 
 from vecpg.envs import make_envs  # noqa: E402
-from vecpg.fused.memory import Memory, make_memory  # noqa: E402
+from vecpg.fused.memory import Memory, block_of, make_memory  # noqa: E402
 from vecpg.measure.report import between_marks, short  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
 from vecpg.policy.cuda import gradient  # noqa: E402
@@ -39,8 +39,9 @@ END = "<!-- counted end -->"
 CAPABILITIES = (80, 90, 100)
 COUNTED_FOR = 90
 ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0")
-# Copies of a run, and how many rows each may play on average in an iteration of the last table.
 COPIES = (64, 4096, 65536)
+LIMIT = 500  # steps of an episode of CartPole-v1
+BACK = "back over the rows"
 
 
 class Case(NamedTuple):
@@ -52,12 +53,11 @@ class Case(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a kernel takes, and one turn of its longest loop."""
+    """What a kernel takes, and one turn of each of its loops where most work is."""
 
     takes: dict[str, int]
-    turn: model.Kernel
-    most: int  # instructions of a turn in which everything happens
-    others: list[int]  # instructions of a turn of its other loops
+    turns: dict[str, model.Kernel]
+    most_bytes: float  # a row, if no mask kept any
 
 
 def main() -> None:
@@ -93,34 +93,50 @@ def main() -> None:
 
 def counted(case: Case, capability: int) -> Found:
     """Compile a kernel and look at it."""
-    kernel, rows = compiled(case, capability)
+    kernel, shape, rows = compiled(case, capability)
     code = sass.instructions(disassembled(kernel.asm["cubin"]))
-    turns = [(loop, *sass.paths(code, loop)) for loop in sass.loops(code)]
-    # Where the work is: the innermost loop with most products.
-    work = max(turns, key=lambda turn: (products(turn[1]), -len(turn[0].body)))
-    moved = max(traffic.loops(kernel.asm["ttgir"]), key=lambda own: own["products"])
+    turns = [(loop, sass.longest(code, loop)) for loop in sass.loops(code)]
     takes = resources(kernel) | {
         "SHARED": kernel.metadata.shared,
         "WARPS": kernel.metadata.num_warps,
     }
-    turn = model.Kernel(
-        rows,
-        tuple(work[1]),
-        takes["WARPS"],
-        takes["REG"],
-        takes["SHARED"],
-        (moved["load"] + moved["store"]) / rows,
+
+    def turn(path: list[sass.Instruction], rows: int, moved: int) -> model.Kernel:
+        return model.Kernel(rows, tuple(path), takes["WARPS"], takes["REG"], takes["SHARED"], moved)
+
+    # The innermost of the loops that have the products.
+    most = max(products(path) for _, path in turns)
+    work, path = min(
+        (each for each in turns if 2 * products(each[1]) > most), key=lambda one: len(one[0].body)
     )
-    others = [len(path) for loop, path, _ in turns if loop != work[0]]
-    return Found(takes, turn, len(work[2]), others)
+    found = {case.kernel: turn(path, rows, bytes_of(case.kernel, shape))}
+    if case.kernel == "play":
+        # Back over the rows: the one that reads and writes most besides.
+        others = [path for loop, path in turns if not loop.body & work.body]
+        path = max(others, key=lambda one: sum(model.kind_of(each) == "memory" for each in one))
+        found[BACK] = turn(path, persistent._ROWS * rows, bytes_of(BACK, shape))
+    moved = max(traffic.loops(kernel.asm["ttgir"]), key=lambda own: own["products"])
+    return Found(takes, found, (moved["load"] + moved["store"]) / rows)
+
+
+def bytes_of(kernel: str, shape: Shape) -> int:
+    """Bytes of a row that a kernel reads and writes: what stands in `Memory`, once."""
+    reward, weight, flag = 4, 4, 1
+    obs = 4 * shape.features
+    action = 4 * shape.outputs if shape.gaussian else 1
+    return {
+        "play": obs + action + reward + flag,
+        BACK: reward + flag + weight,
+        "sum_gradient": obs + action + weight + flag,
+    }[kernel]
 
 
 def products(path: list[sass.Instruction]) -> int:
     return sum(model.kind_of(each) in ("matrix", "float") for each in path)
 
 
-def compiled(case: Case, capability: int) -> tuple[Any, int]:
-    """A kernel, and how many rows one turn of its loop is."""
+def compiled(case: Case, capability: int) -> tuple[Any, Shape, int]:
+    """A kernel, its policy's shape, and how many rows one turn of its loop is."""
     memory, shape, envs = memory_of(case)
     with compiling(pytest.MonkeyPatch(), capability) as kept:
         if case.kernel == "play":
@@ -135,7 +151,7 @@ def compiled(case: Case, capability: int) -> tuple[Any, int]:
         else:
             gradient.sum_gradient(memory, shape)
     (kernel,) = kept
-    return kernel, memory.block if case.kernel == "play" else 64
+    return kernel, shape, memory.block if case.kernel == "play" else 64
 
 
 def memory_of(case: Case) -> tuple[Memory, Shape, Any]:
@@ -174,7 +190,7 @@ def takes(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
             [
                 case.kernel,
                 case.env_id,
-                str(found[case, COUNTED_FOR].turn.rows),
+                str(found[case, COUNTED_FOR].turns[case.kernel].rows),
                 *(" / ".join(str(each[name]) for each in own) for name in names),
             ]
         )
@@ -185,53 +201,57 @@ def takes(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
 
 def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
     """Instructions of warps a row."""
-    kinds = model.KINDS
     lines = []
     for case in cases:
         own = found[case, COUNTED_FOR]
-        lines.append(
-            [
-                case.kernel,
-                case.env_id,
-                str(own.turn.rows),
-                f"{sum(own.turn.counts.values()):.0f}",
-                f"{own.most * own.turn.warps / own.turn.rows:.0f}",
-                *(f"{own.turn.counts[kind]:.3g}" for kind in kinds),
-                f"{own.turn.moved:.0f}",
-                str(model.alone(own.turn.path)),
-            ]
-        )
-    heading = ["kernel", "environment", "rows a turn", "a row", "at most", *kinds]
-    return aligned([[*heading, "bytes", "cycles of a turn, alone"], *lines])
+        for name, turn in own.turns.items():
+            lines.append(
+                [
+                    name,
+                    case.env_id,
+                    str(turn.rows),
+                    f"{sum(turn.counts.values()):.3g}",
+                    *(f"{turn.counts[kind]:.3g}" for kind in model.KINDS),
+                    f"{turn.moved:.0f}",
+                    f"{own.most_bytes:.0f}" if name == case.kernel else "",
+                    str(model.alone(turn.path)),
+                ]
+            )
+    heading = ["loop", "environment", "rows a turn", "instructions a row", *model.KINDS]
+    heading += ["bytes", "without masks", "cycles of a turn, alone"]
+    return aligned([heading, *lines])
 
 
 def ceilings(found: dict[tuple[Case, int], Found]) -> str:
     """Rows a second of CartPole-v1 that each thing allows, and what binds."""
     lines = []
-    for kernel in ("play", "sum_gradient"):
-        for copies in COPIES:
+    for copies in COPIES:
+        seconds = 0.0
+        for kernel in ("play", "sum_gradient"):
             case = Case(kernel, ENVS[0], 65536 if copies > 4096 else 64)
-            turn = found[case, COUNTED_FOR].turn
-            bounds = turn.bounds(programs_of(kernel, copies, turn.rows))
-            binding = min(bounds, key=bounds.__getitem__)
-            unit = next(iter(bounds))
-            lines.append(
-                [
-                    kernel,
-                    str(copies),
-                    f"{short(bounds[unit])} ({unit})",
-                    short(bounds["latency"]),
-                    *(short(bounds[f"memory, {name}"]) for name in model.MEMORY),
-                    f"{short(bounds[binding])}: {binding if binding != unit else unit}",
-                ]
-            )
-    heading = ["kernel", "copies", "the busiest unit", "latency"]
+            for name, turn in found[case, COUNTED_FOR].turns.items():
+                bounds = turn.bounds(programs(kernel, copies))
+                unit, least = next(iter(bounds)), min(bounds, key=bounds.__getitem__)
+                seconds += 1 / bounds[least]
+                lines.append(
+                    [
+                        str(copies),
+                        name,
+                        f"{short(bounds[unit])} ({unit})",
+                        *(short(speed) for speed in [*bounds.values()][1:]),
+                        f"{short(bounds[least])}: {least}",
+                    ]
+                )
+        lines.append([str(copies), "all of these", "", "", "", "", short(1 / seconds)])
+    heading = ["copies", "loop", "the busiest unit", "latency"]
     heading += [f"memory, {name}" for name in model.MEMORY]
     return aligned([[*heading, "at most"], *lines])
 
 
-def programs_of(kernel: str, copies: int, rows: int) -> int:
-    return -(-copies // rows)
+def programs(kernel: str, copies: int) -> int:
+    """How many a run of CartPole-v1 has, one episode of each copy at a time."""
+    blocks = -(-copies // block_of(copies))
+    return blocks if kernel == "play" else gradient.num_parts(LIMIT, blocks)
 
 
 if __name__ == "__main__":

@@ -133,11 +133,11 @@ def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
     return found
 
 
-def paths(code: list[Instruction], loop: Loop) -> tuple[list[Instruction], list[Instruction]]:
-    """The fewest instructions of one turn, and the most, in order.
+def longest(code: list[Instruction], loop: Loop) -> list[Instruction]:
+    """One turn of a loop in which everything happens that can happen in one, in order.
 
-    Calls are never made: they are the slow way of a division, of numbers that nearly are none. A
-    loop within is turned once.
+    But for calls: they are the slow way of a division, of numbers that nearly are none. A loop
+    within is turned once.
     """
     after = following(code)
     within = {each.first: each.body for each in loops(code)}
@@ -147,20 +147,16 @@ def paths(code: list[Instruction], loop: Loop) -> tuple[list[Instruction], list[
         return to in loop.body and not back and code[to].name != "CALL"
 
     onward = {p: [to for to in after[p] if goes_on(p, to)] for p in loop.body}
+    best: dict[int, tuple[int, int]] = {}  # how many instructions from here on, and the next
     # From the last to the first: each place after all that may follow it.
-    order = list(graphlib.TopologicalSorter(onward).static_order())
-    found = []
-    for better in (min, max):
-        best: dict[int, tuple[int, int]] = {}  # instructions from here on, and the next
-        for place in order:
-            ways = [(best[to][0] + 1, to) for to in onward[place] if to in best]
-            if loop.first in after[place]:
-                ways.append((1, -1))
-            if ways:
-                best[place] = better(ways)
-        path, place = [], loop.first
-        while place != -1:
-            path.append(code[place])
-            place = best[place][1]
-        found.append(path)
-    return found[0], found[1]
+    for place in graphlib.TopologicalSorter(onward).static_order():
+        ways = [(best[to][0] + 1, to) for to in onward[place] if to in best]
+        if loop.first in after[place]:
+            ways.append((1, -1))
+        if ways:
+            best[place] = max(ways)
+    path, place = [], loop.first
+    while place != -1:
+        path.append(code[place])
+        place = best[place][1]
+    return path
