@@ -299,7 +299,7 @@ def _fused(config: Config, run: Run) -> Fused | None:
     """What computes whole iterations on a GPU, where the run is one that it can."""
     if run.device.type == "cpu":
         return None
-    reason = fused.why_not(config, run.envs, run.state.policy, run.state.critic)
+    reason = fused.why_not(config, run.envs, run.state.policy)
     if reason is not None:
         once(_log, f"iterations: in several steps: {reason}")
         return None

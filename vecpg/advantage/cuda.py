@@ -177,7 +177,7 @@ def _add_of_runs(
             shards,
             slots,
             *strides,
-            CLOCK=stamps is not None and stamps.device.type != "cpu",
+            CLOCK=stamps is not None and isinstance(_add, triton.JITFunction),
             AGES=_AGES,
             ENVS=_ENVS,
             num_warps=_WARPS,

@@ -27,7 +27,6 @@ from vecpg.policy import Policy
 from vecpg.policy import shape as shapes
 from vecpg.policy.distributions import DiagonalGaussian
 from vecpg.rollout import tensor
-from vecpg.value import Critic
 
 # Bytes that the rings may hold, of as many slots as fit between these two, powers of 2.
 _MOST_BYTES, _FEWEST_SLOTS, _MOST_SLOTS = 2**28, 4, 256
@@ -54,27 +53,21 @@ _EQUAL = (
 )
 
 
-def why_not(
-    config: Config, envs: Any, policy: Policy, critic: Critic | None, *, runs: int = 1
-) -> str | None:
+def why_not(config: Config, envs: Any, policy: Policy, *, runs: int = 1) -> str | None:
     """Why whole iterations are not played by these kernels, in words; None if they are.
 
     Args:
         config: of a run.
         envs: its environments.
         policy: on its device.
-        critic: V; None without a learned baseline.
         runs: how many like it go on at once.
     """
     reason = tensor.why_no_kernels(envs, policy) or shapes.why_not(policy)
     if reason is not None:
         return reason
-    if critic is not None or config.baseline not in ("none", *_BY_AGE):
+    # With these weights are no generalized advantages, and nothing follows a truncation.
+    if config.baseline not in ("none", *_BY_AGE):
         return f"the baseline is {config.baseline}"
-    if config.weights not in ("reward_to_go", "full_return"):
-        return f"the weights are {config.weights}"
-    if config.bootstrap_truncations:
-        return "truncated episodes are continued"
     if config.normalize:
         return "the weights are normalized"
     shape = shapes.shape_of(policy)
@@ -362,13 +355,13 @@ class Fused:
         from vecpg.rollout.cuda import persistent
 
         config, envs, memory = self._configs[0], self._envs, self._memory
-        limit = _limit_of(envs)
+        num_steps, limit = _limits_of(config, envs)
         persistent.play(
             memory,
             envs.definition,
             envs.dynamics.num_variables,
             self._shape,
-            num_steps=config.num_steps,
+            num_steps=num_steps,
             max_episode_steps=limit,
             full_return=config.weights == "full_return",
         )
@@ -400,9 +393,9 @@ def _spans(places: NDArray[np.int64]) -> list[slice]:
     return [slice(int(own[0]), int(own[-1]) + 1) for own in np.split(places, ends)]
 
 
-def _limit_of(envs: TensorVectorEnv) -> int:
-    """The time limit. What no environment lives to see is none."""
-    return min(envs.max_episode_steps, 2**31 - 1)
+def _limits_of(config: Config, envs: TensorVectorEnv) -> tuple[int, int]:
+    """The start window and the time limit. What no environment lives to see is no limit."""
+    return min(config.num_steps, 2**31 - 1), min(envs.max_episode_steps, 2**31 - 1)
 
 
 def _memory_of(
@@ -410,14 +403,15 @@ def _memory_of(
 ) -> Memory:
     from vecpg.policy.cuda import gradient
 
+    num_steps, limit = _limits_of(config, envs)
     make = functools.partial(
         make_memory,
         shape,
         runs=runs,
         num_envs=config.num_envs,
         shards=config.resolved_shards,
-        num_steps=config.num_steps,
-        max_episode_steps=_limit_of(envs),
+        num_steps=num_steps,
+        max_episode_steps=limit,
     )
     one = make(slots=1, parts=1, device=torch.device("meta"))
     blocks = one.last.shape[1] // config.resolved_shards
