@@ -32,9 +32,9 @@ class Recorded:
     """What a ring would have, computed on the CPU; nobody is told more than it asks for."""
 
     def __init__(self, config, run, slots=5, spoiled=None):
-        self.config, self.run, self.slots, self.spoiled = config, run, slots, spoiled
+        self.config, self.envs, self.slots, self.spoiled = config, run.envs, slots, spoiled
         self.launched = self.released = 0
-        self.reads = []
+        self.run, self.reads = 0, []
         state = run.state.draft()
         self.policy, self.optimizer = state.policy, state.optimizer
         self.first = state.counters.iteration
@@ -49,7 +49,7 @@ class Recorded:
         config, entry = self.config, np.zeros(len(Entry))
         acted = parameters(self.policy)
         rollout = collect(
-            self.run.envs,
+            self.envs,
             self.policy,
             num_steps=config.num_steps,
             seed=config.seed,

@@ -21,6 +21,7 @@ from vecpg.envs import EnvironmentFailure
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.evaluate import EvalResult, evaluate_in
 from vecpg.fused import Fused
+from vecpg.fused.lanes import Lane
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew, once, whose
 from vecpg.kernels.cores import cores
@@ -154,18 +155,27 @@ def advance(
     interrupts: Interrupts | Told,
     progress: Progress | Share,
     on_iteration: OnIteration | None = None,
+    ring: Fused | Lane | None = None,
 ) -> Ending:
     """Iterate until the run is at its end; however that comes, the run is saved and closed.
+
+    Args:
+        config: of the run.
+        run: as `begin` left it.
+        interrupts: what reaches it.
+        progress: what it is shown by.
+        on_iteration: as `train`.
+        ring: what computes its iterations, with others; None: it goes by itself.
 
     Raises:
         as `train`.
     """
     with _running(config, run, interrupts) as clock:
-        ring = _fused(config, run)
+        ring = ring or _fused(config, run)
         if ring is None:
             _iterate(config, run, clock, interrupts, progress, on_iteration)
         else:
-            outcomes = ring_outcomes(config, run, clock, ring, on_iteration=on_iteration)
+            outcomes = _ring_outcomes(config, run, clock, ring, on_iteration)
             clock.start()
             while not outcomes.ended:
                 ring.iterate()  # all of what `_iterate` does, in one CUDA graph
@@ -251,15 +261,10 @@ def _iterate(
                 run.files.saver.save_if_due(state)
 
 
-def ring_outcomes(
-    config: Config,
-    run: Run,
-    clock: Clock,
-    ring: Ring,
-    place: int = 0,
-    on_iteration: OnIteration | None = None,
+def _ring_outcomes(
+    config: Config, run: Run, clock: Clock, ring: Ring, on_iteration: OnIteration | None
 ) -> RingOutcomes:
-    """What commits the iterations of a run that a ring has at a place."""
+    """What commits the iterations of a run that a ring has."""
     state, most = run.state, config.total_iterations
 
     def goes_on(row: Row) -> bool:
@@ -273,7 +278,6 @@ def ring_outcomes(
         run.files,
         partial(_evaluated, config, run) if config.confirm else None,
         ring=ring,
-        run=place,
         num_envs=config.num_envs,
         is_over=lambda counters: _is_over(config, counters, False),
         surely_more=lambda counters: _surely_more(config, run, counters),

@@ -132,6 +132,7 @@ class Fused:
     @torch.inference_mode(False)
     def __init__(self, configs: Sequence[Config], envs: TensorVectorEnv, policy: Policy) -> None:
         self.launched = 0
+        self.run = 0  # where it is asked as the ring of a single one
         self._configs, self._envs, self._device = configs, envs, policy.device
         self._shape = shapes.shape_of(policy)
         parameters = shapes.in_a_row(policy)

@@ -2,7 +2,7 @@
 
 | launch    | programs                 | what it does                               |
 |-----------|--------------------------|--------------------------------------------|
-| `_add`    | for some numbers of runs | the sums of all parts, in order            |
+| `_add`    | for some numbers of runs | the sums of all parts                      |
 | `_step`   | one a run                | its entry; clips; Adam, into the next slot |
 | `_finish` | one                      | stamps of the end; counts the iteration    |
 
@@ -17,8 +17,8 @@ from vecpg.fused.memory import Entry, Memory, Scalar, Setting, Stamp, Tally
 from vecpg.kernels.cuda import is_finite, stamp
 from vecpg.policy.shape import Shape
 
-# What a program that adds has at a time: numbers, and of each as many parts.
-_SUMS, _AT_ONCE, _ADDING_WARPS = 64, 16, 2
+# What a program that adds has at a time: of some parts some numbers.
+_PARTS, _SUMS, _ADDING_WARPS = 32, 64, 4
 # And one that makes a step: numbers, and blocks of environments.
 _NUMBERS, _BLOCKS, _WARPS = 2048, 512, 16
 
@@ -47,7 +47,7 @@ def step(
 ) -> None:
     """From `parts` and `tallies` of the iteration at hand to its entry, and the state it leaves.
 
-    The gradient is the sum of all parts, in order, as float32; it is clipped as `vecpg.update`
+    The gradient is the sum of all parts as float32; it is clipped as `vecpg.update`
     does, and followed as `vecpg.adam.Adam` follows it. The state is that with which the iteration
     began, where a number of the rollout, the loss, the entropy, the gradient's norm, or a parameter
     after the step is not finite: the entry says so. Then the next iteration is at hand.
@@ -75,8 +75,8 @@ def step(
             stride,
             shards,
             num_parts,
+            PARTS=_PARTS,
             SUMS=_SUMS,
-            AT_ONCE=_AT_ONCE,
             num_warps=_ADDING_WARPS,
         )
         _step[(runs,)](
@@ -120,23 +120,22 @@ def _add(
     stride: tl.int64,
     shards: tl.int64,
     num_parts: tl.int64,
+    PARTS: tl.constexpr,
     SUMS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ):
-    """One part after the other, and then the shards likewise."""
-    n = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
+    """Of each shard the sum, and then of one shard after the other."""
+    n = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)[None, :]
     run = tl.program_id(1).to(tl.int64)
-    there = n < size + 2
-    total = tl.zeros((SUMS,), tl.float64)
+    total = tl.zeros((1, SUMS), tl.float64)
     for shard in range(0, shards):
-        row = parts + (run * shards + shard) * num_parts * stride + n
-        own = tl.zeros((SUMS,), tl.float64)
-        for first in range(0, num_parts, AT_ONCE):
-            for k in tl.static_range(AT_ONCE):
-                part = first + k
-                own += tl.load(row + part * stride, mask=there & (part < num_parts), other=0.0)
-        total += own
-    tl.store(sums + run * stride + n, total, mask=there)
+        rows = parts + (run * shards + shard) * num_parts * stride
+        own = tl.zeros((PARTS, SUMS), tl.float64)
+        for first in range(0, num_parts, PARTS):
+            part = first + tl.arange(0, PARTS)[:, None]
+            there = (part < num_parts) & (n < size + 2)
+            own += tl.load(rows + part * stride + n, mask=there, other=0.0)
+        total += tl.sum(own, 0)[None, :]
+    tl.store(sums + run * stride + n, total, mask=n < size + 2)
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]

@@ -24,10 +24,14 @@ from vecpg.run.state import Counters, TrainState
 
 
 class Ring(Protocol):
-    """Iterations of several runs side by side, numbered from 0 on.
+    """Iterations of a run that others may share, numbered from 0 on.
 
     What the last ones left, and what they came to, is kept until it is written over.
+
+    run: which of those that share them it is.
     """
+
+    run: int
 
     @property
     def launched(self) -> int:
@@ -37,7 +41,7 @@ class Ring(Protocol):
         """What iterations came to, and when: the host waits until the last of them is done.
 
         Returns:
-            (count, R, len(Entry)) and (count, R, len(Stamp)), numbered as
+            (count, R, len(Entry)) and (count, R, len(Stamp)) of all R that share them, numbered as
             `vecpg.fused.memory` has them.
         """
 
@@ -57,7 +61,6 @@ class RingOutcomes(Outcomes):
         files: get a row for each, and checkpoints.
         judge: confirms that the target was reached; None where nothing does.
         ring: has the run's iterations from now on.
-        run: which of the ring's it is.
         num_envs: of the run.
         is_over: whether a run that is so far ends.
         surely_more: how many further iterations of a run that is so far do not end it, whatever
@@ -74,7 +77,6 @@ class RingOutcomes(Outcomes):
         judge: Judge | None,
         *,
         ring: Ring,
-        run: int,
         num_envs: int,
         is_over: Callable[[Counters], bool],
         surely_more: Callable[[Counters], int],
@@ -83,7 +85,7 @@ class RingOutcomes(Outcomes):
     ) -> None:
         super().__init__(state, state.draft(), clock, files.metrics, judge)
         self._saver = files.saver
-        self._ring, self._run, self._num_envs = ring, run, num_envs
+        self._ring, self._num_envs = ring, num_envs
         self._is_over, self._surely_more, self._most = is_over, surely_more, most
         self._goes_on = goes_on
         # So many of the ring's iterations were read, each once.
@@ -163,11 +165,11 @@ class RingOutcomes(Outcomes):
         entries, stamps = map(torch.from_numpy, self._ring.read(first, count))
         rows: list[Row] = []
         counters = self._state.counters
-        last = _lap(stamps[-1, self._run])
+        last = _lap(stamps[-1, self._ring.run])
         for k in range(count):
-            outcome = self._outcome(counters, entries[k, self._run], stamps[k, self._run])
+            outcome = self._outcome(counters, entries[k, self._ring.run], stamps[k, self._ring.run])
             if count > 1:
-                outcome = outcome._replace(acted=self._ring.acted(self._run, first + k))
+                outcome = outcome._replace(acted=self._ring.acted(self._ring.run, first + k))
             before, self._draft.stopping = self._draft.stopping, self._draft.stopping.copy()
             numbers = [each.item() for each in outcome.numbers()]
             try:
@@ -208,7 +210,9 @@ class RingOutcomes(Outcomes):
 
     def _write(self, rows: list[Row]) -> None:
         if rows:
-            self._ring.restore(self._run, self._left, self._draft.policy, self._draft.optimizer)
+            self._ring.restore(
+                self._ring.run, self._left, self._draft.policy, self._draft.optimizer
+            )
             super()._write(rows)
 
 

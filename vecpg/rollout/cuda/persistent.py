@@ -235,14 +235,16 @@ def play(
     i = tl.arange(0, {_padded(shape.units[0])})
     j = tl.arange(0, {_padded(shape.units[1])})
     p = tl.arange(0, {_padded(shape.outputs)})
-    {lines(
-        _matrix("weights_1", w1, "k", "i", shape.features, shape.units[0]),
-        _vector("bias_1", b1, "i", shape.units[0]),
-        _matrix("weights_2", w2, "i", "j", *shape.units),
-        _vector("bias_2", b2, "j", shape.units[1]),
-        _matrix("weights_3", w3, "j", "p", shape.units[1], shape.outputs),
-        _vector("bias_3", b3, "p", shape.outputs),
-    )}
+    {
+        lines(
+            _matrix("weights_1", w1, "k", "i", shape.features, shape.units[0]),
+            _vector("bias_1", b1, "i", shape.units[0]),
+            _matrix("weights_2", w2, "i", "j", *shape.units),
+            _vector("bias_2", b2, "j", shape.units[1]),
+            _matrix("weights_3", w3, "j", "p", shape.units[1], shape.outputs),
+            _vector("bias_3", b3, "p", shape.outputs),
+        )
+    }
 
     now = tl.where(inside, {PLAYING}, {FINISHED})
     lengths = tl.zeros((BLOCK,), tl.int32)
