@@ -18,6 +18,7 @@ from vecpg.adam import Adam
 from vecpg.advantage import cuda as by_age
 from vecpg.advantage import reference
 from vecpg.fused import cuda
+from vecpg.fused.memory import Stamp
 from vecpg.noise import Stream
 from vecpg.policy import Policy
 from vecpg.policy.cuda import gradient
@@ -27,35 +28,36 @@ from vecpg.rollout import collect
 from vecpg.update import by_autograd
 
 SEED, ITERATION, FIRST_ENV = 2**40 + 17, 5, 1000  # all words of a key are used
-PRECISIONS = ("tf32x3", "ieee")
 SEEDS = (3, 4)  # of runs at once
 # Of a gradient, in parts of its norm.
 _TOLERANCE = 1e-6
 
 
-def cases(device, copies=(100, 5000), envs=ENVS, window=30, iterations=3, limit=None):
-    """Pairs of a name and what checks it. Of more than 4096 copies 64 are a block.
+def cases(device, copies=(100, 4200), envs=ENVS, window=30, iterations=3, limit=None):
+    """Pairs of a name and what checks it.
 
     Args:
+        copies: of all environments, and of every second one; of more than 4096 64 are a block, and
+            products are others.
         limit: of steps of an episode; None: the environment's own.
     """
     made = functools.partial(_filled, device, window=window, max_episode_steps=limit)
+    found = []
+    for number, own in zip(copies, (envs, envs[::2]), strict=False):
+        for env_id in own:
+            found += [(f"whole rollouts of given actions, {env_id}", number, _check_given, env_id)]
+            found += [(f"gradient, {env_id}", number, _check_gradient, env_id)]
+            if number == copies[0] and env_id in envs[::2]:
+                check = functools.partial(_check_gradient, precision="ieee")
+                found += [(f"gradient in float32, {env_id}", number, check, env_id)]
+        found += [
+            ("means by age of runs", number, _check_ages, envs[0]),
+            ("steps of runs", number, _check_step, envs[0], iterations),
+            ("runs at once and alone", number, _check_runs, envs[0], iterations),
+        ]
     return [
         (f"{what}, {number} copies", functools.partial(check, made, env_id, number, *more))
-        for number in copies
-        for env_id in envs
-        for what, check, more in [
-            (f"whole rollouts of given actions, {env_id}", _check_given, ()),
-            *((f"gradient, {one}, {env_id}", _check_gradient, (one,)) for one in PRECISIONS),
-        ]
-    ] + [
-        (f"{what}, {number} copies", functools.partial(check, made, envs[0], number, *more))
-        for number in copies
-        for what, check, more in [
-            ("means by age of runs", _check_ages, ()),
-            ("steps of runs", _check_step, (iterations,)),
-            ("runs at once and alone", _check_runs, (iterations,)),
-        ]
+        for what, number, check, env_id, *more in found
     ]
 
 
@@ -64,12 +66,20 @@ def iterate(one: Filled):
     one.play()
     _subtract(one)
     gradient.sum_gradient(one.memory, one.shape)
-    cuda.step(one.memory, one.shape)
+    adam = Adam([])
+    cuda.step(one.memory, one.shape, adam.betas, adam.eps)
 
 
 def _subtract(one):
-    found = by_age.Found(*(getattr(one.memory, name) for name in by_age.Found._fields))
-    by_age.subtract_mean_of_runs(one.memory.weights, found, one.envs.max_episode_steps, others=True)
+    memory = one.memory
+    by_age.subtract_mean_of_runs(
+        memory.weights,
+        by_age.Found(memory.starts, memory.stops, memory.numbers, memory.longest),
+        one.envs.max_episode_steps,
+        others=True,
+        at=memory.at,
+        stamps=memory.stamps[..., Stamp.RETURNS],
+    )
 
 
 def _filled(device, env_id, copies, *, window, seeds=(SEED,), **settings):
@@ -113,7 +123,7 @@ def _check_given(made, env_id, copies):
     return _row("whole rollouts")
 
 
-def _check_gradient(made, env_id, copies, precision):
+def _check_gradient(made, env_id, copies, **options):
     one = made(env_id, copies, ent_coef=0.01)
     one.play()
     memory, rollout, size = one.memory, one.rollout(), one.shape.size
@@ -130,7 +140,7 @@ def _check_gradient(made, env_id, copies, precision):
     slopes = torch.cat([each.grad.flatten() for each in in_a_row(wide)])
 
     def differentiate():
-        gradient.sum_gradient(memory, one.shape, precision=precision)
+        gradient.sum_gradient(memory, one.shape, **options)
         return memory.parts[0].sum(dim=(0, 1))[: size + 2].cpu()
 
     found = differentiate()
@@ -139,7 +149,7 @@ def _check_gradient(made, env_id, copies, precision):
         raise Wrong(f"the gradient is {error:.3g} of its norm apart")
     checked(found[size:] / count, torch.stack([loss, entropy]) / count, 1e-6)
     check_again(found, differentiate())
-    return _row(f"gradient, {precision}", error, _TOLERANCE)
+    return _row("gradient in float32" if options else "gradient", error, _TOLERANCE)
 
 
 def _check_ages(made, env_id, copies):
