@@ -199,7 +199,7 @@ class _Population:
             return
         self._one_was_begun = True
         share = progress.share(place, run.state.counters.env_steps)
-        if run.device.type != "cpu" and self._joins(config, run, interrupts, progress):
+        if self._joins(config, run, interrupts, progress):
             self._waiting.append((place, run, share))
             return
 
@@ -245,14 +245,16 @@ class _Population:
         self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
     ) -> bool:
         """Whether a run's iterations will be made with others'; first those that wait may go."""
+        if run.apart is not None:
+            return False
         waiting = [self._configs[place] for place, _, _ in self._waiting]
-        state, runs = run.state, len(waiting) + 1
-        given = config, run.envs, state.policy, state.critic
-        apart = fused.why_not_together([*waiting, config]) or fused.why_not(*given, runs=runs)
-        if waiting and apart is not None:
-            self._go_together(interrupts, progress)
-            apart = fused.why_not(*given)
-        return apart is None
+        if waiting:
+            runs = len(waiting) + 1
+            given = config, run.envs, run.state.policy
+            together = [*waiting, config]
+            if fused.why_not_together(together) or fused.why_not(*given, runs=runs):
+                self._go_together(interrupts, progress)
+        return True
 
     def _go_together(self, interrupts: Interrupts, progress: PopulationProgress) -> None:
         """Bring those that wait to their end, side by side."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from vecpg import fused, memory
+from vecpg import memory
 from vecpg.advantage import advantages
 from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
@@ -212,6 +212,7 @@ def _iterate(
     if not on_host:
         collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
         once(_log, f"collecting: {collector}")
+        once(_log, f"iterations: step by step: {run.apart}")
     ending = _is_over(config, state.counters, state.stopping.solved)
     while not ending:
         with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -300,18 +301,14 @@ def _surely_more(config: Config, run: Run, counters: Counters) -> int:
 
 
 def _fused(config: Config, run: Run) -> Fused | None:
-    """What computes whole iterations on a GPU, where the run is one that it can."""
-    if run.device.type == "cpu":
+    """What makes whole iterations on a GPU, where the run is one that it can."""
+    if run.apart is not None:
         return None
-    reason = fused.why_not(config, run.envs, run.state.policy)
-    if reason is not None:
-        once(_log, f"iterations: in several steps: {reason}")
-        return None
-    made = Fused([config], cast(TensorVectorEnv, run.envs), run.state.policy)
     state = run.state
-    made.load(0, state.policy, state.optimizer, state.counters.iteration)
-    once(_log, f"iterations: {made}")
-    return made
+    ring = Fused([config], cast(TensorVectorEnv, run.envs), state.policy)
+    ring.load(0, state.policy, state.optimizer, state.counters.iteration)
+    once(_log, f"iterations: {ring}")
+    return ring
 
 
 def conclude(config: Config, run: Run, ending: Ending) -> TrainResult:
