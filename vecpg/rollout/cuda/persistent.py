@@ -16,7 +16,7 @@ import triton.language as tl
 
 from vecpg.envs.cuda import device_functions, from_source, names
 from vecpg.envs.definition import Definition, name_of
-from vecpg.fused.memory import Memory, Setting, Stamp
+from vecpg.fused.memory import Memory, Setting, Stamp, Tally
 from vecpg.kernels.cuda import (
     as_uniform,
     cos,
@@ -38,6 +38,7 @@ from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 _SIZES = ["slots", "envs_of_shard", "capacity", "num_steps", "max_episode_steps"]
 # Rows that are read together on the way back: each waits for memory, and none for the other.
 _ROWS = 8
+_WARPS = 4
 
 
 def play(
@@ -111,7 +112,7 @@ def play(
             PRECISION=precision or ("tf32x3" if block >= 64 else "ieee"),
             CLOCK=isinstance(kernel, triton.JITFunction),
             BLOCK=block,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
 
@@ -131,12 +132,32 @@ def _kernel(definition: type[Definition], num_variables: int, shape: Shape) -> A
         "standard_deviation": standard_deviation,
         "is_finite": is_finite,
         "next_row": next_row,
+        "row_before": _row_before,
         "stamp": stamp,
         **device_functions(definition, num_variables),
     }
     text = _source(definition, num_variables, shape)
     made = from_source(text, name_of(definition), known, do_not_specialize=_SIZES)
     return made["play"]
+
+
+@triton.jit
+def _row_before(
+    reward, flag, gamma, earned, paid, total, lowest, highest, lengths, most
+):
+    """What comes of a row on the way back: of its episode `earned`, with discounts, and `paid`.
+
+    A row that does not count is before every episode.
+    """
+    counts, before = flag > 0, (flag == 0) & (lengths > 0)
+    lowest = tl.where(before & (paid < lowest), paid, lowest)
+    highest = tl.where(before & (paid > highest), paid, highest)
+    most = tl.where(lengths > most, lengths, most)
+    earned = reward + gamma * tl.where(flag > 1, 0.0, earned)
+    earned = tl.where(counts, earned, 0.0)
+    paid = tl.where(counts, paid + reward, 0.0)
+    total += reward
+    return earned, paid, total, lowest, highest, tl.where(counts, lengths + 1, 0), most
 
 
 @triton.jit
@@ -165,7 +186,7 @@ def _source(definition: type[Definition], num_variables: int, shape: Shape) -> s
         return " & ".join(f"is_finite({each})" for each in numbers)
 
     begun = [
-        f"{', '.join(w[i : i + 4])} = words(start_low, start_high, none, step, env,"
+        f"{', '.join(w[i : i + 4])} = words(tl.load(key + 3), tl.load(key + 4), none, step, env,"
         f" {Purpose.START + 64 * i})"
         for i in range(0, len(uniforms), 4)
     ]
@@ -190,13 +211,12 @@ def _source(definition: type[Definition], num_variables: int, shape: Shape) -> s
         line
         for i in range(_ROWS)
         for line in (
-            f"earned = r{i} + gamma * tl.where(q{i} > 1, 0.0, earned)",
-            f"earned = tl.where(q{i} > 0, earned, 0.0)",
+            f"earned, paid, total, lowest, highest, lengths, most = row_before(r{i}, q{i}, gamma,"
+            " earned, paid, total, lowest, highest, lengths, most)",
             f"tl.store(weights + at - {i} * num_envs, earned.to(tl.float32),"
             f" mask=inside & (t >= {i}))",
         )
     ]
-    w1, b1, w2, b2, w3, b3 = _offsets(shape)[:6]
     return f"""\
 def play(
     iteration, keys, settings, bounds, states, obs, actions, rewards, flags, weights, last,
@@ -226,35 +246,19 @@ def play(
     stops += run * num_steps * num_envs
 
     key = keys + slot * 6
-    low, high, number = tl.load(key), tl.load(key + 1), tl.load(key + 2)
-    start_low, start_high = tl.load(key + 3), tl.load(key + 4)
-    none = low * 0  # start states are those of one iteration
+    none = slot * 0  # start states are those of one iteration
     env = tl.load(key + 5) + n
     policy = states + slot * {3 * shape.stride}
     k = tl.arange(0, {_padded(shape.features)})
     i = tl.arange(0, {_padded(shape.units[0])})
     j = tl.arange(0, {_padded(shape.units[1])})
     p = tl.arange(0, {_padded(shape.outputs)})
-    {
-        lines(
-            _matrix("weights_1", w1, "k", "i", shape.features, shape.units[0]),
-            _vector("bias_1", b1, "i", shape.units[0]),
-            _matrix("weights_2", w2, "i", "j", *shape.units),
-            _vector("bias_2", b2, "j", shape.units[1]),
-            _matrix("weights_3", w3, "j", "p", shape.units[1], shape.outputs),
-            _vector("bias_3", b3, "p", shape.outputs),
-        )
-    }
+    {lines(*_kept(shape))}
 
     now = tl.where(inside, {PLAYING}, {FINISHED})
     lengths = tl.zeros((BLOCK,), tl.int32)
     steps = tl.zeros((BLOCK,), tl.int32)
     episodes = tl.zeros((BLOCK,), tl.int32)
-    most = tl.zeros((BLOCK,), tl.int32)
-    paid_so_far = tl.zeros((BLOCK,), tl.float64)
-    total = tl.zeros((BLOCK,), tl.float64)
-    lowest = tl.full((BLOCK,), float("inf"), tl.float64)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float64)
     t = none
     step, next = t, t
     {lines(*begun)}
@@ -265,11 +269,12 @@ def play(
     doing = tl.max(now, 0)
     while (doing > 0) & (t < capacity):
         at = t * num_envs + n
+        low, high, number = tl.load(key), tl.load(key + 1), tl.load(key + 2)
         {lines(*_network(shape), indent=8)}
         {lines(*_drawn(shape, given, drawn, action), indent=8)}
         {", ".join(following)} = transition({", ".join(state + action)})
         paid = reward({", ".join(state + action + following)})
-        plays, resets, before = now == {PLAYING}, now == {RESETTING}, lengths
+        plays, resets = now == {PLAYING}, now == {RESETTING}
         ended, truncated, lengths, steps, now = next_row(
             now, terminated({", ".join(following)}), lengths, steps, num_steps, max_episode_steps
         )
@@ -279,16 +284,10 @@ def play(
         flag = plays.to(tl.int8) + 2 * ended.to(tl.int8) + 4 * truncated.to(tl.int8)
         tl.store(flags + at, flag, mask=inside)
         bad |= plays & ~({all_finite(["paid", *(drawn if shape.gaussian else [])])})
-        paid_so_far += paid.to(tl.float64)
-        total += tl.where(over, paid_so_far, 0.0)
-        lowest = tl.where(over & (paid_so_far < lowest), paid_so_far, lowest)
-        highest = tl.where(over & (paid_so_far > highest), paid_so_far, highest)
-        paid_so_far = tl.where(over, 0.0, paid_so_far)
         t += 1
         step, next = t, t * num_envs
         row = t.to(tl.int32)
         tl.store(stops + episodes.to(tl.int64) * num_envs + n, row, mask=over)
-        most = tl.where(over & (before >= most), before + 1, most)
         episodes += over.to(tl.int32)
         {lines(*moved, indent=8)}
         if doing == {RESETTING}:  # the largest of all
@@ -300,26 +299,31 @@ def play(
 
     tl.store(last + run * blocks + block, t.to(tl.int32))
     tl.store(numbers + run * num_envs + n, episodes, mask=inside)
-    tl.store(longest + run * num_envs + n, most, mask=inside)
-    tally = tallies + (run * blocks + block) * 6
     wrong = tl.max((inside & bad).to(tl.int32), 0)
-    tl.store(tally, tl.sum(steps, 0).to(tl.float64))
-    tl.store(tally + 1, tl.sum(episodes, 0).to(tl.float64))
-    tl.store(tally + 2, tl.sum(total, 0))
-    tl.store(tally + 3, tl.min(lowest, 0))
-    tl.store(tally + 4, tl.max(highest, 0))
-    tl.store(tally + 5, (1 - wrong).to(tl.float64))
 
     tl.debug_barrier()  # what other threads wrote is there
     gamma = tl.load(settings + run * {len(Setting)} + {Setting.GAMMA})
     earned = tl.zeros((BLOCK,), tl.float64)
+    paid = tl.zeros((BLOCK,), tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    lowest = tl.full((BLOCK,), float("inf"), tl.float64)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float64)
+    most = tl.zeros((BLOCK,), tl.int32)
     rows = t
     t -= 1
-    while t >= 0:
+    while t >= -1:  # a row before the first ends its episode
         at = t * num_envs + n
         {lines(*read, indent=8)}
         {lines(*earned, indent=8)}
         t -= {_ROWS}
+    tl.store(longest + run * num_envs + n, most, mask=inside)
+    tally = tallies + (run * blocks + block) * {len(Tally)}
+    tl.store(tally + {Tally.COUNTED}, tl.sum(steps, 0).to(tl.float64))
+    tl.store(tally + {Tally.EPISODES}, tl.sum(episodes, 0).to(tl.float64))
+    tl.store(tally + {Tally.RETURN_SUM}, tl.sum(total, 0))
+    tl.store(tally + {Tally.RETURN_LOW}, tl.min(lowest, 0))
+    tl.store(tally + {Tally.RETURN_HIGH}, tl.max(highest, 0))
+    tl.store(tally + {Tally.FINITE}, (1 - wrong).to(tl.float64))
     if FULL:
         tl.debug_barrier()
         whole = tl.zeros((BLOCK,), tl.float32)
@@ -355,6 +359,19 @@ def _matrix(name: str, offset: int, into: str, out: str, width: int, height: int
 
 def _vector(name: str, offset: int, out: str, height: int) -> str:
     return f"{name} = tl.load(policy + {offset} + {out}, mask={out} < {height}, other=0.0)"
+
+
+def _kept(shape: Shape) -> list[str]:
+    """What stays on the chip of the policy."""
+    w1, b1, w2, b2, w3, b3 = _offsets(shape)[:6]
+    return [
+        _matrix("weights_1", w1, "k", "i", shape.features, shape.units[0]),
+        _vector("bias_1", b1, "i", shape.units[0]),
+        _matrix("weights_2", w2, "i", "j", *shape.units),
+        _vector("bias_2", b2, "j", shape.units[1]),
+        _matrix("weights_3", w3, "j", "p", shape.units[1], shape.outputs),
+        _vector("bias_3", b3, "p", shape.outputs),
+    ]
 
 
 def _network(shape: Shape) -> list[str]:
