@@ -43,12 +43,12 @@ class Lane:
     def iterate(self) -> None:
         """Begin the run's next iteration."""
         with self._turn:
-            self.launched += 1
-            while self._ring.launched < self.launched:
+            while self._ring.launched == self.launched:
                 if self._ring.room:
                     self._ring.iterate()
                 else:
                     self._turn.wait()
+            self.launched += 1
 
     def read(self, first: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """As `Fused.read`."""
