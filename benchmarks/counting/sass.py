@@ -136,27 +136,28 @@ def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
 def longest(code: list[Instruction], loop: Loop) -> list[Instruction]:
     """One turn of a loop in which everything happens that can happen in one, in order.
 
-    But for calls: they are the slow way of a division, of numbers that nearly are none. A loop
-    within is turned once.
+    But for calls, where there is a way without: they are the slow way of a division, of numbers
+    that nearly are none. A loop within is turned once; of what is called, only the call is there.
     """
     after = following(code)
     within = {each.first: each.body for each in loops(code)}
 
     def goes_on(place: int, to: int) -> bool:
-        back = to in within and place in within[to]
-        return to in loop.body and not back and code[to].name != "CALL"
+        return to in loop.body and not (to in within and place in within[to])
 
     onward = {p: [to for to in after[p] if goes_on(p, to)] for p in loop.body}
-    best: dict[int, tuple[int, int]] = {}  # how many instructions from here on, and the next
+    # From here on: calls, by less than none; instructions; and the next one.
+    best: dict[int, tuple[int, int, int]] = {}
     # From the last to the first: each place after all that may follow it.
     for place in graphlib.TopologicalSorter(onward).static_order():
-        ways = [(best[to][0] + 1, to) for to in onward[place] if to in best]
+        ways = [(*best[to][:2], to) for to in onward[place] if to in best]
         if loop.first in after[place]:
-            ways.append((1, -1))
+            ways.append((0, 0, -1))
         if ways:
-            best[place] = max(ways)
+            calls, count, to = max(ways)
+            best[place] = calls - (code[place].name == "CALL"), count + 1, to
     path, place = [], loop.first
     while place != -1:
         path.append(code[place])
-        place = best[place][1]
+        place = best[place][2]
     return path
