@@ -149,7 +149,9 @@ def on_the_cpu(config, count):
             backend="reference",
         )
         episodes = episode_statistics(rollout, shards)
-        stats = update(policy, optimizer, rollout, advantages(rollout, config), config)
+        stats = update(
+            policy, optimizer, rollout, advantages(rollout, config), config, backend="reference"
+        )
         entry[Entry.COUNTED], entry[Entry.ROWS] = rollout.mask.sum(), len(rollout.mask)
         entry[Entry.EPISODES] = len(episodes.returns)
         entry[Entry.RETURN_SUM] = episodes.return_sum
@@ -186,11 +188,12 @@ def test_what_was_launched_beyond_is_as_if_it_had_not_been(on):
 
     together, (policy, optimizer) = launched(config, count=4)
     together.restore(0, 1, policy, optimizer)
-    assert_same([*together.acted(0, 2).values()], [each.detach() for each in policy.parameters()])
+    acts = together.acted(0, 2)
     together.release(3)
     together.load(0, policy, optimizer, 2)
     for _ in range(4):
         together.iterate()
+    assert_same([*acts.values()], [each.detach() for each in policy.parameters()])
     assert np.array_equal(together.read(4, 4)[0], entries[2:])
     together.restore(0, 7, policy, optimizer)
     assert_same(bits(policy, optimizer), wanted)
@@ -233,26 +236,26 @@ def test_an_iteration_is_one_launch_and_nothing_waits(on):
 
 def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
     config = config_of()
-    wide, (policy, optimizer) = launched(config, count=11)
-    entries = wide.read(0, 11)[0]
-    wide.restore(0, 10, policy, optimizer)
+    wide, (policy, optimizer) = launched(config, count=13)
+    entries = wide.read(0, 13)[0]
+    wide.restore(0, 12, policy, optimizer)
     wanted = bits(policy, optimizer)
     monkeypatch.setattr(fused, "_MOST_BYTES", 0)
     narrow, state = launched(config)
     assert narrow.room == 3
     found, acted = [], []
-    for number in range(11):
+    for number in range(13):
         narrow.iterate()
         if number >= 2:
             found.append(narrow.read(number - 2, 1)[0])
             acted.append(narrow.acted(0, number - 2))
             narrow.release(number - 2)
             assert narrow.room == 1
-    found.append(narrow.read(9, 2)[0])
+    found.append(narrow.read(11, 2)[0])
     assert np.array_equal(np.concatenate(found), entries)
     for number, parameters in enumerate(acted):
         assert_same([*parameters.values()], [*wide.acted(0, number).values()])
-    narrow.restore(0, 10, *state)
+    narrow.restore(0, 12, *state)
     assert_same(bits(*state), wanted)
 
 
@@ -338,3 +341,41 @@ def test_why_not_together():
     assert why_not_together([config, config_of(shards=1)]) is None
     other = config_of(shards=2)
     assert why_not_together([config, config, other]) == "they differ in --shards: 1 and 2"
+
+
+# -- Kernels and their twins ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_interpreted():
+    pytest.importorskip("triton", reason="needs triton, which is for Linux")
+    import gpu_kernels
+
+    gpu_kernels.interpret("test_fused")
+
+
+def interpret():
+    """Iterations of the kernels come to what those of their twins do."""
+    from fused_twins import fused_twins
+
+    for changes in ALL.values():
+        configs = config_of(**changes), config_of(**changes, seed=5, gamma=0.5)
+        with pretended(), fused_twins():
+            together, *_ = launched(*configs)
+            together._write_ahead()
+            before = Memory(*(each.cpu() for each in together._memory))
+            for _ in range(2):
+                together.iterate()
+            wanted = Memory(*(each.cpu() for each in together._memory))
+        for each in (before.obs, before.weights, before.rewards, before.parts, before.tallies):
+            each.fill_(torch.nan)
+        together._memory = before
+        for _ in range(2):
+            together._iteration()
+        exact = [Entry.COUNTED, Entry.ROWS, Entry.EPISODES, Entry.ROLLOUT_FINITE]
+        exact += [Entry.UPDATE_FINITE]
+        assert torch.equal(before.entries[..., exact], wanted.entries[..., exact])
+        torch.testing.assert_close(before.entries, wanted.entries, rtol=1e-5, atol=1e-5)
+        for name in ("starts", "stops", "numbers", "longest", "last", "flags", "at"):
+            assert torch.equal(getattr(before, name), getattr(wanted, name)), name
+        torch.testing.assert_close(before.states, wanted.states, rtol=1e-5, atol=1e-6)

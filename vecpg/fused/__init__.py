@@ -298,10 +298,16 @@ class Fused:
     def _write_settings(self, policy: Policy) -> None:
         memory, distribution = self._memory, policy.distribution
         divisors = {"episode": self._envs.num_envs, "step": 0, "sum": 1}
-        for run, config in enumerate(self._configs):
-            norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-            settings = config.gamma, config.ent_coef, norm, divisors[config.reduction]
-            memory.settings[run].copy_(torch.tensor(settings, dtype=torch.float64))
+        settings = [
+            (
+                config.gamma,
+                config.ent_coef,
+                math.inf if config.max_grad_norm is None else config.max_grad_norm,
+                divisors[config.reduction],
+            )
+            for config in self._configs
+        ]
+        memory.settings.copy_(torch.tensor(settings, dtype=torch.float64))
         if isinstance(distribution, DiagonalGaussian):
             bounds = distribution.low.flatten(), distribution.high.flatten()
             memory.bounds.copy_(torch.stack(bounds))

@@ -212,7 +212,7 @@ def _step(
                 tl.store(new + which * stride + n, kept, mask=n < size)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _write_rollout(tallies, last, entry, shards, blocks, BLOCKS: tl.constexpr):
     """Of an entry what blocks tell of their rows; the number of counted ones, and 1 for finite."""
     counted = tl.zeros((BLOCKS,), tl.float64)
@@ -247,7 +247,7 @@ def _write_rollout(tallies, last, entry, shards, blocks, BLOCKS: tl.constexpr):
     return all_counted, all_finite
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _norm(sums, size, NUMBERS: tl.constexpr):
     """The length of what they are as float32."""
     squares = tl.zeros((NUMBERS,), tl.float64)
