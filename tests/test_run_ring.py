@@ -19,6 +19,7 @@ from vecpg.rollout import collect
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
+from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
 from vecpg.run.stopping import parameters
 from vecpg.update import update
@@ -65,9 +66,9 @@ class Recorded:
         entry[Entry.POLICY_LOSS], entry[Entry.ENTROPY] = stats.policy_loss, stats.entropy
         entry[Entry.GRAD_NORM] = stats.grad_norm
         entry[[Entry.ROLLOUT_FINITE, Entry.UPDATE_FINITE]] = 1
-        if self.spoiled is not None and self.launched >= self.spoiled:
+        if self.launched == self.spoiled:
             entry[Entry.GRAD_NORM], entry[Entry.UPDATE_FINITE] = np.nan, 0
-        end = 1_000_000 * (self.launched + 1)
+        end = 1_764_000_000_000_000_000 + 1_000_000 * self.launched
         stamps = np.array([end - 3000, end - 2000, end - 1000, end])
         left = copy.deepcopy((self.policy, self.optimizer))
         self.kept[self.launched] = entry, stamps, acted, left
@@ -201,12 +202,14 @@ def test_who_looks_at_each_iteration_sees_its_policy_and_may_end_the_run(tmp_pat
     assert ring.launched == 5
 
 
-def test_what_is_not_finite_ends_the_run_with_what_came_before(tmp_path, monkeypatch):
-    config = settings(tmp_path, total_iterations=9)
+@pytest.mark.parametrize("target", [None, 450.0])
+def test_what_is_not_finite_ends_the_run_with_what_came_before(tmp_path, monkeypatch, target):
+    """Whatever comes after it: that would be finite here."""
+    config = settings(tmp_path, total_iterations=9, target_return=target)
     with pytest.raises(FloatingPointError, match="iteration 4: the gradient's norm is nan"):
         train_in_ring(monkeypatch, config, spoiled=3, slots=32)
     (run_dir,) = tmp_path.iterdir()
-    expected = story.train(settings(tmp_path / "other", total_iterations=3))
+    expected = story.train(settings(tmp_path / "other", total_iterations=3, target_return=target))
     assert left_by(run_dir) == left_by(expected.run_dir)
 
 
@@ -248,22 +251,113 @@ def test_a_signal_leaves_what_was_computed_and_it_goes_on(tmp_path, monkeypatch,
     assert left_by(result.run_dir) == left_by(expected.run_dir)
 
 
-def test_one_that_is_interrupted_while_it_is_judged_is_not_committed(tmp_path, monkeypatch):
-    config = settings(tmp_path, target_return=20.0, return_window=4, total_iterations=9)
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [{"total_iterations": 9}, {"total_iterations": 9, "target_return": 450.0}],
+    ids=str,
+)
+def test_a_signal_while_it_is_waited_for_loses_nothing(tmp_path, monkeypatch, changes, which):
+    config = settings(tmp_path / "one", **changes)
+    expected = story.train(replace(config, out_dir=str(tmp_path / "other")))
+    read, launched = Recorded.read, []
 
-    def interrupted(*given):
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError
+    def interrupted(ring, *given):
+        found = read(ring, *given)
+        if len(ring.reads) == which:
+            launched.append(ring.launched)
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
 
-    monkeypatch.setattr(story, "_evaluated", interrupted)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorded, "read", interrupted)
+        with pytest.raises(Interrupted):
+            train_in_ring(monkeypatch, config, slots=32)
+    (run_dir,) = (tmp_path / "one").iterdir()
+    assert [checkpoint.newest_valid(run_dir).iteration] == launched
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "_fused", Recorded)
+        result = story.train(replace(config, resume=str(run_dir)))
+    assert left_by(result.run_dir) == left_by(expected.run_dir)
+
+
+def stopped_in_the_middle():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def failed_in_the_middle():
+    raise KeyError("of the caller's")
+
+
+MIDDLE = [stopped_in_the_middle, failed_in_the_middle]
+
+
+@pytest.mark.parametrize("how", MIDDLE)
+def test_what_comes_after_one_that_could_not_be_judged_is_discarded(tmp_path, monkeypatch, how):
+    """It does not reach the target: nothing would have to be confirmed of it."""
+    changes = {"seed": 5, "learning_rate": 0.3, "return_window": 8}
+    free = settings(tmp_path / "free", total_iterations=3, **changes)
+    rows, *_ = left_by(story.train(free).run_dir)
+    first, highest, third = (row["charts/episodic_return"] for row in rows)
+    assert max(first, third) < highest
+    config = replace(free, target_return=highest, out_dir=str(tmp_path / "one"))
+    expected = story.train(replace(config, total_iterations=1, out_dir=str(tmp_path / "other")))
+    monkeypatch.setattr(story, "_evaluated", lambda *given: how())
+    with pytest.raises((Interrupted, KeyError)):
+        train_in_ring(monkeypatch, config)
+    (run_dir,) = (tmp_path / "one").iterdir()
+    assert left_by(run_dir) == left_by(expected.run_dir)
+
+
+@pytest.mark.parametrize("how", MIDDLE)
+def test_what_nobody_has_looked_at_is_discarded_where_somebody_looks(tmp_path, monkeypatch, how):
+    seen = []
+
+    def on_iteration(row, policy):
+        seen.append(row["iteration"])
+        if len(seen) == 3:
+            how()
+
+    config = settings(tmp_path, total_iterations=9)
+    with pytest.raises((Interrupted, KeyError)):
+        train_in_ring(monkeypatch, config, on_iteration)
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.newest_valid(run_dir).iteration == 3
+    assert len(left_by(run_dir)[0]) == 3
+
+
+def test_one_that_is_solved_makes_no_iteration_more(tmp_path, monkeypatch):
+    changes = {"target_return": 25.0, "return_window": 8, "confirm": False}
+    config = settings(tmp_path, total_iterations=20, **changes)
+    result, _ = train_in_ring(monkeypatch, config)
+    assert result.summary["solved"]
+    (result.run_dir / "summary.json").unlink()  # as if it had been killed before
+    again, ring = train_in_ring(monkeypatch, replace(config, resume=str(result.run_dir)))
+    assert ring.launched == 0
+    assert counts(again.summary) == counts(result.summary)
+
+
+def test_a_full_ring_keeps_the_device_at_work(tmp_path, monkeypatch):
+    """All are read but the one that is computed meanwhile."""
+    monkeypatch.setattr(Progress, "is_due", lambda line: False)
+    _, ring = train_in_ring(monkeypatch, settings(tmp_path, total_timesteps=50_000), slots=4)
+    assert ring.reads[0] == 2
+
+
+def test_where_a_row_cannot_be_written_nothing_is(tmp_path, monkeypatch):
+    config = settings(tmp_path, total_iterations=9, target_return=450.0)
+    log = Metrics.log
+
+    def full(metrics, row):
+        if row["iteration"] == 3:
+            raise OSError("no space left")
+        log(metrics, row)
+
+    monkeypatch.setattr(Metrics, "log", full)
+    with pytest.raises(OSError, match="no space left"):
         train_in_ring(monkeypatch, config)
     (run_dir,) = tmp_path.iterdir()
-    state = checkpoint.newest_valid(run_dir).read(checkpoint.STATE)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert state["counters"]["iteration"] == len(lines)
-    assert not state["stopping"]["solved"]
-    assert len(state["stopping"]["window"]) <= len(lines)
+    assert checkpoint.newest_valid(run_dir).iteration == len(left_by(run_dir)[0]) == 2
 
 
 def test_saves_and_lines_come_when_they_are_due(tmp_path, monkeypatch):

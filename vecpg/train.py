@@ -280,7 +280,7 @@ def _ring_outcomes(
         partial(_evaluated, config, run) if config.confirm else None,
         ring=ring,
         num_envs=config.num_envs,
-        is_over=lambda counters: _is_over(config, counters, False),
+        is_over=partial(_is_over, config),
         surely_more=lambda counters: _surely_more(config, run, counters),
         most=None if most is None else most - state.counters.iteration,
         goes_on=None if on_iteration is None else goes_on,
