@@ -234,6 +234,27 @@ def test_an_iteration_is_one_launch_and_nothing_waits(on):
     assert not on.waits
 
 
+def test_the_host_is_a_few_iterations_ahead(on, monkeypatch):
+    """What is long is waited for not long, and what is short keeps the device at work."""
+    together, _ = launched(config_of())
+    given, ahead, waited = [], [], [0]
+    synchronize = torch.cuda.Event.synchronize
+
+    def noting(event):
+        if event.at is not None:
+            waited[0] = max(waited[0], event.reached)
+        synchronize(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", noting)
+    for _ in range(60):
+        together.iterate()
+        on.given += 1  # as if this were a transfer of its own
+        given.append(on.given)
+        ahead.append(sum(each > waited[0] for each in given))
+    assert max(ahead) == 16
+    assert min(ahead[16:]) == 9
+
+
 def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
     config = config_of()
     wide, (policy, optimizer) = launched(config, count=13)
