@@ -347,6 +347,15 @@ def test_why_not(on, reason, changes):
     assert found == reason or reason in found
 
 
+def test_memory_that_torch_keeps_from_an_earlier_run_is_free(on, monkeypatch):
+    begun_one = begun(config := config_of())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    assert "of the 1.0 KB that are free" in why_not(config, *begun_one[:2])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+    assert why_not(config, *begun_one[:2]) is None
+
+
 def test_why_not_off_a_gpu(on):
     config = config_of()
     assert why_not(config, *begun(config, "cpu")[:2]) == "the environments are on cpu"

@@ -66,6 +66,18 @@ ALLOWED = {
         "vecpg.policy",
         "vecpg.rollout",
     },
+    "vecpg.fused": {
+        "vecpg.adam",
+        "vecpg.advantage",
+        "vecpg.config",
+        "vecpg.envs",
+        "vecpg.fused",
+        "vecpg.kernels",
+        "vecpg.memory",
+        "vecpg.noise",
+        "vecpg.policy",
+        "vecpg.rollout",
+    },
     "vecpg.run": {
         "vecpg.adam",
         "vecpg.config",

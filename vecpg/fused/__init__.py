@@ -75,7 +75,7 @@ def why_not(config: Config, envs: Any, policy: Policy, *, runs: int = 1) -> str 
     shape = shapes.shape_of(policy)
     memory = _memory_of(config, envs, shape, runs, torch.device("meta"))
     need = sum(each.nbytes for each in memory)
-    free = torch.cuda.mem_get_info(policy.device)[0]
+    free = graphs.room(policy.device)
     if 2 * need > free:
         return (
             f"the longest iteration takes {in_words(need)}, more than half of the"
