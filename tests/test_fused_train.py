@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -17,8 +18,9 @@ from twins import twins
 from vecpg import fused
 from vecpg.config import Config
 from vecpg.fused import Fused
+from vecpg.fused.lanes import Lane
 from vecpg.fused.memory import Entry
-from vecpg.population import RunsFailed, train_many
+from vecpg.population import RunsFailed, _Population, train_many
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.progress import Progress
@@ -226,6 +228,29 @@ def test_who_is_stopped_among_many_is_saved_and_goes_on(tmp_path, monkeypatch):
         results = train_many([replace(each, resume="auto") for each in configs])
     for result, other in zip(results, expected, strict=True):
         assert left_by(result.run_dir) == left_by(other.run_dir)
+
+
+def test_a_signal_while_they_are_started_stops_those_that_were(tmp_path, monkeypatch):
+    """One that has begun waits for room, which those that never start do not take from it."""
+    start, iterate, full = _Population._start, Lane.iterate, threading.Event()
+
+    def interrupted(population, place, *given):
+        if place == 1:
+            assert full.wait(30)
+            raise Interrupted(signal.SIGINT)
+        start(population, place, *given)
+
+    def noting(lane):
+        if lane.launched == 3:  # of 4 places one is for what the last iteration leaves
+            full.set()
+        iterate(lane)
+
+    monkeypatch.setattr(fused, "_MOST_BYTES", 0)
+    monkeypatch.setattr(_Population, "_start", interrupted)
+    monkeypatch.setattr(Lane, "iterate", noting)
+    configs = [settings(tmp_path, seed=seed, total_iterations=50) for seed in (1, 2, 3)]
+    with device(), pytest.raises(Interrupted):
+        train_many(configs)
 
 
 def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):

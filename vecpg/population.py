@@ -62,7 +62,9 @@ def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> 
 
     Parameters, optimizer, metrics.jsonl without the clock, and every count of a run are those of
     `train(config)`. Runs that are collected and learned in machine code go on side by side, one to
-    a core, from the first to the last; the others take turns, one after the other.
+    a core, from the first to the last. On a GPU those that follow each other, whose iterations are
+    made as a whole, and that have the same shape, have them made together, as many as there is
+    memory for. The others take turns, one after the other.
 
     Args:
         configs: one for each run. A run that is to go on has its `resume`; one that has come to
@@ -240,6 +242,7 @@ class _Population:
         with interrupts.held():
             thread.start()
             self._at_work[place] = told, thread
+            self._waiting = [each for each in self._waiting if each[0] != place]
 
     def _joins(
         self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
@@ -271,10 +274,11 @@ class _Population:
             ring.load(number, state.policy, state.optimizer, state.counters.iteration)
         own = lanes.share(ring, len(configs))
         together = {place for place, _, _ in self._waiting}
-        while self._waiting:
-            place, run, share = self._waiting.pop(0)
-            lane = own.pop(0)
+        # All before any is at work: one that is closed instead keeps none of them waiting.
+        for lane, (_, run, _) in zip(own, self._waiting, strict=True):
             run.closing.callback(lane.leave)
+        for lane in own:
+            place, run, share = self._waiting[0]
             self._start(place, run, interrupts, share, lane)
         while together & self._at_work.keys():
             self._wait(progress)
