@@ -230,6 +230,23 @@ def test_who_is_stopped_among_many_is_saved_and_goes_on(tmp_path, monkeypatch):
         assert left_by(result.run_dir) == left_by(other.run_dir)
 
 
+def test_what_cannot_be_made_keeps_no_other_run_from_its_end(tmp_path, monkeypatch):
+    init = Fused.__init__
+
+    def failing(ring, configs, *given):
+        if len(configs) == 2:
+            raise RuntimeError("out of registers")
+        init(ring, configs, *given)
+
+    monkeypatch.setattr(Fused, "__init__", failing)
+    one = settings(tmp_path, total_iterations=1)
+    configs = [one, replace(one, seed=4), replace(one, num_envs=5)]
+    with device(), pytest.raises(RunsFailed) as failed:
+        train_many(configs)
+    assert sorted(failed.value.failures) == [0, 1]
+    assert failed.value.results[2].summary["iterations"] == 1
+
+
 def test_a_signal_while_they_are_started_stops_those_that_were(tmp_path, monkeypatch):
     """One that has begun waits for room, which those that never start do not take from it."""
     start, iterate, full = _Population._start, Lane.iterate, threading.Event()

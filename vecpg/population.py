@@ -265,9 +265,16 @@ class _Population:
             return
         _, first, _ = self._waiting[0]
         configs = [self._configs[place] for place, _, _ in self._waiting]
-        with first.compilation:
-            envs = cast(TensorVectorEnv, first.envs)
-            ring = Fused(configs, envs, first.state.policy)
+        try:
+            with first.compilation:
+                envs = cast(TensorVectorEnv, first.envs)
+                ring = Fused(configs, envs, first.state.policy)
+        except Exception as error:
+            waiting, self._waiting = self._waiting, []
+            for place, run, _ in waiting:
+                self._close_failed(place, run, error)
+                self._take_in(place, error, progress)
+            return
         once(_log, f"iterations: {ring}")
         for number, (_, run, _) in enumerate(self._waiting):
             state = run.state
@@ -308,20 +315,23 @@ class _Population:
             with of_run(name), threads.using(lambda: self._threads_of(config)):
                 return conclude(config, run, advance(config, run, interrupts, share, None, lane))
         except BaseException as error:
-            run.closing.close()
-            run.files.lock.close()
-            if isinstance(error, Exception):
-                _log.error(
-                    "%s%s failed: %s: %s; saved after iteration %d; resume: %s",
-                    getattr(error, "trace", ""),
-                    name,
-                    type(error).__name__,
-                    error,
-                    run.files.saver.iteration,
-                    resume_command(relative(run.files.run_dir, run.here), config),
-                    exc_info=None if isinstance(error, _NAMED) else error,
-                )
+            self._close_failed(place, run, error)
             return error
+
+    def _close_failed(self, place: int, run: Run, error: BaseException) -> None:
+        run.closing.close()
+        run.files.lock.close()
+        if isinstance(error, Exception):
+            _log.error(
+                "%s%s failed: %s: %s; saved after iteration %d; resume: %s",
+                getattr(error, "trace", ""),
+                self.names[place],
+                type(error).__name__,
+                error,
+                run.files.saver.iteration,
+                resume_command(relative(run.files.run_dir, run.here), self._configs[place]),
+                exc_info=None if isinstance(error, _NAMED) else error,
+            )
 
     def _threads_of(self, config: Config) -> int:
         """How many threads the kernels of a run have: towards the end there are more for each."""
