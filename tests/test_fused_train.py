@@ -270,7 +270,7 @@ def test_a_signal_while_they_are_started_stops_those_that_were(tmp_path, monkeyp
         train_many(configs)
 
 
-def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
+def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch, caplog):
     made, init, why_not = [], Fused.__init__, fused.why_not
 
     def counting(ring, configs, *given):
@@ -283,9 +283,10 @@ def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
         "why_not",
         lambda *given, runs=1: "it takes too much" if runs > 2 else why_not(*given, runs=runs),
     )
-    with device():
+    with device(), caplog.at_level("INFO"):
         train_many([settings(tmp_path, seed=seed, total_iterations=1) for seed in range(1, 6)])
     assert made == [2, 2, 1]
+    assert caplog.text.count("iterations: not of all runs at once: it takes too much") == 1
 
 
 def test_other_settings_go_step_by_step_and_it_is_said(tmp_path, caplog):

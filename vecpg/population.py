@@ -254,8 +254,10 @@ class _Population:
         if waiting:
             runs = len(waiting) + 1
             given = config, run.envs, run.state.policy
-            together = [*waiting, config]
-            if fused.why_not_together(together) or fused.why_not(*given, runs=runs):
+            reason = fused.why_not_together([*waiting, config])
+            reason = reason or fused.why_not(*given, runs=runs)
+            if reason is not None:
+                once(_log, f"iterations: not of all runs at once: {reason}")
                 self._go_together(interrupts, progress)
         return True
 

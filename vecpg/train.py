@@ -180,7 +180,7 @@ def advance(
             while not outcomes.ended:
                 ring.iterate()  # all of what `_iterate` does, in one CUDA graph
                 outcomes.catch_up(interrupts, progress, full=not ring.room)
-                ring.release(outcomes.read - 1)
+                ring.release(outcomes.committed - 1)
         final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
             with clock.evaluation():

@@ -89,7 +89,7 @@ class RingOutcomes(Outcomes):
         self._is_over, self._surely_more, self._most = is_over, surely_more, most
         self._goes_on = goes_on
         # So many of the ring's iterations are committed.
-        self.read = 0
+        self.committed = 0
         self.ended = is_over(state.counters, state.stopping.solved)
 
     @property
@@ -98,7 +98,7 @@ class RingOutcomes(Outcomes):
         if self.ended:
             return 0
         launched = self._ring.launched
-        return (launched if self._most is None else min(launched, self._most)) - self.read
+        return (launched if self._most is None else min(launched, self._most)) - self.committed
 
     def catch_up(
         self, interrupts: Interrupts | Told, progress: Progress | Share, *, full: bool
@@ -165,17 +165,17 @@ class RingOutcomes(Outcomes):
     def _take_in(self, count: int, judge: Judge | None) -> tuple[list[Row], Exception | None]:
         """Rows up to where the run ends, or to what kept the next one from being taken in.
 
-        Nothing is read until it is written: whatever interrupts this, it can be done again.
+        Until they are written nothing is committed: whatever interrupts this, it can be done again.
         """
         run = self._ring.run
-        entries, stamps = map(torch.from_numpy, self._ring.read(self.read, count))
+        entries, stamps = map(torch.from_numpy, self._ring.read(self.committed, count))
         rows: list[Row] = []
         counters, stopping = self._state.counters, self._state.stopping
         last = _lap(stamps[-1, run])
         for k in range(count):
             outcome = self._outcome(counters, entries[k, run], stamps[k, run])
             if count > 1:
-                outcome = outcome._replace(acted=self._ring.acted(run, self.read + k))
+                outcome = outcome._replace(acted=self._ring.acted(run, self.committed + k))
             self._draft.stopping = stopping.copy()
             numbers = [each.item() for each in outcome.numbers()]
             try:
@@ -216,11 +216,11 @@ class RingOutcomes(Outcomes):
     def _write(self, rows: list[Row]) -> None:
         if not rows:
             return
-        draft, last = self._draft, self.read + len(rows) - 1
+        draft, last = self._draft, self.committed + len(rows) - 1
         self._ring.restore(self._ring.run, last, draft.policy, draft.optimizer)
         self.ended = True  # where a row cannot be written nothing is written after it
         super()._write(rows)
-        self.read = last + 1
+        self.committed = last + 1
         self.ended = self._is_over(draft.counters, draft.stopping.solved)
 
 
