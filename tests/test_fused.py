@@ -234,6 +234,35 @@ def test_an_iteration_is_one_launch_and_nothing_waits(on):
     assert not on.waits
 
 
+def test_reading_waits_for_the_last_it_reads_and_for_no_later_one(on, monkeypatch):
+    """On a stream of its own, where nothing else makes it wait."""
+    done, waits, copies = {}, [], []
+    record, copy_ = torch.cuda.Event.record, torch.Tensor.copy_
+
+    def recording(event, stream=None):
+        done[event] = on.operations.of(kind="graph")
+        record(event, stream)
+
+    def copying(to, *given, **named):
+        if named.get("non_blocking"):
+            copies.append(torch.cuda.current_stream())
+        return copy_(to, *given, **named)
+
+    together, _ = launched(config_of())
+    on.clear()
+    monkeypatch.setattr(torch.cuda.Event, "record", recording)
+    for _ in range(7):
+        together.iterate()
+    waiting = lambda stream, event: waits.append((stream, done[event]))  # noqa: E731
+    monkeypatch.setattr(torch.cuda.Stream, "wait_event", waiting)
+    monkeypatch.setattr(torch.Tensor, "copy_", copying)
+    together.read(2, 3)
+    ((stream, number),) = waits
+    assert number == 5
+    assert stream is not torch.cuda.current_stream()
+    assert copies == [stream, stream]
+
+
 def test_the_host_is_a_few_iterations_ahead(on, monkeypatch):
     """What is long is waited for not long, and what is short keeps the device at work."""
     together, _ = launched(config_of())
