@@ -343,6 +343,7 @@ def test_what_cannot_be_is_refused(on, monkeypatch):
     together.iterate()
     together.iterate()
     together.release(0)
+    together.release(-1)  # what was released stays so
     for wrong in (
         lambda: together.read(0, 2),
         lambda: together.read(1, 2),

@@ -206,8 +206,11 @@ def test_who_looks_at_each_iteration_sees_its_policy_and_may_end_the_run(tmp_pat
 def test_what_is_not_finite_ends_the_run_with_what_came_before(tmp_path, monkeypatch, target):
     """Whatever comes after it: that would be finite here."""
     config = settings(tmp_path, total_iterations=9, target_return=target)
-    with pytest.raises(FloatingPointError, match="iteration 4: the gradient's norm is nan"):
+    with pytest.raises(
+        FloatingPointError, match="iteration 4: the gradient's norm is nan"
+    ) as error:
         train_in_ring(monkeypatch, config, spoiled=3, slots=32)
+    assert error.value.__context__ is None  # it is found once
     (run_dir,) = tmp_path.iterdir()
     expected = story.train(settings(tmp_path / "other", total_iterations=3, target_return=target))
     assert left_by(run_dir) == left_by(expected.run_dir)
