@@ -8,7 +8,7 @@ from pretend import pretended
 from vecpg import fused
 from vecpg.adam import Adam
 from vecpg.advantage import advantages
-from vecpg.config import Config
+from vecpg.config import Config, flag
 from vecpg.envs import make_envs
 from vecpg.fused import Fused, why_not, why_not_together
 from vecpg.fused.memory import Entry, Memory, Stamp, Tally, make_memory
@@ -381,9 +381,11 @@ def test_memory_that_torch_keeps_from_an_earlier_run_is_free(on, monkeypatch):
     begun_one = begun(config := config_of())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     assert "of the 1.0 KB that are free" in why_not(config, *begun_one[:2])
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+    need = sum(each.nbytes for each in Fused([config], *begun_one[:2])._memory)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
-    assert why_not(config, *begun_one[:2]) is None
+    for kept, refused in ((2 * need - 1000, False), (2 * need - 1001, True)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: 10**9 + kept)
+        assert (why_not(config, *begun_one[:2]) is not None) == refused
 
 
 def test_why_not_off_a_gpu(on):
@@ -401,6 +403,20 @@ def test_why_not_together():
     assert why_not_together([config, config_of(shards=1)]) is None
     other = config_of(shards=2)
     assert why_not_together([config, config, other]) == "they differ in --shards: 1 and 2"
+    for name, value in {
+        "env_id": "Pendulum-v1",
+        "env_kwargs": {"g": 9.0},
+        "max_episode_steps": 13,
+        "num_envs": 7,
+        "num_steps": 11,
+        "device": "cuda:1",
+        "network": "mlp",
+        "hidden_sizes": (8, 8),
+        "activation": "relu",
+        "weights": "full_return",
+        "baseline": "none",
+    }.items():
+        assert f"differ in {flag(name)}:" in why_not_together([config, config_of(**{name: value})])
 
 
 # -- Kernels and their twins ---------------------------------------------------------------------
