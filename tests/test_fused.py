@@ -309,6 +309,15 @@ def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
     assert_same(bits(*state), wanted)
 
 
+def test_there_are_as_many_places_as_fit(on, monkeypatch):
+    together, _ = launched(config_of())
+    memory, places = together._memory, together.room + 1
+    rings = memory.keys, memory.scalars, memory.states, memory.entries, memory.stamps
+    assert places == 256
+    monkeypatch.setattr(fused, "_MOST_BYTES", 20 * sum(each.nbytes for each in rings) // places)
+    assert launched(config_of())[0].room + 1 == 16
+
+
 def test_a_state_comes_back_as_it_was(on):
     config = config_of(**PENDULUM)
     _, policy, optimizer = begun(config, "cpu")
