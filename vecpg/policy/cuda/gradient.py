@@ -378,18 +378,18 @@ def _of_box(out, taken, raw, weight, bonus, ACTIONS: tl.constexpr):
     return minus_log_pi, entropy, weight * distance * inverse * -1.0, spread
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _activation(x, TANH: tl.constexpr):
     return fast_tanh(x) if TANH else tl.maximum(x, 0.0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _slope(d, y, TANH: tl.constexpr):
     """From what the sum gains from activations y to what it gains from what they are made of."""
     return d * (1.0 - y * y) if TANH else tl.where(y > 0.0, d, 0.0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _split(x, PRECISION: tl.constexpr):
     """What tensor cores read of a float32, its first 11 bits, and what they leave."""
     if PRECISION == "ieee":
@@ -401,7 +401,7 @@ def _split(x, PRECISION: tl.constexpr):
     return high, low
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _product(high, low, other_high, other_low, PRECISION: tl.constexpr):
     """Of two split matrices, the smallest parts first: low * low is left out."""
     if PRECISION == "ieee":
