@@ -196,20 +196,20 @@ def check_it_is_the_twins():
     gradient.sum_gradient(memory, shape_of(policy))
     row = memory.parts[0, 0, :, : shape_of(policy).size].sum(0)
     twin = by_twin(memory, policy)
-    assert (row - twin).norm() <= 3e-7 * twin.norm()
+    assert (row - twin).norm() <= 4e-7 * twin.norm()
 
 
 # -- In plain torch -------------------------------------------------------------------------------
 
 
 def split(x):
-    high = (x.view(torch.int32) & -8192).view(torch.float32)
+    high = ((x.view(torch.int32) + 4096) & -8192).view(torch.float32)
     return high, x - high
 
 
 def tf32(x):
     """The bits of it that a tensor core reads."""
-    return split(x)[0]
+    return (x.view(torch.int32) & -8192).view(torch.float32)
 
 
 def product(x, y, products=3):
@@ -256,8 +256,8 @@ def test_the_twin_equals_autograd():
         float((by_twin(memory, policy, products) - wanted).norm() / wanted.norm())
         for products in (3, 2, 1)
     ]
-    assert errors[0] < 1e-6
-    assert errors[1] > 1e-5
+    assert errors[0] < 4e-7
+    assert errors[1] > 1e-4
     assert errors[2] > 1e-4
 
 
