@@ -221,3 +221,13 @@ def log(x):
 def is_finite(x):
     """Whether a number is neither NaN nor infinite."""
     return tl.abs(x) < float("inf")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def stamp(place, CLOCK: tl.constexpr):
+    """Store at a place, int64, when this is: nanoseconds of the GPU's clock.
+
+    Without `CLOCK` nothing is stored: Triton's interpreter has none.
+    """
+    if CLOCK:
+        tl.store(place, tl.extra.cuda.globaltimer())
