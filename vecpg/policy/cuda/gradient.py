@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vecpg.fused.memory import Memory, Setting, Stamp, Tally
-from vecpg.kernels.cuda import exp, fast_tanh, log
+from vecpg.kernels.cuda import exp, fast_tanh, log, stamp
 from vecpg.policy.distributions import LOG_STD_RANGE
 from vecpg.policy.shape import MOST_OUTPUTS, Shape
 
@@ -143,9 +143,8 @@ def _sum_gradient(
     part, shard, run = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_parts, shards, runs = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     slot = tl.load(at) % num_slots
-    if CLOCK and part + shard == 0:
-        place = stamps + (slot * runs + run) * _STAMPS + _UPDATE
-        tl.store(place, tl.extra.cuda.globaltimer())
+    if part + shard == 0:
+        stamp(stamps + (slot * runs + run) * _STAMPS + _UPDATE, CLOCK)
 
     count = tl.maximum(_total(tallies + run * num_blocks * _TALLIES + _COUNTED, num_blocks), 1.0)
     divisor = tl.load(settings + run * _SETTINGS + _DIVISOR)
@@ -380,7 +379,7 @@ def _of_box(out, taken, raw, weight, bonus, ACTIONS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _activation(x, TANH: tl.constexpr):
-    return fast_tanh(x) if TANH else tl.maximum(x, 0.0)
+    return fast_tanh(x) if TANH else tl.where(x < 0.0, 0.0, x)  # NaN stays
 
 
 @triton.jit  # type: ignore[untyped-decorator]

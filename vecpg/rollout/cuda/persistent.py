@@ -142,9 +142,7 @@ def _kernel(definition: type[Definition], num_variables: int, shape: Shape) -> A
 
 
 @triton.jit
-def _row_before(
-    reward, flag, gamma, earned, paid, total, lowest, highest, lengths, most
-):
+def _row_before(reward, flag, gamma, earned, paid, total, lowest, highest, lengths, most):
     """What comes of a row on the way back: of its episode `earned`, with discounts, and `paid`.
 
     A row that does not count is before every episode.
