@@ -5,8 +5,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs triton, which is for Linux")
 
+from gpu_kernels import compiling, resources  # noqa: E402
 from gpu_kernels import interpret as in_interpreter  # noqa: E402
-from gpu_kernels import resources  # noqa: E402
 from test_advantage import RAGGED, by_hand, make_rollout  # noqa: E402
 from test_returns_cuda import Recorder, needs_gpu, unfilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -90,6 +90,48 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turn
         assert error <= close * scale, (length, num_envs, dtype, seed, others, error)
 
 
+def make_runs(runs, length, num_envs, seed, masked=0.2, done=0.2):
+    """Weights, mask, and ends, NaN where masked."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(runs, length, num_envs, generator=g) >= masked
+    dones = torch.rand(runs, length, num_envs, generator=g) < done
+    weights = 10 * torch.randn(runs, length, num_envs, generator=g)
+    return weights.masked_fill(~mask, math.nan), mask, dones
+
+
+def found_of_runs(mask, dones, device="cpu"):
+    """As `find` gives it, of each run; behind that are places that are none."""
+    each = [cuda.find(*pair) for pair in zip(mask.to(device), dones.to(device), strict=True)]
+    starts, stops, numbers, longest = (torch.stack(all_of) for all_of in zip(*each, strict=True))
+    none = torch.arange(starts.shape[1], device=device)[:, None] >= numbers[:, None]
+    window = int(numbers.max())
+    columns = [one.masked_fill(none, 10**6)[:, :window].contiguous() for one in (starts, stops)]
+    return cuda.Found(*columns, numbers, longest)
+
+
+def check_runs(device, runs, length, num_envs, shards, seed, others, **kinds):
+    weights, mask, dones = make_runs(runs, length, num_envs, seed, **kinds)
+    found = found_of_runs(mask, dones, device)
+    num_ages = int(found.longest.max()) + seed % 3
+    result = weights.to(device, copy=True)
+    cuda.subtract_mean_of_runs(result, found, num_ages, others=others, shards=shards)
+    result = result.cpu()
+    assert result[~mask].isnan().all()
+    for r in range(runs):
+        own = [each[r].chunk(shards, dim=1) for each in (weights, mask, dones)]
+        exact = [(w.clone(), m, e) for w, m, e in zip(*own, strict=True)]
+        sums = ages.add_by_age([reference.sums_by_age(*each) for each in exact])
+        alone = [tuple(each.to(device, copy=True) for each in one) for one in exact]
+        same = ages.add_by_age([cuda.sums_by_age(*each) for each in alone])
+        for one, other in zip(exact, alone, strict=True):
+            reference.subtract_mean_by_age(*one, sums, others)
+            cuda.subtract_mean_by_age(*other, same, others)
+        found_of_run, counted = result[r], mask[r]
+        expected, bits = (torch.cat([w for w, _, _ in many], dim=1) for many in (exact, alone))
+        torch.testing.assert_close(found_of_run[counted], expected[counted], rtol=1e-6, atol=1e-5)
+        assert torch.equal(found_of_run[counted], bits.cpu()[counted])
+
+
 # In the interpreter, which has to be chosen before the kernels are read: in a process of its own.
 
 
@@ -111,6 +153,10 @@ def interpret():
     check_case("cpu", 13, 9, torch.float32, 4)
     check_case("cpu", 12, 5, torch.float32, 6, masked=0.0, done=0.0)
     check_case("cpu", 8, 5, torch.float32, 7, done=1.0)
+    check_runs("cpu", 2, 6, 10, 2, 9, others=True)
+    check_runs("cpu", 2, 7, 9, 1, 10, others=False, masked=0.0)
+    check_runs("cpu", 1, 5, 6, 3, 11, others=True)
+    check_runs("cpu", 1, 2, 1, 1, 12, others=True, done=1.0)
     cuda._AGES, cuda._ENVS, cuda._ROWS = 32, 32, 64
     check_case("cpu", 70, 35, torch.float32, 8)
 
@@ -118,7 +164,7 @@ def interpret():
 def poisoned(self, *size, dtype=None, device=None):
     size = size[0] if isinstance(size[0], tuple) else size
     dtype = dtype or self.dtype
-    return torch.full(size, math.nan if dtype.is_floating_point else 99, dtype=dtype)
+    return torch.full(tuple(size), math.nan if dtype.is_floating_point else 99, dtype=dtype)
 
 
 # Compiled, as launched, without a GPU.
@@ -180,6 +226,42 @@ def test_compiled(capability, monkeypatch):
     assert len(compiled) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_runs_are_compiled(capability, monkeypatch):
+    weights = unfilled((3, 600, 4096))
+    episodes, numbers = unfilled((3, 100, 4096), torch.int32), unfilled((3, 4096), torch.int32)
+    found = cuda.Found(episodes, episodes, numbers, numbers)
+    clock = dict(at=unfilled(1, torch.int64), stamps=unfilled((8, 3, 4), torch.int64)[..., 1])
+    with compiling(monkeypatch, capability) as kernels:
+        cuda.subtract_mean_of_runs(weights, found, 500, others=True, shards=2, **clock)
+    assert len(kernels) == 3
+    assert "%globaltimer" in kernels[0].asm["ptx"]
+    for kernel in kernels:
+        used = resources(kernel)
+        assert (used["LOCAL"], used["STACK"]) == (0, 0)
+        assert used["REG"] <= 128
+        assert "atom" not in kernel.asm["ptx"]
+        assert "red.global" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_runs_are_three_launches_of_any_size(monkeypatch, shards):
+    """And of which kind depends on no size, and on none of the addresses."""
+
+    def launch(runs, capacity, num_envs, num_ages, others=False):
+        weights = unfilled((runs, capacity, num_envs))
+        episodes = unfilled((runs, capacity, num_envs), torch.int32)
+        numbers = unfilled((runs, num_envs), torch.int32)
+        found = cuda.Found(episodes, episodes, numbers, numbers)
+        cuda.subtract_mean_of_runs(weights, found, num_ages, others=others, shards=shards)
+
+    first = given(launched(monkeypatch, lambda: launch(1, 500, 4096, 200)))
+    assert [name for name, *_ in first] == ["_add", "_add_parts", "_subtract"]
+    for other in ((64, 16, 16, 1), (2, 17, 36, 5)):
+        assert given(launched(monkeypatch, lambda other=other: launch(*other))) == first
+
+
 def test_sizes_are_arguments(monkeypatch):
     """Rollouts of other lengths, or elsewhere in memory, do not compile anew."""
     first = given(launched(monkeypatch, lambda: launch(500, 4096)))
@@ -205,9 +287,9 @@ def test_how_sums_are_cut_depends_on_the_shape_alone(monkeypatch):
             )
         recorders[shape] = grids
     assert recorders == {
-        (5, 1): [(1,), (1, 1), (1, 2)],
-        (500, 33): [(2,), (16, 2), (16, 2)],
-        (7, 10**7): [(312500,), (1, 256), (1, 2)],
+        (5, 1): [(1,), (1, 1, 1), (1, 2, 1)],
+        (500, 33): [(2,), (16, 2, 1), (16, 2, 1)],
+        (7, 10**7): [(312500,), (1, 256, 1), (1, 2, 1)],
     }
 
 
@@ -325,3 +407,18 @@ def test_on_a_gpu_they_are_the_reference(shape):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert torch.equal(sums, cuda.sums_by_age(weights, mask, dones))
     assert torch.equal(expected, reference.sums_by_age(weights, mask, dones))
+
+
+@needs_gpu
+@pytest.mark.parametrize("others", [True, False])
+def test_on_a_gpu_runs_are_each_as_alone(others):
+    check_runs("cuda", 3, 130, 132, 2, 1, others)
+    stamps, at = torch.zeros(4, 3, 2, dtype=torch.int64, device="cuda"), torch.tensor([6])
+    mask, dones = make_runs(3, 40, 33, 2)[1:]
+    found = found_of_runs(mask, dones, "cuda")
+    weights = torch.ones(3, 40, 33, device="cuda")
+    cuda.subtract_mean_of_runs(
+        weights, found, 40, others=others, at=at.cuda(), stamps=stamps[..., 1]
+    )
+    assert stamps[2, :, 1].all()
+    assert stamps.count_nonzero() == 3

@@ -70,6 +70,7 @@ ALLOWED = {
         "vecpg.adam",
         "vecpg.config",
         "vecpg.evaluate",
+        "vecpg.fused",
         "vecpg.kernels",
         "vecpg.machine",
         "vecpg.policy",

@@ -14,7 +14,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from vecpg import memory
+from vecpg import fused, memory
 from vecpg.adam import Adam
 from vecpg.advantage import prepare_advantages
 from vecpg.config import Config, ConfigError
@@ -28,7 +28,7 @@ from vecpg.look import video
 from vecpg.machine import hardware, versions
 from vecpg.policy import Policy
 from vecpg.policy.network import drawn_from
-from vecpg.rollout import Collector, choose_collector
+from vecpg.rollout import Collector, choose_collector, stepping
 from vecpg.rollout.statistics import prepare_statistics
 from vecpg.run import files
 from vecpg.run.files import Files, Source
@@ -48,6 +48,7 @@ _MANY_ENVS = 1_000_000
 class Settled:
     """What is settled of a run before it has a directory.
 
+    apart: why its iterations go step by step, by collector and learner, and not as a whole.
     state: nothing of it has changed.
     """
 
@@ -58,6 +59,7 @@ class Settled:
     judge: VectorEnv[Any, Any, Any]
     collector: Collector
     learner: Learner
+    apart: str | None
     compilation: Compilation
     state: TrainState
 
@@ -181,7 +183,12 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         )
     if device.type == "cpu":  # elsewhere it is said once it is known what graphs can hold
         once(_log, f"collecting: {collector}")
-    once(_log, f"gradient: {learner}")
+    # Why its iterations are not made as a whole, each by a few kernels; None: they are.
+    apart: str | None = "it is on the CPU"
+    if device.type != "cpu":
+        apart = fused.why_not(config, envs, policy)
+    if apart is not None:
+        once(_log, f"gradient: {learner}")
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         once(_log, "baseline leave_one_out: with one environment it equals none")
     if policy.encoder.network == "cnn" and config.learning_rate > _MOST_OF_CONVOLUTIONS:
@@ -193,15 +200,18 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
     compilation = Compilation()
     with compilation:
         # What the first iteration would wait for is no part of its time.
-        if device.type == "cpu":
-            window = config.num_steps, config.resolved_shards
-            collector = collector.prepare(envs, policy, *window)
-        else:  # again once it is known who acts
-            collector.prepare(envs, policy)
-        learner.prepare(policy)
-        limit = config.max_episode_steps or spec.max_episode_steps or 1
-        prepare_advantages(device, config, 2 * config.num_steps + limit)
-        prepare_statistics(device)
+        if apart is None:
+            stepping.prepare()  # evaluation steps
+        else:
+            if device.type == "cpu":
+                window = config.num_steps, config.resolved_shards
+                collector = collector.prepare(envs, policy, *window)
+            else:  # again once it is known who acts
+                collector.prepare(envs, policy)
+            learner.prepare(policy)
+            limit = config.max_episode_steps or spec.max_episode_steps or 1
+            prepare_advantages(device, config, 2 * config.num_steps + limit)
+            prepare_statistics(device)
         if not config.action_masks:  # what masks them is in torch
             prepare_evaluation(policy)
     judge = make_judge(
@@ -225,6 +235,7 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         judge=judge,
         collector=collector,
         learner=learner,
+        apart=apart,
         compilation=compilation,
         state=TrainState(policy, optimizer, critic, stopping),
     )

@@ -177,6 +177,11 @@ class Stream:
         """
         return np.array([self.seed & WORD, self.seed >> 32, self.iteration, purpose], np.uint64)
 
+    def device_key(self) -> list[int]:
+        """What `KeyedNoise` takes of it while training: start states are its reset's own."""
+        start_seed = self.common_seed(Purpose.TRAINING_RESET)
+        return [self.seed & WORD, self.seed >> 32, self.iteration, start_seed, 0, self.first_env]
+
 
 def _as_uniforms(words: Tensor) -> Tensor:
     """32-bit words as numbers in [0, 1)."""

@@ -6,15 +6,21 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
+from typing import cast
 
 import torch
 
+from vecpg import fused
 from vecpg.begin import Run, begin, check, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
+from vecpg.envs.tensor import TensorVectorEnv
+from vecpg.fused import Fused, lanes
+from vecpg.fused.lanes import Lane
 from vecpg.kernels import threads
-from vecpg.kernels.announce import anew, of_run
+from vecpg.kernels.announce import anew, of_run, once
 from vecpg.kernels.cores import cores
 from vecpg.run.interrupts import Interrupted, Interrupts, Told
 from vecpg.run.progress import PopulationProgress, Share
@@ -147,6 +153,8 @@ class _Population:
         self._configs, self._on_result = configs, on_result
         self._at_once = max(map(_kernel_threads, configs))
         self._one_was_begun = False
+        # Begun, on a GPU, and of equal shape: their iterations will be made together.
+        self._waiting: list[tuple[int, Run, Share]] = []
         self._at_work: dict[int, tuple[Told, threading.Thread]] = {}
         self._ended: SimpleQueue[tuple[int, TrainResult | BaseException]] = SimpleQueue()
 
@@ -161,9 +169,13 @@ class _Population:
             for place in range(len(self._configs)):
                 with of_run(self.names[place]):
                     self._begin(place, interrupts, progress)
+            self._go_together(interrupts, progress)
             while self._at_work:
                 self._wait(progress)
         except BaseException as error:
+            for _, run, _ in self._waiting:
+                run.closing.close()
+                run.files.lock.close()
             signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
             for told, _ in self._at_work.values():
                 told.stop(signum)
@@ -187,15 +199,13 @@ class _Population:
             return
         self._one_was_begun = True
         share = progress.share(place, run.state.counters.env_steps)
-
-        def save() -> None:
-            run.files.saver.save(run.state)
-            if run.device.type != "cpu":  # which may be iterations ahead of the state
-                run.files.saver.save_again()
+        if self._joins(config, run, interrupts, progress):
+            self._waiting.append((place, run, share))
+            return
 
         def save_all() -> None:
             self.ask_to_save()
-            save()
+            _save(run)
 
         if not _is_served(config, run):
             with Interrupts(save_all) as own:
@@ -211,32 +221,88 @@ class _Population:
             run.closing.close()
             run.files.lock.close()
             raise
-        told = Told(save)
+        self._start(place, run, interrupts, share)
+
+    def _start(
+        self,
+        place: int,
+        run: Run,
+        interrupts: Interrupts,
+        share: Share,
+        lane: Lane | None = None,
+    ) -> None:
+        """Have a run go on in a thread of its own."""
+        told = Told(partial(_save, run))
         thread = threading.Thread(
-            target=lambda: self._ended.put((place, self._outcome(place, run, told, share))),
+            target=lambda: self._ended.put((place, self._outcome(place, run, told, share, lane))),
             name=f"vecpg-run-{place}",
         )
         with interrupts.held():
             thread.start()
             self._at_work[place] = told, thread
 
+    def _joins(
+        self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
+    ) -> bool:
+        """Whether a run's iterations will be made with others'; first those that wait may go."""
+        if run.apart is not None:
+            return False
+        waiting = [self._configs[place] for place, _, _ in self._waiting]
+        if waiting:
+            runs = len(waiting) + 1
+            given = config, run.envs, run.state.policy
+            together = [*waiting, config]
+            if fused.why_not_together(together) or fused.why_not(*given, runs=runs):
+                self._go_together(interrupts, progress)
+        return True
+
+    def _go_together(self, interrupts: Interrupts, progress: PopulationProgress) -> None:
+        """Bring those that wait to their end, side by side."""
+        if not self._waiting:
+            return
+        _, first, _ = self._waiting[0]
+        configs = [self._configs[place] for place, _, _ in self._waiting]
+        with first.compilation:
+            envs = cast(TensorVectorEnv, first.envs)
+            ring = Fused(configs, envs, first.state.policy)
+        once(_log, f"iterations: {ring}")
+        for number, (_, run, _) in enumerate(self._waiting):
+            state = run.state
+            ring.load(number, state.policy, state.optimizer, state.counters.iteration)
+        own = lanes.share(ring, len(configs))
+        together = {place for place, _, _ in self._waiting}
+        while self._waiting:
+            place, run, share = self._waiting.pop(0)
+            lane = own.pop(0)
+            run.closing.callback(lane.leave)
+            self._start(place, run, interrupts, share, lane)
+        while together & self._at_work.keys():
+            self._wait(progress)
+
     def _wait(self, progress: PopulationProgress) -> None:
         """Take in what the next of the runs at work comes to."""
         place, outcome = self._ended.get()
         self._at_work.pop(place)[1].join()
+        if isinstance(outcome, TrainResult):
+            film_if_asked(self._configs[place], outcome)
         self._take_in(place, outcome, progress)
 
     @threads.torch_using(1)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _outcome(
-        self, place: int, run: Run, interrupts: Interrupts | Told, share: Share
+        self,
+        place: int,
+        run: Run,
+        interrupts: Interrupts | Told,
+        share: Share,
+        lane: Lane | None = None,
     ) -> TrainResult | BaseException:
         """What a run comes to: its result, or what it raised."""
         config, name = self._configs[place], self.names[place]
         try:
             with of_run(name), threads.using(lambda: self._threads_of(config)):
-                return conclude(config, run, advance(config, run, interrupts, share))
+                return conclude(config, run, advance(config, run, interrupts, share, None, lane))
         except BaseException as error:
             run.closing.close()
             run.files.lock.close()
@@ -280,6 +346,12 @@ def _let_go(error: BaseException) -> None:
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
+
+
+def _save(run: Run) -> None:
+    run.files.saver.save(run.state)
+    if run.device.type != "cpu":  # which may be iterations ahead of the state
+        run.files.saver.save_again()
 
 
 def _is_served(config: Config, run: Run) -> bool:

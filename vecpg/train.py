@@ -2,12 +2,13 @@
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from vecpg.advantage import advantages
 from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure
+from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.evaluate import EvalResult, evaluate_in
+from vecpg.fused import Fused
+from vecpg.fused.lanes import Lane
 from vecpg.kernels import threads
 from vecpg.kernels.announce import anew, once, whose
 from vecpg.kernels.cores import cores
@@ -31,9 +35,10 @@ from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
 from vecpg.run.directory import write_json
 from vecpg.run.interrupts import Interrupts, Told
-from vecpg.run.outcomes import Outcome, Outcomes
+from vecpg.run.outcomes import Outcome, Outcomes, Row
 from vecpg.run.progress import Progress, Share
 from vecpg.run.resume import find_run, read_json, resume_command
+from vecpg.run.ring import Ring, RingOutcomes
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import parameters
 from vecpg.update import UpdateStats, update
@@ -150,81 +155,160 @@ def advance(
     interrupts: Interrupts | Told,
     progress: Progress | Share,
     on_iteration: OnIteration | None = None,
+    ring: Fused | Lane | None = None,
 ) -> Ending:
     """Iterate until the run is at its end; however that comes, the run is saved and closed.
+
+    Args:
+        config: of the run.
+        run: as `begin` left it.
+        interrupts: what reaches it.
+        progress: what it is shown by.
+        on_iteration: as `train`.
+        ring: what computes its iterations, with others; None: it goes by itself.
 
     Raises:
         as `train`.
     """
     with _running(config, run, interrupts) as clock:
-        envs, state, draft = run.envs, run.state, run.state.draft()
-        judge = partial(_evaluated, config, run) if config.confirm else None
-        outcomes = Outcomes(state, draft, clock, run.files.metrics, judge)
-        run.closing.callback(outcomes.settle)
-        on_host = run.device.type == "cpu"
-        # Where nobody decides by what an iteration came to, the host need not wait for a GPU.
-        ahead = not on_host and state.stopping.target is None and on_iteration is None
-        acting = draft.policy if ahead else state.policy
-        collector = run.collector
-        if not on_host:
-            collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
-            once(_log, f"collecting: {collector}")
-        ending = _is_over(config, state.counters, state.stopping.solved)
-        while not ending:
-            with clock.phase("collect"):  # N environments, whole episodes, (T, N)
-                rollout = collect(
-                    envs,
-                    acting,
-                    num_steps=config.num_steps,
-                    seed=config.seed,
-                    iteration=draft.counters.iteration,
-                    shards=config.resolved_shards,
-                    backend=collector,
-                    wait=on_host,
-                )
-            acted = parameters(acting) if ahead else None
-            with interrupts.held():
-                episodes = episode_statistics(rollout, config.resolved_shards)
-                _count(draft, rollout, episodes)
-                with clock.phase("returns"):  # weights minus baseline, (T, N)
-                    values, final_values = predict(draft.critic, rollout, config.resolved_shards)
-                    weights = advantages(rollout, config, values, final_values)
-                with clock.phase("update"):  # one batched gradient step
-                    stats = update(
-                        draft.policy,
-                        draft.optimizer,
-                        rollout,
-                        weights,
-                        config,
-                        backend=run.learner,
-                        wait=on_host,
-                    )
-                    fitted = fit(draft.critic, rollout, final_values, config, wait=on_host)
-                outcomes.add(_outcome(draft, rollout, episodes, stats, fitted, clock, acted))
-            del rollout, weights, values  # there is never more than one
-            ending = _is_over(config, draft.counters, False)
-            due = progress.is_due() or run.files.saver.is_due() or outcomes.full
-            if ahead and not ending and not due:
-                continue
-            row = outcomes.commit(interrupts)
-            # Signals reach it: it may take its time, and the iteration is committed.
-            stopped = on_iteration is not None and _is_false(
-                on_iteration(dict(row), copy.deepcopy(state.policy))
-            )
-            ending = stopped or ending or state.stopping.solved
-            with interrupts.held():
-                progress.show(row, last=ending)
-                if not ending:
-                    run.files.saver.save_if_due(state)
-        wall_seconds = clock.without_evaluations()
-        final = state.stopping.evaluation
+        ring = ring or _fused(config, run)
+        if ring is None:
+            _iterate(config, run, clock, interrupts, progress, on_iteration)
+        else:
+            outcomes = _ring_outcomes(config, run, clock, ring, on_iteration)
+            clock.start()
+            while not outcomes.ended:
+                ring.iterate()  # all of what `_iterate` does, in one CUDA graph
+                outcomes.catch_up(interrupts, progress, full=not ring.room)
+                ring.release(outcomes.read - 1)
+        final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
             with clock.evaluation():
-                final = _evaluated(config, run, state.policy, state.counters.iteration)
+                final = _evaluated(config, run, run.state.policy, run.state.counters.iteration)
             points = {"eval/episodic_return": final.return_mean}
-            run.files.metrics.draw(points, state.counters.env_steps)
+            run.files.metrics.draw(points, run.state.counters.env_steps)
 
     return Ending(final, wall_seconds, clock.compile_seconds)
+
+
+def _iterate(
+    config: Config,
+    run: Run,
+    clock: Clock,
+    interrupts: Interrupts | Told,
+    progress: Progress | Share,
+    on_iteration: OnIteration | None,
+) -> None:
+    """Iterate until the run is at its end."""
+    envs, state, draft = run.envs, run.state, run.state.draft()
+    judge = partial(_evaluated, config, run) if config.confirm else None
+    outcomes = Outcomes(state, draft, clock, run.files.metrics, judge)
+    run.closing.callback(outcomes.settle)
+    on_host = run.device.type == "cpu"
+    # Where nobody decides by what an iteration came to, the host need not wait for a GPU.
+    ahead = not on_host and state.stopping.target is None and on_iteration is None
+    acting = draft.policy if ahead else state.policy
+    collector = run.collector
+    if not on_host:
+        collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
+        once(_log, f"collecting: {collector}")
+        once(_log, f"iterations: step by step: {run.apart}")
+    ending = _is_over(config, state.counters, state.stopping.solved)
+    while not ending:
+        with clock.phase("collect"):  # N environments, whole episodes, (T, N)
+            rollout = collect(
+                envs,
+                acting,
+                num_steps=config.num_steps,
+                seed=config.seed,
+                iteration=draft.counters.iteration,
+                shards=config.resolved_shards,
+                backend=collector,
+                wait=on_host,
+            )
+        acted = parameters(acting) if ahead else None
+        with interrupts.held():
+            episodes = episode_statistics(rollout, config.resolved_shards)
+            _count(draft, rollout, episodes)
+            with clock.phase("returns"):  # weights minus baseline, (T, N)
+                values, final_values = predict(draft.critic, rollout, config.resolved_shards)
+                weights = advantages(rollout, config, values, final_values)
+            with clock.phase("update"):  # one batched gradient step
+                stats = update(
+                    draft.policy,
+                    draft.optimizer,
+                    rollout,
+                    weights,
+                    config,
+                    backend=run.learner,
+                    wait=on_host,
+                )
+                fitted = fit(draft.critic, rollout, final_values, config, wait=on_host)
+            outcomes.add(_outcome(draft, rollout, episodes, stats, fitted, clock, acted))
+        del rollout, weights, values  # there is never more than one
+        ending = _is_over(config, draft.counters, False)
+        due = progress.is_due() or run.files.saver.is_due() or outcomes.full
+        if ahead and not ending and not due:
+            continue
+        row = outcomes.commit(interrupts)
+        # Signals reach it: it may take its time, and the iteration is committed.
+        stopped = on_iteration is not None and _is_false(
+            on_iteration(dict(row), copy.deepcopy(state.policy))
+        )
+        ending = stopped or ending or state.stopping.solved
+        with interrupts.held():
+            progress.show(row, last=ending)
+            if not ending:
+                run.files.saver.save_if_due(state)
+
+
+def _ring_outcomes(
+    config: Config, run: Run, clock: Clock, ring: Ring, on_iteration: OnIteration | None
+) -> RingOutcomes:
+    """What commits the iterations of a run that a ring has."""
+    state, most = run.state, config.total_iterations
+
+    def goes_on(row: Row) -> bool:
+        return on_iteration is None or not _is_false(
+            on_iteration(dict(row), copy.deepcopy(state.policy))
+        )
+
+    outcomes = RingOutcomes(
+        state,
+        clock,
+        run.files,
+        partial(_evaluated, config, run) if config.confirm else None,
+        ring=ring,
+        num_envs=config.num_envs,
+        is_over=lambda counters: _is_over(config, counters, False),
+        surely_more=lambda counters: _surely_more(config, run, counters),
+        most=None if most is None else most - state.counters.iteration,
+        goes_on=None if on_iteration is None else goes_on,
+    )
+    run.closing.callback(outcomes.settle)
+    return outcomes
+
+
+def _surely_more(config: Config, run: Run, counters: Counters) -> int:
+    """How many further iterations reach no limit of steps or episodes, however they go."""
+    longest = config.num_steps - 1 + run.envs.max_episode_steps  # type: ignore[attr-defined]
+    limits = (
+        (config.total_timesteps, counters.env_steps, longest * config.num_envs),
+        (config.total_episodes, counters.episodes, config.num_steps * config.num_envs),
+    )
+    left = [(limit - so_far - 1) // most for limit, so_far, most in limits if limit is not None]
+    return min(left, default=sys.maxsize)
+
+
+def _fused(config: Config, run: Run) -> Fused | None:
+    """What makes whole iterations on a GPU, where the run is one that it can."""
+    if run.apart is not None:
+        return None
+    state = run.state
+    ring = Fused([config], cast(TensorVectorEnv, run.envs), state.policy)
+    ring.load(0, state.policy, state.optimizer, state.counters.iteration)
+    once(_log, f"iterations: {ring}")
+    return ring
 
 
 def conclude(config: Config, run: Run, ending: Ending) -> TrainResult:

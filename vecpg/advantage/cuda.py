@@ -15,6 +15,9 @@ T x N rows, with few episodes in each environment:
 Where environments have many short episodes, neighbours in memory are not read together, and up to
 eight times as much is moved. How the sums are cut and added depends on T and N alone, not on the
 GPU. Importing this needs triton, running it a CUDA GPU.
+
+Of runs that go on side by side `subtract_mean_of_runs` does the same, where their episodes have
+been found. Each has programs of its own, which do what those of that run alone would.
 """
 
 from typing import NamedTuple
@@ -24,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vecpg.kernels.cuda import stamp
+
 # What a program holds at a time, of each age of a block of environments: 4 numbers a thread.
 _AGES, _ENVS, _WARPS = 32, 32, 8
 # Rows in which episodes are looked for at a time.
@@ -32,9 +37,11 @@ _ROWS = 64
 _PARTS = 256
 
 # Integer arguments: Triton would compile anew for a 1 or a multiple of 16 among them.
-_SIZES = ["num_rows", "num_envs", "num_ages", "num_parts"]
+_SIZES = ["num_rows", "num_envs", "num_ages", "num_parts", "capacity", "window", "shards", "slots"]
+_SIZES += ["of_slot", "of_run"]
 # And for an address that is a multiple of 16, of which a kernel that knows no size makes no use.
 _PLACES = ["weights", "mask", "dones", "starts", "stops", "numbers", "longest", "parts", "sums"]
+_PLACES += ["at", "stamps"]
 
 
 class Found(NamedTuple):
@@ -65,6 +72,35 @@ def subtract_mean_by_age(
     subtract(rows, mask, find(mask, dones.contiguous()), sums, others)
     if rows is not weights:
         weights.copy_(rows)
+
+
+def subtract_mean_of_runs(
+    weights: Tensor,
+    found: Found,
+    num_ages: int,
+    *,
+    others: bool,
+    shards: int = 1,
+    at: Tensor | None = None,
+    stamps: Tensor | None = None,
+) -> None:
+    """Subtract from weights of R runs, in place, the mean over a run's counted rows of one age.
+
+    Rows that belong to no episode are neither read nor written. Each run comes to the bits that it
+    would alone. Nothing waits for the GPU.
+
+    Args:
+        weights: (R, C, N), contiguous.
+        found: of all runs, contiguous: starts and stops (R, E, N), numbers and longest (R, N).
+        num_ages: no episode has more rows.
+        others: as in `vecpg.advantage.ages.subtract_mean_by_age`.
+        shards: groups of environments, each of which has sums of its own, added in their order.
+        at: (1,) int64, which iteration this is; needed for `stamps`.
+        stamps: (slots, R) int64, any strides: slot `at` modulo their number is given the time of
+            the GPU's clock at which this begins. None: nobody asks.
+    """
+    parts = _add_of_runs(weights, found, num_ages, shards, at, stamps)
+    _subtract_of_runs(weights, None, found, _add_parts_of_runs(parts), num_ages, shards, others)
 
 
 def prepare(device: torch.device, others: bool) -> None:
@@ -99,17 +135,49 @@ def find(mask: Tensor, dones: Tensor) -> Found:
 
 def add(weights: Tensor, found: Found) -> Tensor:
     """(2, parts, T) float64: sums by age, and numbers, of each part of the environments."""
-    num_rows, num_envs = weights.shape
+    return _add_of_runs(weights[None], found, len(weights), 1, None, None)[0, 0]
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """(2, T) float64: the parts' sums."""
+    return _add_parts_of_runs(parts[None, None])[0]
+
+
+def subtract(weights: Tensor, mask: Tensor, found: Found, sums: Tensor, others: bool) -> None:
+    """Subtract the means of (2, ages) `sums`, in place; `ages` may be more than T."""
+    _subtract_of_runs(weights[None], mask, found, sums[None], len(weights), 1, others)
+
+
+def _add_of_runs(
+    weights: Tensor,
+    found: Found,
+    num_ages: int,
+    shards: int,
+    at: Tensor | None,
+    stamps: Tensor | None,
+) -> Tensor:
+    """(R, shards, 2, parts, ages) float64."""
+    runs, capacity, columns = weights.shape
+    num_envs = columns // shards
     num_parts = min(_PARTS, triton.cdiv(num_envs, _ENVS))
-    parts = weights.new_empty((2, num_parts, num_rows), dtype=torch.float64)
+    parts = weights.new_empty((runs, shards, 2, num_parts, num_ages), dtype=torch.float64)
+    slots, *strides = (0, 0, 0) if stamps is None else (len(stamps), *stamps.stride())
     with torch.cuda.device_of(weights):
-        _add[(triton.cdiv(num_rows, _AGES), num_parts)](
+        _add[(triton.cdiv(num_ages, _AGES), num_parts, runs * shards)](
             weights,
             *found,
             parts,
-            num_rows,
+            at,
+            stamps,
+            num_ages,
             num_envs,
             num_parts,
+            capacity,
+            found.starts.shape[-2],
+            shards,
+            slots,
+            *strides,
+            CLOCK=stamps is not None and isinstance(_add, triton.JITFunction),
             AGES=_AGES,
             ENVS=_ENVS,
             num_warps=_WARPS,
@@ -117,29 +185,41 @@ def add(weights: Tensor, found: Found) -> Tensor:
     return parts
 
 
-def add_parts(parts: Tensor) -> Tensor:
-    """(2, T) float64: the parts' sums."""
-    _, num_parts, num_rows = parts.shape
-    sums = parts.new_empty(2, num_rows)
+def _add_parts_of_runs(parts: Tensor) -> Tensor:
+    """(R, 2, ages) float64, of (R, shards, 2, parts, ages)."""
+    runs, shards, _, num_parts, num_ages = parts.shape
+    sums = parts.new_empty((runs, 2, num_ages))
     with torch.cuda.device_of(parts):
-        _add_parts[(triton.cdiv(num_rows, _AGES), 2)](
-            parts, sums, num_rows, num_parts, AGES=_AGES, PARTS=_ENVS, num_warps=_WARPS
+        _add_parts[(triton.cdiv(num_ages, _AGES), 2, runs)](
+            parts, sums, num_ages, num_parts, shards, AGES=_AGES, PARTS=_ENVS, num_warps=_WARPS
         )
     return sums
 
 
-def subtract(weights: Tensor, mask: Tensor, found: Found, sums: Tensor, others: bool) -> None:
-    """Subtract the means of (2, ages) `sums`, in place; `ages` may be more than T."""
-    num_rows, num_envs = weights.shape
+def _subtract_of_runs(
+    weights: Tensor,
+    mask: Tensor | None,
+    found: Found,
+    sums: Tensor,
+    num_rows: int,
+    shards: int,
+    others: bool,
+) -> None:
+    """As `subtract`, of (R, 2, ages); without a mask rows that belong to no episode stay."""
+    runs, capacity, columns = weights.shape
+    num_envs = columns // shards
     with torch.cuda.device_of(weights):
-        _subtract[(triton.cdiv(num_envs, _ENVS) * triton.cdiv(num_rows, _AGES),)](
+        _subtract[(triton.cdiv(num_envs, _ENVS) * triton.cdiv(num_rows, _AGES), runs * shards)](
             weights,
-            mask.view(torch.uint8),
+            None if mask is None else mask.view(torch.uint8),
             *found,
             sums,
             num_rows,
             num_envs,
-            sums.shape[1],
+            sums.shape[-1],
+            capacity,
+            found.starts.shape[-2],
+            shards,
             OTHERS=others,
             AGES=_AGES,
             ENVS=_ENVS,
@@ -201,6 +281,12 @@ def _larger(one, other):
 
 
 @triton.jit
+def _first(own, num_envs, shards, rows):
+    """Where the columns of a shard begin, of so many rows of each run; it is `own` of all runs'."""
+    return own // shards * rows * shards * num_envs + own % shards * num_envs
+
+
+@triton.jit
 def _look_up(numbers, longest, n, age, num_envs):
     """In how many episodes of each environment to look for some ages: in none if all are short."""
     number = tl.load(numbers + n, mask=n < num_envs, other=0)
@@ -210,17 +296,17 @@ def _look_up(numbers, longest, n, age, num_envs):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _of_each(
-    weights, starts, stops, number, n, age, num_envs, AGES: tl.constexpr, ENVS: tl.constexpr
+    weights, starts, stops, number, n, age, columns, AGES: tl.constexpr, ENVS: tl.constexpr
 ):
     """Sum and number of the weights of each (age, environment), one episode after the other."""
     total = tl.zeros((AGES, ENVS), tl.float64)
     count = tl.zeros((AGES, ENVS), tl.int32)
     for k in range(0, tl.max(number)):
         there = k < number
-        start = tl.load(starts + k * num_envs + n, mask=there, other=0)
-        stop = tl.load(stops + k * num_envs + n, mask=there, other=0)
+        start = tl.load(starts + k * columns + n, mask=there, other=0)
+        stop = tl.load(stops + k * columns + n, mask=there, other=0)
         counted = start + age < stop
-        place = (start + age).to(tl.int64) * num_envs + n
+        place = (start + age).to(tl.int64) * columns + n
         total += tl.load(weights + place, mask=counted, other=0.0).to(tl.float64)
         count += counted.to(tl.int32)
     return total, count
@@ -234,22 +320,42 @@ def _add(
     numbers,
     longest,
     parts,
+    at,
+    stamps,
     num_rows: tl.int64,
     num_envs: tl.int64,
     num_parts: tl.int64,
+    capacity: tl.int64,
+    window: tl.int64,
+    shards: tl.int64,
+    slots: tl.int64,
+    of_slot: tl.int64,
+    of_run: tl.int64,
+    CLOCK: tl.constexpr,
     AGES: tl.constexpr,
     ENVS: tl.constexpr,
 ):
-    """A part has every `num_parts`-th block of environments."""
+    """A part has every `num_parts`-th block of a shard's environments."""
     ages = tl.program_id(0) * AGES + tl.arange(0, AGES)
     part = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(2).to(tl.int64)
+    if CLOCK:  # noqa: SIM102 - known when it is compiled
+        if (tl.program_id(0) == 0) & (part == 0) & (own % shards == 0):
+            stamp(stamps + tl.load(at) % slots * of_slot + own // shards * of_run, CLOCK)
+    columns = shards * num_envs
+    weights += _first(own, num_envs, shards, capacity)
+    starts += _first(own, num_envs, shards, window)
+    stops += _first(own, num_envs, shards, window)
+    numbers += own * num_envs
+    longest += own * num_envs
+    parts += own * 2 * num_parts * num_rows
     total = tl.zeros((AGES, ENVS), tl.float64)
     count = tl.zeros((AGES, ENVS), tl.int64)
     for first in range(part * ENVS, num_envs, num_parts * ENVS):
         n = first + tl.arange(0, ENVS)[None, :]
         number = _look_up(numbers, longest, n, ages, num_envs)
         own_total, own_count = _of_each(
-            weights, starts, stops, number, n, ages[:, None], num_envs, AGES, ENVS
+            weights, starts, stops, number, n, ages[:, None], columns, AGES, ENVS
         )
         total += own_total
         count += own_count
@@ -265,19 +371,24 @@ def _add_parts(
     sums,
     num_rows: tl.int64,
     num_parts: tl.int64,
+    shards: tl.int64,
     AGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The sums, and in other programs the numbers."""
+    """The sums, and in other programs the numbers: of each shard, and then of one after another."""
     ages = tl.program_id(0) * AGES + tl.arange(0, AGES)[None, :]
     which = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((PARTS, AGES), tl.float64)
-    for first in range(0, num_parts, PARTS):
-        part = first + tl.arange(0, PARTS)[:, None]
-        place = parts + (which * num_parts + part) * num_rows + ages
-        total += tl.load(place, mask=(part < num_parts) & (ages < num_rows), other=0.0)
-    result = tl.sum(total, 0)[None, :]
-    tl.store(sums + which * num_rows + ages, result, mask=ages < num_rows)
+    run = tl.program_id(2).to(tl.int64)
+    result = tl.zeros((1, AGES), tl.float64)
+    for shard in range(0, shards):
+        total = tl.zeros((PARTS, AGES), tl.float64)
+        row = ((run * shards + shard) * 2 + which) * num_parts
+        for first in range(0, num_parts, PARTS):
+            part = first + tl.arange(0, PARTS)[:, None]
+            place = parts + (row + part) * num_rows + ages
+            total += tl.load(place, mask=(part < num_parts) & (ages < num_rows), other=0.0)
+        result += tl.sum(total, 0)[None, :]
+    tl.store(sums + (run * 2 + which) * num_rows + ages, result, mask=ages < num_rows)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)  # type: ignore[untyped-decorator]
@@ -292,34 +403,44 @@ def _subtract(
     num_rows: tl.int64,
     num_envs: tl.int64,
     num_ages: tl.int64,
+    capacity: tl.int64,
+    window: tl.int64,
+    shards: tl.int64,
     OTHERS: tl.constexpr,
     AGES: tl.constexpr,
     ENVS: tl.constexpr,
 ):
-    """Of some ages the weights, and of as many rows those that do not count."""
+    """Of some ages the weights; with a mask, of as many rows those that do not count."""
+    own = tl.program_id(1).to(tl.int64)
+    columns = shards * num_envs
+    weights += _first(own, num_envs, shards, capacity)
+    starts += _first(own, num_envs, shards, window)
+    stops += _first(own, num_envs, shards, window)
+    numbers += own * num_envs
+    longest += own * num_envs
+    sums += own // shards * 2 * num_ages
     blocks = tl.cdiv(num_envs, ENVS)
     n = tl.program_id(0) % blocks * ENVS + tl.arange(0, ENVS)[None, :]
     age = (tl.program_id(0) // blocks * AGES).to(tl.int32) + tl.arange(0, AGES)[:, None]
-    here = (age < num_rows) & (n < num_envs)
-    rows = age.to(tl.int64) * num_envs + n
-    counted = tl.load(mask + rows, mask=here, other=1) != 0
-    tl.store(weights + rows, tl.zeros((AGES, ENVS), tl.float32), mask=~counted)
+    if mask is not None:
+        here = (age < num_rows) & (n < num_envs)
+        rows = age.to(tl.int64) * columns + n
+        counted = tl.load(mask + rows, mask=here, other=1) != 0
+        tl.store(weights + rows, tl.zeros((AGES, ENVS), tl.float32), mask=~counted)
 
     number = _look_up(numbers, longest, n, age, num_envs)
     total = tl.load(sums + age, mask=age < num_rows, other=0.0)
     count = tl.load(sums + num_ages + age, mask=age < num_rows, other=0.0)
     if OTHERS:
-        own_total, own_count = _of_each(
-            weights, starts, stops, number, n, age, num_envs, AGES, ENVS
-        )
+        own_total, own_count = _of_each(weights, starts, stops, number, n, age, columns, AGES, ENVS)
         total = total - own_total
         count = count - own_count.to(tl.float64)
     mean = tl.where(count > 0.0, total / tl.where(count > 0.0, count, 1.0), 0.0)
     for k in range(0, tl.max(number)):
         there = k < number
-        start = tl.load(starts + k * num_envs + n, mask=there, other=0)
-        stop = tl.load(stops + k * num_envs + n, mask=there, other=0)
-        own = start + age < stop
-        place = weights + (start + age).to(tl.int64) * num_envs + n
-        weight = tl.load(place, mask=own, other=0.0).to(tl.float64)
-        tl.store(place, (weight - mean).to(weights.dtype.element_ty), mask=own)
+        start = tl.load(starts + k * columns + n, mask=there, other=0)
+        stop = tl.load(stops + k * columns + n, mask=there, other=0)
+        counted = start + age < stop
+        place = weights + (start + age).to(tl.int64) * columns + n
+        weight = tl.load(place, mask=counted, other=0.0).to(tl.float64)
+        tl.store(place, (weight - mean).to(weights.dtype.element_ty), mask=counted)

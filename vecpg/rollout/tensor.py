@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -516,9 +515,7 @@ class TensorCollector:
 
     def _prepare(self, stream: Stream) -> None:
         """Tell the device which numbers are to be drawn. Those before were read long ago."""
-        start_seed = stream.common_seed(Purpose.TRAINING_RESET)
-        words = stream.key(Purpose.ACTION)[:3].astype(np.int64)
-        self._host_key.numpy()[:] = *words, start_seed, 0, stream.first_env
+        self._host_key.numpy()[:] = stream.device_key()
         self._copies.key.copy_(self._host_key, non_blocking=True)
         if self._draws_on_host:
             self._draw_on_host = sampler(self.policy, stream, in_machine_code=True)

@@ -32,10 +32,15 @@ class _Marks(NamedTuple):
 
 
 class Lap(NamedTuple):
-    """An iteration's phases, in seconds, or as marks that can be read once the GPU is that far."""
+    """An iteration's phases, in seconds, or as marks that can be read once the GPU is that far.
+
+    end: when it ended, in seconds of the device's own clock, where that is what was read; its
+        phases were counted by nobody yet.
+    """
 
     phases: dict[str, float]
     marks: dict[str, _Marks]
+    end: float | None = None
 
 
 class Clock:
@@ -54,16 +59,20 @@ class Clock:
         self, device: torch.device, compilation: Compilation, before: Mapping[str, float]
     ) -> None:
         self._device, self._compilation = device, compilation
-        self._compiled_before = compilation.seconds
         self._total = dict(before)
         self._earlier = self._total.pop("run", 0.0)
         self._evaluating = self._total.pop("evaluate", 0.0)
-        self._started = time.perf_counter()
+        self.start()
         # Of the last iteration.
         self.last: dict[str, float] = {}
         self._marks: dict[str, _Marks] = {}
         # The phase at hand, or the last one; "evaluate" while evaluating.
         self.phase_now = "collect"
+
+    def start(self) -> None:
+        """The first reset comes now."""
+        self._compiled_before = self._compilation.seconds
+        self._started = time.perf_counter()
 
     def since_start(self) -> float:
         """Seconds since the first reset of the run."""
@@ -120,6 +129,10 @@ class Clock:
 
         To be called once for each, in order, when the host has read what the last lap computed.
         """
+        if lap.end is not None and last.end is not None:
+            for name, seconds in lap.phases.items():
+                self._count(name, seconds)
+            return dict(self.last), max(0.0, last.end - lap.end)
         if not lap.marks:
             return lap.phases, 0.0
         for name, marks in lap.marks.items():

@@ -118,48 +118,57 @@ class Outcomes:
         """
         if not self._pending or self._pending[-1].counters != self._draft.counters:
             return
-        with contextlib.suppress(_Unconfirmed):
-            self._write(self._rows(None if self._judge is None else _refuse))
+        with contextlib.suppress(Unconfirmed):
+            self._write(self._rows(None if self._judge is None else refuse))
 
     def _rows(self, judge: Judge | None) -> list[Row]:
         pending, self._pending = self._pending, []
+        return [
+            self._row(outcome, numbers, pending[-1].lap, judge)
+            for outcome, numbers in zip(pending, _read(pending), strict=True)
+        ]
+
+    def _row(self, outcome: Outcome, numbers: list[float], last: Lap, judge: Judge | None) -> Row:
+        """What an iteration came to, taken in by the draft's stopping rule.
+
+        Args:
+            outcome: of the iteration.
+            numbers: what the host has read of it.
+            last: lap of those that were read with it.
+            judge: of its policy, if it has to be confirmed.
+        """
+        found = iter(numbers)
+        total, low, high, length = (next(found) for _ in range(4))
+        losses = [None if each is None else next(found) for each in outcome.losses]
+        iteration = outcome.counters.iteration
+        _check_finite(dict(zip(outcome.finite, found, strict=True)), losses, iteration)
+        returned = Returned(total, outcome.episodes, low, high)
         stopping, policy = self._draft.stopping, self._state.policy
-        rows = []
-        for outcome, numbers in zip(pending, _read(pending), strict=True):
-            found = iter(numbers)
-            total, low, high, length = (next(found) for _ in range(4))
-            losses = [None if each is None else next(found) for each in outcome.losses]
-            iteration = outcome.counters.iteration
-            _check_finite(dict(zip(outcome.finite, found, strict=True)), losses, iteration)
-            returned = Returned(total, outcome.episodes, low, high)
-            with self._clock.evaluation():
-                evaluation = stopping.consider(
-                    policy if outcome.acted is None else outcome.acted,
-                    returned,
-                    None if judge is None else lambda: judge(policy, iteration - 1),  # noqa: B023
-                )
-            if stopping.solved:
-                self._clock.note("solved")
-            phases, ago = self._clock.count(outcome.lap, pending[-1].lap)
-            steps = outcome.counters.env_steps
-            rows.append(
-                {
-                    "iteration": iteration,
-                    "env_steps": steps,
-                    "episodes": outcome.counters.episodes,
-                    "charts/episodic_return": total / outcome.episodes,
-                    "charts/best_return": stopping.best_return,
-                    "charts/episodic_length": length,
-                    "charts/SPS": per_second(steps, self._clock.without_evaluations() - ago),
-                    "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
-                    "losses/policy_loss": losses[0],
-                    "losses/value_loss": losses[1],
-                    "losses/entropy": losses[2],
-                    "losses/grad_norm": losses[3],
-                    **{f"perf/{phase}_s": spent for phase, spent in phases.items()},
-                }
+        with self._clock.evaluation():
+            evaluation = stopping.consider(
+                policy if outcome.acted is None else outcome.acted,
+                returned,
+                None if judge is None else lambda: judge(policy, iteration - 1),
             )
-        return rows
+        if stopping.solved:
+            self._clock.note("solved")
+        phases, ago = self._clock.count(outcome.lap, last)
+        steps = outcome.counters.env_steps
+        return {
+            "iteration": iteration,
+            "env_steps": steps,
+            "episodes": outcome.counters.episodes,
+            "charts/episodic_return": total / outcome.episodes,
+            "charts/best_return": stopping.best_return,
+            "charts/episodic_length": length,
+            "charts/SPS": per_second(steps, self._clock.without_evaluations() - ago),
+            "eval/episodic_return": None if evaluation is None else evaluation.return_mean,
+            "losses/policy_loss": losses[0],
+            "losses/value_loss": losses[1],
+            "losses/entropy": losses[2],
+            "losses/grad_norm": losses[3],
+            **{f"perf/{phase}_s": spent for phase, spent in phases.items()},
+        }
 
     def _write(self, rows: list[Row]) -> None:
         self._draft.seconds = self._clock.totals()
@@ -168,12 +177,13 @@ class Outcomes:
         self._state.commit(self._draft)
 
 
-class _Unconfirmed(Exception):
-    """An evaluation would be needed."""
+class Unconfirmed(Exception):
+    """A greedy evaluation would be needed."""
 
 
-def _refuse(policy: Policy, iteration: int) -> EvalResult:
-    raise _Unconfirmed
+def refuse(policy: Policy, iteration: int) -> EvalResult:
+    """What judges where nothing can be confirmed any more."""
+    raise Unconfirmed
 
 
 def _read(pending: list[Outcome]) -> list[list[float]]:
