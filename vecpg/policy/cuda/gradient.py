@@ -158,7 +158,8 @@ def _sum_gradient(
     flags += rows
     weights += rows
     parts += ((run * shards + shard) * num_parts + part) * STRIDE
-    number = tl.arange(0, triton.next_power_of_2(STRIDE))
+    WHOLE: tl.constexpr = triton.next_power_of_2(STRIDE)
+    number = tl.arange(0, WHOLE)
     tl.store(parts + number, tl.zeros(number.shape, tl.float64), mask=number < STRIDE)
     tl.debug_barrier()
 
@@ -246,10 +247,10 @@ def _add_tile(
     if group * DEEP < stop:
         # Layers are padded to whole tiles, with zeros; the first has its bias as one more input.
         INPUTS: tl.constexpr = max(16, triton.next_power_of_2(FEATURES + 1))
-        i = tl.arange(0, INPUTS)
-        j = tl.arange(0, max(16, triton.next_power_of_2(FIRST)))[:, None]
-        k = tl.arange(0, max(16, triton.next_power_of_2(SECOND)))[:, None]
-        a = tl.arange(0, _OUTPUTS)
+        LOWER: tl.constexpr = max(16, triton.next_power_of_2(FIRST))
+        UPPER: tl.constexpr = max(16, triton.next_power_of_2(SECOND))
+        i, a = tl.arange(0, INPUTS), tl.arange(0, _OUTPUTS)
+        j, k = tl.arange(0, LOWER)[:, None], tl.arange(0, UPPER)[:, None]
         B1: tl.constexpr = FIRST * FEATURES
         W2: tl.constexpr = B1 + FIRST
         B2: tl.constexpr = W2 + SECOND * FIRST
