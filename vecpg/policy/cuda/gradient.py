@@ -245,10 +245,10 @@ def _add_tile(
     """Add what 64 rows of a block give to a part: the group-th ones, of those before `stop`."""
     DEEP: tl.constexpr = _ROWS // BLOCK
     if group * DEEP < stop:
-        # Layers are padded to whole tiles, with zeros; the first has its bias as one more input.
-        INPUTS: tl.constexpr = max(16, triton.next_power_of_2(FEATURES + 1))
-        LOWER: tl.constexpr = max(16, triton.next_power_of_2(FIRST))
-        UPPER: tl.constexpr = max(16, triton.next_power_of_2(SECOND))
+        # Layers are padded to 16, 32 or 64, with zeros; the first has its bias as one more input.
+        INPUTS: tl.constexpr = 16 * (1 + (FEATURES + 1 > 16) + 2 * (FEATURES + 1 > 32))
+        LOWER: tl.constexpr = 16 * (1 + (FIRST > 16) + 2 * (FIRST > 32))
+        UPPER: tl.constexpr = 16 * (1 + (SECOND > 16) + 2 * (SECOND > 32))
         i, a = tl.arange(0, INPUTS), tl.arange(0, _OUTPUTS)
         j, k = tl.arange(0, LOWER)[:, None], tl.arange(0, UPPER)[:, None]
         B1: tl.constexpr = FIRST * FEATURES
