@@ -18,6 +18,7 @@ from vecpg.fused.memory import Entry
 from vecpg.rollout import collect
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.run import checkpoint
+from vecpg.run.clock import Clock
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
@@ -32,10 +33,12 @@ CLOCK = ("charts/SPS", "perf/collect_s", "perf/returns_s", "perf/update_s")
 class Recorded:
     """What a ring would have, computed on the CPU; nobody is told more than it asks for."""
 
-    def __init__(self, config, run, slots=5, spoiled=None):
+    def __init__(self, config, run, slots=5, spoiled=None, ago=(3, 2, 1, 0), apart=1):
         self.config, self.envs, self.slots, self.spoiled = config, run.envs, slots, spoiled
         self.launched = self.released = 0
         self.run, self.reads = 0, []
+        # Of stamps: microseconds before the end, or None for none, and milliseconds between ends.
+        self.ago, self.apart = ago, apart
         state = run.state.draft()
         self.policy, self.optimizer = state.policy, state.optimizer
         self.first = state.counters.iteration
@@ -68,8 +71,8 @@ class Recorded:
         entry[[Entry.ROLLOUT_FINITE, Entry.UPDATE_FINITE]] = 1
         if self.launched == self.spoiled:
             entry[Entry.GRAD_NORM], entry[Entry.UPDATE_FINITE] = np.nan, 0
-        end = 1_764_000_000_000_000_000 + 1_000_000 * self.launched
-        stamps = np.array([end - 3000, end - 2000, end - 1000, end])
+        end = 1_764_000_000_000_000_000 + 1_000_000 * self.apart * self.launched
+        stamps = np.array([0 if each is None else end - 1000 * each for each in self.ago])
         left = copy.deepcopy((self.policy, self.optimizer))
         self.kept[self.launched] = entry, stamps, acted, left
         self.kept.pop(self.launched - self.slots, None)
@@ -347,20 +350,25 @@ def test_a_full_ring_keeps_the_device_at_work(tmp_path, monkeypatch):
     assert ring.reads[0] == 2
 
 
-def test_where_a_row_cannot_be_written_nothing_is(tmp_path, monkeypatch):
-    config = settings(tmp_path, total_iterations=9, target_return=450.0)
-    log = Metrics.log
+@pytest.mark.parametrize(("target", "committed"), [(450.0, 2), (None, 0)])
+def test_where_a_row_could_not_be_written_no_other_is(tmp_path, monkeypatch, target, committed):
+    monkeypatch.setattr(Progress, "is_due", lambda line: False)
+    config = settings(tmp_path, total_iterations=9, target_return=target)
+    log, failed = Metrics.log, []
 
     def full(metrics, row):
-        if row["iteration"] == 3:
+        if row["iteration"] == 3 and not failed:
+            failed.append(row)
             raise OSError("no space left")
         log(metrics, row)
 
     monkeypatch.setattr(Metrics, "log", full)
     with pytest.raises(OSError, match="no space left"):
-        train_in_ring(monkeypatch, config)
+        train_in_ring(monkeypatch, config, slots=32)
     (run_dir,) = tmp_path.iterdir()
-    assert checkpoint.newest_valid(run_dir).iteration == len(left_by(run_dir)[0]) == 2
+    rows, *_ = left_by(run_dir)
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert checkpoint.newest_valid(run_dir).iteration == committed
 
 
 def test_saves_and_lines_come_when_they_are_due(tmp_path, monkeypatch):
@@ -390,11 +398,51 @@ def test_a_confirmed_policy_is_the_one_that_collected(tmp_path, monkeypatch):
     assert left_by(result.run_dir) == left_by(expected.run_dir)
 
 
-def test_phases_are_what_the_device_says(tmp_path, monkeypatch):
+def test_a_run_begins_when_its_ring_is_there(tmp_path, monkeypatch):
+    """What it takes to make one is mostly compiling, and no part of any iteration."""
+    order, start, init, iterate = [], Clock.start, Recorded.__init__, Recorded.iterate
+
+    def noting(name, function):
+        def call(*given, **named):
+            order.append(name)
+            return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(Clock, "start", noting("start", start))
+    monkeypatch.setattr(Recorded, "__init__", noting("made", init))
+    monkeypatch.setattr(Recorded, "iterate", noting("iterate", iterate))
+    train_in_ring(monkeypatch, settings(tmp_path, total_iterations=1))
+    assert order[order.index("made") :] == ["made", "start", "iterate"]
+
+
+@pytest.mark.parametrize(
+    ("ago", "expected"),
+    [
+        ((3, 2, 1, 0), (1, 1, 1)),
+        ((9, None, 2, 0), (7, 0, 2)),  # there was no part for the baseline
+        ((3, 5, 1, 0), (0, 4, 1)),  # a clock that went back
+    ],
+)
+def test_phases_are_what_the_device_says(tmp_path, monkeypatch, ago, expected):
     config = settings(tmp_path, total_iterations=3)
-    result, _ = train_in_ring(monkeypatch, config)
-    for line in (result.run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for phase in ("collect", "returns", "update"):
-            assert row[f"perf/{phase}_s"] == pytest.approx(1e-6, abs=1e-8)
-    assert result.summary["collect_seconds"] == pytest.approx(3e-6, abs=1e-7)
+    result, _ = train_in_ring(monkeypatch, config, ago=ago)
+    for phase, micros in zip(("collect", "returns", "update"), expected, strict=True):
+        for line in (result.run_dir / "metrics.jsonl").read_text().splitlines():
+            found = json.loads(line)[f"perf/{phase}_s"]
+            assert found == pytest.approx(1e-6 * micros, abs=1e-12)
+        assert result.summary[f"{phase}_seconds"] == pytest.approx(3e-6 * micros, abs=1e-12)
+
+
+def test_a_speed_is_that_of_when_the_device_was_there(tmp_path, monkeypatch):
+    """Of those read together all but the last were done long ago: here before the start."""
+    monkeypatch.setattr(Progress, "is_due", lambda line: False)
+    config = settings(tmp_path, total_iterations=3)
+    result, ring = train_in_ring(monkeypatch, config, apart=10**6)
+    assert ring.reads == [3]
+    speeds = [
+        json.loads(line)["charts/SPS"]
+        for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert speeds[:2] == [None, None]
+    assert speeds[2] > 0
