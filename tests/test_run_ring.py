@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from vecpg.run.clock import Clock
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
+from vecpg.run.state import Counters
 from vecpg.run.stopping import parameters
 from vecpg.update import update
 
@@ -185,6 +187,48 @@ def test_what_may_decide_is_read_one_iteration_late_and_the_rest_at_once(tmp_pat
     assert ring.launched - result.summary["iterations"] <= 1
     _, ring = train_in_ring(monkeypatch, settings(tmp_path, total_iterations=50), slots=64)
     assert ring.reads == [50]
+
+
+def most_of(window, limit):
+    """The most steps and episodes of one environment in an iteration, of all that there may be."""
+
+    def go_on(steps, episodes):
+        yield steps, episodes
+        if steps < window:
+            for length in range(1, limit + 1):
+                yield from go_on(steps + length, episodes + 1)
+
+    return tuple(map(max, zip(*go_on(0, 0), strict=True)))
+
+
+@pytest.mark.parametrize(("window", "limit"), [(1, 1), (1, 5), (4, 1), (3, 4), (5, 3)])
+def test_so_many_iterations_surely_reach_no_limit(window, limit):
+    most_steps, most_episodes = most_of(window, limit)
+    run = SimpleNamespace(envs=SimpleNamespace(max_episode_steps=limit))
+    for steps, episodes in ((None, 50), (50, None), (40, 60), (60, 40)):
+        config = Config(
+            num_envs=2, num_steps=window, total_timesteps=steps, total_episodes=episodes
+        )
+        for so_far in range(30):
+            counters = Counters(3, so_far, 0, so_far)
+
+            found = story._surely_more(config, run, counters)
+            for iterations, reached in ((found, False), (found + 1, True)):
+                limits = (
+                    (steps, so_far + 2 * most_steps * iterations),
+                    (episodes, so_far + 2 * most_episodes * iterations),
+                )
+                assert any(each is not None and far >= each for each, far in limits) == reached
+    config = Config(total_timesteps=None, total_iterations=5)
+    assert story._surely_more(config, run, Counters()) > 10**9
+
+
+def test_one_that_goes_on_begins_no_more_than_are_left(tmp_path, monkeypatch):
+    result = story.train(config := settings(tmp_path, total_iterations=2))
+    config = replace(config, resume=str(result.run_dir), total_iterations=5)
+    result, ring = train_in_ring(monkeypatch, config)
+    assert result.summary["iterations"] == 5
+    assert ring.launched == 3
 
 
 def test_who_looks_at_each_iteration_sees_its_policy_and_may_end_the_run(tmp_path, monkeypatch):
