@@ -248,6 +248,77 @@ def test_a_signal_leaves_what_was_computed_and_it_goes_on(tmp_path, monkeypatch,
     assert left_by(result.run_dir) == left_by(expected.run_dir)
 
 
+@pytest.mark.parametrize("target", [None, 450.0])
+def test_a_signal_while_the_host_reads_loses_nothing(tmp_path, monkeypatch, target):
+    config = settings(tmp_path / "one", total_iterations=4, target_return=target)
+    expected = story.train(replace(config, out_dir=str(tmp_path / "other")))
+    read = Recorded.read
+
+    def interrupted(ring, first, count):
+        found = read(ring, first, count)
+        if ring.launched == 3 and ring.reads.count(count) < 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorded, "read", interrupted)
+        patch.setattr(Progress, "is_due", lambda line: True)
+        with pytest.raises(Interrupted):
+            train_in_ring(monkeypatch, config)
+    (run_dir,) = (tmp_path / "one").iterdir()
+    assert checkpoint.newest_valid(run_dir).iteration == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "_fused", Recorded)
+        story.train(replace(config, resume=str(run_dir)))
+    assert left_by(run_dir) == left_by(expected.run_dir)
+
+
+def test_after_what_is_not_finite_nothing_counts_though_it_be_finite(tmp_path, monkeypatch):
+    config = settings(tmp_path, total_iterations=9, target_return=450.0)
+    read = Recorded.read
+
+    def spoiled(ring, first, count):
+        entries, stamps = read(ring, first, count)
+        entries[np.arange(first, first + count) == 2, 0, Entry.UPDATE_FINITE] = 0
+        return entries, stamps
+
+    monkeypatch.setattr(Recorded, "read", spoiled)
+    with pytest.raises(FloatingPointError, match="iteration 3"):
+        train_in_ring(monkeypatch, config)
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.newest_valid(run_dir).iteration == 2
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_one_that_was_solved_makes_no_further_iteration(tmp_path, monkeypatch):
+    config = settings(tmp_path, target_return=20.0, total_iterations=9, confirm=False)
+    evaluated = story._evaluated
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(story, "_evaluated", interrupted)
+    with pytest.raises(Interrupted):
+        train_in_ring(monkeypatch, config)
+    (run_dir,) = tmp_path.iterdir()
+    monkeypatch.setattr(story, "_evaluated", evaluated)
+    result, ring = train_in_ring(monkeypatch, replace(config, resume=str(run_dir)))
+    assert ring.launched == 0
+    assert result.summary["solved"]
+
+
+def test_nothing_is_committed_that_nobody_was_asked_about(tmp_path, monkeypatch):
+    def on_iteration(row, policy):
+        if row["iteration"] == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train_in_ring(monkeypatch, settings(tmp_path, total_iterations=9), on_iteration)
+    (run_dir,) = tmp_path.iterdir()
+    assert checkpoint.newest_valid(run_dir).iteration == 2
+
+
 def test_one_that_is_interrupted_while_it_is_judged_is_not_committed(tmp_path, monkeypatch):
     config = settings(tmp_path, target_return=20.0, return_window=4, total_iterations=9)
 

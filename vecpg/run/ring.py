@@ -62,7 +62,7 @@ class RingOutcomes(Outcomes):
         judge: confirms that the target was reached; None where nothing does.
         ring: has the run's iterations from now on.
         num_envs: of the run.
-        is_over: whether a run that is so far ends.
+        is_over: whether a run that is so far ends, solved or not.
         surely_more: how many further iterations of a run that is so far do not end it, whatever
             they come to, its target apart.
         most: iterations that it will make at most; None where nothing says so.
@@ -88,13 +88,13 @@ class RingOutcomes(Outcomes):
         self._ring, self._num_envs = ring, num_envs
         self._is_over, self._surely_more, self._most = is_over, surely_more, most
         self._goes_on = goes_on
-        # So many of the ring's iterations were read, each once.
+        # So many of the ring's iterations were committed.
         self.read = 0
-        self.ended = is_over(state.counters)
+        self.ended = state.stopping.solved or is_over(state.counters)
 
     @property
     def pending(self) -> int:
-        """How many iterations were begun and not read."""
+        """How many iterations were begun and not committed."""
         if self.ended:
             return 0
         launched = self._ring.launched
@@ -132,15 +132,17 @@ class RingOutcomes(Outcomes):
     def commit_first(self, count: int, interrupts: Interrupts | Told) -> Row:
         """As `commit`, of the first `count` of those that are pending, at least one.
 
-        Where the run ends with one of them it has `ended`, and those after it are left out.
+        Where the run ends with one of them it has `ended`, and those after it are left out. What
+        is interrupted before it is committed is pending as before.
 
         Raises:
             FloatingPointError: numbers of an iteration are not finite. Those before it are
-                committed.
+                committed, and those after it left out.
         """
         rows, error = self._take_in(count, self._judge)
         with interrupts.held():
             self._write(rows)
+            self.ended |= error is not None
         if error is not None:
             raise error
         return rows[-1]
@@ -148,11 +150,13 @@ class RingOutcomes(Outcomes):
     def settle(self) -> None:
         """As `commit`, when the run is stopped: from what would have to be confirmed on it is lost.
 
+        So are iterations after which somebody is to be asked whether to go on.
+
         Raises:
             FloatingPointError: numbers of an iteration are not finite. Those before it are
                 committed.
         """
-        if not self.pending:
+        if not self.pending or self._goes_on is not None:
             return
         rows, error = self._take_in(self.pending, None if self._judge is None else refuse)
         self._write(rows)
@@ -161,7 +165,9 @@ class RingOutcomes(Outcomes):
 
     def _take_in(self, count: int, judge: Judge | None) -> tuple[list[Row], Exception | None]:
         """Rows up to where the run ends, or to what kept the next one from being taken in."""
-        first, self.read = self.read, self.read + count
+        first = self.read
+        # What was taken in and not committed, as somebody interrupted it, is taken in again.
+        self._draft.stopping = self._state.stopping.copy()
         entries, stamps = map(torch.from_numpy, self._ring.read(first, count))
         rows: list[Row] = []
         counters = self._state.counters
@@ -181,7 +187,6 @@ class RingOutcomes(Outcomes):
             counters = self._draft.counters = outcome.counters
             self._left = first + k
             if self._draft.stopping.solved or self._is_over(counters):
-                self.ended = True
                 break
         return rows, None
 
@@ -214,6 +219,9 @@ class RingOutcomes(Outcomes):
                 self._ring.run, self._left, self._draft.policy, self._draft.optimizer
             )
             super()._write(rows)
+            self.read += len(rows)
+            state = self._state
+            self.ended = state.stopping.solved or self._is_over(state.counters)
 
 
 def _lap(stamps: Tensor) -> Lap:
