@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from fused_twins import fused_twins
 from pretend import pretended
 from twins import twins
 
@@ -577,7 +578,7 @@ def kept(letter, rows, **other):
     } | other
 
 
-def rung(way, thing, median):
+def speed(way, thing, median):
     about = {"what": f"{thing} {way}", "way": way, "thing": thing, "copies": 64, "num_steps": 512}
     return about | {"device": "cuda", "median": median, "ready_seconds": 1.5}
 
@@ -613,7 +614,7 @@ FOUND = {
             "ends_apart": 0,
         }
     ],
-    "c": [rung("op by op", "collect", 1.6e5), rung("in graphs", "collect", 2.5e6)],
+    "c": [speed("op by op", "collect", 1.6e5), speed("in graphs", "collect", 2.5e6)],
     "d": [
         {
             "what": "returns, 128 x 64, time",
@@ -633,8 +634,10 @@ FOUND = {
             "copies": 64,
             "device": "cuda",
             "warm_up": False,
+            "way": "iterations: whole iterations in one CUDA graph",
             "solved": True,
             "solved_seconds": 0.815,
+            "wall_seconds": 0.1234,
             "solved_env_steps": 180559,
             "compile_seconds": 2.5,
         }
@@ -663,7 +666,7 @@ SHOWN = {
     "b": "| CartPole-v1 | in graphs | 1000 x 50     | 50.0%     | 1e-06        | 0       |",
     "c": "| collect          | 64     | 512    | 160k     | 2.5M      | 1.5, 1.5           |",
     "d": "| returns | 128 x 64 | time   | 3.0               | 0.81      | 22         |",
-    "e": "| 64     | cuda   | 1 of 1 | 0.81    | 181k              | 2.5                |",
+    "e": "| 64     | cuda   | 1 of 1 | 0.123                 | 0.81               | 181k ",
     "t": "| time   | 128 x 64   | tall    | 0.75      | short 0.50 |",
     "f": "| train    | tensor | 64       | 1M  | 0.25 of matrix product | 4M   |",
 }
@@ -675,6 +678,31 @@ def test_a_table_has_the_figures_with_their_machine(letter):
     assert SHOWN[letter] in text
     assert f"({letter}) {PARTS[letter].title}: NVIDIA T, AMD EPYC with 16 cores, torch 2.13" in text
     assert "vecpg at 1a2b3c4, 2026-12-01" in text
+
+
+def test_whole_iterations_have_tables_of_their_own():
+    drifted = {
+        "what": "12 iterations",
+        "env_id": "CartPole-v1",
+        "way": "whole iterations",
+        "copies": 64,
+        "iterations": 2,
+        "parameters_apart": [1e-7, 3e-4],
+        "first_draw": None,
+    }
+    draw = {"iteration": 2, "row": 7, "copy": 5, "from_a_boundary": 3e-7}
+    text = tables.table(kept("b", [*FOUND["b"], drifted, drifted | {"first_draw": draw}]))
+    assert SHOWN["b"] in text
+    assert "| CartPole-v1 | 64     | 2                | 1e-07 to 0.0003 " in text
+    assert "another action in iteration 2, row 7, copy 5: drawn 3e-07 from a boundary" in text
+    assert "not looked further" in tables.table(kept("b", [drifted]))
+    phases = {"collect": 0.61, "returns": 0.02, "update": 0.37}
+    graph = speed("whole iterations", "train", 6e8) | {"phases": phases}
+    text = tables.table(kept("c", [graph, speed("in graphs", "train", 1e6)]))
+    assert "| train            | 64     | 512    | 600M             | 1M        |" in text
+    assert "* train, 64 copies, whole iterations: collect 61%, returns 2%, update 37%" in text
+    text = tables.table(kept("e", FOUND["e"]))
+    assert "* cuda: iterations: whole iterations in one CUDA graph" in text
 
 
 def test_what_is_wrong_or_was_not_reached_is_in_the_table():
@@ -906,8 +934,177 @@ def test_every_rung_is_timed(pretended_gpu, monkeypatch):
 
 
 @pytest.mark.slow
-def test_whole_runs_are_timed(pretended_gpu):
+def test_whole_runs_are_timed():
+    pytest.importorskip("triton", reason="needs triton, which is for Linux")
     from hour import solving
 
-    found = solving.solved(4, "cuda", 1, 2)
+    with pretended(), fused_twins():
+        found = solving.solved(4, "cuda", 1, 2)
     assert (found["device"], found["iterations"], found["warm_up"]) == ("cuda", 2, True)
+    assert found["way"] == "iterations: whole iterations in one CUDA graph"
+    assert found["wall_seconds"] > 0
+
+
+# Whole iterations, by twins of their kernels.
+
+
+@pytest.fixture
+def whole(pretended_gpu):
+    with fused_twins():
+        yield
+
+
+def refused(function, *given):
+    with pytest.raises(Wrong) as error:
+        function(*given)
+    return str(error.value)
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """Has a kernel followed by something that spoils what it wrote."""
+
+    def replace(module, name, spoil):
+        kernel = getattr(module, name)
+
+        def call(*given, **named):
+            kernel(*given, **named)
+            spoil(*given)
+
+        monkeypatch.setattr(module, name, call)
+
+    return replace
+
+
+def small(*seeds, env_id="CartPole-v1", device="cuda", copies=5):
+    from hour import iterating
+
+    made = functools.partial(iterating._filled, device, window=2, max_episode_steps=9)
+    return made(env_id, copies, seeds=seeds) if seeds else made
+
+
+def test_wrong_kernels_of_whole_iterations_are_found(whole, instead):
+    from hour import iterating
+
+    found = {what: check for what, check in iterating.cases("cuda", (5, 6), limit=9, window=2)}
+    assert len(found) == 4 * 2 + 2 + 3 + 2 * 2 + 3
+    for check, more in (
+        (iterating._check_gradient, ()),
+        (iterating._check_ages, ()),
+        (iterating._check_step, (2,)),
+        (iterating._check_runs, (2,)),
+    ):
+        row = check(small(), "CartPole-v1", 5, *more)
+        assert row["error"] <= row["tolerance"]
+    step = functools.partial(iterating._check_step, small(), "CartPole-v1", 5, 1)
+    ages = functools.partial(iterating._check_ages, small(), "CartPole-v1", 5)
+    gradient = functools.partial(iterating._check_gradient, small(), "Pendulum-v1", 5)
+    runs = functools.partial(iterating._check_runs, small(), "CartPole-v1", 5, 1)
+    instead(iterating.gradient, "sum_gradient", lambda memory, *_: memory.parts.mul_(1 + 1e-5))
+    assert "of its norm apart" in refused(gradient)
+    instead(iterating.by_age, "subtract_mean_of_runs", lambda weights, *_: weights[-1].add_(1e-4))
+    assert "expected an error of at most 5e-07" in refused(ages)
+    instead(iterating.cuda, "step", lambda memory, *_: memory.states[1, -1, 0, 7].add_(1e-6))
+    assert "of their own size apart" in refused(step)
+    assert "states of run 0 beside others are not those of it alone" in refused(runs)
+
+
+def test_rollouts_that_are_not_the_cpus_are_found(whole, monkeypatch):
+    from hour import iterating, parity
+
+    def spoiled(name, spoil, seed, iteration, first_env, window):
+        """In the kernel's place: the CPU's rollout, and then something is not as it was."""
+
+        def play(one, given=False):
+            options = {"seed": seed, "iteration": iteration, "first_env": first_env}
+            options |= {"num_steps": window, "backend": "cpu"}
+            theirs = iterating.collect(one.envs, one.policies[0], **options)
+            memory, rows = one.memory, len(theirs.mask)
+            flags = theirs.mask + 2 * theirs.terminations + 4 * theirs.truncations
+            earned = theirs.rewards, theirs.dones, one.config.gamma
+            written = {"obs": theirs.obs, "actions": theirs.actions, "rewards": theirs.rewards}
+            written |= {"weights": iterating.reward_to_go(*earned, mask=theirs.mask)}
+            for each, numbers in (written | {"flags": flags}).items():
+                getattr(memory, each)[0, :rows].copy_(numbers)
+            memory.last.fill_(rows)
+            spoil(getattr(memory, name))
+
+        monkeypatch.setattr(iterating.Filled, "play", play)
+
+    key = iterating.SEED, iterating.ITERATION, iterating.FIRST_ENV, 2
+    given = functools.partial(iterating._check_given, small(), "CartPole-v1", 5)
+    spoiled("obs", lambda obs: None, *key)
+    assert given() == iterating._row("whole rollouts")
+    for name, spoil, problem in (
+        ("obs", lambda obs: obs[0, 1].add_(1e-6), "observations differ"),
+        ("weights", lambda weights: weights[0, 0].mul_(1 + 1e-6), "what is earned"),
+        ("flags", lambda flags: flags[0, 1].fill_(3), "terminations differ"),
+        ("last", lambda last: last.add_(1), "rows, got"),
+    ):
+        spoiled(name, spoil, *key)
+        assert problem in refused(given)
+    key = parity.SEED, parity.ITERATION, 0, parity.ROWS
+    free = functools.partial(parity.whole_rollout, "CartPole-v1", 5, "cuda")
+    spoiled("obs", lambda obs: None, *key)
+    assert free()["bit_equal"] == 1
+    spoiled("actions", lambda actions: actions[0, 0].sub_(1).abs_(), *key)
+    assert "actions differ that were not drawn on a boundary" in refused(free)
+
+
+@pytest.mark.slow
+def test_whole_iterations_are_followed_until_a_draw_differs(whole, monkeypatch, instead):
+    from hour import drift
+
+    found = drift.drifted("CartPole-v1", 5, 2, "cuda")
+    assert (found["iterations"], found["first_draw"]) == (2, None)
+    assert max(found["parameters_apart"]) < 1e-4
+    assert found["how"] == "whole iterations in one CUDA graph"
+    assert drift.drifted("Pendulum-v1", 2, 1, "cuda")["iterations"] == 1
+    fields_of = drift.filled.fields_of
+
+    def other(*given):
+        fields = fields_of(*given)
+        fields["actions"][3, 2] ^= 1
+        return fields
+
+    monkeypatch.setattr(drift.filled, "fields_of", other)
+    assert "in iteration 0 a draw differs" in refused(drift.drifted, "CartPole-v1", 5, 2, "cuda")
+    monkeypatch.setattr(drift, "distances", lambda policy, *_: torch.full((99, 5), 1e-7))
+    found = drift.drifted("CartPole-v1", 5, 2, "cuda")
+    assert found["iterations"] == 0
+    assert found["first_draw"] == {
+        **{"iteration": 0, "row": 3, "copy": 2},
+        "from_a_boundary": pytest.approx(1e-7),
+    }
+    monkeypatch.setattr(drift.filled, "fields_of", fields_of)
+    wrong = lambda policy, *_: [each.data.mul_(1.1) for each in policy.parameters()]  # noqa: E731
+    instead(drift, "update", wrong)
+    assert "parameters are" in refused(drift.drifted, "CartPole-v1", 5, 2, "cuda")
+
+
+@pytest.mark.slow
+def test_whole_iterations_are_timed_if_they_repeat_and_allocate_nothing(whole, monkeypatch):
+    from hour import rung
+
+    monkeypatch.setattr(rung, "_SECONDS", 0.0)
+    monkeypatch.setattr(rung, "_FEWEST", 2)
+    monkeypatch.setattr(rung, "_ITERATIONS", 2)
+    assert len(rung.cases({64: 512, 9: 4})) == 5
+    found = rung.collect(5, 4)
+    assert (found["thing"], found["way"], found["rounds"]) == ("collect", "whole iterations", 2)
+    assert found["counted"] == 84
+    found = rung.train(5, 4, runs=2)
+    assert (found["thing"], found["iterations"]) == ("train, 2 runs", 2)
+    assert sum(found["phases"].values()) == pytest.approx(1)
+    assert 0 < found["p5"] <= found["median"] <= found["p95"]
+
+    asked = iter(range(99))
+    monkeypatch.setattr(rung, "_allocations", lambda: next(asked))
+    assert refused(rung.train, 5, 4) == "iterations allocate memory of the device"
+    monkeypatch.setattr(rung, "_allocations", lambda: 0)
+    monkeypatch.setattr(rung, "_numbers", lambda _: torch.tensor([next(asked)]))
+    assert refused(rung.train, 5, 4) == "the same iterations again came to other bits"
+    monkeypatch.undo()
+    monkeypatch.setattr(clock, "product_speed", lambda: 1.0)
+    with pytest.raises(Wrong, match="more products than the GPU computes"):
+        rung._check_products("train", {"median": 1.0})

@@ -33,14 +33,18 @@ def measure(job):
     if job.miniature:
         shapes, drawn, totals = [(9, 5), (13, 3), (1, 1)], 4, (23,)
         small = {"copies": 5, "envs": ("CartPole-v1",), "window": 2}
+        smaller = {"copies": (5,), "envs": ("CartPole-v1",), "window": 2, "iterations": 1}
+        smaller["limit"] = 20
     else:
         shapes, drawn, totals = SHAPES, _DRAWN, (1, 23, 9001, 200_000)
         small = {}
+        smaller = {}
     usual, others = usual_cases(shapes, job.device), drawn_cases(shapes, drawn, job.device)
     usual += packed_cases(totals, job.device)
     if all(importlib.util.find_spec(name) for name in COLLECTING):
-        from hour import collecting
+        from hour import collecting, iterating
 
+        usual += iterating.cases(job.device, **smaller)
         usual += collecting.cases(job.device, **small)
     else:
         say("the kernels that collect need Gymnasium and Numba: not looked at")

@@ -9,10 +9,10 @@ import functools
 
 import torch
 
+from hour import filled
 from hour.job import Wrong
 from vecpg.envs import make_envs
 from vecpg.noise import Purpose, Stream
-from vecpg.policy import Policy
 from vecpg.rollout import choose_collector, collect
 
 ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0")
@@ -30,19 +30,42 @@ WAYS = {
     "torch, op by op": ("reference", False),
     "torch in graphs": ("reference", True),
 }
+ONE_KERNEL = "one kernel"
 
 
 def measure(job):
+    from hour import drift
+
     copies = 13 if job.miniature else 1000
     ways = ["torch, op by op"] if job.miniature else WAYS
-    job.run(
-        [
-            (f"{env_id}, {way}", functools.partial(compared, env_id, way, copies, job.device))
-            for way in ways
-            for env_id in ENVS
-        ],
-        limit=45,
-    )
+    # Interpreted, a kernel takes its time; of many copies 64 are a block, and products are others.
+    whole = [("CartPole-v1", copies)]
+    if not job.miniature:
+        whole = [(env_id, copies) for env_id in ENVS] + [(env_id, 4200) for env_id in ENVS[::2]]
+    cases = [
+        (f"{env_id}, {number} copies, {ONE_KERNEL}", functools.partial(whole_rollout, *case))
+        for env_id, number in whole
+        for case in [(env_id, number, job.device)]
+    ]
+    if not job.miniature:
+        cases += drift.cases()
+    cases += [
+        (f"{env_id}, {way}", functools.partial(compared, env_id, way, copies, job.device))
+        for way in ways
+        for env_id in ENVS
+    ]
+    job.run(cases, limit=45)
+
+
+def whole_rollout(env_id, copies, device):
+    """One line: what the kernel of whole iterations plays beside the CPU's, to the end."""
+    policy, theirs = _on_the_cpu(env_id, copies)
+    stream = Stream(SEED, ITERATION, 0, copies)
+    one = filled.filled(env_id, copies, ROWS, device, [stream], policies=[policy])
+    one.play()
+    exact = not one.shape.gaussian
+    about = {"env_id": env_id, "way": ONE_KERNEL, "copies": copies}
+    return about | _apart(policy, one.fields(), theirs, 0.0 if exact else _APART)
 
 
 def compared(env_id, way, copies, device):
@@ -69,11 +92,7 @@ _FIELDS = ("obs", "actions", "rewards", "terminations", "truncations", "mask")
 def _on_the_cpu(env_id, copies):
     """A policy whose actions differ from one observation to the next, and what it does."""
     envs = make_envs(env_id, copies, vectorization="tensor")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        policy = Policy(envs.single_observation_space, envs.single_action_space)
-    with torch.no_grad():
-        policy.network[-1].weight.mul_(50)  # it begins close to no preference
+    policy = filled.policy_of(envs)
     rollout = collect(envs, policy, num_steps=ROWS, seed=SEED, iteration=ITERATION, backend="cpu")
     return policy, {name: getattr(rollout, name)[:ROWS] for name in _FIELDS}
 
@@ -135,9 +154,12 @@ def _apart(policy, ours, theirs, most=_APART):
 
 
 def _near(policy, rollout):
+    return distances(policy, rollout, Stream(SEED, ITERATION, 0, rollout["mask"].shape[1]))
+
+
+def distances(policy, rollout, stream):
     """(T, N): how far the draw of each categorical action lay from the boundary of two."""
-    rows, copies = rollout["mask"].shape
-    draws = Stream(SEED, ITERATION, 0, copies).uniforms(range(rows), Purpose.ACTION)
+    draws = stream.uniforms(range(len(rollout["mask"])), Purpose.ACTION)
     with torch.inference_mode():
         logits = torch.stack([policy(obs) for obs in rollout["obs"]])  # (T, actions, N)
     below = logits.double().softmax(dim=1).cumsum(dim=1)[:, :-1]

@@ -1,6 +1,12 @@
-"""(e) Seconds until CartPole-v1 is solved: `vecpg.train.train`, whole runs."""
+"""(e) Seconds until CartPole-v1 is solved: `vecpg.train.train`, whole runs.
 
+"wall_seconds" are those of the iterations until the one that reached the target, and
+"solved_seconds" have the greedy evaluation that confirms it, in Gymnasium's environment, besides.
+"""
+
+import contextlib
 import functools
+import logging
 import tempfile
 
 from vecpg.config import Config
@@ -15,6 +21,7 @@ _KEPT = (
     "env_steps",
     "solved_env_steps",
     "solved_seconds",
+    "wall_seconds",
     "steps_per_second",
     "compile_seconds",
     "eval_return_mean",
@@ -40,6 +47,26 @@ def measure(job):
     job.run([(what, functools.partial(solved, *case)) for what, case in [*warm, *cases]], limit=50)
 
 
+@contextlib.contextmanager
+def _heard(name):
+    """What a logger says meanwhile."""
+    heard = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            heard.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Handler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield heard
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
 def solved(copies, device, seed, iterations=None):
     """One run, from the first reset to the end of the confirming evaluation."""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,11 +79,14 @@ def solved(copies, device, seed, iterations=None):
             out_dir=folder,
             progress=False,
         )
-        summary = train(config).summary
+        with _heard("vecpg.train") as heard:
+            summary = train(config).summary
     return {
         "copies": copies,
         "device": device,
         "seed": seed,
         "warm_up": iterations is not None,
+        # How its iterations went, where the log says so.
+        "way": next((each for each in heard if each.startswith("iterations: ")), None),
         **{name: summary[name] for name in _KEPT},
     }

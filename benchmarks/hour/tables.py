@@ -59,6 +59,12 @@ def _returns(rows):
 
 
 def _parity(rows):
+    drifted = [row for row in rows if "parameters_apart" in row]
+    played = [row for row in rows if "parameters_apart" not in row]
+    return "\n\n".join([_played(played)] * bool(played) + [_drifted(drifted)] * bool(drifted))
+
+
+def _played(rows):
     heading = ["", "way", "copies x rows", "same bits", "observations", "rewards", "actions"]
     heading += ["drawn on a boundary", "ends"]
     lines = [
@@ -78,6 +84,23 @@ def _parity(rows):
     return aligned([heading, *lines])
 
 
+def _drifted(rows):
+    """Whole iterations beside the CPU's: parameters in parts of the way that they have come."""
+    heading = ["", "copies", "iterations alike", "parameters apart, first to last", "then"]
+    lines = []
+    for row in rows:
+        first, apart = row["first_draw"], row["parameters_apart"]
+        then = "not looked further"
+        if first is not None:
+            then = (
+                f"another action in iteration {first['iteration']}, row {first['row']}, copy"
+                f" {first['copy']}: drawn {first['from_a_boundary']:.1g} from a boundary"
+            )
+        ends = f"{apart[0]:.1g} to {apart[-1]:.1g}" if apart else ""
+        lines.append([row["env_id"], str(row["copies"]), str(row["iterations"]), ends, then])
+    return aligned([heading, *lines])
+
+
 def _ladder(rows):
     from vecpg.measure.report import short
 
@@ -90,7 +113,13 @@ def _ladder(rows):
         ready = ", ".join(f"{own[way]['ready_seconds']:.1f}" for way in ways if way in own)
         lines.append([*map(str, place), *cells, ready])
     heading = ["steps per second", "copies", "window", *ways, "seconds to prepare"]
-    return aligned([heading, *lines])
+    shares = [
+        f"* {row['thing']}, {row['copies']} copies, {row['way']}: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in row["phases"].items())
+        for row in rows
+        if "phases" in row
+    ]
+    return "\n".join([aligned([heading, *lines]), *([""] if shares else []), *shares])
 
 
 def _solving(rows):
@@ -106,13 +135,18 @@ def _solving(rows):
                 str(copies),
                 device,
                 f"{len(solved)} of {len(runs)}",
+                ", ".join(f"{row['wall_seconds']:.3f}" for row in solved),
                 ", ".join(f"{row['solved_seconds']:.2f}" for row in solved),
                 ", ".join(short(row["solved_env_steps"]) for row in solved),
                 f"{sum(row['compile_seconds'] for row in own):.1f}",
             ]
         )
-    heading = ["copies", "device", "solved", "seconds", "environment steps", "s to compile, once"]
-    return aligned([heading, *lines])
+    heading = ["copies", "device", "solved", "seconds of iterations", "with confirming it"]
+    heading += ["environment steps", "s to compile, once"]
+    ways = dict.fromkeys(f"{row['device']}: {row['way']}" for row in rows if row["way"])
+    return "\n".join(
+        [aligned([heading, *lines]), *([""] if ways else []), *map("* {}".format, ways)]
+    )
 
 
 def _devices(rows):
