@@ -1,6 +1,7 @@
 """A ring of iterations that a device made leaves what is left where each is looked at, at once."""
 
 import copy
+import errno
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from vecpg.rollout import collect
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
+from vecpg.run.metrics import Metrics
 from vecpg.run.progress import Progress
 from vecpg.run.stopping import parameters
 from vecpg.update import update
@@ -288,6 +290,21 @@ def test_after_what_is_not_finite_nothing_counts_though_it_be_finite(tmp_path, m
     (run_dir,) = tmp_path.iterdir()
     assert checkpoint.newest_valid(run_dir).iteration == 2
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_that_did_not_fit_on_the_disk_are_not_written_twice(tmp_path, monkeypatch):
+    config, log, lines = settings(tmp_path, total_iterations=4), Metrics.log, []
+
+    def full(metrics, row):
+        lines.append(row["iteration"])
+        if len(lines) == 3:
+            raise OSError(errno.ENOSPC, "full")
+        log(metrics, row)
+
+    monkeypatch.setattr(Metrics, "log", full)
+    with pytest.raises(OSError, match="full"):
+        train_in_ring(monkeypatch, config)
+    assert lines == [1, 2, 3]
 
 
 def test_one_that_was_solved_makes_no_further_iteration(tmp_path, monkeypatch):

@@ -215,6 +215,7 @@ class RingOutcomes(Outcomes):
 
     def _write(self, rows: list[Row]) -> None:
         if rows:
+            self.ended = True  # what fails here is not written a second time
             self._ring.restore(
                 self._ring.run, self._left, self._draft.policy, self._draft.optimizer
             )
