@@ -38,7 +38,8 @@ from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 _SIZES = ["slots", "envs_of_shard", "capacity", "num_steps", "max_episode_steps"]
 # Rows that are read together on the way back: each waits for memory, and none for the other.
 _ROWS = 8
-_WARPS = 4
+# Units of the first layer that are made at a time.
+_SLICE = 16
 
 
 def play(
@@ -112,7 +113,7 @@ def play(
             PRECISION=precision or ("tf32x3" if block >= 64 else "ieee"),
             CLOCK=isinstance(kernel, triton.JITFunction),
             BLOCK=block,
-            num_warps=_WARPS,
+            num_warps=4 if block > 16 else 8,
             enable_fp_fusion=False,
         )
 
@@ -142,9 +143,7 @@ def _kernel(definition: type[Definition], num_variables: int, shape: Shape) -> A
 
 
 @triton.jit
-def _row_before(
-    reward, flag, gamma, earned, paid, total, lowest, highest, lengths, most
-):
+def _row_before(reward, flag, gamma, earned, paid, total, lowest, highest, lengths, most):
     """What comes of a row on the way back: of its episode `earned`, with discounts, and `paid`.
 
     A row that does not count is before every episode.
@@ -234,8 +233,9 @@ def play(
 
     of_shard = tl.cdiv(envs_of_shard, BLOCK)
     first = block % of_shard * BLOCK
-    inside = first + tl.arange(0, BLOCK) < envs_of_shard
-    n = block // of_shard * envs_of_shard + first + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    inside = first + lane < envs_of_shard
+    n = block // of_shard * envs_of_shard + first + lane
     num_envs = blocks // of_shard * envs_of_shard
     obs += run * (capacity + 1) * num_envs * {shape.features}
     actions += run * capacity * num_envs * {len(action)}
@@ -249,11 +249,10 @@ def play(
     none = slot * 0  # start states are those of one iteration
     env = tl.load(key + 5) + n
     policy = states + slot * {3 * shape.stride}
-    k = tl.arange(0, {_padded(shape.features)})
-    i = tl.arange(0, {_padded(shape.units[0])})
+    k = tl.arange(0, {_padded(shape.features + 1)})
+    i = tl.arange(0, {_SLICE})
     j = tl.arange(0, {_padded(shape.units[1])})
     p = tl.arange(0, {_padded(shape.outputs)})
-    {lines(*_kept(shape))}
 
     now = tl.where(inside, {PLAYING}, {FINISHED})
     lengths = tl.zeros((BLOCK,), tl.int32)
@@ -350,45 +349,43 @@ def _offsets(shape: Shape) -> list[int]:
     return offsets
 
 
-def _matrix(name: str, offset: int, into: str, out: str, width: int, height: int) -> str:
-    """A layer's weights, of its inputs and outputs; 0 beyond them."""
-    place = f"policy + {offset} + {into}[:, None] + {out}[None, :] * {width}"
-    there = f"({into}[:, None] < {width}) & ({out}[None, :] < {height})"
-    return f"{name} = tl.load({place}, mask={there}, other=0.0)"
-
-
-def _vector(name: str, offset: int, out: str, height: int) -> str:
-    return f"{name} = tl.load(policy + {offset} + {out}, mask={out} < {height}, other=0.0)"
-
-
-def _kept(shape: Shape) -> list[str]:
-    """What stays on the chip of the policy."""
-    w1, b1, w2, b2, w3, b3 = _offsets(shape)[:6]
-    return [
-        _matrix("weights_1", w1, "k", "i", shape.features, shape.units[0]),
-        _vector("bias_1", b1, "i", shape.units[0]),
-        _matrix("weights_2", w2, "i", "j", *shape.units),
-        _vector("bias_2", b2, "j", shape.units[1]),
-        _matrix("weights_3", w3, "j", "p", shape.units[1], shape.outputs),
-        _vector("bias_3", b3, "p", shape.outputs),
-    ]
-
-
 def _network(shape: Shape) -> list[str]:
-    """What the policy's network gives for what is seen."""
+    """What the policy's network gives for what is seen.
+
+    All of it would not stay in a thread's registers. So some units of the first layer are made at a
+    time, and go into all of the second; weights are read whenever they are needed.
+    """
+    w1, b1, w2, b2, w3, b3 = _offsets(shape)[:6]
+    features, (first, second), outputs = shape.features, shape.units, shape.outputs
     seen = "0.0"
-    for i, each in reversed([*enumerate(names("o", shape.features))]):
-        seen = f"tl.where(k[None, :] == {i}, {each}[:, None], {seen})"
+    for i, each in reversed([*enumerate([*names("o", features), "1.0"])]):
+        one = each if i == features else f"{each}[:, None]"
+        seen = f"tl.where(k[None, :] == {i}, {one}, {seen})"
     return [
         f"x = {seen}",
-        "x = tl.dot(x, weights_1, input_precision=PRECISION) + bias_1[None, :]",
-        "x = activated(x)",
-        "x = tl.dot(x, weights_2, input_precision=PRECISION) + bias_2[None, :]",
-        "x = activated(x)",
-        "x = tl.dot(x, weights_3, input_precision=PRECISION) + bias_3[None, :]",
+        f"bias = tl.load(policy + {b2} + j, mask=j < {second}, other=0.0)",
+        f"z = tl.zeros((BLOCK, {_padded(second)}), tl.float32) + bias[None, :]",
+        f"for part in tl.static_range({_padded(first) // _SLICE}):",
+        f"    u = part * {_SLICE} + i",
+        # Behind the weights of an observation's numbers, that of 1, the bias.
+        f"    place = tl.where(k[:, None] < {features}, {w1} + u[None, :] * {features} + k[:, None],"
+        f" {b1} + u[None, :])",
+        f"    there = (k[:, None] <= {features}) & (u[None, :] < {first})",
+        "    matrix = tl.load(policy + place, mask=there, other=0.0)",
+        "    h = activated(tl.dot(x, matrix, input_precision=PRECISION))",
+        f"    there = (u[:, None] < {first}) & (j[None, :] < {second})",
+        f"    place = {w2} + j[None, :] * {first} + u[:, None]",
+        "    matrix = tl.load(policy + place, mask=there, other=0.0)",
+        "    z = tl.dot(h, matrix, z, input_precision=PRECISION)",
+        f"there = (j[:, None] < {second}) & (p[None, :] < {outputs})",
+        f"place = {w3} + p[None, :] * {second} + j[:, None]",
+        "matrix = tl.load(policy + place, mask=there, other=0.0)",
+        "y = tl.dot(activated(z), matrix, input_precision=PRECISION)",
         *(
-            f"{each} = tl.sum(tl.where(p[None, :] == {i}, x, 0.0), 1)"
-            for i, each in enumerate(names("p", shape.outputs))
+            # Gathered, numbers lie like those of environments, and not like those of matrices.
+            f"{each} = tl.gather(tl.sum(tl.where(p[None, :] == {i}, y, 0.0), 1), lane, 0)"
+            f" + tl.load(policy + {b3 + i})"
+            for i, each in enumerate(names("p", outputs))
         ),
     ]
 
