@@ -111,6 +111,8 @@ def counted(case: Case, capability: int) -> Found:
     )
     found = {case.kernel: turn(path, rows, bytes_of(case.kernel, shape))}
     if case.kernel == "play":
+        # What its steps load are the policy's numbers.
+        found["play"] = found["play"]._replace(again=True)
         # Back over the rows: the one that reads and writes most besides.
         others = [path for loop, path in turns if not loop.body & work.body]
         path = max(others, key=lambda one: sum(model.kind_of(each) == "memory" for each in one))
@@ -200,9 +202,11 @@ def takes(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
 
 
 def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
-    """Instructions of warps a row."""
+    """Instructions of warps a row, of an environment with Discrete actions and one with a Box."""
     lines = []
     for case in cases:
+        if case.env_id not in ENVS[::2]:
+            continue
         own = found[case, COUNTED_FOR]
         for name, turn in own.turns.items():
             lines.append(
@@ -214,11 +218,11 @@ def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str
                     *(f"{turn.counts[kind]:.3g}" for kind in model.KINDS),
                     f"{turn.moved:.0f}",
                     f"{own.most_bytes:.0f}" if name == case.kernel else "",
-                    str(model.alone(turn.path)),
+                    str(turn.alone),
                 ]
             )
     heading = ["loop", "environment", "rows a turn", "instructions a row", *model.KINDS]
-    heading += ["bytes", "without masks", "cycles of a turn, alone"]
+    heading += ["bytes", "asked for", "cycles of a turn, alone"]
     return aligned([heading, *lines])
 
 

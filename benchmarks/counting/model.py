@@ -29,6 +29,8 @@ LATENCY = {
     "matrix": 33,
     "double": 16,
 }
+# Of a load, where each turn reads what the one before has read.
+AGAIN = 40
 _BARRIER, _CONSTANT = 20, 30
 
 _KINDS = {
@@ -85,23 +87,27 @@ def _words(instruction: Instruction) -> int:
     return int(wide[1]) // 32 if wide else 1
 
 
-def alone(path: Iterable[Instruction]) -> int:
+def alone(path: Iterable[Instruction], again: bool = False) -> int:
     """Cycles of a warp that has a scheduler to itself, from the first to the last of these.
 
     The compiler writes into each instruction how long the next one has to wait, and which results
     it waits for; those come after LATENCY, or when a unit is free.
+
+    Args:
+        again: all loads are of what the turn before has read, too, and so near.
     """
+    latency = LATENCY | ({"memory": AGAIN} if again else {})
     now, lifted, free = 0, [0] * 6, Counter()
     for each in path:
         kind, busy = kind_of(each), occupied(each)
         now = max([now, free[kind], *(lifted[bar] for bar in each.waits)])
         if each.name == "WARPGROUP" and ".DEPBAR" in each.modifiers:
-            now = max(now, free["matrix"] + LATENCY["matrix"])
+            now = max(now, free["matrix"] + latency["matrix"])
         if each.name == "BAR":
             now += _BARRIER
         free[kind] = max(now, free[kind]) + busy
         if each.sets is not None:
-            lifted[each.sets] = free[kind] + LATENCY.get(kind, _CONSTANT)
+            lifted[each.sets] = free[kind] + latency.get(kind, _CONSTANT)
         if each.frees is not None:
             lifted[each.frees] = free[kind] + _BARRIER
         # The products of a group of warps go on while these do something else.
@@ -116,6 +122,7 @@ class Kernel(NamedTuple):
     path:   instructions of a warp.
     warps, registers (of a thread), shared (bytes): of a program.
     moved:  bytes of a row.
+    again:  as in `alone`.
     """
 
     rows: int
@@ -124,6 +131,12 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     moved: float
+    again: bool = False
+
+    @property
+    def alone(self) -> int:
+        """Cycles of a turn of a program that is alone on its processor."""
+        return alone(self.path, self.again)
 
     @property
     def counts(self) -> dict[str, float]:
@@ -158,6 +171,6 @@ class Kernel(NamedTuple):
         rounds = math.ceil(programs / (PROCESSORS * self.at_once))
         found = {
             unit: processors * SCHEDULERS * CLOCK / cycles,
-            "latency": programs * self.rows * CLOCK / (rounds * alone(self.path)),
+            "latency": programs * self.rows * CLOCK / (rounds * self.alone),
         }
         return found | {f"memory, {name}": speed / self.moved for name, speed in MEMORY.items()}
