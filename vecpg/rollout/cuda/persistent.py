@@ -40,6 +40,8 @@ _SIZES = ["slots", "envs_of_shard", "capacity", "num_steps", "max_episode_steps"
 _ROWS = 8
 # Units of the first layer that are made at a time.
 _SLICE = 16
+# Of what fixes an action. It is read whenever it is needed: kept, it would take 20 registers.
+_KEY = "tl.load(key), tl.load(key + 1), tl.load(key + 2)"
 
 
 def play(
@@ -250,7 +252,7 @@ def play(
     env = tl.load(key + 5) + n
     policy = states + slot * {3 * shape.stride}
     k = tl.arange(0, {_padded(shape.features + 1)})
-    i = tl.arange(0, {_SLICE})
+    slice = tl.arange(0, {_SLICE})
     j = tl.arange(0, {_padded(shape.units[1])})
     p = tl.arange(0, {_padded(shape.outputs)})
 
@@ -268,7 +270,6 @@ def play(
     doing = tl.max(now, 0)
     while (doing > 0) & (t < capacity):
         at = t * num_envs + n
-        low, high, number = tl.load(key), tl.load(key + 1), tl.load(key + 2)
         {lines(*_network(shape), indent=8)}
         {lines(*_drawn(shape, given, drawn, action), indent=8)}
         {", ".join(following)} = transition({", ".join(state + action)})
@@ -294,7 +295,9 @@ def play(
             tl.store(starts + episodes.to(tl.int64) * num_envs + n, row, mask=resets)
         {lines(*looked, indent=8)}
         bad |= (truncated | (now == {PLAYING})) & ~({all_finite(seen)})
-        doing = tl.max(now, 0)
+        # Of two dimensions: Triton 3.7 compiles for no Blackwell what comes of a matrix product
+        # and is reduced in one.
+        doing = tl.max(tl.max(now[None, :], 1), 0)
 
     tl.store(last + run * blocks + block, t.to(tl.int32))
     tl.store(numbers + run * num_envs + n, episodes, mask=inside)
@@ -366,20 +369,20 @@ def _network(shape: Shape) -> list[str]:
         f"bias = tl.load(policy + {b2} + j, mask=j < {second}, other=0.0)",
         f"z = tl.zeros((BLOCK, {_padded(second)}), tl.float32) + bias[None, :]",
         f"for part in tl.static_range({_padded(first) // _SLICE}):",
-        f"    u = part * {_SLICE} + i",
-        # Behind the weights of an observation's numbers, that of 1, the bias.
-        f"    place = tl.where(k[:, None] < {features}, {w1} + u[None, :] * {features} + k[:, None],"
-        f" {b1} + u[None, :])",
-        f"    there = (k[:, None] <= {features}) & (u[None, :] < {first})",
-        "    matrix = tl.load(policy + place, mask=there, other=0.0)",
+        f"    i = part * {_SLICE} + slice",
+        # Behind the weights of an observation's numbers, those of 1, which are the bias.
+        f"    weight = policy + {w1} + i[None, :] * {features} + k[:, None]",
+        f"    weight = tl.where(k[:, None] < {features}, weight, policy + {b1} + i[None, :])",
+        f"    there = (k[:, None] <= {features}) & (i[None, :] < {first})",
+        "    matrix = tl.load(weight, mask=there, other=0.0)",
         "    h = activated(tl.dot(x, matrix, input_precision=PRECISION))",
-        f"    there = (u[:, None] < {first}) & (j[None, :] < {second})",
-        f"    place = {w2} + j[None, :] * {first} + u[:, None]",
-        "    matrix = tl.load(policy + place, mask=there, other=0.0)",
+        f"    weight = policy + {w2} + j[None, :] * {first} + i[:, None]",
+        f"    there = (i[:, None] < {first}) & (j[None, :] < {second})",
+        "    matrix = tl.load(weight, mask=there, other=0.0)",
         "    z = tl.dot(h, matrix, z, input_precision=PRECISION)",
+        f"weight = policy + {w3} + p[None, :] * {second} + j[:, None]",
         f"there = (j[:, None] < {second}) & (p[None, :] < {outputs})",
-        f"place = {w3} + p[None, :] * {second} + j[:, None]",
-        "matrix = tl.load(policy + place, mask=there, other=0.0)",
+        "matrix = tl.load(weight, mask=there, other=0.0)",
         "y = tl.dot(activated(z), matrix, input_precision=PRECISION)",
         *(
             # Gathered, numbers lie like those of environments, and not like those of matrices.
@@ -404,7 +407,7 @@ def _drawn(shape: Shape, given: list[str], drawn: list[str], action: list[str]) 
         *(f"    largest = tl.where({p} > largest, {p}, largest)" for p in given[1:]),
         "    below = tl.zeros((BLOCK,), tl.float32)",
         *(f"    {each}" for each in sums),
-        f"    reached = below * uniform(low, high, number, t, env, {Purpose.ACTION}, 0)",
+        f"    reached = below * uniform({_KEY}, t, env, {Purpose.ACTION}, 0)",
         "    below = tl.zeros((BLOCK,), tl.float32)",
         "    chosen = tl.zeros((BLOCK,), tl.int32)",
         *(f"    {line}" for each in sums[:-1] for line in (each, chosen)),
@@ -425,10 +428,9 @@ def _drawn_gaussian(
             "if GIVEN:",
             f"    {d} = tl.load(actions + at * {size} + {i}, mask=inside, other=0.0)",
             "else:",
-            f"    radius = uniform(low, high, number, t, env, {Purpose.ACTION}, {first})",
+            f"    radius = uniform({_KEY}, t, env, {Purpose.ACTION}, {first})",
             "    radius = tl.sqrt_rn(log(1.0 - radius) * -2.0)",
-            f"    angle = uniform(low, high, number, t, env, {Purpose.ACTION}, {second})"
-            f" * {2 * math.pi}",
+            f"    angle = uniform({_KEY}, t, env, {Purpose.ACTION}, {second}) * {2 * math.pi}",
             f"    raw = tl.zeros((BLOCK,), tl.float32) + tl.load(policy + {log_std + i})",
             f"    {d} = radius * {'cos' if i < pairs else 'sin'}(angle)",
             f"    {d} = {mean} + standard_deviation(raw) * {d}",
