@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vecpg.fused.memory import Memory, Setting, Stamp, Tally
-from vecpg.kernels.cuda import exp, log, tanh
+from vecpg.kernels.cuda import _growth, _power, exp, log
 from vecpg.policy.distributions import LOG_STD_RANGE
 from vecpg.policy.shape import MOST_OUTPUTS, Shape
 
@@ -50,7 +50,7 @@ def num_parts(capacity: int, blocks: int) -> int:
     return min(_MOST_PARTS, -(-capacity * blocks // _LEAST_ROWS))
 
 
-def sum_gradient(memory: Memory, shape: Shape, *, precision: str = "tf32x3") -> None:
+def sum_gradient(memory: Memory, shape: Shape, *, precision: str = "tf32x3", width=64) -> None:
     """Write to `memory.parts` the gradient of a sum over the counted rows of each part of a shard.
 
         sum of -log pi(a|s) * weight / divisor - ent_coef / count * entropy(s)
@@ -98,6 +98,7 @@ def sum_gradient(memory: Memory, shape: Shape, *, precision: str = "tf32x3") -> 
             BLOCK=memory.block,
             PRECISION=precision,
             CLOCK=isinstance(_sum_gradient, triton.JITFunction),
+            WIDTH=min(width, max(16, triton.next_power_of_2(first))),
             num_warps=_WARPS,
         )
 
@@ -130,6 +131,7 @@ def _sum_gradient(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     CLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     part, shard, run = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(at) % num_slots
@@ -155,23 +157,8 @@ def _sum_gradient(
     W3: tl.constexpr = B2 + SECOND
     B3: tl.constexpr = W3 + ACTIONS * SECOND
     END: tl.constexpr = B3 + ACTIONS
-    i, j, k, a = (
-        tl.arange(0, INPUTS),
-        tl.arange(0, WIDE),
-        tl.arange(0, HIGH),
-        tl.arange(0, _OUTPUTS),
-    )
+    i, j, k, a = tl.arange(0, INPUTS), tl.arange(0, WIDTH), tl.arange(0, HIGH), tl.arange(0, _OUTPUTS)
     states += (slot * tl.num_programs(2) + run) * 3 * STRIDE
-    w1 = tl.load(
-        states + tl.where(i == FEATURES, B1 + j[:, None], j[:, None] * FEATURES + i),
-        mask=(j < FIRST)[:, None] & (i <= FEATURES),
-        other=0.0,
-    )
-    in_w2 = (k < SECOND)[:, None] & (j < FIRST)
-    w2 = tl.load(states + W2 + k[:, None] * FIRST + j, mask=in_w2, other=0.0)
-    b2 = tl.load(states + B2 + k, mask=k < SECOND, other=0.0)
-    in_w3 = (k < SECOND)[:, None] & (a < ACTIONS)
-    w3 = tl.load(states + W3 + a * SECOND + k[:, None], mask=in_w3, other=0.0)
     b3 = tl.load(states + B3 + a, mask=a < ACTIONS, other=0.0)
     if GAUSSIAN:
         raw = tl.load(states + END + a, mask=a < ACTIONS, other=0.0)
@@ -183,100 +170,114 @@ def _sum_gradient(
 
     r = tl.arange(0, _ROWS)
     DEEP: tl.constexpr = _ROWS // BLOCK
+    SLICES: tl.constexpr = WIDE // WIDTH
+    SIZE: tl.constexpr = END + ACTIONS * GAUSSIAN
     tiles = tl.cdiv(most, DEEP) * blocks
-    num_programs = tl.num_programs(0)
-    parts += ((run * tl.num_programs(1) + shard) * num_programs + part) * STRIDE
-    # Whoever has no tile writes zeros.
-    for begin in range(part, tl.maximum(tiles, part + 1), num_programs * _TILES):
-        g1 = tl.zeros((WIDE, INPUTS), tl.float32)
-        g2 = tl.zeros((HIGH, WIDE), tl.float32)
-        h2 = tl.zeros((HIGH, INPUTS), tl.float32)
-        g3 = tl.zeros((HIGH, _OUTPUTS), tl.float32)
-        h3 = tl.zeros((_ROWS, _OUTPUTS), tl.float32)
-        spread = tl.zeros((_ROWS, _OUTPUTS), tl.float32)
-        loss = tl.zeros((_ROWS,), tl.float32)
-        entropy = tl.zeros((_ROWS,), tl.float32)
-        for tile in range(begin, tl.minimum(tiles, begin + num_programs * _TILES), num_programs):
-            block = tile % blocks
-            t = tile // blocks * DEEP + r // BLOCK
-            n = block * BLOCK + r % BLOCK
-            stop = tl.load(last + block)
-            if tile // blocks * DEEP < stop:
-                place = (run * capacity + t) * num_envs + shard * envs_of_shard + n
-                here = (t < stop) & (n < envs_of_shard)
-                counts = (tl.load(flags + place, mask=here, other=0) & 1) != 0
-                weight = tl.load(weights + place, mask=counts, other=0.0) * scale
-                x = tl.load(
-                    obs + (place + run * num_envs)[:, None] * FEATURES + i,
-                    mask=counts[:, None] & (i < FEATURES),
+    parts += ((run * tl.num_programs(1) + shard) * tl.num_programs(0) + part) * STRIDE
+    number = tl.arange(0, triton.next_power_of_2(STRIDE))
+    tl.store(parts + number, tl.zeros(number.shape, tl.float64), mask=number < STRIDE)
+    tl.debug_barrier()
+    for tile in tl.range(part, tiles, tl.num_programs(0), disable_licm=True):
+        block = tile % blocks
+        t = tile // blocks * DEEP + r // BLOCK
+        n = block * BLOCK + r % BLOCK
+        stop = tl.load(last + block)
+        if tile // blocks * DEEP < stop:
+            place = (run * capacity + t) * num_envs + shard * envs_of_shard + n
+            here = (t < stop) & (n < envs_of_shard)
+            counts = (tl.load(flags + place, mask=here, other=0) & 1) != 0
+            weight = tl.load(weights + place, mask=counts, other=0.0) * scale
+            x = tl.load(
+                obs + (place + run * num_envs)[:, None] * FEATURES + i,
+                mask=counts[:, None] & (i < FEATURES),
+                other=0.0,
+            )
+            x = tl.where(i == FEATURES, 1.0, x)
+            xh, xl = _split(x)
+            here_states = states + tl.where(stop < 0, 1, 0)
+            b2 = tl.load(here_states + B2 + k + i[:, None] * 0, mask=(k < SECOND) & (i == FEATURES)[:, None], other=0.0)
+            b2h, b2l = _split(b2)
+            z = tl.dot(xh, b2l, input_precision="tf32")
+            z = tl.dot(xh, b2h, z, input_precision="tf32")
+            y = ()
+            for s in tl.static_range(SLICES):
+                w1h, w1l = _split(_first(here_states, i, j + s * WIDTH, B1, FEATURES, FIRST))
+                w2h, w2l = _split(_second(here_states + W2, j + s * WIDTH, k, FIRST, SECOND))
+                own = _activation(_dot(xh, xl, tl.trans(w1h), tl.trans(w1l)), TANH)
+                y = y + (own,)
+                yh, yl = _split(own)
+                z += _dot(yh, yl, tl.trans(w2h), tl.trans(w2l))
+            z = _activation(z, TANH)
+            zh, zl = _split(z)
+            zth, ztl = tl.trans(zh), tl.trans(zl)
+            w3 = tl.load(here_states + W3 + a * SECOND + k[:, None], mask=(k < SECOND)[:, None] & (a < ACTIONS), other=0.0)
+            w3h, w3l = _split(w3)
+            out = _dot(zh, zl, w3h, w3l) + b3
+            if GAUSSIAN:
+                action = tl.load(
+                    actions + place[:, None] * ACTIONS + a,
+                    mask=counts[:, None] & (a < ACTIONS),
                     other=0.0,
                 )
-                x = tl.where(i == FEATURES, 1.0, x)
-                y = _activation(tl.dot(x, tl.trans(w1), input_precision=PRECISION), TANH)
-                z = tl.dot(y, tl.trans(w2), input_precision=PRECISION) + b2
-                z = _activation(z, TANH)
-                out = tl.dot(z, w3, input_precision=PRECISION) + b3
-                if GAUSSIAN:
-                    action = tl.load(
-                        actions + place[:, None] * ACTIONS + a,
-                        mask=counts[:, None] & (a < ACTIONS),
-                        other=0.0,
-                    )
-                    distance = tl.where(a < ACTIONS, (action - out) * inverse, 0.0)
-                    square = distance * distance
-                    rest = tl.where(a < ACTIONS, log_std + _HALF_LOG_TURN, 0.0)
-                    minus_log_pi = tl.sum(0.5 * square + rest, 1)
-                    d = weight[:, None] * distance * inverse * -1.0
-                    spread += tl.where(
-                        counts[:, None], weight[:, None] * (1.0 - square) - bonus, 0.0
-                    )
-                    disorder = tl.sum(rest + tl.where(a < ACTIONS, 0.5, 0.0), 0)
-                else:
-                    out = tl.where(a < ACTIONS, out, float("-inf"))
-                    out -= tl.max(out, 1)[:, None]
-                    power = tl.where(a < ACTIONS, exp(out), 0.0)
-                    out = tl.where(a < ACTIONS, out, 0.0)
-                    total = tl.sum(power, 1)
-                    mean = tl.sum(power * out, 1) / total
-                    action = tl.load(actions + place, mask=counts, other=0)
-                    taken = a == action[:, None]
-                    minus_log_pi = log(total) - tl.sum(tl.where(taken, out, 0.0), 1)
-                    disorder = log(total) - mean
-                    d = power / total[:, None] * (weight[:, None] + bonus * (out - mean[:, None]))
-                    d = tl.where(taken, d - weight[:, None], d)
-                d = tl.where(counts[:, None], d, 0.0)
-                loss += tl.where(counts, weight * minus_log_pi, 0.0)
-                entropy += tl.where(counts, disorder, 0.0)
-                h3 += d
-                g3 = tl.dot(tl.trans(z), d, g3, input_precision=PRECISION)
-                d = _slope(tl.dot(d, tl.trans(w3), input_precision=PRECISION), z, TANH)
-                g2 = tl.dot(tl.trans(d), y, g2, input_precision=PRECISION)
-                h2 = tl.dot(tl.trans(d), x, h2, input_precision=PRECISION)
-                d = _slope(tl.dot(d, w2, input_precision=PRECISION), y, TANH)
-                g1 = tl.dot(tl.trans(d), x, g1, input_precision=PRECISION)
-
-        again = begin > part
-        _add(
-            parts + tl.where(i == FEATURES, B1 + j[:, None], j[:, None] * FEATURES + i),
-            g1,
-            (j < FIRST)[:, None] & (i <= FEATURES),
-            again,
-        )
-        _add(parts + W2 + k[:, None] * FIRST + j, g2, in_w2, again)
-        _add(
-            parts + B2 + k[:, None] + i * 0,
-            h2,
-            (k < SECOND)[:, None] & (i == FEATURES),
-            again,
-        )
-        _add(parts + W3 + a * SECOND + k[:, None], g3, in_w3, again)
-        _add(parts + B3 + a, tl.sum(h3, 0), a < ACTIONS, again)
-        if GAUSSIAN:
-            _add(parts + END + a, tl.sum(spread, 0) * slope, a < ACTIONS, again)
-        SIZE: tl.constexpr = END + ACTIONS * GAUSSIAN
-        _add(parts + SIZE, tl.sum(loss.to(tl.float64)), True, again)
-        _add(parts + SIZE + 1, tl.sum(entropy.to(tl.float64)), True, again)
-        tl.debug_barrier()
+                distance = tl.where(a < ACTIONS, (action - out) * inverse, 0.0)
+                square = distance * distance
+                rest = tl.where(a < ACTIONS, log_std + _HALF_LOG_TURN, 0.0)
+                minus_log_pi = tl.sum(0.5 * square + rest, 1)
+                d = weight[:, None] * distance * inverse * -1.0
+                spread = tl.where(
+                    counts[:, None], weight[:, None] * (1.0 - square) - bonus, 0.0
+                )
+                _add(parts + END + a, tl.sum(spread, 0) * slope, a < ACTIONS)
+                disorder = tl.sum(rest + tl.where(a < ACTIONS, 0.5, 0.0), 0)
+            else:
+                out = tl.where(a < ACTIONS, out, float("-inf"))
+                out -= tl.max(out, 1)[:, None]
+                power = tl.where(a < ACTIONS, exp(out), 0.0)
+                out = tl.where(a < ACTIONS, out, 0.0)
+                total = tl.sum(power, 1)
+                mean = tl.sum(power * out, 1) / total
+                action = tl.load(actions + place, mask=counts, other=0)
+                taken = a == action[:, None]
+                minus_log_pi = log(total) - tl.sum(tl.where(taken, out, 0.0), 1)
+                disorder = log(total) - mean
+                d = power / total[:, None] * (weight[:, None] + bonus * (out - mean[:, None]))
+                d = tl.where(taken, d - weight[:, None], d)
+            d = tl.where(counts[:, None], d, 0.0)
+            told = tl.where(a == 0, (weight * minus_log_pi)[:, None], tl.where(a == 1, disorder[:, None] if not GAUSSIAN else disorder, 0.0))
+            told = tl.where(counts[:, None], told, 0.0)
+            _add(parts + SIZE + a, tl.sum(told, 0), a < 2)
+            _add(parts + B3 + a, tl.sum(d, 0), a < ACTIONS)
+            dh, dl = _split(d)
+            _add(
+                parts + W3 + a * SECOND + k[:, None],
+                _dot(zth, ztl, dh, dl),
+                (k < SECOND)[:, None] & (a < ACTIONS),
+            )
+            d = _slope(_dot(dh, dl, tl.trans(w3h), tl.trans(w3l)), z, TANH)
+            dh, dl = _split(d)
+            _add(
+                parts + B2 + k[:, None] + i * 0,
+                _dot(tl.trans(dh), tl.trans(dl), xh, xl),
+                (k < SECOND)[:, None] & (i == FEATURES),
+            )
+            here_states = states + tl.where(stop < -1, 1, 0)
+            for s in tl.static_range(SLICES):
+                w2h, w2l = _split(_second(here_states + W2, j + s * WIDTH, k, FIRST, SECOND))
+                own = y[s]
+                e = _slope(_dot(dh, dl, w2h, w2l), own, TANH)
+                eh, el = _split(e)
+                _add(
+                    parts + tl.where(i == FEATURES, B1 + s * WIDTH + j[:, None], (s * WIDTH + j)[:, None] * FEATURES + i),
+                    _dot(tl.trans(eh), tl.trans(el), xh, xl),
+                    (s * WIDTH + j < FIRST)[:, None] & (i <= FEATURES),
+                )
+                yh, yl = _split(own)
+                _add(
+                    parts + W2 + k[:, None] * FIRST + s * WIDTH + j,
+                    _dot(tl.trans(dh), tl.trans(dl), yh, yl),
+                    (k < SECOND)[:, None] & (s * WIDTH + j < FIRST),
+                )
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -302,7 +303,13 @@ def _total(numbers, count):
 @triton.jit
 def _activation(x, TANH: tl.constexpr):
     if TANH:
-        y = tanh(x)
+        doubled = tl.abs(x) * 2.0
+        n, grown = _growth(tl.where(doubled > 20.0, 20.0, doubled))
+        power = _power(n)
+        e = power * grown + (power - 1.0)
+        y = e / (e + 2.0)
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        y = (y.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
         y = tl.maximum(x, 0.0)
     return y
@@ -318,7 +325,33 @@ def _slope(d, y, TANH: tl.constexpr):
 
 
 @triton.jit
-def _add(place, number, mask, again):
-    """Add to what is there already; without it, whatever is there is overwritten."""
-    before = tl.load(place, mask=mask & again, other=0.0)
-    tl.store(place, before + number.to(tl.float64), mask=mask)
+def _add(place, number, mask):
+    """Add to what is there already."""
+    tl.store(place, tl.load(place, mask=mask, other=0.0) + number.to(tl.float64), mask=mask)
+
+
+@triton.jit
+def _split(x):
+    big = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
+def _dot(ah, al, bh, bl):
+    c = tl.dot(al, bh, input_precision="tf32")
+    c = tl.dot(ah, bl, c, input_precision="tf32")
+    return tl.dot(ah, bh, c, input_precision="tf32")
+
+
+@triton.jit
+def _first(states, i, j, B1: tl.constexpr, FEATURES: tl.constexpr, FIRST: tl.constexpr):
+    return tl.load(
+        states + tl.where(i == FEATURES, B1 + j[:, None], j[:, None] * FEATURES + i),
+        mask=(j < FIRST)[:, None] & (i <= FEATURES),
+        other=0.0,
+    )
+
+
+@triton.jit
+def _second(states, j, k, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    return tl.load(states + k[:, None] * FIRST + j, mask=(k < SECOND)[:, None] & (j < FIRST), other=0.0)
