@@ -13,8 +13,9 @@ from typing import NamedTuple
 from counting.sass import Instruction
 
 PROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.98e9
-# Bytes per second of the memory, by the data sheets.
+# Bytes per second of the memory, by the data sheets; and of the cache before it, assumed.
 MEMORY = {"H100 SXM": 3.35e12, "H200": 4.8e12}
+CACHE = 5.5e12
 # Of an SM: registers, shared memory, warps, programs.
 _REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 227 * 1024, 64, 32
 # Products of TF32 a cycle, of an SM's four units together.
@@ -121,7 +122,8 @@ class Kernel(NamedTuple):
     rows:   of one environment each, of a turn.
     path:   instructions of a warp.
     warps, registers (of a thread), shared (bytes): of a program.
-    moved:  bytes of a row.
+    moved:  bytes of a row in memory.
+    asked:  bytes of a row that loads and stores move, wherever they are.
     again:  as in `alone`.
     """
 
@@ -131,6 +133,7 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     moved: float
+    asked: float
     again: bool = False
 
     @property
@@ -172,5 +175,6 @@ class Kernel(NamedTuple):
         found = {
             unit: processors * SCHEDULERS * CLOCK / cycles,
             "latency": programs * self.rows * CLOCK / (rounds * self.alone),
+            "cache": CACHE / self.asked,
         }
         return found | {f"memory, {name}": speed / self.moved for name, speed in MEMORY.items()}
