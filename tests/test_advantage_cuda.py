@@ -153,10 +153,10 @@ def interpret():
     check_case("cpu", 13, 9, torch.float32, 4)
     check_case("cpu", 12, 5, torch.float32, 6, masked=0.0, done=0.0)
     check_case("cpu", 8, 5, torch.float32, 7, done=1.0)
-    check_runs("cpu", 3, 6, 10, 2, 9, others=True)
+    check_runs("cpu", 2, 6, 10, 2, 9, others=True)
     check_runs("cpu", 2, 7, 9, 1, 10, others=False, masked=0.0)
     check_runs("cpu", 1, 5, 6, 3, 11, others=True)
-    check_runs("cpu", 1, 3, 1, 1, 12, others=True, done=1.0)
+    check_runs("cpu", 1, 2, 1, 1, 12, others=True, done=1.0)
     cuda._AGES, cuda._ENVS, cuda._ROWS = 32, 32, 64
     check_case("cpu", 70, 35, torch.float32, 8)
 

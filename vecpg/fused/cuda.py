@@ -52,9 +52,10 @@ def step(
     began, where a number of the rollout, the loss, the entropy, the gradient's norm, or a parameter
     after the step is not finite: the entry says so. Then the next iteration is at hand.
 
-    For equal gradients, and a first beta above 0.5, parameters and averages have the bits that
-    `vecpg.adam.Adam` comes to on a CPU, where that rounds square roots to the nearest number. Torch
-    may leave them to a library that is one bit off here and there.
+    For equal gradients, and a first beta above 0.5, parameters and averages have the bits of
+    `vecpg.adam.Adam` on a CPU, but for its square roots. Here they are the nearest numbers; on a
+    CPU torch may leave them to a library that is one bit off here and there, and on one without
+    fused multiplication and addition it rounds more often.
 
     Three launches. Nothing waits for the GPU.
 
