@@ -343,7 +343,8 @@ def play(
 
 def _padded(size: int) -> int:
     """The side of a tile."""
-    return max(16, triton.next_power_of_2(size))
+    side: int = max(16, triton.next_power_of_2(size))
+    return side
 
 
 def _offsets(shape: Shape) -> list[int]:
