@@ -138,11 +138,29 @@ def tanh(x):
 
     With e = exp(2|x|) - 1, it is e / (e + 2), and errors of a large e do not show.
     """
+    e = _growth_of_twice(x)
+    return _with_sign(tl.div_rn(e, e + 2.0), x)
+
+
+@triton.jit
+def fast_tanh(x):
+    """Within 4e-7 of itself: `tanh` with a division that a GPU has, and bits of its own."""
+    e = _growth_of_twice(x)
+    return _with_sign(e / (e + 2.0), x)
+
+
+@triton.jit
+def _growth_of_twice(x):
+    """Exp(2|x|) - 1, of |x| up to 10."""
     doubled = tl.abs(x) * 2.0
     n, grown = _growth(tl.where(doubled > 20.0, 20.0, doubled))
     power = _power(n)
-    e = power * grown + (power - 1.0)
-    y = tl.div_rn(e, e + 2.0)
+    return power * grown + (power - 1.0)
+
+
+@triton.jit
+def _with_sign(y, x):
+    """The positive y with the sign of x."""
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
     return (y.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
