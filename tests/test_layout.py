@@ -39,6 +39,7 @@ ALLOWED = {
     },
     "vecpg.rollout": {
         "vecpg.envs",
+        "vecpg.fused",
         "vecpg.kernels",
         "vecpg.memory",
         "vecpg.noise",

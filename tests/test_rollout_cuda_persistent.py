@@ -71,6 +71,9 @@ class Runs:
             )
             with torch.no_grad():
                 policy.network[-1].weight.mul_(scale)
+                for each in policy.parameters():
+                    if each.ndim == 1:  # biases and standard deviations, which all begin as 0
+                        each.uniform_(-0.5, 0.5)
             given = {"num_steps": num_steps, "seed": seed, "iteration": 2, "first_env": first_env}
             self.wanted.append(collect(envs, policy, **given, backend=backend))
             self.policies.append(policy)
