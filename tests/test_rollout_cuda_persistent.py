@@ -144,7 +144,7 @@ def interpret():
     torch.set_num_threads(1)
     memories._SMALL_BLOCK = 4
     # Blocks of shards are ragged, environments begin anew, and some are cut.
-    check_given(Runs(CartPole, 10, 12, 11, shards=2, first_env=7, scale=30.0))
+    check_given(Runs(CartPole, 10, 10, 10, shards=2, first_env=7, scale=30.0))
     check_given(Runs(Pendulum, 5, 7, 5, seeds=(2**40 + 5,), activation="relu", hidden=(17, 3)))
     check_given(Runs(Acrobot, 3, 6, 4, hidden=(16, 16)))
     check_given(Runs(MountainCarContinuous, 6, 6, 4, shards=2, hidden=(33, 2)))
@@ -152,7 +152,7 @@ def interpret():
     # Logarithms and the like are others than the CPU's.
     check_given(Runs(Dock, 5, 12, 9, first_env=2), close=1e-6)
     check_given(Runs(Fading, 9, 1, 5))
-    check_categorical(Runs(CartPole, 6, 8, 7, seeds=(3, 2**33), shards=2, scale=30.0))
+    check_categorical(Runs(CartPole, 6, 5, 5, seeds=(3, 2**33), shards=2, scale=30.0))
     check_categorical(Runs(Track, 6, 9, 6, activation="relu", hidden=(20, 7)))
     check_first_actions(Runs(Pendulum, 5, 2, 3))
     check_first_actions(Runs(Dock, 6, 1, 1, hidden=(4, 9), shards=2))
