@@ -201,12 +201,13 @@ def takes(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
             [
                 case.kernel,
                 case.env_id,
+                str(case.copies),
                 str(found[case, COUNTED_FOR].turns[case.kernel].rows),
                 *(" / ".join(str(each[name]) for each in own) for name in names),
             ]
         )
     on = " / ".join(map(str, CAPABILITIES))
-    heading = ["kernel", "environment", "rows a turn", f"registers, sm_{on}"]
+    heading = ["kernel", "environment", "copies", "rows a turn", f"registers, sm_{on}"]
     return aligned([[*heading, "stack", "local", "shared, bytes"], *lines])
 
 
@@ -222,6 +223,7 @@ def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str
                 [
                     name,
                     case.env_id,
+                    str(case.copies),
                     str(turn.rows),
                     f"{sum(turn.counts.values()):.3g}",
                     *(f"{turn.counts[kind]:.3g}" for kind in model.KINDS),
@@ -230,7 +232,7 @@ def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str
                     str(turn.alone),
                 ]
             )
-    heading = ["loop", "environment", "rows a turn", "instructions a row", *model.KINDS]
+    heading = ["loop", "environment", "copies", "rows a turn", "instructions a row", *model.KINDS]
     heading += ["bytes", "asked for", "cycles of a turn, alone"]
     return aligned([heading, *lines])
 
