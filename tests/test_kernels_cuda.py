@@ -62,6 +62,8 @@ def apply(function: tl.constexpr, x, y, out, count, BLOCK: tl.constexpr):
         found = ops.log(one)
     elif function == "tanh":
         found = ops.tanh(one)
+    elif function == "fast_tanh":
+        found = cuda.fast_tanh(one)
     elif function == "sqrt":
         found = ops.sqrt(one)
     elif function == "floor":
@@ -187,9 +189,11 @@ def check_log():
 
 
 def check_tanh():
+    assert same_bits(applied("fast_tanh", [0.0, -0.0, 30.0]), np.array([0.0, -0.0, 1.0], "f4"))
     g = np.random.default_rng(4)
     x = np.concatenate([g.uniform(-12, 12, 40000), np.exp(g.uniform(-20, 0, 40000))])
     assert error("tanh", np.tanh, x) < 2e-7
+    assert error("fast_tanh", np.tanh, x) < 2e-7  # here divisions are exact
     assert applied("tanh", [math.inf, -math.inf, 30.0]).tolist() == [1.0, -1.0, 1.0]
     assert same_bits(applied("tanh", [0.0, -0.0]), np.array([0.0, -0.0], np.float32))
     assert math.isnan(applied("tanh", [math.nan])[0])

@@ -138,6 +138,7 @@ def interpret():
     check_parts_without_rows()
     check_blocks_of_64()
     check_it_is_the_twins()
+    check_what_is_not_finite_shows()
 
 
 def check_policies():
@@ -197,6 +198,17 @@ def check_it_is_the_twins():
     row = memory.parts[0, 0, :, : shape_of(policy).size].sum(0)
     twin = by_twin(memory, policy)
     assert (row - twin).norm() <= 4e-7 * twin.norm()
+
+
+def check_what_is_not_finite_shows():
+    for settings in ({}, {"activation": "relu"}):
+        for number in range(6):
+            policy = policy_of("two", hidden_sizes=(8, 8), **settings)
+            with torch.no_grad():
+                in_a_row(policy)[number].view(-1)[0] = math.nan if number % 2 else math.inf
+            memory = memory_of([policy], num_envs=3)
+            gradient.sum_gradient(memory, shape_of(policy))
+            assert not memory.parts[0, 0, :, shape_of(policy).size].sum().isfinite()
 
 
 # -- In plain torch -------------------------------------------------------------------------------
@@ -265,21 +277,21 @@ def test_the_twin_equals_autograd():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 100])
-def test_compiled(capability, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "actions", "activation"),
+    [(90, "two", "tanh"), (90, "two", "relu"), (90, "box", "tanh"), (100, "two", "tanh")],
+)
+def test_compiled(capability, actions, activation, monkeypatch):
+    policy = policy_of(actions, activation=activation)
+    memory = memory_of([policy], num_envs=8192, limit=1)
     with gpu_kernels.compiling(monkeypatch, capability) as kernels:
-        for policy in (
-            policy_of("two"),
-            policy_of("two", activation="relu"),
-            policy_of("box", features=3),
-        ):
-            memory = memory_of([policy], num_envs=8192, limit=1)
-            gradient.sum_gradient(memory, shape_of(policy))
-    for kernel in kernels:
-        used = gpu_kernels.resources(kernel)
-        assert used["LOCAL"] == used["STACK"] == 0
-        # Two programs at a time have 113 KiB each on a processor.
-        assert kernel.metadata.shared <= 113 * 1024
+        gradient.sum_gradient(memory, shape_of(policy))
+    (kernel,) = kernels
+    used = gpu_kernels.resources(kernel)
+    assert used["LOCAL"] == used["STACK"] == 0
+    # Two programs at a time have 113 KiB each on a processor.
+    assert kernel.metadata.shared <= 113 * 1024
+    assert "globaltimer" in kernel.asm["ptx"]
 
 
 @pytest.mark.slow

@@ -368,11 +368,11 @@ class Falling:
 
 
 class Rising(Falling):
-    """What is seen there is not finite at the end, where only a truncation shows it."""
+    """What is seen at the end is not finite there; that counts after a truncation alone."""
 
     @staticmethod
     def observation(state):
-        return (ops.where((state[0] > 0.5) & (state[1] > 1.5), float("inf"), state[0]),)
+        return (ops.where((state[0] > 0.5) & (state[1] > 2.5), float("inf"), state[0]),)
 
     @staticmethod
     def reward(state, action, following):
@@ -381,7 +381,7 @@ class Rising(Falling):
 
 def check_what_is_not_finite():
     """That is said of a block where something is not that counts."""
-    for definition, limit, told in ((Falling, 9, True), (Rising, 2, True), (Rising, 1, False)):
+    for definition, limit, told in ((Falling, 9, True), (Rising, 3, True), (Rising, 9, False)):
         memory, upper = of_parts(definition, limit)
         assert 0 < upper.sum() < len(upper)
         finite = memory.tallies[0, :, Tally.FINITE].tolist()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vecpg.fused.memory import Memory, Setting, Stamp, Tally
-from vecpg.kernels.cuda import exp, fast_tanh, log
+from vecpg.kernels.cuda import exp, fast_tanh, log, stamp
 from vecpg.policy.distributions import LOG_STD_RANGE
 from vecpg.policy.shape import MOST_OUTPUTS, Shape
 
@@ -143,9 +143,8 @@ def _sum_gradient(
     part, shard, run = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_parts, shards, runs = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     slot = tl.load(at) % num_slots
-    if CLOCK and part + shard == 0:
-        place = stamps + (slot * runs + run) * _STAMPS + _UPDATE
-        tl.store(place, tl.extra.cuda.globaltimer())
+    if part + shard == 0:
+        stamp(stamps + (slot * runs + run) * _STAMPS + _UPDATE, CLOCK)
 
     count = tl.maximum(_total(tallies + run * num_blocks * _TALLIES + _COUNTED, num_blocks), 1.0)
     divisor = tl.load(settings + run * _SETTINGS + _DIVISOR)
@@ -159,7 +158,8 @@ def _sum_gradient(
     flags += rows
     weights += rows
     parts += ((run * shards + shard) * num_parts + part) * STRIDE
-    number = tl.arange(0, triton.next_power_of_2(STRIDE))
+    WHOLE: tl.constexpr = triton.next_power_of_2(STRIDE)
+    number = tl.arange(0, WHOLE)
     tl.store(parts + number, tl.zeros(number.shape, tl.float64), mask=number < STRIDE)
     tl.debug_barrier()
 
@@ -245,12 +245,12 @@ def _add_tile(
     """Add what 64 rows of a block give to a part: the group-th ones, of those before `stop`."""
     DEEP: tl.constexpr = _ROWS // BLOCK
     if group * DEEP < stop:
-        # Layers are padded to whole tiles, with zeros; the first has its bias as one more input.
-        INPUTS: tl.constexpr = max(16, triton.next_power_of_2(FEATURES + 1))
-        i = tl.arange(0, INPUTS)
-        j = tl.arange(0, max(16, triton.next_power_of_2(FIRST)))[:, None]
-        k = tl.arange(0, max(16, triton.next_power_of_2(SECOND)))[:, None]
-        a = tl.arange(0, _OUTPUTS)
+        # Layers are padded to 16, 32 or 64, with zeros; the first has its bias as one more input.
+        INPUTS: tl.constexpr = 16 * (1 + (FEATURES + 1 > 16) + 2 * (FEATURES + 1 > 32))
+        LOWER: tl.constexpr = 16 * (1 + (FIRST > 16) + 2 * (FIRST > 32))
+        UPPER: tl.constexpr = 16 * (1 + (SECOND > 16) + 2 * (SECOND > 32))
+        i, a = tl.arange(0, INPUTS), tl.arange(0, _OUTPUTS)
+        j, k = tl.arange(0, LOWER)[:, None], tl.arange(0, UPPER)[:, None]
         B1: tl.constexpr = FIRST * FEATURES
         W2: tl.constexpr = B1 + FIRST
         B2: tl.constexpr = W2 + SECOND * FIRST
@@ -380,7 +380,7 @@ def _of_box(out, taken, raw, weight, bonus, ACTIONS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _activation(x, TANH: tl.constexpr):
-    return fast_tanh(x) if TANH else tl.maximum(x, 0.0)
+    return fast_tanh(x) if TANH else tl.where(x < 0.0, 0.0, x)  # NaN stays
 
 
 @triton.jit  # type: ignore[untyped-decorator]
