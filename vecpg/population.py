@@ -5,6 +5,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -12,7 +13,7 @@ from typing import cast
 
 import torch
 
-from vecpg import fused
+from vecpg import fused, memory
 from vecpg.begin import Run, begin, check, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
@@ -175,14 +176,16 @@ class _Population:
             while self._at_work:
                 self._wait(progress)
         except BaseException as error:
-            for _, run, _ in self._waiting:
-                run.closing.close()
-                run.files.lock.close()
             signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
             for told, _ in self._at_work.values():
                 told.stop(signum)
-            for _, thread in self._at_work.values():
-                thread.join()
+            with ExitStack() as closing:  # however one of them fails
+                for _, thread in self._at_work.values():
+                    closing.callback(thread.join)
+                # First: those at work may wait for these.
+                for _, run, _ in self._waiting:
+                    closing.callback(run.files.lock.close)
+                    closing.callback(run.closing.close)
             raise
 
     def _begin(self, place: int, interrupts: Interrupts, progress: PopulationProgress) -> None:
@@ -265,32 +268,38 @@ class _Population:
         """Bring those that wait to their end, side by side."""
         if not self._waiting:
             return
-        _, first, _ = self._waiting[0]
-        configs = [self._configs[place] for place, _, _ in self._waiting]
         try:
-            with first.compilation:
-                envs = cast(TensorVectorEnv, first.envs)
-                ring = Fused(configs, envs, first.state.policy)
+            own = self._lanes()
         except Exception as error:
-            waiting, self._waiting = self._waiting, []
-            for place, run, _ in waiting:
-                self._close_failed(place, run, error)
+            while self._waiting:
+                place, run, _ = self._waiting.pop(0)
+                self._failed(place, run, error)
                 self._take_in(place, error, progress)
             return
-        once(_log, f"iterations: {ring}")
-        for number, (_, run, _) in enumerate(self._waiting):
-            state = run.state
-            ring.load(number, state.policy, state.optimizer, state.counters.iteration)
-        own = lanes.share(ring, len(configs))
         together = {place for place, _, _ in self._waiting}
-        # All before any is at work: one that is closed instead keeps none of them waiting.
-        for lane, (_, run, _) in zip(own, self._waiting, strict=True):
-            run.closing.callback(lane.leave)
-        for lane in own:
-            place, run, share = self._waiting[0]
+        for (place, run, share), lane in zip(self._waiting, own, strict=True):
             self._start(place, run, interrupts, share, lane)
         while together & self._at_work.keys():
             self._wait(progress)
+
+    def _lanes(self) -> list[Lane]:
+        """Of those that wait each one's part in the iterations of all, which it leaves at its end.
+
+        All of them know it before the first begins: who is ahead waits for the others.
+        """
+        _, first, _ = self._waiting[0]
+        configs = [self._configs[place] for place, _, _ in self._waiting]
+        with first.compilation, memory.named(lambda: "begin"):
+            envs = cast(TensorVectorEnv, first.envs)
+            ring = Fused(configs, envs, first.state.policy)
+            for number, (_, run, _) in enumerate(self._waiting):
+                state = run.state
+                ring.load(number, state.policy, state.optimizer, state.counters.iteration)
+        once(_log, f"iterations: {ring}")
+        own = lanes.share(ring, len(configs))
+        for lane, (_, run, _) in zip(own, self._waiting, strict=True):
+            run.closing.callback(lane.leave)
+        return own
 
     def _wait(self, progress: PopulationProgress) -> None:
         """Take in what the next of the runs at work comes to."""
@@ -312,15 +321,16 @@ class _Population:
         lane: Lane | None = None,
     ) -> TrainResult | BaseException:
         """What a run comes to: its result, or what it raised."""
-        config, name = self._configs[place], self.names[place]
+        config = self._configs[place]
         try:
-            with of_run(name), threads.using(lambda: self._threads_of(config)):
+            with of_run(self.names[place]), threads.using(lambda: self._threads_of(config)):
                 return conclude(config, run, advance(config, run, interrupts, share, None, lane))
         except BaseException as error:
-            self._close_failed(place, run, error)
+            self._failed(place, run, error)
             return error
 
-    def _close_failed(self, place: int, run: Run, error: BaseException) -> None:
+    def _failed(self, place: int, run: Run, error: BaseException) -> None:
+        """Close a run, and say why, unless it was stopped."""
         run.closing.close()
         run.files.lock.close()
         if isinstance(error, Exception):
