@@ -21,7 +21,7 @@ from vecpg import fused
 from vecpg.config import Config
 from vecpg.fused import Fused
 from vecpg.fused.lanes import Lane
-from vecpg.fused.memory import Entry
+from vecpg.kernels.iteration import Entry
 from vecpg.population import RunsFailed, _Population, train_many
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted

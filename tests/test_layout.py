@@ -39,7 +39,6 @@ ALLOWED = {
     },
     "vecpg.rollout": {
         "vecpg.envs",
-        "vecpg.fused",
         "vecpg.kernels",
         "vecpg.memory",
         "vecpg.noise",
@@ -83,7 +82,6 @@ ALLOWED = {
         "vecpg.adam",
         "vecpg.config",
         "vecpg.evaluate",
-        "vecpg.fused",
         "vecpg.kernels",
         "vecpg.machine",
         "vecpg.policy",

@@ -15,7 +15,7 @@ from conftest import digest
 from vecpg.advantage import advantages
 from vecpg.config import Config
 from vecpg.evaluate import EvalResult
-from vecpg.fused.memory import Entry
+from vecpg.kernels.iteration import Entry
 from vecpg.rollout import collect
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.run import checkpoint

@@ -20,8 +20,8 @@ from torch import Tensor
 from vecpg.adam import Adam
 from vecpg.config import Config, flag
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.fused.memory import Memory, Scalar, Stamp, make_memory
 from vecpg.kernels import graphs
+from vecpg.kernels.iteration import Memory, Scalar, Shape, Stamp, make_memory
 from vecpg.memory import in_words
 from vecpg.noise import Stream
 from vecpg.policy import Policy
@@ -410,7 +410,7 @@ def _limits_of(config: Config, envs: TensorVectorEnv) -> tuple[int, int]:
 
 
 def _memory_of(
-    config: Config, envs: TensorVectorEnv, shape: shapes.Shape, runs: int, device: torch.device
+    config: Config, envs: TensorVectorEnv, shape: Shape, runs: int, device: torch.device
 ) -> Memory:
     from vecpg.policy.cuda import gradient
 

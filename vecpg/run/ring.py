@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.adam import Adam
-from vecpg.fused.memory import Entry
+from vecpg.kernels.iteration import Entry
 from vecpg.policy import Policy
 from vecpg.run.clock import Clock, Lap
 from vecpg.run.files import Files
@@ -42,7 +42,7 @@ class Ring(Protocol):
 
         Returns:
             (count, R, len(Entry)) and (count, R, len(Stamp)) of all R that share them, numbered as
-            `vecpg.fused.memory` has them.
+            `vecpg.kernels.iteration` has them.
         """
 
     def acted(self, run: int, number: int) -> dict[str, Tensor]:
