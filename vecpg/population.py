@@ -251,7 +251,7 @@ class _Population:
         self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
     ) -> bool:
         """Whether a run's iterations will be made with others'; first those that wait may go."""
-        if run.apart is not None:
+        if run.why_step_by_step is not None:
             return False
         waiting = [self._configs[place] for place, _, _ in self._waiting]
         if waiting:

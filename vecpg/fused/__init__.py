@@ -281,17 +281,12 @@ class Fused:
         own, means, squares = map(self._split, left)
         parameters = shapes.in_a_row(policy)
         torch._foreach_copy_(parameters, own)
-        steps = self._origin(run).steps + number + 1
-        content = optimizer.state_dict()
-        content["state"] = {
-            _place_of(each, optimizer.parameters): {
-                "step": torch.tensor(float(steps)),
-                **dict(zip(_AVERAGES, averages, strict=True)),
-            }
-            for each, *averages in zip(parameters, means, squares, strict=True)
-            if steps > 0
-        }
-        optimizer.load_state_dict(content)
+        places = [_place_of(each, parameters) for each in optimizer.parameters]
+        optimizer.resume(
+            self._origin(run).steps + number + 1,
+            [means[place] for place in places],
+            [squares[place] for place in places],
+        )
 
     def release(self, number: int) -> None:
         """Iterations up to this one are not needed any more, but for what it left."""
