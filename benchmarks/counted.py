@@ -9,19 +9,24 @@ H200 could do at most. Everything is counted or calculated; nothing is measured.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-import torch
-import triton
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+from hour.parts import pip_line  # noqa: E402
+
+if lacking := [name for name in ("pytest", "triton") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"error: {' and '.join(lacking)} not installed; {pip_line(lacking)}")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
 from counting import model, sass, traffic  # noqa: E402
 from gpu_kernels import compiling, resources  # noqa: E402
 from hour.tables import aligned  # noqa: E402

@@ -1,5 +1,6 @@
 """What kernels cost by their machine code: read, followed, and calculated."""
 
+import runpy
 import sys
 from collections import Counter
 
@@ -221,3 +222,11 @@ def test_a_kernel_of_ours_is_counted():
         assert own.asked >= own.moved == 22
         assert own.at_once >= 1
         assert min(own.bounds(programs=1024).values()) > 1e8
+
+
+def test_without_triton_one_line_says_what_adds_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    expected = r"^error: triton not installed; .*pip install -c \S*constraints\.txt triton$"
+    with pytest.raises(SystemExit, match=expected):
+        runpy.run_path(str(ROOT / "benchmarks" / "counted.py"))
