@@ -326,6 +326,13 @@ def test_why_not(on, reason, changes):
     assert found == reason or reason in found
 
 
+def test_shards_of_all_runs_are_as_many_as_a_launch_may_have(on):
+    config = config_of(shards=3)
+    given = config, *begun(config)[:2]
+    assert why_not(*given, runs=21845) is None
+    assert why_not(*given, runs=21846) == "65,538 shards of all runs are more than 65,535"
+
+
 def test_why_not_off_a_gpu(on):
     config = config_of()
     assert why_not(config, *begun(config, "cpu")[:2]) == "the environments are on cpu"

@@ -415,7 +415,7 @@ def _drawn(shape: Shape, given: list[str], drawn: list[str], action: list[str]) 
         "    chosen = tl.zeros((BLOCK,), tl.int32)",
         *(f"    {line}" for each in sums[:-1] for line in (each, chosen)),
         "    tl.store(actions + at, chosen.to(tl.int8), mask=inside)",
-        f"{action[0]} = (chosen + {shape.first_action}).to(tl.float32)",
+        f"{action[0]} = (chosen.to(tl.int64) + {shape.first_action}).to(tl.float32)",
     ]
 
 
