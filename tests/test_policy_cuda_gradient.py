@@ -11,8 +11,8 @@ triton = pytest.importorskip("triton", reason="needs triton, which is for Linux"
 
 import gpu_kernels  # noqa: E402
 
-from vecpg.fused import memory as memories  # noqa: E402
-from vecpg.fused.memory import Memory, Setting, Tally, make_memory  # noqa: E402
+from vecpg.kernels import iteration as memories  # noqa: E402
+from vecpg.kernels.iteration import Memory, Setting, Tally, make_memory  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
 from vecpg.policy.cuda import gradient  # noqa: E402
 from vecpg.policy.shape import in_a_row, shape_of  # noqa: E402

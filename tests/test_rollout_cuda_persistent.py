@@ -18,11 +18,11 @@ from vecpg.envs.cartpole import CartPole  # noqa: E402
 from vecpg.envs.mountain_car_continuous import MountainCarContinuous  # noqa: E402
 from vecpg.envs.pendulum import Pendulum  # noqa: E402
 from vecpg.envs.tensor import TensorVectorEnv  # noqa: E402
-from vecpg.fused import memory as memories  # noqa: E402
-from vecpg.fused.memory import Setting, Tally, make_memory  # noqa: E402
+from vecpg.kernels import iteration as memories  # noqa: E402
+from vecpg.kernels.iteration import Setting, Shape, Tally, make_memory  # noqa: E402
 from vecpg.noise import WORD, Purpose, Stream  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
-from vecpg.policy.shape import MOST_FEATURES, MOST_OUTPUTS, Shape, in_a_row, shape_of  # noqa: E402
+from vecpg.policy.shape import MOST_FEATURES, MOST_OUTPUTS, in_a_row, shape_of  # noqa: E402
 from vecpg.returns import reward_to_go  # noqa: E402
 from vecpg.rollout import collect  # noqa: E402
 from vecpg.rollout.cuda import persistent  # noqa: E402

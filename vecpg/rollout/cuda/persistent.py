@@ -16,7 +16,6 @@ import triton.language as tl
 
 from vecpg.envs.cuda import device_functions, from_source, names
 from vecpg.envs.definition import Definition, name_of
-from vecpg.fused.memory import Memory, Setting, Stamp, Tally
 from vecpg.kernels.cuda import (
     as_uniform,
     cos,
@@ -29,9 +28,9 @@ from vecpg.kernels.cuda import (
     uniform,
     words,
 )
+from vecpg.kernels.iteration import Memory, Setting, Shape, Stamp, Tally
 from vecpg.noise import Purpose
 from vecpg.policy.cuda import standard_deviation
-from vecpg.policy.shape import Shape
 from vecpg.rollout.cuda import next_row
 from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 
