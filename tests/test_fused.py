@@ -355,6 +355,13 @@ def test_why_not(on, reason, changes):
     assert found == reason or reason in found
 
 
+def test_shards_of_all_runs_are_as_many_as_a_launch_may_have(on):
+    config = config_of(shards=3)
+    given = config, *begun(config)[:2]
+    assert why_not(*given, runs=21845) is None
+    assert why_not(*given, runs=21846) == "65,538 shards of all runs are more than 65,535"
+
+
 def test_memory_that_torch_keeps_from_an_earlier_run_is_free(on, monkeypatch):
     begun_one = begun(config := config_of())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))

@@ -34,6 +34,8 @@ _MOST_BYTES, _FEWEST_SLOTS, _MOST_SLOTS = 2**28, 4, 256
 # Of how many iterations keys and scalars are written together. The host is ahead of the device by
 # at most twice as many: enough to keep it at work, and few enough to wait for.
 _AHEAD = 8
+# Shards of all runs: what CUDA allows of programs along any but the first axis.
+_MOST_GROUPS = 2**16 - 1
 
 _BY_AGE = ("timestep_mean", "leave_one_out")
 # As `Adam.state_dict` names them, in the order in which a state has them.
@@ -72,6 +74,9 @@ def why_not(config: Config, envs: Any, policy: Policy, *, runs: int = 1) -> str 
         return f"the baseline is {config.baseline}"
     if config.normalize:
         return "the weights are normalized"
+    groups = runs * config.resolved_shards
+    if groups > _MOST_GROUPS:
+        return f"{groups:,} shards of all runs are more than {_MOST_GROUPS:,}"
     shape = shapes.shape_of(policy)
     memory = _memory_of(config, envs, shape, runs, torch.device("meta"))
     need = sum(each.nbytes for each in memory)
