@@ -20,6 +20,8 @@ from vecpg.policy.shape import MOST_OUTPUTS, Shape
 # Rows that go through the network together.
 _ROWS = tl.constexpr(64)
 _WARPS = 4
+# Numbers of an observation that go into a product together.
+_FEATURES = tl.constexpr(16)
 # Numbers of blocks that are read at a time.
 _MANY = tl.constexpr(1024)
 # Parts of a shard: enough programs, and few to add in the end; and the rows of blocks that are
@@ -114,7 +116,7 @@ def sum_gradient(memory: Memory, shape: Shape, *, precision: str = "tf32x3") -> 
 
 
 def _slice() -> int:
-    """Units of the first layer, and numbers of an observation, that are taken at a time.
+    """Units of the first layer that are taken at a time.
 
     All, where products of whole warp groups read shared memory. Elsewhere each warp has a matrix in
     its registers, and more than 16 columns of it do not fit. The interpreter takes all.
@@ -264,10 +266,8 @@ def _add_tile(
     DEEP: tl.constexpr = _ROWS // BLOCK
     if group * DEEP < stop:
         # Layers are padded to 16, 32 or 64, with zeros; the first has its bias as one more input.
-        INPUTS: tl.constexpr = 16 * (1 + (FEATURES + 1 > 16) + 2 * (FEATURES + 1 > 32))
         LOWER: tl.constexpr = 16 * (1 + (FIRST > 16) + 2 * (FIRST > 32))
         UPPER: tl.constexpr = 16 * (1 + (SECOND > 16) + 2 * (SECOND > 32))
-        NARROW: tl.constexpr = INPUTS if INPUTS < SLICE else SLICE
         WIDTH: tl.constexpr = LOWER if LOWER < SLICE else SLICE
         B1: tl.constexpr = FIRST * FEATURES
         W2: tl.constexpr = B1 + FIRST
@@ -296,9 +296,7 @@ def _add_tile(
         y = tl.zeros((_ROWS, WIDTH), tl.float32)
         for first in range(0, LOWER, WIDTH):
             j = first + tl.arange(0, WIDTH)
-            y = _lower(
-                seen, counted, states, j[:, None], FEATURES, FIRST, TANH, INPUTS, NARROW, PRECISION
-            )
+            y = _lower(seen, counted, states, j[:, None], FEATURES, FIRST, TANH, PRECISION)
             yh, yl = _split(y, PRECISION)
             in_w2, is_w2 = W2 + k * FIRST + j, (k < SECOND) & (j < FIRST)
             w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
@@ -347,18 +345,7 @@ def _add_tile(
             # Another such 0. What a slice needs is not made for all of them beforehand.
             none = tl.where(first < -stop, 1, 0)
             if WIDTH < LOWER:
-                y = _lower(
-                    seen + none,
-                    counted,
-                    states,
-                    below,
-                    FEATURES,
-                    FIRST,
-                    TANH,
-                    INPUTS,
-                    NARROW,
-                    PRECISION,
-                )
+                y = _lower(seen + none, counted, states, below, FEATURES, FIRST, TANH, PRECISION)
                 own_dh, own_dl = _split(d + none.to(tl.float32), PRECISION)
             else:
                 own_dh, own_dl = dh, dl
@@ -366,8 +353,8 @@ def _add_tile(
             w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
             e = _slope(_product(own_dh, own_dl, w2h, w2l, PRECISION), y, TANH)
             eh, el = _split(e, PRECISION)
-            for feature in range(0, INPUTS, NARROW):
-                i = feature + tl.arange(0, NARROW)
+            for feature in range(0, FEATURES + 1, _FEATURES):
+                i = feature + tl.arange(0, _FEATURES)
                 xh, xl = _split(_observed(seen + none, counted, i, FEATURES), PRECISION)
                 in_w1 = tl.where(i == FEATURES, B1 + below, below * FEATURES + i)
                 is_w1 = (below < FIRST) & (i <= FEATURES)
@@ -396,14 +383,12 @@ def _lower(
     FEATURES: tl.constexpr,
     FIRST: tl.constexpr,
     TANH: tl.constexpr,
-    INPUTS: tl.constexpr,
-    NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The first layer's units j, (WIDTH, 1)."""
     y = tl.zeros((_ROWS, j.shape[0]), tl.float32)
-    for feature in range(0, INPUTS, NARROW):
-        i = feature + tl.arange(0, NARROW)
+    for feature in range(0, FEATURES + 1, _FEATURES):
+        i = feature + tl.arange(0, _FEATURES)
         xh, xl = _split(_observed(seen, counted, i, FEATURES), PRECISION)
         in_w1 = tl.where(i == FEATURES, FIRST * FEATURES + j, j * FEATURES + i)
         is_w1 = (j < FIRST) & (i <= FEATURES)
