@@ -139,6 +139,7 @@ def interpret():
     check_shards_and_runs()
     check_parts_without_rows()
     check_blocks_of_64()
+    check_slices()
     check_it_is_the_twins()
     check_what_is_not_finite_shows()
 
@@ -190,6 +191,18 @@ def check_blocks_of_64():
     with mock.patch.object(memories, "_FEW_ENVS", 64):
         memory = check([policy], num_envs=131, limit=3, parts=2)
         assert memory.block == 64
+
+
+def check_slices():
+    """As on GPUs where a layer does not fit."""
+    policies = [
+        policy_of("two"),
+        policy_of("box", hidden_sizes=(33, 16), activation="relu"),
+        policy_of("sixteen", hidden_sizes=(17, 20), features=17),
+    ]
+    with mock.patch.object(gradient, "_slice", return_value=16):
+        for policy in policies:
+            check([policy], num_envs=17, limit=3)
 
 
 def check_it_is_the_twins():
@@ -281,7 +294,15 @@ def test_the_twin_equals_autograd():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "actions", "activation"),
-    [(90, "two", "tanh"), (90, "two", "relu"), (90, "box", "tanh"), (100, "two", "tanh")],
+    [
+        (80, "two", "tanh"),
+        (80, "two", "relu"),
+        (80, "box", "tanh"),
+        (90, "two", "tanh"),
+        (90, "two", "relu"),
+        (90, "box", "tanh"),
+        (100, "two", "tanh"),
+    ],
 )
 def test_compiled(capability, actions, activation, monkeypatch):
     policy = policy_of(actions, activation=activation)

@@ -20,6 +20,8 @@ from vecpg.policy.shape import MOST_OUTPUTS
 # Rows that go through the network together.
 _ROWS = tl.constexpr(64)
 _WARPS = 4
+# Numbers of an observation that go into a product together.
+_FEATURES = tl.constexpr(16)
 # Numbers of blocks that are read at a time.
 _MANY = tl.constexpr(1024)
 # Parts of a shard: enough programs, and few to add in the end; and the rows of blocks that are
@@ -105,10 +107,24 @@ def sum_gradient(memory: Memory, shape: Shape, *, precision: str = "tf32x3") -> 
             GAUSSIAN=shape.gaussian,
             STRIDE=stride,
             BLOCK=memory.block,
+            SLICE=_slice(),
             PRECISION=precision,
             CLOCK=isinstance(_sum_gradient, triton.JITFunction),
             num_warps=_WARPS,
+            num_stages=1,
         )
+
+
+def _slice() -> int:
+    """Units of the first layer that are taken at a time.
+
+    All, where products of whole warp groups read shared memory. Elsewhere each warp has a matrix in
+    its registers, and more than 16 columns of it do not fit. The interpreter takes all.
+    """
+    if not isinstance(_sum_gradient, triton.JITFunction):
+        return 64
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return 64 if 90 <= arch < 120 else 16
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
@@ -137,6 +153,7 @@ def _sum_gradient(
     GAUSSIAN: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
@@ -189,6 +206,7 @@ def _sum_gradient(
                 TANH,
                 GAUSSIAN,
                 BLOCK,
+                SLICE,
                 PRECISION,
             )
     else:
@@ -214,6 +232,7 @@ def _sum_gradient(
                 TANH,
                 GAUSSIAN,
                 BLOCK,
+                SLICE,
                 PRECISION,
             )
 
@@ -240,17 +259,16 @@ def _add_tile(
     TANH: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what 64 rows of a block give to a part: the group-th ones, of those before `stop`."""
     DEEP: tl.constexpr = _ROWS // BLOCK
     if group * DEEP < stop:
         # Layers are padded to 16, 32 or 64, with zeros; the first has its bias as one more input.
-        INPUTS: tl.constexpr = 16 * (1 + (FEATURES + 1 > 16) + 2 * (FEATURES + 1 > 32))
         LOWER: tl.constexpr = 16 * (1 + (FIRST > 16) + 2 * (FIRST > 32))
         UPPER: tl.constexpr = 16 * (1 + (SECOND > 16) + 2 * (SECOND > 32))
-        i, a = tl.arange(0, INPUTS), tl.arange(0, _OUTPUTS)
-        j, k = tl.arange(0, LOWER)[:, None], tl.arange(0, UPPER)[:, None]
+        WIDTH: tl.constexpr = LOWER if LOWER < SLICE else SLICE
         B1: tl.constexpr = FIRST * FEATURES
         W2: tl.constexpr = B1 + FIRST
         B2: tl.constexpr = W2 + SECOND * FIRST
@@ -258,10 +276,8 @@ def _add_tile(
         B3: tl.constexpr = W3 + ACTIONS * SECOND
         LOG_STD: tl.constexpr = B3 + ACTIONS
         SUMS: tl.constexpr = LOG_STD + ACTIONS * GAUSSIAN
-        in_w1 = tl.where(i == FEATURES, B1 + j, j * FEATURES + i)
-        is_w1 = (j < FIRST) & (i <= FEATURES)
-        in_w2, is_w2 = W2 + k * FIRST + tl.trans(j), (k < SECOND) & (tl.trans(j) < FIRST)
-        in_b2, is_b2 = B2 + k + i * 0, (k < SECOND) & (i == FEATURES)
+        a, above = tl.arange(0, _OUTPUTS), tl.arange(0, UPPER)
+        k = above[:, None]
         in_w3, is_w3 = W3 + a * SECOND + k, (k < SECOND) & (a < ACTIONS)
         # A 0 of which the compiler knows nothing. So parameters are read where they are used, from
         # the nearest cache, and do not stand in registers from one tile to the next.
@@ -273,16 +289,18 @@ def _add_tile(
         counts = (tl.load(flags + place, mask=(t < stop) & (n < envs_of_shard), other=0) & 1) != 0
         weight = tl.load(weights + place, mask=counts, other=0.0) * scale
         counted = counts[:, None]
-        x = tl.load(obs + place[:, None] * FEATURES + i, mask=counted & (i < FEATURES), other=0.0)
-        xh, xl = _split(tl.where(i == FEATURES, 1.0, x), PRECISION)
+        seen = obs + place[:, None] * FEATURES
 
-        w1h, w1l = _split(tl.load(states + in_w1, mask=is_w1, other=0.0), PRECISION)
-        y = _activation(_product(xh, xl, tl.trans(w1h), tl.trans(w1l), PRECISION), TANH)
-        yh, yl = _split(y, PRECISION)
-        w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
-        z = _product(yh, yl, tl.trans(w2h), tl.trans(w2l), PRECISION)
-        b2h, b2l = _split(tl.load(states + in_b2, mask=is_b2, other=0.0), PRECISION)
-        z += _product(xh, xl, tl.trans(b2h), tl.trans(b2l), PRECISION)
+        z = tl.zeros((_ROWS, UPPER), tl.float32)
+        z += tl.load(states + B2 + above, mask=above < SECOND, other=0.0)
+        y = tl.zeros((_ROWS, WIDTH), tl.float32)
+        for first in range(0, LOWER, WIDTH):
+            j = first + tl.arange(0, WIDTH)
+            y = _lower(seen, counted, states, j[:, None], FEATURES, FIRST, TANH, PRECISION)
+            yh, yl = _split(y, PRECISION)
+            in_w2, is_w2 = W2 + k * FIRST + j, (k < SECOND) & (j < FIRST)
+            w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
+            z = _add_product(z, yh, yl, tl.trans(w2h), tl.trans(w2l), PRECISION)
         z = _activation(z, TANH)
         zh, zl = _split(z, PRECISION)
         turned_zh, turned_zl = tl.trans(zh), tl.trans(zl)
@@ -312,18 +330,71 @@ def _add_tile(
         _add(parts + in_w3, _product(turned_zh, turned_zl, dh, dl, PRECISION), is_w3)
         states += tl.where(stop < -1, 1, 0)
         w3h, w3l = _split(tl.load(states + in_w3, mask=is_w3, other=0.0), PRECISION)
-        d = _product(dh, dl, tl.trans(w3h), tl.trans(w3l), PRECISION)
-        dh, dl = _split(_slope(d, z, TANH), PRECISION)
-        turned_dh, turned_dl = tl.trans(dh), tl.trans(dl)
-        _add(parts + in_b2, _product(turned_dh, turned_dl, xh, xl, PRECISION), is_b2)
-        w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
-        d = _slope(_product(dh, dl, w2h, w2l, PRECISION), y, TANH)
+        d = _slope(_product(dh, dl, tl.trans(w3h), tl.trans(w3l), PRECISION), z, TANH)
         dh, dl = _split(d, PRECISION)
-        _add(parts + in_w1, _product(tl.trans(dh), tl.trans(dl), xh, xl, PRECISION), is_w1)
-        # The largest comes last, when the fewest registers are taken.
-        _add(parts + in_w2, _product(turned_dh, turned_dl, yh, yl, PRECISION), is_w2)
+        turned_dh, turned_dl = tl.trans(dh), tl.trans(dl)
+        if WIDTH < LOWER:
+            _add(parts + B2 + above, tl.sum(d, 0), above < SECOND)
+        else:
+            ones, column = tl.full((_ROWS, 16), 1.0, tl.float32), tl.arange(0, 16)
+            b2 = _product(turned_dh, turned_dl, ones, ones * 0.0, PRECISION)
+            _add(parts + B2 + k + column * 0, b2, (k < SECOND) & (column == 0))
+        for first in range(0, LOWER, WIDTH):
+            j = first + tl.arange(0, WIDTH)
+            below = j[:, None]
+            # Another such 0. What a slice needs is not made for all of them beforehand.
+            none = tl.where(first < -stop, 1, 0)
+            if WIDTH < LOWER:
+                y = _lower(seen + none, counted, states, below, FEATURES, FIRST, TANH, PRECISION)
+                own_dh, own_dl = _split(d + none.to(tl.float32), PRECISION)
+            else:
+                own_dh, own_dl = dh, dl
+            in_w2, is_w2 = W2 + k * FIRST + j, (k < SECOND) & (j < FIRST)
+            w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
+            e = _slope(_product(own_dh, own_dl, w2h, w2l, PRECISION), y, TANH)
+            eh, el = _split(e, PRECISION)
+            for feature in range(0, FEATURES + 1, _FEATURES):
+                i = feature + tl.arange(0, _FEATURES)
+                xh, xl = _split(_observed(seen + none, counted, i, FEATURES), PRECISION)
+                in_w1 = tl.where(i == FEATURES, B1 + below, below * FEATURES + i)
+                is_w1 = (below < FIRST) & (i <= FEATURES)
+                w1 = _product(tl.trans(eh), tl.trans(el), xh, xl, PRECISION)
+                _add(parts + in_w1, w1, is_w1)
+            # The largest comes last, when the fewest registers are taken.
+            yh, yl = _split(y, PRECISION)
+            _add(parts + in_w2, _product(turned_dh, turned_dl, yh, yl, PRECISION), is_w2)
         # What one thread wrote another may read for the next tile.
         tl.debug_barrier()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _observed(seen, counted, i, FEATURES: tl.constexpr):
+    """Numbers i of observations, and behind the last a 1, for the bias."""
+    x = tl.load(seen + i, mask=counted & (i < FEATURES), other=0.0)
+    return tl.where(i == FEATURES, 1.0, x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _lower(
+    seen,
+    counted,
+    states,
+    j,
+    FEATURES: tl.constexpr,
+    FIRST: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first layer's units j, (WIDTH, 1)."""
+    y = tl.zeros((_ROWS, j.shape[0]), tl.float32)
+    for feature in range(0, FEATURES + 1, _FEATURES):
+        i = feature + tl.arange(0, _FEATURES)
+        xh, xl = _split(_observed(seen, counted, i, FEATURES), PRECISION)
+        in_w1 = tl.where(i == FEATURES, FIRST * FEATURES + j, j * FEATURES + i)
+        is_w1 = (j < FIRST) & (i <= FEATURES)
+        w1h, w1l = _split(tl.load(states + in_w1, mask=is_w1, other=0.0), PRECISION)
+        y = _add_product(y, xh, xl, tl.trans(w1h), tl.trans(w1l), PRECISION)
+    return _activation(y, TANH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -404,14 +475,21 @@ def _split(x, PRECISION: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(high, low, other_high, other_low, PRECISION: tl.constexpr):
-    """Of two split matrices, the smallest parts first: low * low is left out."""
+    """Of two split matrices."""
+    none = tl.zeros((high.shape[0], other_high.shape[1]), tl.float32)
+    return _add_product(none, high, low, other_high, other_low, PRECISION)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_product(total, high, low, other_high, other_low, PRECISION: tl.constexpr):
+    """To a matrix that of two split ones, the smallest parts first: low * low is left out."""
     if PRECISION == "ieee":
-        product = tl.dot(high, other_high, input_precision="ieee")
+        total = tl.dot(high, other_high, total, input_precision="ieee")
     else:
-        product = tl.dot(low, other_high, input_precision="tf32")
-        product = tl.dot(high, other_low, product, input_precision="tf32")
-        product = tl.dot(high, other_high, product, input_precision="tf32")
-    return product
+        total = tl.dot(low, other_high, total, input_precision="tf32")
+        total = tl.dot(high, other_low, total, input_precision="tf32")
+        total = tl.dot(high, other_high, total, input_precision="tf32")
+    return total
 
 
 @triton.jit
