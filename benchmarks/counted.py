@@ -27,11 +27,11 @@ from gpu_kernels import compiling, resources  # noqa: E402
 from hour.tables import aligned  # noqa: E402
 
 from vecpg.envs import make_envs  # noqa: E402
-from vecpg.fused.memory import Memory, block_of, make_memory  # noqa: E402
+from vecpg.kernels.iteration import Memory, Shape, block_of, make_memory  # noqa: E402
 from vecpg.measure.report import between_marks, short  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
 from vecpg.policy.cuda import gradient  # noqa: E402
-from vecpg.policy.shape import Shape, shape_of  # noqa: E402
+from vecpg.policy.shape import shape_of  # noqa: E402
 from vecpg.rollout.cuda import persistent  # noqa: E402
 
 BEGIN = "<!-- counted: benchmarks/counted.py --record writes it -->"

@@ -21,7 +21,7 @@ from vecpg import fused
 from vecpg.config import Config
 from vecpg.fused import Fused
 from vecpg.fused.lanes import Lane
-from vecpg.fused.memory import Entry
+from vecpg.kernels.iteration import Entry
 from vecpg.population import RunsFailed, _Population, train_many
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
@@ -284,7 +284,7 @@ def test_who_is_stopped_among_many_is_saved_and_goes_on(tmp_path, monkeypatch):
         assert left_by(result.run_dir) == left_by(other.run_dir)
 
 
-def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
+def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch, caplog):
     made, init, why_not = [], Fused.__init__, fused.why_not
 
     def counting(ring, configs, *given):
@@ -297,9 +297,10 @@ def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
         "why_not",
         lambda *given, runs=1: "it takes too much" if runs > 2 else why_not(*given, runs=runs),
     )
-    with device():
+    with device(), caplog.at_level("INFO"):
         train_many([settings(tmp_path, seed=seed, total_iterations=1) for seed in range(1, 6)])
     assert made == [2, 2, 1]
+    assert caplog.text.count("iterations: not of all runs at once: it takes too much") == 1
 
 
 def test_other_settings_go_step_by_step_and_it_is_said(tmp_path, caplog):

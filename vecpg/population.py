@@ -63,7 +63,9 @@ def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> 
 
     Parameters, optimizer, metrics.jsonl without the clock, and every count of a run are those of
     `train(config)`. Runs that are collected and learned in machine code go on side by side, one to
-    a core, from the first to the last; the others take turns, one after the other.
+    a core, from the first to the last. On a GPU those that follow each other, whose iterations are
+    made as a whole, and that have the same shape, have them made together, as many as there is
+    memory for. The others take turns, one after the other.
 
     Args:
         configs: one for each run. A run that is to go on has its `resume`; one that has come to
@@ -249,14 +251,16 @@ class _Population:
         self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
     ) -> bool:
         """Whether a run's iterations will be made with others'; first those that wait may go."""
-        if run.apart is not None:
+        if run.why_step_by_step is not None:
             return False
         waiting = [self._configs[place] for place, _, _ in self._waiting]
         if waiting:
             runs = len(waiting) + 1
             given = config, run.envs, run.state.policy
-            together = [*waiting, config]
-            if fused.why_not_together(together) or fused.why_not(*given, runs=runs):
+            reason = fused.why_not_together([*waiting, config])
+            reason = reason or fused.why_not(*given, runs=runs)
+            if reason is not None:
+                once(_log, f"iterations: not of all runs at once: {reason}")
                 self._go_together(interrupts, progress)
         return True
 
