@@ -150,6 +150,22 @@ def fast_tanh(x):
 
 
 @triton.jit
+def exp2_tanh(x):
+    """Within 2.1e-7, and exactly 1 far out: few instructions, and bits of its own.
+
+    With e = exp(-2|x|) it is (1 - e) / (1 + e). A GPU's own power of 2 is within 2**-22 of itself,
+    which is 1e-7 of the error.
+    """
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    above, below = 1.0 - e, 1.0 + e
+    # The polynomial of least relative error for 1 / y on [1, 2], and a step of Newton's method.
+    inverse = tl.fma(tl.fma(below, 0.32323232, -1.45454545), below, 2.12121212)
+    inverse = tl.fma(inverse, tl.fma(-below, inverse, 1.0), inverse)
+    found = above * inverse
+    return _with_sign(tl.fma(tl.fma(-below, found, above), inverse, found), x)
+
+
+@triton.jit
 def _growth_of_twice(x):
     """Exp(2|x|) - 1, of |x| up to 10."""
     doubled = tl.abs(x) * 2.0

@@ -20,11 +20,11 @@ from vecpg.kernels.cuda import (
     as_uniform,
     cos,
     exp,
+    exp2_tanh,
     is_finite,
     log,
     sin,
     stamp,
-    tanh,
     uniform,
     words,
 )
@@ -130,7 +130,7 @@ def _kernel(definition: type[Definition], num_variables: int, shape: Shape) -> A
         "log": log,
         "cos": cos,
         "sin": sin,
-        "activated": tanh if shape.tanh else _relu,
+        "activated": exp2_tanh if shape.tanh else _relu,
         "standard_deviation": standard_deviation,
         "is_finite": is_finite,
         "next_row": next_row,
@@ -253,7 +253,6 @@ def play(
     k = tl.arange(0, {_padded(shape.features + 1)})
     slice = tl.arange(0, {_SLICE})
     j = tl.arange(0, {_padded(shape.units[1])})
-    p = tl.arange(0, {_padded(shape.outputs)})
 
     now = tl.where(inside, {PLAYING}, {FINISHED})
     lengths = tl.zeros((BLOCK,), tl.int32)
@@ -383,14 +382,16 @@ def _network(shape: Shape) -> list[str]:
         f"    there = (i[:, None] < {first}) & (j[None, :] < {second})",
         "    matrix = tl.load(weight, mask=there, other=0.0)",
         "    z = tl.dot(h, matrix, z, input_precision=PRECISION)",
-        f"weight = policy + {w3} + p[None, :] * {second} + j[:, None]",
-        f"there = (j[:, None] < {second}) & (p[None, :] < {outputs})",
-        "matrix = tl.load(weight, mask=there, other=0.0)",
-        "y = tl.dot(activated(z), matrix, input_precision=PRECISION)",
+        "z = activated(z)",
+        # Few outputs: sums take fewer instructions, and registers, than a matrix product.
         *(
-            f"{each} = {gathered.format(f'tl.sum(tl.where(p[None, :] == {i}, y, 0.0), 1)')}"
-            f" + tl.load(policy + {b3 + i})"
+            line
             for i, each in enumerate(names("p", outputs))
+            for line in (
+                f"weight = tl.load(policy + {w3 + i * second} + j, mask=j < {second}, other=0.0)",
+                f"{each} = {gathered.format('tl.sum(z * weight[None, :], 1)')}"
+                f" + tl.load(policy + {b3 + i})",
+            )
         ),
     ]
 
