@@ -327,6 +327,10 @@ def _add_tile(
         # From here on d is what the sum gains from a layer's outputs, the highest layer first.
         _add(parts + B3 + a, tl.sum(d, 0), a < ACTIONS)
         dh, dl = _split(d, PRECISION)
+        if WIDTH < LOWER:
+            # Split anew, and so not kept until here.
+            zh, zl = _split(z + tl.where(stop < -2, 1.0, 0.0), PRECISION)
+            turned_zh, turned_zl = tl.trans(zh), tl.trans(zl)
         _add(parts + in_w3, _product(turned_zh, turned_zl, dh, dl, PRECISION), is_w3)
         states += tl.where(stop < -1, 1, 0)
         w3h, w3l = _split(tl.load(states + in_w3, mask=is_w3, other=0.0), PRECISION)
