@@ -9,29 +9,34 @@ H200 could do at most. Everything is counted or calculated; nothing is measured.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-import torch
-import triton
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+from hour.parts import pip_line  # noqa: E402
+
+if lacking := [name for name in ("pytest", "triton") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"error: {' and '.join(lacking)} not installed; {pip_line(lacking)}")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
 from counting import model, sass, traffic  # noqa: E402
 from gpu_kernels import compiling, resources  # noqa: E402
 from hour.tables import aligned  # noqa: E402
 
 from vecpg.envs import make_envs  # noqa: E402
-from vecpg.fused.memory import Memory, block_of, make_memory  # noqa: E402
+from vecpg.kernels.iteration import Memory, Shape, block_of, make_memory  # noqa: E402
 from vecpg.measure.report import between_marks, short  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
 from vecpg.policy.cuda import gradient  # noqa: E402
-from vecpg.policy.shape import Shape, shape_of  # noqa: E402
+from vecpg.policy.shape import shape_of  # noqa: E402
 from vecpg.rollout.cuda import persistent  # noqa: E402
 
 BEGIN = "<!-- counted: benchmarks/counted.py --record writes it -->"
@@ -57,7 +62,6 @@ class Found(NamedTuple):
 
     takes: dict[str, int]
     turns: dict[str, model.Kernel]
-    most_bytes: float  # a row, if no mask kept any
 
 
 def main() -> None:
@@ -101,22 +105,34 @@ def counted(case: Case, capability: int) -> Found:
         "WARPS": kernel.metadata.num_warps,
     }
 
-    def turn(path: list[sass.Instruction], rows: int, moved: int) -> model.Kernel:
-        return model.Kernel(rows, tuple(path), takes["WARPS"], takes["REG"], takes["SHARED"], moved)
+    asked = traffic.loops(kernel.asm["ttgir"])
+
+    def turn(name: str, path: list[sass.Instruction], rows: int, own: dict[str, int]) -> None:
+        found[name] = model.Kernel(
+            rows,
+            tuple(path),
+            takes["WARPS"],
+            takes["REG"],
+            takes["SHARED"],
+            bytes_of(name, shape),
+            (own["load"] + own["store"]) / rows,
+            again=name == "play",  # what its steps load are the policy's numbers
+        )
 
     # The innermost of the loops that have the products.
     most = max(products(path) for _, path in turns)
     work, path = min(
         (each for each in turns if 2 * products(each[1]) > most), key=lambda one: len(one[0].body)
     )
-    found = {case.kernel: turn(path, rows, bytes_of(case.kernel, shape))}
+    found: dict[str, model.Kernel] = {}
+    turn(case.kernel, path, rows, max(asked, key=lambda own: own["products"]))
     if case.kernel == "play":
         # Back over the rows: the one that reads and writes most besides.
         others = [path for loop, path in turns if not loop.body & work.body]
         path = max(others, key=lambda one: sum(model.kind_of(each) == "memory" for each in one))
-        found[BACK] = turn(path, persistent._ROWS * rows, bytes_of(BACK, shape))
-    moved = max(traffic.loops(kernel.asm["ttgir"]), key=lambda own: own["products"])
-    return Found(takes, found, (moved["load"] + moved["store"]) / rows)
+        own = max((one for one in asked if not one["products"]), key=lambda one: one["load"])
+        turn(BACK, path, persistent._ROWS * rows, own)
+    return Found(takes, found)
 
 
 def bytes_of(kernel: str, shape: Shape) -> int:
@@ -190,35 +206,39 @@ def takes(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
             [
                 case.kernel,
                 case.env_id,
+                str(case.copies),
                 str(found[case, COUNTED_FOR].turns[case.kernel].rows),
                 *(" / ".join(str(each[name]) for each in own) for name in names),
             ]
         )
     on = " / ".join(map(str, CAPABILITIES))
-    heading = ["kernel", "environment", "rows a turn", f"registers, sm_{on}"]
+    heading = ["kernel", "environment", "copies", "rows a turn", f"registers, sm_{on}"]
     return aligned([[*heading, "stack", "local", "shared, bytes"], *lines])
 
 
 def instructions(cases: list[Case], found: dict[tuple[Case, int], Found]) -> str:
-    """Instructions of warps a row."""
+    """Instructions of warps a row, of an environment with Discrete actions and one with a Box."""
     lines = []
     for case in cases:
+        if case.env_id not in ENVS[::2]:
+            continue
         own = found[case, COUNTED_FOR]
         for name, turn in own.turns.items():
             lines.append(
                 [
                     name,
                     case.env_id,
+                    str(case.copies),
                     str(turn.rows),
                     f"{sum(turn.counts.values()):.3g}",
                     *(f"{turn.counts[kind]:.3g}" for kind in model.KINDS),
                     f"{turn.moved:.0f}",
-                    f"{own.most_bytes:.0f}" if name == case.kernel else "",
-                    str(model.alone(turn.path)),
+                    f"{turn.asked:.0f}",
+                    str(turn.alone),
                 ]
             )
-    heading = ["loop", "environment", "rows a turn", "instructions a row", *model.KINDS]
-    heading += ["bytes", "without masks", "cycles of a turn, alone"]
+    heading = ["loop", "environment", "copies", "rows a turn", "instructions a row", *model.KINDS]
+    heading += ["bytes", "asked for", "cycles of a turn, alone"]
     return aligned([heading, *lines])
 
 
@@ -242,8 +262,8 @@ def ceilings(found: dict[tuple[Case, int], Found]) -> str:
                         f"{short(bounds[least])}: {least}",
                     ]
                 )
-        lines.append([str(copies), "all of these", "", "", "", "", short(1 / seconds)])
-    heading = ["copies", "loop", "the busiest unit", "latency"]
+        lines.append([str(copies), "all of these", "", "", "", "", "", short(1 / seconds)])
+    heading = ["copies", "loop", "the busiest unit", "latency", "cache"]
     heading += [f"memory, {name}" for name in model.MEMORY]
     return aligned([[*heading, "at most"], *lines])
 

@@ -1,6 +1,6 @@
 """What the kernels of whole iterations do, in plain torch: in their place, a launch each.
 
-They follow `vecpg.fused.memory` by other means: environments are stepped one row at a time, a
+They follow `vecpg.kernels.iteration` by other means: environments are stepped one row at a time, a
 gradient is autograd's, in float64. Where nobody may look there is NaN, or an action that is none.
 """
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vecpg.advantage import reference as by_age
 from vecpg.envs.tensor import Dynamics
-from vecpg.fused.memory import Entry, Setting, Stamp, Tally
+from vecpg.kernels.iteration import Entry, Setting, Stamp, Tally
 from vecpg.kernels.sums import in_order
 from vecpg.noise import KeyedNoise, Purpose
 from vecpg.policy import Policy

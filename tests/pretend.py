@@ -634,6 +634,7 @@ def _of_cuda(device: Device) -> Iterator[tuple[Any, str, Any]]:
         "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
         "empty_cache": lambda: None,
         "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "synchronize": lambda where=None: device.wait("synchronize"),

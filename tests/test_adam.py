@@ -120,6 +120,32 @@ def test_a_copy_goes_on_by_itself():
     assert len(adam.state_dict()["state"]) == len(wanted["state"])
 
 
+def test_one_that_resumes_steps_like_the_one_whose_averages_it_has():
+    mine, theirs = make_parameters(), make_parameters()
+    adam, other = Adam(mine), Adam(theirs)
+    for one, own in zip(mine, theirs, strict=True):
+        one.grad, own.grad = torch.ones_like(one), torch.full_like(own, 0.5)
+    for _ in range(3):
+        other.step()
+    adam.step()
+    kept = adam.state_dict()["state"][0]["exp_avg"]
+    averages = other.averages()
+    middle = len(averages) // 2
+    adam.resume(3, averages[:middle], averages[middle:])
+    assert adam.state_dict()["state"][0]["exp_avg"] is kept
+    check_equal(adam.state_dict()["state"], other.state_dict()["state"])
+    adam.resume(0, averages[:middle], averages[middle:])
+    assert adam.state_dict()["state"] == {}
+    # From there on it is a new one.
+    fresh = [each.detach().clone().requires_grad_() for each in mine]
+    new = Adam(fresh)
+    for one, own in zip(mine, fresh, strict=True):
+        own.grad = one.grad
+    adam.step()
+    new.step()
+    check_equal([each.detach() for each in mine], [each.detach() for each in fresh])
+
+
 def test_a_parameter_without_a_gradient_stays():
     parameters = make_parameters()
     adam = Adam(parameters)

@@ -961,19 +961,21 @@ def refused(function, *given):
 
 
 @pytest.fixture
-def instead(monkeypatch):
+def instead(whole):
     """Has a kernel followed by something that spoils what it wrote."""
+    # Undone while twins are in place, which are put back then.
+    with pytest.MonkeyPatch.context() as patch:
 
-    def replace(module, name, spoil):
-        kernel = getattr(module, name)
+        def replace(module, name, spoil):
+            kernel = getattr(module, name)
 
-        def call(*given, **named):
-            kernel(*given, **named)
-            spoil(*given)
+            def call(*given, **named):
+                kernel(*given, **named)
+                spoil(*given)
 
-        monkeypatch.setattr(module, name, call)
+            patch.setattr(module, name, call)
 
-    return replace
+        yield replace
 
 
 def small(*seeds, env_id="CartPole-v1", device="cuda", copies=5):
@@ -983,7 +985,7 @@ def small(*seeds, env_id="CartPole-v1", device="cuda", copies=5):
     return made(env_id, copies, seeds=seeds) if seeds else made
 
 
-def test_wrong_kernels_of_whole_iterations_are_found(whole, instead):
+def test_wrong_kernels_of_whole_iterations_are_found(instead):
     from hour import iterating
 
     found = {what: check for what, check in iterating.cases("cuda", (5, 6), limit=9, window=2)}
@@ -1052,7 +1054,7 @@ def test_rollouts_that_are_not_the_cpus_are_found(whole, monkeypatch):
 
 
 @pytest.mark.slow
-def test_whole_iterations_are_followed_until_a_draw_differs(whole, monkeypatch, instead):
+def test_whole_iterations_are_followed_until_a_draw_differs(instead, monkeypatch):
     from hour import drift
 
     found = drift.drifted("CartPole-v1", 5, 2, "cuda")

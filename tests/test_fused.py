@@ -8,46 +8,15 @@ from pretend import pretended
 from vecpg import fused
 from vecpg.adam import Adam
 from vecpg.advantage import advantages
-from vecpg.config import Config
+from vecpg.config import Config, flag
 from vecpg.envs import make_envs
 from vecpg.fused import Fused, why_not, why_not_together
-from vecpg.fused.memory import Entry, Memory, Stamp, Tally, make_memory
+from vecpg.kernels.iteration import Entry, Memory, Stamp
 from vecpg.policy import Policy
 from vecpg.policy.network import drawn_from
-from vecpg.policy.shape import Shape
 from vecpg.rollout import collect
 from vecpg.rollout.statistics import episode_statistics
 from vecpg.update import update
-
-
-def memory_of(**changes):
-    settings = dict(
-        runs=2,
-        num_envs=6,
-        shards=2,
-        num_steps=5,
-        max_episode_steps=7,
-        slots=3,
-        parts=4,
-        device=torch.device("cpu"),
-    )
-    return make_memory(Shape(4, (8, 8), 2, True, False, 0), **settings | changes)
-
-
-def test_a_shard_has_blocks_of_its_own():
-    memory = memory_of()
-    assert isinstance(memory, Memory)
-    assert memory.tallies.shape == (2, 2, len(Tally))  # 3 environments of a shard are one block
-    assert memory_of(num_envs=66, shards=2).last.shape == (2, 6)  # 33 of a shard are 3 of 16
-    assert memory.flags.shape == (2, 2 * 5 - 2 + 7, 6)
-    assert all(each.is_contiguous() for each in memory)
-
-
-def test_blocks_are_small_where_there_would_be_few():
-    assert memory_of(num_envs=4096, shards=1, num_steps=1).block == 16
-    assert memory_of(num_envs=8192, shards=1, num_steps=1, max_episode_steps=2).block == 64
-    assert memory_of(num_envs=8192, shards=2, num_steps=1, max_episode_steps=2).block == 16
-
 
 # -- Whole iterations, from the host -------------------------------------------------------------
 
@@ -234,6 +203,56 @@ def test_an_iteration_is_one_launch_and_nothing_waits(on):
     assert not on.waits
 
 
+def test_reading_waits_for_the_last_it_reads_and_for_no_later_one(on, monkeypatch):
+    """On a stream of its own, where nothing else makes it wait."""
+    done, waits, copies = {}, [], []
+    record, copy_ = torch.cuda.Event.record, torch.Tensor.copy_
+
+    def recording(event, stream=None):
+        done[event] = on.operations.of(kind="graph")
+        record(event, stream)
+
+    def copying(to, *given, **named):
+        if named.get("non_blocking"):
+            copies.append(torch.cuda.current_stream())
+        return copy_(to, *given, **named)
+
+    together, _ = launched(config_of())
+    on.clear()
+    monkeypatch.setattr(torch.cuda.Event, "record", recording)
+    for _ in range(7):
+        together.iterate()
+    waiting = lambda stream, event: waits.append((stream, done[event]))  # noqa: E731
+    monkeypatch.setattr(torch.cuda.Stream, "wait_event", waiting)
+    monkeypatch.setattr(torch.Tensor, "copy_", copying)
+    together.read(2, 3)
+    ((stream, number),) = waits
+    assert number == 5
+    assert stream is not torch.cuda.current_stream()
+    assert copies == [stream, stream]
+
+
+def test_the_host_is_a_few_iterations_ahead(on, monkeypatch):
+    """What is long is waited for not long, and what is short keeps the device at work."""
+    together, _ = launched(config_of())
+    given, ahead, waited = [], [], [0]
+    synchronize = torch.cuda.Event.synchronize
+
+    def noting(event):
+        if event.at is not None:
+            waited[0] = max(waited[0], event.reached)
+        synchronize(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", noting)
+    for _ in range(33):
+        together.iterate()
+        on.given += 1  # as if this were a transfer of its own
+        given.append(on.given)
+        ahead.append(sum(each > waited[0] for each in given))
+    assert max(ahead) == 16
+    assert min(ahead[16:]) == 9
+
+
 def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
     config = config_of()
     wide, (policy, optimizer) = launched(config, count=13)
@@ -257,6 +276,15 @@ def test_places_are_taken_again_once_they_were_released(on, monkeypatch):
         assert_same([*parameters.values()], [*wide.acted(0, number).values()])
     narrow.restore(0, 12, *state)
     assert_same(bits(*state), wanted)
+
+
+def test_there_are_as_many_places_as_fit(on, monkeypatch):
+    together, _ = launched(config_of())
+    memory, places = together._memory, together.room + 1
+    rings = memory.keys, memory.scalars, memory.states, memory.entries, memory.stamps
+    assert places == 256
+    monkeypatch.setattr(fused, "_MOST_BYTES", 20 * sum(each.nbytes for each in rings) // places)
+    assert launched(config_of())[0].room + 1 == 16
 
 
 def test_a_state_comes_back_as_it_was(on):
@@ -293,6 +321,7 @@ def test_what_cannot_be_is_refused(on, monkeypatch):
     together.iterate()
     together.iterate()
     together.release(0)
+    together.release(-1)  # what was released stays so
     for wrong in (
         lambda: together.read(0, 2),
         lambda: together.read(1, 2),
@@ -326,6 +355,24 @@ def test_why_not(on, reason, changes):
     assert found == reason or reason in found
 
 
+def test_shards_of_all_runs_are_as_many_as_a_launch_may_have(on):
+    config = config_of(shards=3)
+    given = config, *begun(config)[:2]
+    assert why_not(*given, runs=21845) is None
+    assert why_not(*given, runs=21846) == "65,538 shards of all runs are more than 65,535"
+
+
+def test_memory_that_torch_keeps_from_an_earlier_run_is_free(on, monkeypatch):
+    begun_one = begun(config := config_of())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    assert "of the 1.0 KB that are free" in why_not(config, *begun_one[:2])
+    need = sum(each.nbytes for each in Fused([config], *begun_one[:2])._memory)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+    for kept, refused in ((2 * need - 1000, False), (2 * need - 1001, True)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: 10**9 + kept)
+        assert (why_not(config, *begun_one[:2]) is not None) == refused
+
+
 def test_why_not_off_a_gpu(on):
     config = config_of()
     assert why_not(config, *begun(config, "cpu")[:2]) == "the environments are on cpu"
@@ -341,6 +388,20 @@ def test_why_not_together():
     assert why_not_together([config, config_of(shards=1)]) is None
     other = config_of(shards=2)
     assert why_not_together([config, config, other]) == "they differ in --shards: 1 and 2"
+    for name, value in {
+        "env_id": "Pendulum-v1",
+        "env_kwargs": {"g": 9.0},
+        "max_episode_steps": 13,
+        "num_envs": 7,
+        "num_steps": 11,
+        "device": "cuda:1",
+        "network": "mlp",
+        "hidden_sizes": (8, 8),
+        "activation": "relu",
+        "weights": "full_return",
+        "baseline": "none",
+    }.items():
+        assert f"differ in {flag(name)}:" in why_not_together([config, config_of(**{name: value})])
 
 
 # -- Kernels and their twins ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from vecpg.adam import Adam  # noqa: E402
 from vecpg.fused import cuda  # noqa: E402
-from vecpg.fused.memory import Entry, Memory, Scalar, Setting, Stamp, Tally, make_memory  # noqa: E402
+from vecpg.kernels.iteration import Entry, Memory, Scalar, Setting, Stamp, Tally, make_memory  # noqa: E402
 from vecpg.policy.shape import Shape  # noqa: E402
 
 TINY, ODD, USUAL = (

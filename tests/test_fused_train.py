@@ -4,11 +4,14 @@ import importlib
 import json
 import os
 import signal
+import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 from conftest import digest
 from fused_twins import fused_twins
 from pretend import pretended
@@ -17,8 +20,9 @@ from twins import twins
 from vecpg import fused
 from vecpg.config import Config
 from vecpg.fused import Fused
-from vecpg.fused.memory import Entry
-from vecpg.population import RunsFailed, train_many
+from vecpg.fused.lanes import Lane
+from vecpg.kernels.iteration import Entry
+from vecpg.population import RunsFailed, _Population, train_many
 from vecpg.run import checkpoint
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.progress import Progress
@@ -208,6 +212,58 @@ def test_one_that_fails_keeps_no_other_from_its_end(tmp_path, monkeypatch):
     assert first.summary["iterations"] == last.summary["iterations"] == 4
 
 
+def test_where_there_is_no_memory_for_all_the_others_come_to_their_end(tmp_path, monkeypatch):
+    load = Fused.load
+
+    def full(ring, run, *given):
+        if run == 1:
+            raise torch.OutOfMemoryError("no more")
+        load(ring, run, *given)
+
+    monkeypatch.setattr(Fused, "load", full)
+    one = settings(tmp_path, total_iterations=1)
+    configs = [one, replace(one, seed=4), replace(one, seed=5, num_envs=5)]
+    with device(), pytest.raises(RunsFailed) as failed:
+        train_many(configs)
+    assert [type(error) for error in failed.value.failures.values()] == [MemoryError] * 2
+    assert [*failed.value.failures] == [0, 1]
+    assert failed.value.results[2].summary["iterations"] == 1
+
+
+def test_a_signal_before_all_have_started_keeps_none_waiting(tmp_path, monkeypatch):
+    start, iterate, wait = _Population._start, Lane.iterate, threading.Condition.wait
+    asked, in_vain = [], []
+
+    def iterating(lane):
+        asked.append(lane.launched)
+        iterate(lane)
+
+    def waiting(condition, timeout=None):
+        notified = wait(condition, timeout or 20)
+        if not notified and timeout is None:
+            in_vain.append(condition)
+            raise AssertionError
+        return notified
+
+    def starting(population, place, *given):
+        if place == 1:
+            while 3 not in asked:  # for which there is room once the other run has read
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        start(population, place, *given)
+
+    monkeypatch.setattr(fused, "_MOST_SLOTS", 4)
+    monkeypatch.setattr(_Population, "_start", starting)
+    monkeypatch.setattr(Lane, "iterate", iterating)
+    monkeypatch.setattr(threading.Condition, "wait", waiting)
+    with device(), pytest.raises(Interrupted):
+        train_many([settings(tmp_path, seed=seed) for seed in (1, 2)])
+    assert not in_vain
+    first, other = (checkpoint.newest_valid(each).iteration for each in sorted(tmp_path.iterdir()))
+    assert first >= 3
+    assert other == 0
+
+
 @pytest.mark.slow
 def test_who_is_stopped_among_many_is_saved_and_goes_on(tmp_path, monkeypatch):
     configs = [settings(tmp_path / "many", seed=seed, total_iterations=6) for seed in (1, 2, 3)]
@@ -228,7 +284,7 @@ def test_who_is_stopped_among_many_is_saved_and_goes_on(tmp_path, monkeypatch):
         assert left_by(result.run_dir) == left_by(other.run_dir)
 
 
-def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
+def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch, caplog):
     made, init, why_not = [], Fused.__init__, fused.why_not
 
     def counting(ring, configs, *given):
@@ -241,9 +297,10 @@ def test_as_many_at_once_as_there_is_memory_for(tmp_path, monkeypatch):
         "why_not",
         lambda *given, runs=1: "it takes too much" if runs > 2 else why_not(*given, runs=runs),
     )
-    with device():
+    with device(), caplog.at_level("INFO"):
         train_many([settings(tmp_path, seed=seed, total_iterations=1) for seed in range(1, 6)])
     assert made == [2, 2, 1]
+    assert caplog.text.count("iterations: not of all runs at once: it takes too much") == 1
 
 
 def test_other_settings_go_step_by_step_and_it_is_said(tmp_path, caplog):

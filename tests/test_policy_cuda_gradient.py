@@ -11,8 +11,8 @@ triton = pytest.importorskip("triton", reason="needs triton, which is for Linux"
 
 import gpu_kernels  # noqa: E402
 
-from vecpg.fused import memory as memories  # noqa: E402
-from vecpg.fused.memory import Memory, Setting, Tally, make_memory  # noqa: E402
+from vecpg.kernels import iteration as memories  # noqa: E402
+from vecpg.kernels.iteration import Memory, Setting, Tally, make_memory  # noqa: E402
 from vecpg.policy import Policy  # noqa: E402
 from vecpg.policy.cuda import gradient  # noqa: E402
 from vecpg.policy.shape import in_a_row, shape_of  # noqa: E402
@@ -54,8 +54,8 @@ def memory_of(policies, *, num_envs, shards=1, limit=7, parts=2, divisor=0.0, en
     for each in (memory.states, memory.obs, memory.weights, memory.rewards, memory.parts):
         each.fill_(math.nan)
     memory.at[0] = 5
-    memory.settings[:, Setting.DIVISOR] = divisor
-    memory.settings[:, Setting.ENT_COEF] = torch.linspace(ent_coef, 0.0, runs)
+    memory.settings[:, Setting.DIVISOR] = torch.linspace(divisor, 2 * divisor, runs)
+    memory.settings[:, Setting.ENT_COEF] = torch.linspace(ent_coef, 2 * ent_coef, runs)
     for run, policy in enumerate(policies):
         memory.states[5 % 3, run, 0, : shape.size] = torch.cat(
             [each.detach().flatten() for each in in_a_row(policy)]
@@ -133,6 +133,8 @@ def test_interpreted():
 def interpret():
     np.seterr(all="ignore")
     torch.set_num_threads(1)
+    # Blocks are more than are read at a time.
+    gradient._MANY = gradient.tl.constexpr(1)
     check_policies()
     check_shards_and_runs()
     check_parts_without_rows()
@@ -153,9 +155,9 @@ def check_policies():
 
 def check_shards_and_runs():
     """A run beside another has the bits that it has alone."""
-    for actions in ("two", "boxes"):
+    for actions, divisor in (("two", 0.0), ("boxes", 3.0)):
         policies = [policy_of(actions, seed=seed, hidden_sizes=(8, 8)) for seed in (1, 2)]
-        memory = check(policies, num_envs=42, shards=2, divisor=3.0)
+        memory = check(policies, num_envs=42, shards=2, divisor=divisor)
         for run, policy in enumerate(policies):
             alone = memory_of([policy], num_envs=42, shards=2)
             runs = {"states": 1, "stamps": 1, "keys": 1, "scalars": 1, "entries": 1}

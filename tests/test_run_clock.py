@@ -37,6 +37,16 @@ def test_what_is_compiled_while_evaluating_is_left_out_once(now):
     assert clock.compile_seconds == 9.0
 
 
+def test_what_was_before_the_start_is_left_out(now):
+    compiled = Compiled(2.0)
+    clock = Clock(torch.device("cpu"), compiled, {"run": 7.0})
+    now[0], compiled.seconds = 110.0, 6.0
+    clock.start()
+    assert clock.since_start() == 7.0
+    now[0], compiled.seconds = 114.0, 7.0
+    assert clock.since_start() == 10.0
+
+
 def test_it_goes_on_from_the_totals_of_an_earlier_part(now):
     clock = Clock(torch.device("cpu"), Compiled(0.0), {})
     with clock.phase("collect"):

@@ -1,7 +1,7 @@
 """Adam, in plain operations. Torch's own loads torch's compiler first, which takes a second."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,13 +122,30 @@ class Adam:
 
         If it is interrupted, it can be done again.
         """
-        for own, theirs in ((self._means, other._means), (self._squares, other._squares)):
+        self._take(other._steps, other._means, other._squares)
+
+    def resume(self, steps: int, means: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        """Come to where every parameter has made so many steps, and has these m and v.
+
+        They are copied. If it is interrupted, it can be done again.
+        """
+        after = range(len(means) if steps else 0)
+        self._take(
+            dict.fromkeys(after, steps),
+            {place: means[place] for place in after},
+            {place: squares[place] for place in after},
+        )
+
+    def _take(
+        self, steps: dict[int, int], means: dict[int, Tensor], squares: dict[int, Tensor]
+    ) -> None:
+        for own, theirs in ((self._means, means), (self._squares, squares)):
             for place, average in theirs.items():
                 if place not in own:
                     own[place] = torch.empty_like(average)
             if theirs:
                 torch._foreach_copy_([own[place] for place in theirs], list(theirs.values()))
-        self._steps = dict(other._steps)
+        self._steps = dict(steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What `torch.optim.Adam.state_dict` gives, and its `load_state_dict` takes.

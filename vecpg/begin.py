@@ -48,7 +48,8 @@ _MANY_ENVS = 1_000_000
 class Settled:
     """What is settled of a run before it has a directory.
 
-    apart: why its iterations go step by step, by collector and learner, and not as a whole.
+    why_step_by_step: why its iterations go by collector and learner, and not as a whole; None: they
+        do.
     state: nothing of it has changed.
     """
 
@@ -59,7 +60,7 @@ class Settled:
     judge: VectorEnv[Any, Any, Any]
     collector: Collector
     learner: Learner
-    apart: str | None
+    why_step_by_step: str | None
     compilation: Compilation
     state: TrainState
 
@@ -183,11 +184,10 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         )
     if device.type == "cpu":  # elsewhere it is said once it is known what graphs can hold
         once(_log, f"collecting: {collector}")
-    # Why its iterations are not made as a whole, each by a few kernels; None: they are.
-    apart: str | None = "it is on the CPU"
+    why_step_by_step: str | None = "it is on the CPU"
     if device.type != "cpu":
-        apart = fused.why_not(config, envs, policy)
-    if apart is not None:
+        why_step_by_step = fused.why_not(config, envs, policy)
+    if why_step_by_step is not None:
         once(_log, f"gradient: {learner}")
     if config.baseline == "leave_one_out" and config.num_envs == 1:
         once(_log, "baseline leave_one_out: with one environment it equals none")
@@ -200,7 +200,7 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
     compilation = Compilation()
     with compilation:
         # What the first iteration would wait for is no part of its time.
-        if apart is None:
+        if why_step_by_step is None:
             stepping.prepare()  # evaluation steps
         else:
             if device.type == "cpu":
@@ -235,7 +235,7 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         judge=judge,
         collector=collector,
         learner=learner,
-        apart=apart,
+        why_step_by_step=why_step_by_step,
         compilation=compilation,
         state=TrainState(policy, optimizer, critic, stopping),
     )

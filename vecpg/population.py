@@ -5,6 +5,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -12,7 +13,7 @@ from typing import cast
 
 import torch
 
-from vecpg import fused
+from vecpg import fused, memory
 from vecpg.begin import Run, begin, check, relative, torch_threads
 from vecpg.config import Config, ConfigError
 from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
@@ -62,7 +63,9 @@ def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> 
 
     Parameters, optimizer, metrics.jsonl without the clock, and every count of a run are those of
     `train(config)`. Runs that are collected and learned in machine code go on side by side, one to
-    a core, from the first to the last; the others take turns, one after the other.
+    a core, from the first to the last. On a GPU those that follow each other, whose iterations are
+    made as a whole, and that have the same shape, have them made together, as many as there is
+    memory for. The others take turns, one after the other.
 
     Args:
         configs: one for each run. A run that is to go on has its `resume`; one that has come to
@@ -173,14 +176,16 @@ class _Population:
             while self._at_work:
                 self._wait(progress)
         except BaseException as error:
-            for _, run, _ in self._waiting:
-                run.closing.close()
-                run.files.lock.close()
             signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
             for told, _ in self._at_work.values():
                 told.stop(signum)
-            for _, thread in self._at_work.values():
-                thread.join()
+            with ExitStack() as closing:  # however one of them fails
+                for _, thread in self._at_work.values():
+                    closing.callback(thread.join)
+                # First: those at work may wait for these.
+                for _, run, _ in self._waiting:
+                    closing.callback(run.files.lock.close)
+                    closing.callback(run.closing.close)
             raise
 
     def _begin(self, place: int, interrupts: Interrupts, progress: PopulationProgress) -> None:
@@ -240,19 +245,22 @@ class _Population:
         with interrupts.held():
             thread.start()
             self._at_work[place] = told, thread
+            self._waiting = [each for each in self._waiting if each[0] != place]
 
     def _joins(
         self, config: Config, run: Run, interrupts: Interrupts, progress: PopulationProgress
     ) -> bool:
         """Whether a run's iterations will be made with others'; first those that wait may go."""
-        if run.apart is not None:
+        if run.why_step_by_step is not None:
             return False
         waiting = [self._configs[place] for place, _, _ in self._waiting]
         if waiting:
             runs = len(waiting) + 1
             given = config, run.envs, run.state.policy
-            together = [*waiting, config]
-            if fused.why_not_together(together) or fused.why_not(*given, runs=runs):
+            reason = fused.why_not_together([*waiting, config])
+            reason = reason or fused.why_not(*given, runs=runs)
+            if reason is not None:
+                once(_log, f"iterations: not of all runs at once: {reason}")
                 self._go_together(interrupts, progress)
         return True
 
@@ -260,24 +268,38 @@ class _Population:
         """Bring those that wait to their end, side by side."""
         if not self._waiting:
             return
-        _, first, _ = self._waiting[0]
-        configs = [self._configs[place] for place, _, _ in self._waiting]
-        with first.compilation:
-            envs = cast(TensorVectorEnv, first.envs)
-            ring = Fused(configs, envs, first.state.policy)
-        once(_log, f"iterations: {ring}")
-        for number, (_, run, _) in enumerate(self._waiting):
-            state = run.state
-            ring.load(number, state.policy, state.optimizer, state.counters.iteration)
-        own = lanes.share(ring, len(configs))
+        try:
+            own = self._lanes()
+        except Exception as error:
+            while self._waiting:
+                place, run, _ = self._waiting.pop(0)
+                self._failed(place, run, error)
+                self._take_in(place, error, progress)
+            return
         together = {place for place, _, _ in self._waiting}
-        while self._waiting:
-            place, run, share = self._waiting.pop(0)
-            lane = own.pop(0)
-            run.closing.callback(lane.leave)
+        for (place, run, share), lane in zip(self._waiting, own, strict=True):
             self._start(place, run, interrupts, share, lane)
         while together & self._at_work.keys():
             self._wait(progress)
+
+    def _lanes(self) -> list[Lane]:
+        """Of those that wait each one's part in the iterations of all, which it leaves at its end.
+
+        All of them know it before the first begins: who is ahead waits for the others.
+        """
+        _, first, _ = self._waiting[0]
+        configs = [self._configs[place] for place, _, _ in self._waiting]
+        with first.compilation, memory.named(lambda: "begin"):
+            envs = cast(TensorVectorEnv, first.envs)
+            ring = Fused(configs, envs, first.state.policy)
+            for number, (_, run, _) in enumerate(self._waiting):
+                state = run.state
+                ring.load(number, state.policy, state.optimizer, state.counters.iteration)
+        once(_log, f"iterations: {ring}")
+        own = lanes.share(ring, len(configs))
+        for lane, (_, run, _) in zip(own, self._waiting, strict=True):
+            run.closing.callback(lane.leave)
+        return own
 
     def _wait(self, progress: PopulationProgress) -> None:
         """Take in what the next of the runs at work comes to."""
@@ -299,25 +321,29 @@ class _Population:
         lane: Lane | None = None,
     ) -> TrainResult | BaseException:
         """What a run comes to: its result, or what it raised."""
-        config, name = self._configs[place], self.names[place]
+        config = self._configs[place]
         try:
-            with of_run(name), threads.using(lambda: self._threads_of(config)):
+            with of_run(self.names[place]), threads.using(lambda: self._threads_of(config)):
                 return conclude(config, run, advance(config, run, interrupts, share, None, lane))
         except BaseException as error:
-            run.closing.close()
-            run.files.lock.close()
-            if isinstance(error, Exception):
-                _log.error(
-                    "%s%s failed: %s: %s; saved after iteration %d; resume: %s",
-                    getattr(error, "trace", ""),
-                    name,
-                    type(error).__name__,
-                    error,
-                    run.files.saver.iteration,
-                    resume_command(relative(run.files.run_dir, run.here), config),
-                    exc_info=None if isinstance(error, _NAMED) else error,
-                )
+            self._failed(place, run, error)
             return error
+
+    def _failed(self, place: int, run: Run, error: BaseException) -> None:
+        """Close a run, and say why, unless it was stopped."""
+        run.closing.close()
+        run.files.lock.close()
+        if isinstance(error, Exception):
+            _log.error(
+                "%s%s failed: %s: %s; saved after iteration %d; resume: %s",
+                getattr(error, "trace", ""),
+                self.names[place],
+                type(error).__name__,
+                error,
+                run.files.saver.iteration,
+                resume_command(relative(run.files.run_dir, run.here), self._configs[place]),
+                exc_info=None if isinstance(error, _NAMED) else error,
+            )
 
     def _threads_of(self, config: Config) -> int:
         """How many threads the kernels of a run have: towards the end there are more for each."""

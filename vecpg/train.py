@@ -38,7 +38,7 @@ from vecpg.run.interrupts import Interrupts, Told
 from vecpg.run.outcomes import Outcome, Outcomes, Row
 from vecpg.run.progress import Progress, Share
 from vecpg.run.resume import find_run, read_json, resume_command
-from vecpg.run.ring import Ring, RingOutcomes
+from vecpg.run.ring import RingOutcomes
 from vecpg.run.state import Counters, TrainState
 from vecpg.run.stopping import parameters
 from vecpg.update import UpdateStats, update
@@ -165,7 +165,7 @@ def advance(
         interrupts: what reaches it.
         progress: what it is shown by.
         on_iteration: as `train`.
-        ring: what computes its iterations, with others; None: it goes by itself.
+        ring: what computes its iterations together with those of others; None: it goes alone.
 
     Raises:
         as `train`.
@@ -173,14 +173,9 @@ def advance(
     with _running(config, run, interrupts) as clock:
         ring = ring or _fused(config, run)
         if ring is None:
-            _iterate(config, run, clock, interrupts, progress, on_iteration)
+            _step_by_step(config, run, clock, interrupts, progress, on_iteration)
         else:
-            outcomes = _ring_outcomes(config, run, clock, ring, on_iteration)
-            clock.start()
-            while not outcomes.ended:
-                ring.iterate()  # all of what `_iterate` does, in one CUDA graph
-                outcomes.catch_up(interrupts, progress, full=not ring.room)
-                ring.release(outcomes.read - 1)
+            _as_a_whole(config, run, clock, interrupts, progress, on_iteration, ring)
         final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
             with clock.evaluation():
@@ -191,7 +186,7 @@ def advance(
     return Ending(final, wall_seconds, clock.compile_seconds)
 
 
-def _iterate(
+def _step_by_step(
     config: Config,
     run: Run,
     clock: Clock,
@@ -212,7 +207,7 @@ def _iterate(
     if not on_host:
         collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
         once(_log, f"collecting: {collector}")
-        once(_log, f"iterations: step by step: {run.apart}")
+        once(_log, f"iterations: step by step: {run.why_step_by_step}")
     ending = _is_over(config, state.counters, state.stopping.solved)
     while not ending:
         with clock.phase("collect"):  # N environments, whole episodes, (T, N)
@@ -262,10 +257,16 @@ def _iterate(
                 run.files.saver.save_if_due(state)
 
 
-def _ring_outcomes(
-    config: Config, run: Run, clock: Clock, ring: Ring, on_iteration: OnIteration | None
-) -> RingOutcomes:
-    """What commits the iterations of a run that a ring has."""
+def _as_a_whole(
+    config: Config,
+    run: Run,
+    clock: Clock,
+    interrupts: Interrupts | Told,
+    progress: Progress | Share,
+    on_iteration: OnIteration | None,
+    ring: Fused | Lane,
+) -> None:
+    """The same, where all that an iteration does is one CUDA graph, and is committed later."""
     state, most = run.state, config.total_iterations
 
     def goes_on(row: Row) -> bool:
@@ -280,13 +281,17 @@ def _ring_outcomes(
         partial(_evaluated, config, run) if config.confirm else None,
         ring=ring,
         num_envs=config.num_envs,
-        is_over=lambda counters: _is_over(config, counters, False),
-        surely_more=lambda counters: _surely_more(config, run, counters),
+        is_over=partial(_is_over, config),
+        surely_more=partial(_surely_more, config, run),
         most=None if most is None else most - state.counters.iteration,
         goes_on=None if on_iteration is None else goes_on,
     )
     run.closing.callback(outcomes.settle)
-    return outcomes
+    clock.start()
+    while not outcomes.ended:
+        ring.iterate()
+        outcomes.catch_up(interrupts, progress, full=not ring.room)
+        ring.release(outcomes.committed - 1)
 
 
 def _surely_more(config: Config, run: Run, counters: Counters) -> int:
@@ -302,7 +307,7 @@ def _surely_more(config: Config, run: Run, counters: Counters) -> int:
 
 def _fused(config: Config, run: Run) -> Fused | None:
     """What makes whole iterations on a GPU, where the run is one that it can."""
-    if run.apart is not None:
+    if run.why_step_by_step is not None:
         return None
     state = run.state
     ring = Fused([config], cast(TensorVectorEnv, run.envs), state.policy)

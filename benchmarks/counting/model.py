@@ -13,8 +13,9 @@ from typing import NamedTuple
 from counting.sass import Instruction
 
 PROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.98e9
-# Bytes per second of the memory, by the data sheets.
+# Bytes per second of the memory, by the data sheets; and of the cache before it, assumed.
 MEMORY = {"H100 SXM": 3.35e12, "H200": 4.8e12}
+CACHE = 5.5e12
 # Of an SM: registers, shared memory, warps, programs.
 _REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 227 * 1024, 64, 32
 # Products of TF32 a cycle, of an SM's four units together.
@@ -29,6 +30,8 @@ LATENCY = {
     "matrix": 33,
     "double": 16,
 }
+# Of a load, where each turn reads what the one before has read.
+AGAIN = 40
 _BARRIER, _CONSTANT = 20, 30
 
 _KINDS = {
@@ -85,23 +88,27 @@ def _words(instruction: Instruction) -> int:
     return int(wide[1]) // 32 if wide else 1
 
 
-def alone(path: Iterable[Instruction]) -> int:
+def alone(path: Iterable[Instruction], again: bool = False) -> int:
     """Cycles of a warp that has a scheduler to itself, from the first to the last of these.
 
     The compiler writes into each instruction how long the next one has to wait, and which results
     it waits for; those come after LATENCY, or when a unit is free.
+
+    Args:
+        again: all loads are of what the turn before has read, too, and so near.
     """
+    latency = LATENCY | ({"memory": AGAIN} if again else {})
     now, lifted, free = 0, [0] * 6, Counter()
     for each in path:
         kind, busy = kind_of(each), occupied(each)
         now = max([now, free[kind], *(lifted[bar] for bar in each.waits)])
         if each.name == "WARPGROUP" and ".DEPBAR" in each.modifiers:
-            now = max(now, free["matrix"] + LATENCY["matrix"])
+            now = max(now, free["matrix"] + latency["matrix"])
         if each.name == "BAR":
             now += _BARRIER
         free[kind] = max(now, free[kind]) + busy
         if each.sets is not None:
-            lifted[each.sets] = free[kind] + LATENCY.get(kind, _CONSTANT)
+            lifted[each.sets] = free[kind] + latency.get(kind, _CONSTANT)
         if each.frees is not None:
             lifted[each.frees] = free[kind] + _BARRIER
         # The products of a group of warps go on while these do something else.
@@ -115,7 +122,9 @@ class Kernel(NamedTuple):
     rows:   of one environment each, of a turn.
     path:   instructions of a warp.
     warps, registers (of a thread), shared (bytes): of a program.
-    moved:  bytes of a row.
+    moved:  bytes of a row in memory.
+    asked:  bytes of a row that loads and stores move, wherever they are.
+    again:  as in `alone`.
     """
 
     rows: int
@@ -124,6 +133,13 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     moved: float
+    asked: float
+    again: bool = False
+
+    @property
+    def alone(self) -> int:
+        """Cycles of a turn of a program that is alone on its processor."""
+        return alone(self.path, self.again)
 
     @property
     def counts(self) -> dict[str, float]:
@@ -158,6 +174,7 @@ class Kernel(NamedTuple):
         rounds = math.ceil(programs / (PROCESSORS * self.at_once))
         found = {
             unit: processors * SCHEDULERS * CLOCK / cycles,
-            "latency": programs * self.rows * CLOCK / (rounds * alone(self.path)),
+            "latency": programs * self.rows * CLOCK / (rounds * self.alone),
+            "cache": CACHE / self.asked,
         }
         return found | {f"memory, {name}": speed / self.moved for name, speed in MEMORY.items()}

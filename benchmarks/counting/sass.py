@@ -115,8 +115,8 @@ def loops(code: list[Instruction]) -> list[Loop]:
         for place in each:
             before[place].append(i)
     bodies: dict[int, set[int]] = {}
-    for last, each in enumerate(after):
-        for first in each:
+    for last in _reached(after, 0, without=-1):  # what is only called is left out
+        for first in after[last]:
             if first < last and last not in _reached(after, 0, without=first):
                 body = bodies.setdefault(first, {first})
                 body |= _reached(before, last, without=first)

@@ -32,8 +32,7 @@ def loops(text: str) -> list[dict[str, int]]:
             if len(open_ones) > 1:
                 open_ones[-2][1]["inner"] = 1
         depth += line.count("{") - line.count("}")
-        between = line.strip().startswith("} do {")
-        if open_ones and not begins and not between and depth <= open_ones[-1][0]:
+        if open_ones and not begins and depth <= open_ones[-1][0]:
             _, own = open_ones.pop()
             if not own.pop("inner", 0):
                 found.append(own)

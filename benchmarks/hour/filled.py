@@ -12,10 +12,10 @@ from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.fused.memory import Memory, Scalar
+from vecpg.kernels.iteration import Memory, Scalar, Shape
 from vecpg.noise import Stream
 from vecpg.policy import Policy
-from vecpg.policy.shape import Shape, in_a_row, shape_of
+from vecpg.policy.shape import in_a_row, shape_of
 from vecpg.rollout import Rollout
 from vecpg.rollout.cuda import persistent
 

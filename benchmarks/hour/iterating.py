@@ -18,7 +18,7 @@ from vecpg.adam import Adam
 from vecpg.advantage import cuda as by_age
 from vecpg.advantage import reference
 from vecpg.fused import cuda
-from vecpg.fused.memory import Stamp
+from vecpg.kernels.iteration import Stamp
 from vecpg.noise import Stream
 from vecpg.policy import Policy
 from vecpg.policy.cuda import gradient

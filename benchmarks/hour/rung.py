@@ -15,7 +15,7 @@ from vecpg.adam import Adam
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.fused import Fused
-from vecpg.fused.memory import Entry, Stamp
+from vecpg.kernels.iteration import Entry, Stamp
 from vecpg.measure import cells
 from vecpg.measure.results import statistics_of
 from vecpg.noise import Stream

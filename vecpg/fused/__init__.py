@@ -1,8 +1,9 @@
 """Whole iterations on a GPU: {rollout, returns, baseline, gradient, Adam} as one CUDA graph.
 
-The host launches an iteration after the other and waits for none. What an iteration began with and
-what it came to lie in a ring, from which the host reads when it likes, and takes up the state after
-any iteration that it has not released: those that it launched beyond are as if they had not been.
+The host launches an iteration after the other, a few ahead of the device. What an iteration began
+with and what it came to lie in a ring, from which the host reads when it likes, and takes up the
+state after any iteration that it has not released: those that it launched beyond are as if they had
+not been.
 """
 
 import functools
@@ -19,8 +20,8 @@ from torch import Tensor
 from vecpg.adam import Adam
 from vecpg.config import Config, flag
 from vecpg.envs.tensor import TensorVectorEnv
-from vecpg.fused.memory import Memory, Scalar, Stamp, make_memory
 from vecpg.kernels import graphs
+from vecpg.kernels.iteration import Memory, Scalar, Shape, Stamp, make_memory
 from vecpg.memory import in_words
 from vecpg.noise import Stream
 from vecpg.policy import Policy
@@ -30,8 +31,11 @@ from vecpg.rollout import tensor
 
 # Bytes that the rings may hold, of as many slots as fit between these two, powers of 2.
 _MOST_BYTES, _FEWEST_SLOTS, _MOST_SLOTS = 2**28, 4, 256
-# Of how many iterations keys and scalars are written together.
+# Of how many iterations keys and scalars are written together. The host is ahead of the device by
+# at most twice as many: enough to keep it at work, and few enough to wait for.
 _AHEAD = 8
+# Shards of all runs: what CUDA allows of programs along any but the first axis.
+_MOST_GROUPS = 2**16 - 1
 
 _BY_AGE = ("timestep_mean", "leave_one_out")
 # As `Adam.state_dict` names them, in the order in which a state has them.
@@ -70,10 +74,13 @@ def why_not(config: Config, envs: Any, policy: Policy, *, runs: int = 1) -> str 
         return f"the baseline is {config.baseline}"
     if config.normalize:
         return "the weights are normalized"
+    groups = runs * config.resolved_shards
+    if groups > _MOST_GROUPS:
+        return f"{groups:,} shards of all runs are more than {_MOST_GROUPS:,}"
     shape = shapes.shape_of(policy)
     memory = _memory_of(config, envs, shape, runs, torch.device("meta"))
     need = sum(each.nbytes for each in memory)
-    free = torch.cuda.mem_get_info(policy.device)[0]
+    free = graphs.room(policy.device)
     if 2 * need > free:
         return (
             f"the longest iteration takes {in_words(need)}, more than half of the"
@@ -146,12 +153,12 @@ class Fused:
         memory = self._memory
         self._slots = len(memory.keys)
         self._ahead = min(_AHEAD, self._slots // _FEWEST_SLOTS)
-        # What the host has of the rings, and until when it must leave that alone.
+        # What the host has of the rings.
         self._keys, self._scalars, self._entries, self._stamps = (
             torch.zeros(each.shape, dtype=each.dtype, pin_memory=True)
             for each in (memory.keys, memory.scalars, memory.entries, memory.stamps)
         )
-        self._sent = [_event() for _ in range(self._slots // self._ahead)]
+        self._sent = _event()  # until then what was written last is left alone
         self._done = [_event() for _ in range(self._slots)]
         self._arrived = _event()
         self._reading: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -209,7 +216,9 @@ class Fused:
         self._written = at
 
     def iterate(self) -> None:
-        """Launch one iteration of every run. The host does not wait.
+        """Launch one iteration of every run.
+
+        Every few iterations the host waits until the device has begun the last few before.
 
         Raises:
             RuntimeError: there is no room.
@@ -277,17 +286,12 @@ class Fused:
         own, means, squares = map(self._split, left)
         parameters = shapes.in_a_row(policy)
         torch._foreach_copy_(parameters, own)
-        steps = self._origin(run).steps + number + 1
-        content = optimizer.state_dict()
-        content["state"] = {
-            _place_of(each, optimizer.parameters): {
-                "step": torch.tensor(float(steps)),
-                **dict(zip(_AVERAGES, averages, strict=True)),
-            }
-            for each, *averages in zip(parameters, means, squares, strict=True)
-            if steps > 0
-        }
-        optimizer.load_state_dict(content)
+        places = [_place_of(each, parameters) for each in optimizer.parameters]
+        optimizer.resume(
+            self._origin(run).steps + number + 1,
+            [means[place] for place in places],
+            [squares[place] for place in places],
+        )
 
     def release(self, number: int) -> None:
         """Iterations up to this one are not needed any more, but for what it left."""
@@ -315,10 +319,10 @@ class Fused:
     def _write_ahead(self) -> None:
         """Send keys and scalars of the next iterations, up to the end of a block of the ring."""
         first, num_envs = self.launched, self._envs.num_envs
-        block = first // self._ahead
-        following = (block + 1) * self._ahead
-        sent = self._sent[block % len(self._sent)]
-        sent.synchronize()  # the copies before; only where runs were loaded anew are they recent
+        following = (first // self._ahead + 1) * self._ahead
+        # The copies before, and with them all that was launched before these. Without this a ring
+        # full of long iterations would be under way, and a signal or a log line had to wait for it.
+        self._sent.synchronize()
         beta1, beta2 = self._adam.betas
         for number in range(first, following):
             at = number % self._slots
@@ -332,7 +336,7 @@ class Fused:
         (span,) = _spans(np.arange(first, following) % self._slots)
         self._memory.keys[span].copy_(self._keys[span], non_blocking=True)
         self._memory.scalars[span].copy_(self._scalars[span], non_blocking=True)
-        sent.record(torch.cuda.current_stream(self._device))
+        self._sent.record(torch.cuda.current_stream(self._device))
         self._written = following
 
     def _origin(self, run: int) -> _Origin:
@@ -406,7 +410,7 @@ def _limits_of(config: Config, envs: TensorVectorEnv) -> tuple[int, int]:
 
 
 def _memory_of(
-    config: Config, envs: TensorVectorEnv, shape: shapes.Shape, runs: int, device: torch.device
+    config: Config, envs: TensorVectorEnv, shape: Shape, runs: int, device: torch.device
 ) -> Memory:
     from vecpg.policy.cuda import gradient
 

@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vecpg.fused.memory import Entry, Memory, Scalar, Setting, Stamp, Tally
 from vecpg.kernels.cuda import is_finite, stamp
-from vecpg.policy.shape import Shape
+from vecpg.kernels.iteration import Entry, Memory, Scalar, Setting, Shape, Stamp, Tally
 
 # What a program that adds has at a time: of some parts some numbers.
 _PARTS, _SUMS, _ADDING_WARPS = 32, 64, 4

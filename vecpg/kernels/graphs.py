@@ -11,6 +11,16 @@ from vecpg.kernels.announce import once
 _log = logging.getLogger(__name__)
 
 
+def room(device: torch.device) -> int:
+    """Bytes of a GPU that are free, and those that torch has but uses for nothing: of a run before.
+
+    Args:
+        device: a GPU.
+    """
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def capture(function: Callable[[], None], device: torch.device, what: str) -> Callable[[], None]:
     """What does again, at each call, all that a function does on a device.
 

@@ -1,59 +1,14 @@
-"""What kernels that hold a whole policy on the chip know of it, and its numbers in a row."""
-
-import itertools
-from typing import NamedTuple
+"""What kernels that hold a whole policy on the chip know of it, and its parameters in a row."""
 
 from torch import Tensor, nn
 
+from vecpg.kernels.iteration import Shape
 from vecpg.policy import Policy
 from vecpg.policy.distributions import Categorical, DiagonalGaussian
 
 # What tiles of registers and shared memory hold: units of a hidden layer, numbers of an observation
 # (with a bias beside them), and those that the last layer gives.
 MOST_UNITS, MOST_FEATURES, MOST_OUTPUTS = 64, 63, 16
-
-
-class Shape(NamedTuple):
-    """A policy of two hidden layers: features -> units -> units -> outputs.
-
-    features:     numbers of an observation.
-    units:        of both hidden layers.
-    outputs:      actions to choose from, or numbers of an action.
-    tanh:         the activation; else ReLU.
-    gaussian:     actions are a Box; else Discrete.
-    first_action: the smallest, where they are Discrete.
-
-    In a row its parameters are W1 (units, features), b1, W2, b2, W3 (outputs, units), b3, and of a
-    Gaussian the raw log_std (outputs,): each as torch holds it, without gaps.
-
-    Example:
-        >>> Shape(4, (64, 64), 2, True, False, 0).size
-        4610
-    """
-
-    features: int
-    units: tuple[int, int]
-    outputs: int
-    tanh: bool
-    gaussian: bool
-    first_action: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many numbers each of the parameters has."""
-        widths = [self.features, *self.units, self.outputs]
-        layers = [count for into, out in itertools.pairwise(widths) for count in (into * out, out)]
-        return [*layers, *([self.outputs] if self.gaussian else [])]
-
-    @property
-    def size(self) -> int:
-        """How many numbers the parameters have together."""
-        return sum(self.sizes)
-
-    @property
-    def stride(self) -> int:
-        """From one policy's numbers to the next one's: a multiple of 128, and two more at least."""
-        return -(-(self.size + 2) // 128) * 128
 
 
 def why_not(policy: Policy) -> str | None:

@@ -459,7 +459,7 @@ class TensorCollector:
             + 3
         )
         need = self._blocks * self.between * num_envs * row
-        free = torch.cuda.mem_get_info(device)[0]
+        free = graphs.room(device)
         if 2 * need <= free:
             return True
         once(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vecpg.adam import Adam
-from vecpg.fused.memory import Entry
+from vecpg.kernels.iteration import Entry
 from vecpg.policy import Policy
 from vecpg.run.clock import Clock, Lap
 from vecpg.run.files import Files
@@ -42,7 +42,7 @@ class Ring(Protocol):
 
         Returns:
             (count, R, len(Entry)) and (count, R, len(Stamp)) of all R that share them, numbered as
-            `vecpg.fused.memory` has them.
+            `vecpg.kernels.iteration` has them.
         """
 
     def acted(self, run: int, number: int) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class RingOutcomes(Outcomes):
         judge: confirms that the target was reached; None where nothing does.
         ring: has the run's iterations from now on.
         num_envs: of the run.
-        is_over: whether a run that is so far ends.
+        is_over: whether a run that is so far, and solved or not, is at its end.
         surely_more: how many further iterations of a run that is so far do not end it, whatever
             they come to, its target apart.
         most: iterations that it will make at most; None where nothing says so.
@@ -78,7 +78,7 @@ class RingOutcomes(Outcomes):
         *,
         ring: Ring,
         num_envs: int,
-        is_over: Callable[[Counters], bool],
+        is_over: Callable[[Counters, bool], bool],
         surely_more: Callable[[Counters], int],
         most: int | None,
         goes_on: Callable[[Row], bool] | None,
@@ -88,17 +88,17 @@ class RingOutcomes(Outcomes):
         self._ring, self._num_envs = ring, num_envs
         self._is_over, self._surely_more, self._most = is_over, surely_more, most
         self._goes_on = goes_on
-        # So many of the ring's iterations were read, each once.
-        self.read = 0
-        self.ended = is_over(state.counters)
+        # So many of the ring's iterations are committed.
+        self.committed = 0
+        self.ended = is_over(state.counters, state.stopping.solved)
 
     @property
     def pending(self) -> int:
-        """How many iterations were begun and not read."""
+        """How many iterations were begun, and may yet be committed."""
         if self.ended:
             return 0
         launched = self._ring.launched
-        return (launched if self._most is None else min(launched, self._most)) - self.read
+        return (launched if self._most is None else min(launched, self._most)) - self.committed
 
     def catch_up(
         self, interrupts: Interrupts | Told, progress: Progress | Share, *, full: bool
@@ -115,7 +115,7 @@ class RingOutcomes(Outcomes):
         """
         singly = self._state.stopping.target is not None or self._goes_on is not None
         all_begun = self._most is not None and self._ring.launched >= self._most
-        left = 0 if all_begun or full else 1
+        left = 0 if all_begun else 1
         while self.pending > left:
             decides = singly or self.pending > self._surely_more(self._state.counters)
             due = progress.is_due() or self._saver.is_due()
@@ -142,17 +142,20 @@ class RingOutcomes(Outcomes):
         with interrupts.held():
             self._write(rows)
         if error is not None:
+            self.ended = True  # what comes after it in the ring follows from nothing
             raise error
         return rows[-1]
 
     def settle(self) -> None:
         """As `commit`, when the run is stopped: from what would have to be confirmed on it is lost.
 
+        So is all of it where somebody looks at each, who would not see it.
+
         Raises:
             FloatingPointError: numbers of an iteration are not finite. Those before it are
                 committed.
         """
-        if not self.pending:
+        if not self.pending or self._goes_on is not None:
             return
         rows, error = self._take_in(self.pending, None if self._judge is None else refuse)
         self._write(rows)
@@ -160,28 +163,30 @@ class RingOutcomes(Outcomes):
             raise error
 
     def _take_in(self, count: int, judge: Judge | None) -> tuple[list[Row], Exception | None]:
-        """Rows up to where the run ends, or to what kept the next one from being taken in."""
-        first, self.read = self.read, self.read + count
-        entries, stamps = map(torch.from_numpy, self._ring.read(first, count))
+        """Rows up to where the run ends, or to what kept the next one from being taken in.
+
+        Until they are written nothing is committed: whatever interrupts this, it can be done again.
+        """
+        run = self._ring.run
+        entries, stamps = map(torch.from_numpy, self._ring.read(self.committed, count))
         rows: list[Row] = []
-        counters = self._state.counters
-        last = _lap(stamps[-1, self._ring.run])
+        counters, stopping = self._state.counters, self._state.stopping
+        last = _lap(stamps[-1, run])
         for k in range(count):
-            outcome = self._outcome(counters, entries[k, self._ring.run], stamps[k, self._ring.run])
+            outcome = self._outcome(counters, entries[k, run], stamps[k, run])
             if count > 1:
-                outcome = outcome._replace(acted=self._ring.acted(self._ring.run, first + k))
-            before, self._draft.stopping = self._draft.stopping, self._draft.stopping.copy()
+                outcome = outcome._replace(acted=self._ring.acted(run, self.committed + k))
+            self._draft.stopping = stopping.copy()
             numbers = [each.item() for each in outcome.numbers()]
             try:
                 row = self._row(outcome, numbers, last, judge)
             except (FloatingPointError, Unconfirmed) as error:
-                self._draft.stopping = before
+                self._draft.stopping = stopping
                 return rows, error
             rows.append(row)
+            stopping = self._draft.stopping
             counters = self._draft.counters = outcome.counters
-            self._left = first + k
-            if self._draft.stopping.solved or self._is_over(counters):
-                self.ended = True
+            if self._is_over(counters, stopping.solved):
                 break
         return rows, None
 
@@ -209,16 +214,20 @@ class RingOutcomes(Outcomes):
         )
 
     def _write(self, rows: list[Row]) -> None:
-        if rows:
-            self._ring.restore(
-                self._ring.run, self._left, self._draft.policy, self._draft.optimizer
-            )
-            super()._write(rows)
+        if not rows:
+            return
+        draft, last = self._draft, self.committed + len(rows) - 1
+        self._ring.restore(self._ring.run, last, draft.policy, draft.optimizer)
+        self.ended = True  # where a row cannot be written nothing is written after it
+        super()._write(rows)
+        self.committed = last + 1
+        self.ended = self._is_over(draft.counters, draft.stopping.solved)
 
 
 def _lap(stamps: Tensor) -> Lap:
     """The phases of an iteration. Without a part for the baseline nothing says when it begins."""
-    begin, returns, update, end = (nanoseconds / 1e9 for nanoseconds in stamps.tolist())
+    begin, returns, update, end = stamps.tolist()
     returns = returns or update
     phases = {"collect": returns - begin, "returns": update - returns, "update": end - update}
-    return Lap({name: max(0.0, seconds) for name, seconds in phases.items()}, {}, end)
+    seconds = {name: max(0, nanoseconds) / 1e9 for name, nanoseconds in phases.items()}
+    return Lap(seconds, {}, end / 1e9)

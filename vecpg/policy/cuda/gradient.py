@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vecpg.fused.memory import Memory, Setting, Stamp, Tally
 from vecpg.kernels.cuda import exp, fast_tanh, log, stamp
+from vecpg.kernels.iteration import Memory, Setting, Shape, Stamp, Tally
 from vecpg.policy.distributions import LOG_STD_RANGE
-from vecpg.policy.shape import MOST_OUTPUTS, Shape
+from vecpg.policy.shape import MOST_OUTPUTS
 
 # Rows that go through the network together.
 _ROWS = tl.constexpr(64)

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from vecpg.envs.cuda import device_functions, from_source, names
 from vecpg.envs.definition import Definition, name_of
-from vecpg.fused.memory import Memory, Setting, Stamp, Tally
 from vecpg.kernels.cuda import (
     as_uniform,
     cos,
@@ -29,9 +28,9 @@ from vecpg.kernels.cuda import (
     uniform,
     words,
 )
+from vecpg.kernels.iteration import Memory, Setting, Shape, Stamp, Tally
 from vecpg.noise import Purpose
 from vecpg.policy.cuda import standard_deviation
-from vecpg.policy.shape import Shape
 from vecpg.rollout.cuda import next_row
 from vecpg.rollout.data import FINISHED, PLAYING, RESETTING
 
@@ -361,6 +360,9 @@ def _network(shape: Shape) -> list[str]:
     """
     w1, b1, w2, b2, w3, b3 = _offsets(shape)[:6]
     features, (first, second), outputs = shape.features, shape.units, shape.outputs
+    # Gathered, numbers lie like those of environments, and not like those of matrices. Triton 3.2,
+    # which torch 2.6 comes with, cannot gather.
+    gathered = "tl.gather({}, lane, 0)" if hasattr(tl, "gather") else "{}"
     seen = "0.0"
     for i, each in reversed([*enumerate([*names("o", features), "1.0"])]):
         one = each if i == features else f"{each}[:, None]"
@@ -386,8 +388,7 @@ def _network(shape: Shape) -> list[str]:
         "matrix = tl.load(weight, mask=there, other=0.0)",
         "y = tl.dot(activated(z), matrix, input_precision=PRECISION)",
         *(
-            # Gathered, numbers lie like those of environments, and not like those of matrices.
-            f"{each} = tl.gather(tl.sum(tl.where(p[None, :] == {i}, y, 0.0), 1), lane, 0)"
+            f"{each} = {gathered.format(f'tl.sum(tl.where(p[None, :] == {i}, y, 0.0), 1)')}"
             f" + tl.load(policy + {b3 + i})"
             for i, each in enumerate(names("p", outputs))
         ),
@@ -413,7 +414,7 @@ def _drawn(shape: Shape, given: list[str], drawn: list[str], action: list[str]) 
         "    chosen = tl.zeros((BLOCK,), tl.int32)",
         *(f"    {line}" for each in sums[:-1] for line in (each, chosen)),
         "    tl.store(actions + at, chosen.to(tl.int8), mask=inside)",
-        f"{action[0]} = (chosen + {shape.first_action}).to(tl.float32)",
+        f"{action[0]} = (chosen.to(tl.int64) + {shape.first_action}).to(tl.float32)",
     ]
 
 

@@ -5,16 +5,58 @@ iteration k reads slot k modulo the number of slots of what is kept in a ring, a
 that it comes to in the next slot: so the host can take up any iteration that it has not released.
 """
 
+import itertools
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vecpg.policy.shape import Shape
-
 # Environments of a program: as many as fill a tile, and fewer where there would be few programs.
 _BLOCK, _SMALL_BLOCK, _FEW_ENVS = 64, 16, 4096
+
+
+class Shape(NamedTuple):
+    """A policy of two hidden layers: features -> units -> units -> outputs.
+
+    features:     numbers of an observation.
+    units:        of both hidden layers.
+    outputs:      actions to choose from, or numbers of an action.
+    tanh:         the activation; else ReLU.
+    gaussian:     actions are a Box; else Discrete.
+    first_action: the smallest, where they are Discrete.
+
+    In a row its parameters are W1 (units, features), b1, W2, b2, W3 (outputs, units), b3, and of a
+    Gaussian the raw log_std (outputs,): each as torch holds it, without gaps.
+
+    Example:
+        >>> Shape(4, (64, 64), 2, True, False, 0).size
+        4610
+    """
+
+    features: int
+    units: tuple[int, int]
+    outputs: int
+    tanh: bool
+    gaussian: bool
+    first_action: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each of the parameters has."""
+        widths = [self.features, *self.units, self.outputs]
+        layers = [count for into, out in itertools.pairwise(widths) for count in (into * out, out)]
+        return [*layers, *([self.outputs] if self.gaussian else [])]
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters have together."""
+        return sum(self.sizes)
+
+    @property
+    def stride(self) -> int:
+        """From one policy's numbers to the next one's: a multiple of 128, and two more at least."""
+        return -(-(self.size + 2) // 128) * 128
 
 
 class Tally(IntEnum):
