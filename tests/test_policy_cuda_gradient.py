@@ -298,6 +298,7 @@ def test_the_twin_equals_autograd():
         (80, "two", "tanh"),
         (80, "two", "relu"),
         (80, "box", "tanh"),
+        (80, "sixteen", "tanh"),
         (90, "two", "tanh"),
         (90, "two", "relu"),
         (90, "box", "tanh"),

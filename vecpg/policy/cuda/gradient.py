@@ -327,6 +327,10 @@ def _add_tile(
         # From here on d is what the sum gains from a layer's outputs, the highest layer first.
         _add(parts + B3 + a, tl.sum(d, 0), a < ACTIONS)
         dh, dl = _split(d, PRECISION)
+        if WIDTH < LOWER:
+            # Split anew, and so not kept until here.
+            zh, zl = _split(z + tl.where(stop < -2, 1.0, 0.0), PRECISION)
+            turned_zh, turned_zl = tl.trans(zh), tl.trans(zl)
         _add(parts + in_w3, _product(turned_zh, turned_zl, dh, dl, PRECISION), is_w3)
         states += tl.where(stop < -1, 1, 0)
         w3h, w3l = _split(tl.load(states + in_w3, mask=is_w3, other=0.0), PRECISION)
@@ -342,14 +346,17 @@ def _add_tile(
         for first in range(0, LOWER, WIDTH):
             j = first + tl.arange(0, WIDTH)
             below = j[:, None]
+            in_w2, is_w2 = W2 + k * FIRST + j, (k < SECOND) & (j < FIRST)
             # Another such 0. What a slice needs is not made for all of them beforehand.
             none = tl.where(first < -stop, 1, 0)
             if WIDTH < LOWER:
                 y = _lower(seen + none, counted, states, below, FEATURES, FIRST, TANH, PRECISION)
+                # In slices it takes no more than the others, and comes when y is at hand.
+                yh, yl = _split(y, PRECISION)
+                _add(parts + in_w2, _product(turned_dh, turned_dl, yh, yl, PRECISION), is_w2)
                 own_dh, own_dl = _split(d + none.to(tl.float32), PRECISION)
             else:
                 own_dh, own_dl = dh, dl
-            in_w2, is_w2 = W2 + k * FIRST + j, (k < SECOND) & (j < FIRST)
             w2h, w2l = _split(tl.load(states + in_w2, mask=is_w2, other=0.0), PRECISION)
             e = _slope(_product(own_dh, own_dl, w2h, w2l, PRECISION), y, TANH)
             eh, el = _split(e, PRECISION)
@@ -361,8 +368,9 @@ def _add_tile(
                 w1 = _product(tl.trans(eh), tl.trans(el), xh, xl, PRECISION)
                 _add(parts + in_w1, w1, is_w1)
             # The largest comes last, when the fewest registers are taken.
-            yh, yl = _split(y, PRECISION)
-            _add(parts + in_w2, _product(turned_dh, turned_dl, yh, yl, PRECISION), is_w2)
+            if WIDTH == LOWER:
+                yh, yl = _split(y, PRECISION)
+                _add(parts + in_w2, _product(turned_dh, turned_dl, yh, yl, PRECISION), is_w2)
         # What one thread wrote another may read for the next tile.
         tl.debug_barrier()
 
