@@ -208,8 +208,9 @@ def test_bytes_of_a_turn_are_those_of_its_tensors():
 
 
 @pytest.mark.slow
-def test_a_kernel_of_ours_is_counted():
+def test_a_kernel_of_ours_is_counted(monkeypatch):
     pytest.importorskip("triton", reason="needs triton, which is for Linux")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     import counted
 
     for kernel in ("play", "sum_gradient"):
