@@ -294,6 +294,22 @@ def sum_gradient(memory, shape):
             part += torch.cat([*gradients, torch.stack([loss, entropy])])
 
 
+# -- What the host reads -------------------------------------------------------------------------
+
+
+def entry_of(rollout, episodes, stats):
+    """What an iteration that went step by step would tell, if all of it is finite."""
+    entry = np.ones(len(Entry))
+    entry[Entry.COUNTED], entry[Entry.ROWS] = int(rollout.mask.sum()), len(rollout.mask)
+    entry[Entry.EPISODES] = len(episodes.returns)
+    entry[Entry.RETURN_SUM] = episodes.return_sum
+    entry[Entry.RETURN_LOW] = episodes.returns.min()
+    entry[Entry.RETURN_HIGH] = episodes.returns.max()
+    entry[Entry.POLICY_LOSS], entry[Entry.ENTROPY] = stats.policy_loss, stats.entropy
+    entry[Entry.GRAD_NORM] = stats.grad_norm
+    return entry
+
+
 # -- The step ------------------------------------------------------------------------------------
 
 

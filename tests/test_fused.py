@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fused_twins import entry_of
 from pretend import pretended
 
 from vecpg import fused
@@ -121,14 +122,7 @@ def on_the_cpu(config, count):
         stats = update(
             policy, optimizer, rollout, advantages(rollout, config), config, backend="reference"
         )
-        entry[Entry.COUNTED], entry[Entry.ROWS] = rollout.mask.sum(), len(rollout.mask)
-        entry[Entry.EPISODES] = len(episodes.returns)
-        entry[Entry.RETURN_SUM] = episodes.return_sum
-        entry[Entry.RETURN_LOW] = episodes.returns.min()
-        entry[Entry.RETURN_HIGH] = episodes.returns.max()
-        entry[Entry.POLICY_LOSS], entry[Entry.ENTROPY] = stats.policy_loss, stats.entropy
-        entry[Entry.GRAD_NORM] = stats.grad_norm
-        entry[[Entry.ROLLOUT_FINITE, Entry.UPDATE_FINITE]] = 1
+        entry[:] = entry_of(rollout, episodes, stats)
     return entries, policy, optimizer
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import digest
+from fused_twins import entry_of
 
 from vecpg.advantage import advantages
 from vecpg.config import Config
@@ -52,7 +53,7 @@ class Recorded:
 
     def iterate(self):
         assert self.room > 0
-        config, entry = self.config, np.zeros(len(Entry))
+        config = self.config
         acted = parameters(self.policy)
         rollout = collect(
             self.envs,
@@ -63,14 +64,7 @@ class Recorded:
         )
         episodes = episode_statistics(rollout)
         stats = update(self.policy, self.optimizer, rollout, advantages(rollout, config), config)
-        entry[Entry.COUNTED], entry[Entry.ROWS] = int(rollout.mask.sum()), len(rollout.mask)
-        entry[Entry.EPISODES] = len(episodes.returns)
-        entry[Entry.RETURN_SUM] = episodes.return_sum
-        entry[Entry.RETURN_LOW] = episodes.returns.min()
-        entry[Entry.RETURN_HIGH] = episodes.returns.max()
-        entry[Entry.POLICY_LOSS], entry[Entry.ENTROPY] = stats.policy_loss, stats.entropy
-        entry[Entry.GRAD_NORM] = stats.grad_norm
-        entry[[Entry.ROLLOUT_FINITE, Entry.UPDATE_FINITE]] = 1
+        entry = entry_of(rollout, episodes, stats)
         if self.launched == self.spoiled:
             entry[Entry.GRAD_NORM], entry[Entry.UPDATE_FINITE] = np.nan, 0
         end = 1_764_000_000_000_000_000 + 1_000_000 * self.apart * self.launched

@@ -184,9 +184,7 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         )
     if device.type == "cpu":  # elsewhere it is said once it is known what graphs can hold
         once(_log, f"collecting: {collector}")
-    why_step_by_step: str | None = "it is on the CPU"
-    if device.type != "cpu":
-        why_step_by_step = fused.why_not(config, envs, policy)
+    why_step_by_step = fused.why_not(config, envs, policy)
     if why_step_by_step is not None:
         once(_log, f"gradient: {learner}")
     if config.baseline == "leave_one_out" and config.num_envs == 1:

@@ -26,7 +26,7 @@ from vecpg.kernels.cores import cores
 from vecpg.run.interrupts import Interrupted, Interrupts, Told
 from vecpg.run.progress import PopulationProgress, Share
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
-from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run
+from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run, save_as_asked
 
 # Failures whose message says all that there is to say.
 _NAMED = (EnvironmentFailure, EnvironmentNotMade, FloatingPointError, MemoryError, OSError)
@@ -210,7 +210,7 @@ class _Population:
 
         def save_all() -> None:
             self.ask_to_save()
-            _save(run)
+            save_as_asked(run)
 
         if not _is_served(config, run):
             with Interrupts(save_all) as own:
@@ -237,7 +237,7 @@ class _Population:
         lane: Lane | None = None,
     ) -> None:
         """Have a run go on in a thread of its own."""
-        told = Told(partial(_save, run))
+        told = Told(partial(save_as_asked, run))
         thread = threading.Thread(
             target=lambda: self._ended.put((place, self._outcome(place, run, told, share, lane))),
             name=f"vecpg-run-{place}",
@@ -372,12 +372,6 @@ def _let_go(error: BaseException) -> None:
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
-
-
-def _save(run: Run) -> None:
-    run.files.saver.save(run.state)
-    if run.device.type != "cpu":  # which may be iterations ahead of the state
-        run.files.saver.save_again()
 
 
 def _is_served(config: Config, run: Run) -> bool:

@@ -120,9 +120,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
     _log.info("run directory: %s", relative(run.files.run_dir, run.here))
 
     def save() -> None:
-        _log.info("saved: %s", run.files.saver.save(run.state))
-        if run.device.type != "cpu":  # which may be iterations ahead of the state
-            run.files.saver.save_again()
+        _log.info("saved: %s", save_as_asked(run))
 
     try:
         with (
@@ -147,6 +145,17 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
     )
     film_if_asked(config, result)
     return result
+
+
+def save_as_asked(run: Run) -> Path:
+    """Write a checkpoint of the last commit, and have the next one be saved where it is computed.
+
+    A GPU may be iterations ahead of the state.
+    """
+    folder = run.files.saver.save(run.state)
+    if run.device.type != "cpu":
+        run.files.saver.save_again()
+    return folder
 
 
 def advance(
@@ -247,9 +256,7 @@ def _step_by_step(
             continue
         row = outcomes.commit(interrupts)
         # Signals reach it: it may take its time, and the iteration is committed.
-        stopped = on_iteration is not None and _is_false(
-            on_iteration(dict(row), copy.deepcopy(state.policy))
-        )
+        stopped = on_iteration is not None and not _goes_on(on_iteration, state, row)
         ending = stopped or ending or state.stopping.solved
         with interrupts.held():
             progress.show(row, last=ending)
@@ -268,12 +275,6 @@ def _as_a_whole(
 ) -> None:
     """The same, where all that an iteration does is one CUDA graph, and is committed later."""
     state, most = run.state, config.total_iterations
-
-    def goes_on(row: Row) -> bool:
-        return on_iteration is None or not _is_false(
-            on_iteration(dict(row), copy.deepcopy(state.policy))
-        )
-
     outcomes = RingOutcomes(
         state,
         clock,
@@ -284,7 +285,7 @@ def _as_a_whole(
         is_over=partial(_is_over, config),
         surely_more=partial(_surely_more, config, run),
         most=None if most is None else most - state.counters.iteration,
-        goes_on=None if on_iteration is None else goes_on,
+        goes_on=None if on_iteration is None else partial(_goes_on, on_iteration, state),
     )
     run.closing.callback(outcomes.settle)
     clock.start()
@@ -408,9 +409,14 @@ def _is_over(config: Config, counters: Counters, solved: bool) -> bool:
     return solved or reached
 
 
-def _is_false(answer: Any) -> bool:
-    """Also NumPy's; not 0 or None, which many a function returns that means nothing by it."""
-    return isinstance(answer, bool | np.bool_) and not answer
+def _goes_on(on_iteration: OnIteration, state: TrainState, row: Row) -> bool:
+    """Whether a run is to go on after an iteration that is committed, by who looks at each.
+
+    It is not after False, also NumPy's; but after 0 or None, which many a function returns that
+    means nothing by it.
+    """
+    answer: Any = on_iteration(dict(row), copy.deepcopy(state.policy))
+    return not isinstance(answer, bool | np.bool_) or bool(answer)
 
 
 def _count(draft: TrainState, rollout: Rollout, episodes: Episodes) -> None:

@@ -158,7 +158,7 @@ class Told:
         save: what it calls when it is asked to save.
     """
 
-    def __init__(self, save: Callable[[], None]) -> None:
+    def __init__(self, save: Callable[[], object]) -> None:
         self._save = save
         self._asked_to_save = False
         self._signum: int | None = None
