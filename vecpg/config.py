@@ -147,7 +147,11 @@ class Config:
     """Every random number of the run is a function of this. 0 to 2**64 - 1."""
     shards: int | None = None
     """Groups of environments whose sums are formed apart and added in order, so that the run can be
-    split into as many parts without changing a bit. Divides --num-envs; none = one."""
+    split over as many ranks, or any number that divides theirs, without changing a bit. Divides
+    --num-envs; none = one for each rank."""
+    dist_timeout: float = 120.0
+    """Under torchrun: seconds after which a rank that has not answered counts as dead. Rank 0 may
+    evaluate for longer."""
     out_dir: str = "runs"
     """Run directories are made in here."""
     exp_name: str = "reinforce"
@@ -238,6 +242,7 @@ class Config:
             "learning_rate",
             "value_learning_rate",
             "step_timeout",
+            "dist_timeout",
             "save_every",
             "log_every",
         ):

@@ -5,7 +5,8 @@ Whoever adds up over environments does it here, so that no bit depends on who fo
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,6 +27,32 @@ def in_order(parts: Iterable[Sum]) -> Sum:
     """
     adding: Any = operator.add
     return functools.reduce(adding, parts)
+
+
+# Adds up over shards, those of other ranks too. It is given the numbers of the shards at hand,
+# float64 of one shape (K,), and what is to be kept apart of each, (M,); it returns the sum over all
+# shards, in their order, and what is kept of all of them, in that order. Every rank calls it at the
+# same times, with the same K and M.
+Combine = Callable[[Iterable[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+def here(added: Iterable[Tensor], kept: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+    """A `Combine` where all shards are at hand."""
+    return in_order(added), list(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All environments of an iteration, of which a rollout may have a part.
+
+    num_envs: how many there are.
+    counted:  how many of their rows count; a number, or a tensor without dimensions.
+    combine:  adds up over all of their shards.
+    """
+
+    num_envs: int
+    counted: Tensor | int
+    combine: Combine = here
 
 
 def gradient_in_order(

@@ -23,6 +23,7 @@ ANEW = (
     "total_iterations",
     "target_return",
     "save_every",
+    "dist_timeout",
     "device",
     "progress",
 )
