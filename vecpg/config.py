@@ -344,11 +344,10 @@ def _nearest_divisors(number: int, to: int, multiples: int = 1) -> str:
     each = number // multiples
     most = min(math.isqrt(each), _MOST_DIVISOR)
     small = [divisor for divisor in range(1, most + 1) if each % divisor == 0]
-    divisors = {*small, *(each // divisor for divisor in small)}
-    divisors = {divisor * multiples for divisor in divisors}
-    below = max(divisor for divisor in divisors if divisor <= max(to, multiples))
-    above = min((divisor for divisor in divisors if divisor >= to), default=None)
-    return str(below) if above is None else f"{below} and {above}"
+    divisors = sorted({*small, *(each // divisor for divisor in small)})
+    found = [divisor * multiples for divisor in divisors]
+    below, above = [one for one in found if one < to], [one for one in found if one > to]
+    return " and ".join(map(str, below[-1:] + above[:1]))
 
 
 def _check(name: str, holds: bool, expected: str, got: object) -> None:
