@@ -20,6 +20,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 
@@ -132,59 +133,76 @@ def _train_one(config: Config) -> None:
 
 
 def _train_many(population: Population) -> None:
-    """A line for each run on stdout as it ends, and a table of all of them on stderr."""
+    """A line for each run on stdout as it ends, and a table of all of them on stderr.
+
+    Under torchrun the lines of each rank's runs, and the table from rank 0.
+    """
     config = population.config
     with stdout_kept_clean() as stdout:
-        folder = find_population(population)
-        if folder is None:
+        found = find_population(population)
+        if found is None:
             check_cheaply(dataclasses.replace(config, resume=None))
         with imports_kept():
             from tqdm import tqdm
 
+            from vecpg.deal import Deal
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
             from vecpg.run.directory import discard
-            from vecpg.run.interrupts import Interrupts
+            from vecpg.run.interrupts import Interrupted, Interrupts
+            from vecpg.torchrun import place
 
-        def say(place: int, result: Any) -> None:
+        def say(number: int, result: Any) -> None:
             # In a terminal the live line makes room for it.
             with tqdm.external_write_mode(file=sys.stderr):
                 print(json.dumps(result.summary), file=stdout, flush=True)
+            deal.ended(result.summary)
 
-        with Interrupts():
-            before = None if folder is None else read_population(folder)
-            if folder is None:
-                folder = make_population_directory(population)
+        log = logging.getLogger("vecpg")
+        with Interrupts(), Deal(population, place()) as deal:
+            before = None
+            if deal.first:
+                folder = deal.remembered() or found
+                if folder is None:
+                    folder = make_population_directory(population)
+                else:
+                    before = read_population(folder)
+                    write_population(population, folder)
+                deal.remember(folder)
             else:
-                write_population(population, folder)
+                folder = deal.told()
             shown = shlex.quote(os.path.relpath(folder))
-            logging.getLogger("vecpg").info("population: %s", shown)
-            failed = None
+            log.info("population: %s", shown)
+            runs = deal.own(configs_of(population, folder))
+            failed = []
             try:
-                results = train_many(configs_of(population, folder), say)
+                train_many(runs, say, partial(deal.tell, folder))
             except RunsFailed as error:
-                failed, results = error, [each for each in error.results if each is not None]
+                failed = [runs[number].seed for number in sorted(error.failures)]
             except BaseException as error:
-                if before is None and not any(folder.glob("*/config.json")):
+                if not deal.first:
+                    pass
+                elif before is None and not any(folder.glob("*/config.json")):
                     discard(folder)
                 elif before is not None and isinstance(error, ConfigError):
                     write_population(before, folder)
                 else:
-                    command = resume_command(shown, config)
-                    logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+                    log.info("every run was saved; resume: %s", resume_command(shown, config))
                 raise
-        failures = 0 if failed is None else len(failed.failures)
-        print(closing_table([result.summary for result in results], failures), file=sys.stderr)
-    _print_next(
-        curves=f"{_tensorboard()} --logdir {shown}",
-        plot=_vecpg("plot", shown, "--out curves.png"),
-    )
-    if failed is not None:
-        print(
-            f"error: {failed}; resume: {resume_command(shown, config)}",
-            file=sys.stderr,
-        )
-        raise SystemExit(EXIT_FAILED)
+            if not deal.first:
+                raise SystemExit(deal.exit_status(failed))
+            deal.tell(folder)
+            outcome = deal.outcome(failed)
+            print(closing_table(outcome.summaries, len(outcome.failed)), file=sys.stderr)
+            _print_next(
+                curves=f"{_tensorboard()} --logdir {shown}",
+                plot=_vecpg("plot", shown, "--out curves.png"),
+            )
+            if outcome.failed or outcome.missing:
+                print(f"error: {outcome}; resume: {resume_command(shown, config)}", file=sys.stderr)
+                if outcome.signum is not None:
+                    raise Interrupted(outcome.signum)
+                raise SystemExit(EXIT_FAILED)
 
 
 def _print_next(**commands: str) -> None:
