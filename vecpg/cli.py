@@ -20,7 +20,6 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 
@@ -135,7 +134,7 @@ def _train_one(config: Config) -> None:
 def _train_many(population: Population) -> None:
     """A line for each run on stdout as it ends, and a table of all of them on stderr.
 
-    Under torchrun the lines of each rank's runs, and the table from rank 0.
+    Under torchrun each rank trains its part of the runs, and rank 0 tells of all of them.
     """
     config = population.config
     with stdout_kept_clean() as stdout:
@@ -148,7 +147,6 @@ def _train_many(population: Population) -> None:
             from vecpg.deal import Deal
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
-            from vecpg.run.directory import discard
             from vecpg.run.interrupts import Interrupted, Interrupts
             from vecpg.torchrun import place
 
@@ -158,51 +156,66 @@ def _train_many(population: Population) -> None:
                 print(json.dumps(result.summary), file=stdout, flush=True)
             deal.ended(result.summary)
 
-        log = logging.getLogger("vecpg")
         with Interrupts(), Deal(population, place()) as deal:
-            before = None
+            with (
+                _directory(population, deal.remembered() or found)
+                if deal.first
+                else contextlib.nullcontext(deal.told())
+            ) as folder:
+                if deal.first:
+                    deal.remember(folder)
+                shown = shlex.quote(os.path.relpath(folder))
+                logging.getLogger("vecpg").info("population: %s%s", shown, deal.over_ranks)
+                runs = deal.own(configs_of(population, folder))
+                failed = []
+                try:
+                    train_many(runs, say, deal.tell if deal.first else None)
+                except RunsFailed as error:
+                    failed = [runs[number].seed for number in sorted(error.failures)]
+                outcome = deal.outcome(failed)
             if deal.first:
-                folder = deal.remembered() or found
-                if folder is None:
-                    folder = make_population_directory(population)
-                else:
-                    before = read_population(folder)
-                    write_population(population, folder)
-                deal.remember(folder)
-            else:
-                folder = deal.told()
-            shown = shlex.quote(os.path.relpath(folder))
-            log.info("population: %s", shown)
-            runs = deal.own(configs_of(population, folder))
-            failed = []
-            try:
-                train_many(runs, say, partial(deal.tell, folder))
-            except RunsFailed as error:
-                failed = [runs[number].seed for number in sorted(error.failures)]
-            except BaseException as error:
-                if not deal.first:
-                    pass
-                elif before is None and not any(folder.glob("*/config.json")):
-                    discard(folder)
-                elif before is not None and isinstance(error, ConfigError):
-                    write_population(before, folder)
-                else:
-                    log.info("every run was saved; resume: %s", resume_command(shown, config))
-                raise
-            if not deal.first:
-                raise SystemExit(deal.exit_status(failed))
-            deal.tell(folder)
-            outcome = deal.outcome(failed)
-            print(closing_table(outcome.summaries, len(outcome.failed)), file=sys.stderr)
-            _print_next(
-                curves=f"{_tensorboard()} --logdir {shown}",
-                plot=_vecpg("plot", shown, "--out curves.png"),
-            )
-            if outcome.failed or outcome.missing:
-                print(f"error: {outcome}; resume: {resume_command(shown, config)}", file=sys.stderr)
-                if outcome.signum is not None:
-                    raise Interrupted(outcome.signum)
+                failures = len(outcome.failed)
+                print(closing_table(outcome.summaries, failures), file=sys.stderr)
+                _print_next(
+                    curves=f"{_tensorboard()} --logdir {shown}",
+                    plot=_vecpg("plot", shown, "--out curves.png"),
+                )
+                if outcome.unfinished:
+                    resume = resume_command(shown, config)
+                    print(f"error: {outcome.unfinished}; resume: {resume}", file=sys.stderr)
+            if outcome.signum is not None:
+                raise Interrupted(outcome.signum)
+            if outcome.unfinished:
                 raise SystemExit(EXIT_FAILED)
+
+
+@contextlib.contextmanager
+def _directory(population: Population, found: Path | None) -> Iterator[Path]:
+    """The directory of a population, left as it was where nothing is begun inside.
+
+    Args:
+        population: as it is to be.
+        found: where it goes on; None: in a new one.
+    """
+    from vecpg.run.directory import discard
+
+    before = None if found is None else read_population(found)
+    if found is None:
+        folder = make_population_directory(population)
+    else:
+        folder = found
+        write_population(population, folder)
+    try:
+        yield folder
+    except BaseException as error:
+        if before is None and not any(folder.glob("*/config.json")):
+            discard(folder)
+        elif before is not None and isinstance(error, ConfigError):
+            write_population(before, folder)
+        else:
+            command = resume_command(shlex.quote(os.path.relpath(folder)), population.config)
+            logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+        raise
 
 
 def _print_next(**commands: str) -> None:

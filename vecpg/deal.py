@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
     summaries: of those that came to their end, in order of seeds.
     failed:    seeds of those that failed, in order.
-    missing:   seeds of the others: their rank was stopped, or lost.
+    missing:   seeds of the others, in order: their rank was stopped, or lost.
     signum:    the signal that stopped a rank; None where none was stopped.
     """
 
@@ -41,6 +41,24 @@ class Outcome(NamedTuple):
     missing: list[int]
     signum: int | None
 
+    @property
+    def unfinished(self) -> str:
+        """What is to be said of runs that have not come to their end; nothing where all have.
+
+        Example:
+            >>> Outcome([], [2], [4, 6], None).unfinished
+            '1 of 3 runs failed: seed 2; 2 of 3 runs did not come to their end: seed 4, seed 6'
+        """
+        total = len(self.summaries) + len(self.failed) + len(self.missing)
+        return "; ".join(
+            f"{len(seeds)} of {total} runs {what}: {', '.join(f'seed {seed}' for seed in seeds)}"
+            for what, seeds in {
+                "failed": self.failed,
+                "did not come to their end": self.missing,
+            }.items()
+            if seeds
+        )
+
 
 class Deal:
     """Which runs of a population are this rank's, and what ranks tell each other of theirs.
@@ -48,7 +66,7 @@ class Deal:
     Run i is that of rank i % W, and no rank waits for another before all its runs have ended. What
     they tell lies in torchrun's store. A process that torchrun did not start is the only rank.
 
-    As a context it tells the others how this rank leaves, and until then that it is alive.
+    As a context it tells the others that this rank is alive, and at its end how it leaves.
 
     Args:
         population: the same on every rank.
@@ -63,9 +81,20 @@ class Deal:
         self._rank, self._size = (0, 1) if place is None else (place.rank, place.world_size)
         self._kept: Store = HashStore() if place is None else agent_store(place, self._seconds)
         self._store = self._kept if place is None else meet(self._kept, place, self._seconds)
-        self._has_told = self._has_left = False
+        self._folder: Path | None = None
+        self._said: set[str] = set()
         self._ending = threading.Event()
         self._alive = threading.Thread(target=self._beat, name="vecpg-alive", daemon=True)
+
+    @property
+    def over_ranks(self) -> str:
+        """How the runs are dealt, in words; nothing where there is one rank."""
+        if self._size == 1:
+            return ""
+        total, own = self._population.num_seeds, len(self.own(self._population.seeds))
+        return (
+            f", {total} runs on {self._size} ranks; progress is of the {own} of rank {self._rank}"
+        )
 
     @property
     def first(self) -> bool:
@@ -77,34 +106,30 @@ class Deal:
         return runs[self._rank :: self._size]
 
     def remembered(self) -> Path | None:
-        """The directory in which the ranks were before torchrun restarted them; None if in none."""
+        """The directory in which the ranks were before a restart; None where there is none."""
         if not self._kept.check(["population"]):
             return None
         folder = Path(self._kept.get("population").decode())
         return folder if is_population(folder) else None
 
     def remember(self, folder: Path) -> None:
-        """Have the ranks go on in this directory, should torchrun restart them."""
-        self._kept.set("population", str(folder.absolute()))
+        """For rank 0: have the ranks go on in this directory, should they be restarted."""
+        self._folder = folder.absolute()
+        self._kept.set("population", str(self._folder))
 
-    def tell(self, folder: Path) -> None:
-        """Let the other ranks begin in this directory: a run has begun there."""
-        told = {"folder": str(folder.absolute()), "settings": self._settings()}
-        with self._reaching():
-            self._store.set("told", json.dumps(told))
-        self._has_told = True
+    def tell(self) -> None:
+        """For rank 0: have the others begin in that directory. What all refuse, it has refused."""
+        self._say("told", {"folder": str(self._folder), "settings": self._settings()})
 
-    def told(self) -> Path | None:
-        """The directory that rank 0 tells, once it does; None: it has left without.
+    def told(self) -> Path:
+        """For the others: the directory, once rank 0 tells.
 
         Raises:
-            ConfigError: it has other settings, or there is no such directory here.
-            RanksLost: it is not alive.
+            ConfigError: what rank 0 has refused, or it has other settings, or no directory here.
+            Interrupted: rank 0 was stopped.
+            RanksLost: it has failed, or is not alive.
         """
-        self._wait_for_first("told")
-        told = json.loads(self._store.get("told"))
-        if told is None:
-            return None
+        told = self._of_first("told")
         for name, own in self._settings().items():
             if (theirs := told["settings"][name]) != own:
                 raise ConfigError(
@@ -114,59 +139,35 @@ class Deal:
         folder = Path(told["folder"])
         if not is_population(folder):
             raise ConfigError(
-                f"{folder}: expected the directory that rank 0 has made, got nothing of that name"
-                " on this machine; give an --out-dir that all machines share"
+                f"{folder}: expected the directory of rank 0, got nothing of that name on the"
+                f" machine of rank {self._rank}; give an --out-dir that all machines share"
             )
         return folder
 
     def ended(self, summary: dict[str, Any]) -> None:
         """Tell that a run of this rank has come to its end."""
-        with self._reaching():
-            self._store.set(f"ended/{summary['seed']}", json.dumps(summary))
+        self._say(f"ended/{summary['seed']}", summary)
 
     def outcome(self, failed: Sequence[int]) -> Outcome:
-        """For rank 0: what all runs came to, once each rank that is alive has ended its own.
+        """What all runs came to, once every rank that is alive has ended its own.
 
-        Args:
-            failed: seeds of this rank's runs that failed.
-        """
-        others = {rank: f"left/{rank}" for rank in range(1, self._size)}
-        silent = self._wait_for(others)
-        words = [
-            json.loads(self._store.get(key)) for rank, key in others.items() if rank not in silent
-        ]
-        ended = {
-            seed: json.loads(self._store.get(key))
-            for seed in self._population.seeds
-            if self._store.check([key := f"ended/{seed}"])
-        }
-        every = sorted([*failed, *(seed for word in words for seed in word["failed"])])
-        signums = [word["signum"] for word in words if word["signum"] is not None]
-        return Outcome(
-            summaries=list(ended.values()),
-            failed=every,
-            missing=[seed for seed in self._population.seeds if seed not in {*ended, *every}],
-            signum=signums[0] if signums and not silent else None,
-        )
-
-    def exit_status(self, failed: Sequence[int]) -> int:
-        """For the other ranks: how all leave, once rank 0 says so.
-
-        Until then none may: torchrun ends the others as soon as one has failed.
+        No rank may leave before: where one has failed, torchrun ends the others.
 
         Args:
             failed: seeds of this rank's runs that failed.
 
         Raises:
-            Interrupted: a rank was stopped.
-            RanksLost: rank 0 is not alive.
+            Interrupted: rank 0 was stopped.
+            RanksLost: it has failed, or is not alive.
         """
-        self._leave(0, None, failed)
-        self._wait_for_first("left/0")
-        word = json.loads(self._store.get("left/0"))
-        if word["signum"] is not None:
-            raise Interrupted(word["signum"])
-        return int(word["status"])
+        if not self.first:
+            self._say(f"left/{self._rank}", {"failed": list(failed), "signum": None})
+            return Outcome(**self._of_first("outcome"))
+        if "told" not in self._said:
+            self.tell()
+        outcome = self._gathered(failed)
+        self._say("outcome", outcome._asdict())
+        return outcome
 
     def __enter__(self) -> Self:
         if self._size > 1:
@@ -180,22 +181,54 @@ class Deal:
         traceback: TracebackType | None,
     ) -> None:
         self._ending.set()
-        with suppress(RuntimeError):  # torchrun itself has ended
-            if self.first and not self._has_told:
-                self._store.set("told", "null")
-            if not self._has_left:
-                status = 0 if error is None else 1
-                if isinstance(error, SystemExit) and isinstance(error.code, int):
-                    status = error.code
-                elif isinstance(error, ConfigError):
-                    status = 2
-                self._leave(status, error.signum if isinstance(error, Interrupted) else None)
+        signum = error.signum if isinstance(error, Interrupted) else None
+        refusal = str(error) if isinstance(error, ConfigError) else None
+        keys = ("told", "outcome") if self.first else (f"left/{self._rank}",)
+        with suppress(RanksLost):  # torchrun itself has ended
+            for key in keys:
+                if key not in self._said:
+                    self._say(key, {"signum": signum, "refusal": refusal, "failed": []})
 
-    def _leave(self, status: int, signum: int | None, failed: Sequence[int] = ()) -> None:
-        word = {"status": status, "signum": signum, "failed": list(failed)}
+    def _gathered(self, failed: Sequence[int]) -> Outcome:
+        keys = {rank: f"left/{rank}" for rank in range(1, self._size)}
+        silent = self._wait_for(keys)
         with self._reaching():
-            self._store.set(f"left/{self._rank}", json.dumps(word))
-        self._has_left = True
+            words = [self._read(key) for rank, key in keys.items() if rank not in silent]
+            seeds = self._population.seeds
+            keys = {seed: f"ended/{seed}" for seed in seeds}
+            ended = {
+                seed: self._read(key) for seed, key in keys.items() if self._store.check([key])
+            }
+        failed = sorted([*failed, *(seed for word in words for seed in word["failed"])])
+        signums = [word["signum"] for word in words if word["signum"] is not None]
+        return Outcome(
+            summaries=[*ended.values()],
+            failed=failed,
+            missing=[seed for seed in seeds if seed not in {*ended, *failed}],
+            signum=next(iter(signums), None),
+        )
+
+    def _of_first(self, key: str) -> dict[str, Any]:
+        """What rank 0 says, or a raise of why it has left."""
+        if self._wait_for({0: key}):
+            raise RanksLost(f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s")
+        with self._reaching():
+            word = self._read(key)
+        if "refusal" not in word:
+            return word
+        if word["signum"] is not None:
+            raise Interrupted(word["signum"])
+        if word["refusal"] is not None:
+            raise ConfigError(word["refusal"])
+        raise RanksLost("rank 0 failed")
+
+    def _say(self, key: str, word: dict[str, Any]) -> None:
+        with self._reaching():
+            self._store.set(key, json.dumps(word))
+        self._said.add(key)
+
+    def _read(self, key: str) -> dict[str, Any]:
+        return json.loads(self._store.get(key))  # type: ignore[no-any-return]
 
     def _settings(self) -> dict[str, Any]:
         """What is to be the same on every rank, as JSON has it."""
@@ -207,10 +240,6 @@ class Deal:
         with suppress(RuntimeError):  # torchrun itself has ended
             while not self._ending.wait(self._seconds / _BEATS):
                 self._store.add(f"alive/{self._rank}", 1)
-
-    def _wait_for_first(self, key: str) -> None:
-        if self._wait_for({0: key}):
-            raise RanksLost(f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s")
 
     def _wait_for(self, keys: Mapping[int, str]) -> set[int]:
         """Until each of some ranks has set its key, however long that takes, while it is alive.
@@ -242,4 +271,6 @@ class Deal:
         try:
             yield
         except RuntimeError as error:
-            raise RanksLost("torchrun's store is gone: torchrun has ended where rank 0 is") from error
+            raise RanksLost(
+                "torchrun's store is gone: torchrun has ended where rank 0 is"
+            ) from error
