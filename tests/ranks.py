@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium
 import psutil
 
 HERE = Path(__file__).parent
@@ -194,7 +195,7 @@ class Agent:
     def __exit__(self, *_):
         self.kill_all()
 
-    def start(self, world_size, function, *args, restarts=0, **variables):
+    def start(self, world_size, function, *args, restarts=0, only=None, **variables):
         """Start ranks; those of before have ended.
 
         Args:
@@ -202,6 +203,7 @@ class Agent:
             function: what each calls, of a module that can be imported.
             args: what with.
             restarts: what they are told.
+            only: the ranks that are started; None: all.
             variables: others than torchrun's.
         """
         self._starts += 1
@@ -209,7 +211,8 @@ class Agent:
         self._now.mkdir()
         self._codes = {}
         self.pids = []
-        for rank in range(world_size or 1):
+        ranks = range(world_size or 1) if only is None else only
+        for rank in ranks:
             torchruns = {
                 "TORCHELASTIC_RUN_ID": "of a test",
                 "RANK": str(rank),
@@ -224,17 +227,22 @@ class Agent:
             }
             environment = variables if world_size is None else torchruns | variables
             self.pids.append(_fork(environment, self._now, function, args))
-        self._names = ["none"] if world_size is None else [str(k) for k in range(world_size)]
+        self._names = ["none"] if world_size is None else [str(k) for k in ranks]
 
-    def wait(self, seconds=60.0):
+    def wait(self, seconds=60.0, but=()):
         """What came of each rank, in their order.
 
+        Args:
+            seconds: how long they may take.
+            but: ranks that are killed when all others have ended.
+
         Raises:
-            Hung: one had not ended after so many seconds.
+            Hung: one had not ended in time.
         """
         deadline = time.monotonic() + seconds
         told = False
-        while not self._all_ended():
+        awaited = {pid for k, pid in enumerate(self.pids) if k not in but}
+        while not self._all_ended() and not awaited <= self._codes.keys():
             if time.monotonic() > deadline:
                 hung = [k for k, pid in enumerate(self.pids) if pid not in self._codes]
                 self.kill_all()
@@ -244,6 +252,7 @@ class Agent:
                 told = True
                 self.signal(signal.SIGTERM)
             time.sleep(0.002)
+        self.kill_all()
         return self._ended()
 
     def run(self, world_size, function, *args, seconds=60.0, **given):
@@ -359,22 +368,15 @@ class Torchrun:
             raise Hung(self._texts()[1]) from None
         return Ended(code, None, *self._texts())
 
+    def stderr(self):
+        """What was said so far."""
+        return self._texts()[1]
+
     def _texts(self):
         return [Path(each.name).read_text() for each in self._outputs]
 
 
 # -- What ranks do -------------------------------------------------------------------------------
-
-
-def train_here(settings):
-    """Train with these settings, as a script that calls `train` would."""
-    import logging
-
-    from vecpg.config import Config
-    from vecpg.train import train
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(Config(progress=False, **settings))
 
 
 def command(*args):
@@ -396,5 +398,126 @@ def flags(**settings):
         elif isinstance(value, dict):
             words += [f"--{flag}", json.dumps(value)]
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", "none" if value is None else str(value)]
     return words
+
+
+def train_here(settings, on_iteration=None):
+    """Train with these settings, as a script that calls `train` would."""
+    import logging
+
+    from vecpg.config import Config
+    from vecpg.train import train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(Config(progress=False, **settings), on_iteration)
+
+
+def my_rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def train_and_die(settings, rank, iteration):
+    """The process of a rank is killed after so many iterations."""
+
+    def die(row, policy):
+        if my_rank() == rank and row["iteration"] == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_here(settings, die)
+
+
+def train_until_false(settings, rank, iteration):
+    """On a rank whoever looks at iterations says that it is enough."""
+    train_here(settings, lambda row, _: my_rank() != rank or row["iteration"] < iteration)
+
+
+def train_and_die_at(settings, rank, name):
+    """The process of a rank is killed where `vecpg.train` or `vecpg.begin` would call that."""
+    from vecpg import begin, train
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if my_rank() == rank:
+        setattr(train if hasattr(train, name) else begin, name, die)
+    train_here(settings)
+
+
+def evaluating_for(seconds, function, *args):
+    """As `function`, with evaluations that take so long."""
+    from vecpg import train
+
+    real = train.evaluate_in
+
+    def evaluate_in(*given, **named):
+        print("evaluating", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        return real(*given, **named)
+
+    train.evaluate_in = evaluate_in
+    function(*args)
+
+
+def each_its_own(settings):
+    """Train with the settings of the rank, of as many as there are ranks."""
+    train_here(settings[my_rank()])
+
+
+def train_and_count(settings):
+    """Train; returns how often each collective was called."""
+    from torch.distributed import ProcessGroup
+
+    counts = {}
+
+    def counting(name):
+        real = getattr(ProcessGroup, name)
+
+        def call(*args, **named):
+            counts[name] = counts.get(name, 0) + 1
+            return real(*args, **named)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(ProcessGroup, name, counting(name))
+    train_here(settings)
+    return counts
+
+
+COLLECTIVES = (
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "gather",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+)
+
+
+def raising_on_rank_1(env):
+    """A wrapper: some steps into the run, the environment raises."""
+    return _Raising(env) if my_rank() == 1 else env
+
+
+class _Raising(gymnasium.Wrapper):
+    left = 100
+
+    def step(self, action):
+        _Raising.left -= 1
+        if _Raising.left == 0:
+            raise ZeroDivisionError("the pole fell off")
+        return super().step(action)
