@@ -407,8 +407,9 @@ def plot_main(args: Sequence[str]) -> None:
 class _TrainFlags(Config):
     # What `vecpg train` takes: the settings of a run, and how many of them there are.
     num_seeds: int = 1
-    """So many runs in one process, with seeds from --seed on; each is what it would be alone. A
-    line for each goes to stdout as it ends, and their table to stderr."""
+    """So many runs in one process, with seeds from --seed on; each is what it would be alone. Under
+    torchrun they are dealt to its ranks. A line for each goes to stdout as it ends, and their table
+    to stderr."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
