@@ -18,3 +18,7 @@ def agent_store(place: Place, seconds: float) -> Store:
     """
     given = place.address, place.port, None, False, timedelta(seconds=seconds)
     return PrefixStore(f"vecpg/{place.run_id}", TCPStore(*given))
+
+
+class RanksLost(RuntimeError):
+    """Another rank has ended, or did not answer: the message says all that there is to say."""
