@@ -157,7 +157,6 @@ def _train_many(population: Population) -> None:
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
             from vecpg.run.interrupts import Interrupted, Interrupts
-            from vecpg.torchrun import place
 
         def say(number: int, result: Any) -> None:
             # In a terminal the live line makes room for it.
@@ -189,9 +188,9 @@ def _train_many(population: Population) -> None:
                     curves=f"{_tensorboard()} --logdir {shown}",
                     plot=_vecpg("plot", shown, "--out curves.png"),
                 )
-                if outcome.unfinished:
-                    resume = resume_command(shown, config)
-                    print(f"error: {outcome.unfinished}; resume: {resume}", file=sys.stderr)
+            if outcome.unfinished:
+                resume = resume_command(shown, config)
+                ending.say(f"error: {outcome.unfinished}; resume: {resume}", refusal=False)
             if outcome.signum is not None:
                 raise Interrupted(outcome.signum)
             if outcome.unfinished:

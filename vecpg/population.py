@@ -26,6 +26,7 @@ from vecpg.kernels.cores import cores
 from vecpg.run.interrupts import Interrupted, Interrupts, Told
 from vecpg.run.progress import PopulationProgress, Share
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
+from vecpg.signals import speaks
 from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run, save_as_asked
 
 # Failures whose message says all that there is to say.
@@ -107,7 +108,9 @@ def train_many(
     first = configs[0]
     with (
         Interrupts(population.ask_to_save) as interrupts,
-        PopulationProgress(len(configs), first.progress, first.log_every) as progress,
+        PopulationProgress(
+            len(configs), first.progress, first.log_every, shown=speaks()
+        ) as progress,
     ):
         population.train(interrupts, progress)
     results = [population.results.get(place) for place in range(len(configs))]
