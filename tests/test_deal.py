@@ -109,6 +109,21 @@ def test_without_torchrun_all_are_its_own(population):
         assert deal.outcome([]).unfinished == ""
 
 
+def test_where_rank_0_has_nothing_to_begin_the_others_may(start, population):
+    """All its runs had come to their end before."""
+
+    def rank(deal):
+        if deal.first:
+            deal.remember(make_population_directory(population))
+        else:
+            deal.told()
+        for seed in deal.own(population.seeds):
+            deal.ended(summary(seed))
+        return deal.outcome([])
+
+    assert [outcome.missing for outcome in start(2, population, rank)] == [[], []]
+
+
 @pytest.mark.parametrize(
     ("error", "others"),
     [
@@ -374,6 +389,7 @@ def test_torchrun_itself_deals_them_and_a_rank_that_is_killed_is_no_loss(tmp_pat
         real.ranks()[1].kill()
         ended = real.wait()
     assert ended.code == 0
+    assert "(exitcode: -9)" in ended.stderr
     assert table(ended.stderr) == alone[1]
     told = [json.loads(line) for line in ended.stdout.splitlines()]
     assert {each["seed"] for each in told} == {1, 2, 3, 4, 5}

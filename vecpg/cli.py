@@ -181,20 +181,19 @@ def _train_many(population: Population) -> None:
                 except RunsFailed as error:
                     failed = [runs[number].seed for number in sorted(error.failures)]
                 outcome = deal.outcome(failed)
-            if deal.first:
-                failures = len(outcome.failed)
-                print(closing_table(outcome.summaries, failures), file=sys.stderr)
-                _print_next(
-                    curves=f"{_tensorboard()} --logdir {shown}",
-                    plot=_vecpg("plot", shown, "--out curves.png"),
-                )
-            if outcome.unfinished:
-                resume = resume_command(shown, config)
-                ending.say(f"error: {outcome.unfinished}; resume: {resume}", refusal=False)
-            if outcome.signum is not None:
-                raise Interrupted(outcome.signum)
-            if outcome.unfinished:
-                raise SystemExit(EXIT_FAILED)
+    if deal.first:
+        print(closing_table(outcome.summaries, len(outcome.failed)), file=sys.stderr)
+        _print_next(
+            curves=f"{_tensorboard()} --logdir {shown}",
+            plot=_vecpg("plot", shown, "--out curves.png"),
+        )
+    if outcome.unfinished:
+        resume = resume_command(shown, config)
+        ending.say(f"error: {outcome.unfinished}; resume: {resume}", refusal=False)
+    if outcome.signum is not None:
+        raise Interrupted(outcome.signum)
+    if outcome.unfinished:
+        raise SystemExit(EXIT_FAILED)
 
 
 @contextlib.contextmanager
