@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -42,6 +42,9 @@ from vecpg.run.resume import check_settings, find_run, read_config, resume_comma
 from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 from vecpg.torchrun import Place, place
+
+if TYPE_CHECKING:
+    from vecpg.deal import Deal
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -164,23 +167,20 @@ def _train_many(population: Population) -> None:
                 print(json.dumps(result.summary), file=stdout, flush=True)
             deal.ended(result.summary)
 
-        with Interrupts(), Deal(population, place()) as deal:
-            with (
-                _directory(population, deal.remembered() or found)
-                if deal.first
-                else contextlib.nullcontext(deal.told())
-            ) as folder:
-                if deal.first:
-                    deal.remember(folder)
-                shown = shlex.quote(os.path.relpath(folder))
-                logging.getLogger("vecpg").info("population: %s%s", shown, deal.over_ranks)
-                runs = deal.own(configs_of(population, folder))
-                failed = []
-                try:
-                    train_many(runs, say, deal.tell if deal.first else None)
-                except RunsFailed as error:
-                    failed = [runs[number].seed for number in sorted(error.failures)]
-                outcome = deal.outcome(failed)
+        with (
+            Interrupts(),
+            Deal(population, place()) as deal,
+            _directory(population, found, deal) as folder,
+        ):
+            shown = shlex.quote(os.path.relpath(folder))
+            logging.getLogger("vecpg").info("population: %s%s", shown, deal.over_ranks)
+            runs = deal.own(configs_of(population, folder))
+            failed = []
+            try:
+                train_many(runs, say, deal.tell if deal.first else None)
+            except RunsFailed as error:
+                failed = [runs[number].seed for number in sorted(error.failures)]
+            outcome = deal.outcome(failed)
     if deal.first:
         print(closing_table(outcome.summaries, len(outcome.failed)), file=sys.stderr)
         _print_next(
@@ -197,21 +197,27 @@ def _train_many(population: Population) -> None:
 
 
 @contextlib.contextmanager
-def _directory(population: Population, found: Path | None) -> Iterator[Path]:
-    """The directory of a population, left as it was where nothing is begun inside.
+def _directory(population: Population, found: Path | None, deal: "Deal") -> Iterator[Path]:
+    """The directory of a population, which rank 0 makes, and leaves as it was if none can begin.
 
     Args:
         population: as it is to be.
-        found: where it goes on; None: in a new one.
+        found: where it is to go on; None: in a new one.
+        deal: where it goes on after a restart.
     """
     from vecpg.run.directory import discard
 
+    if not deal.first:
+        yield deal.told()
+        return
+    found = deal.remembered() or found
     before = None if found is None else read_population(found)
     if found is None:
         folder = make_population_directory(population)
     else:
         folder = found
         write_population(population, folder)
+    deal.remember(folder)
     try:
         yield folder
     except BaseException as error:
