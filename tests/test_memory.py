@@ -419,8 +419,8 @@ def settings(tmp_path, **given):
 # What raises in the third iteration, and how: the name in train.py, the phase, what is lowered.
 PHASES = {
     "collect": ("collect", MemoryError(), "collecting; lower --num-envs"),
-    "statistics": ("episode_statistics", MemoryError(), "collecting; lower --num-envs"),
-    "returns": ("advantages", MemoryError("too large"), "returns: too large; lower --num-envs"),
+    "weights": ("weigh", MemoryError(), "computing returns; lower --num-envs"),
+    "returns": ("advantages_of", MemoryError("too large"), "returns: too large; lower --num-envs"),
     "update": (
         "update",
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
