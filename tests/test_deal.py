@@ -13,6 +13,7 @@ import torch
 from ranks import Agent, Torchrun, command, flags
 from test_run_files import left_behind
 
+from vecpg import deal as module
 from vecpg.config import Config, ConfigError
 from vecpg.deal import Deal, Outcome
 from vecpg.distributed import RanksLost
@@ -233,6 +234,15 @@ def test_after_a_restart_the_directory_is_known_and_nothing_else(start, populati
     assert [outcome.missing for _, outcome in again] == [list(population.seeds)] * 3
     (folder / "population.json").unlink()  # as where nothing could be begun
     assert start(1, population, lambda deal: deal.remembered()) == [None]
+
+
+def test_where_there_is_no_store_no_rank_begins(population, monkeypatch):
+    def agent_store(place, seconds):
+        raise torch.distributed.DistNetworkError("no connection")
+
+    monkeypatch.setattr(module, "agent_store", agent_store)
+    with pytest.raises(ConfigError, match="torchrun: the ranks did not come together: no connect"):
+        Deal(population, Place(0, 2, 0, 2, 0, 0, "x", "localhost", 1))
 
 
 def test_the_store_may_be_gone(population):

@@ -79,8 +79,14 @@ class Deal:
     def __init__(self, population: Population, place: Place | None) -> None:
         self._population, self._seconds = population, population.config.dist_timeout
         self._rank, self._size = (0, 1) if place is None else (place.rank, place.world_size)
-        self._kept: Store = HashStore() if place is None else agent_store(place, self._seconds)
-        self._store = self._kept if place is None else meet(self._kept, place, self._seconds)
+        self._kept: Store = HashStore()
+        self._store = self._kept
+        if place is not None:
+            try:
+                self._kept = agent_store(place, self._seconds)
+                self._store = meet(self._kept, place, self._seconds)
+            except RuntimeError as error:
+                raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
         self._folder: Path | None = None
         self._said: set[str] = set()
         self._ending = threading.Event()
