@@ -80,7 +80,7 @@ class Deal:
         self._population, self._seconds = population, population.config.dist_timeout
         self._rank, self._size = (0, 1) if place is None else (place.rank, place.world_size)
         self._kept: Store = HashStore()
-        self._store = self._kept
+        self._store: Store = self._kept
         if place is not None:
             try:
                 self._kept = agent_store(place, self._seconds)
