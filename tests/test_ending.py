@@ -224,6 +224,7 @@ def test_a_signal_is_said_by_rank_0_and_restarts_nothing(
     monkeypatch.setattr(os, "_exit", lambda status: None)
     for number in (0, 1):
         rank(number, max_restarts=max_restarts)
+        monkeypatch.setattr(signals, "together", True)
         for signum, status in zip(signals.STOPPING, statuses, strict=True):
             monkeypatch.setattr(signals, "said", False)
             with pytest.raises(SystemExit) as caught, cli.exit_codes():
@@ -237,6 +238,7 @@ def test_a_signal_is_said_by_rank_0_and_restarts_nothing(
             signals.end_process(signum)
             monkeypatch.undo()
             rank(number, max_restarts=max_restarts)
+            monkeypatch.setattr(signals, "together", True)
             monkeypatch.setattr(os, "_exit", lambda status: None)
             assert written == ([] if number else [(2, line.encode())])
 

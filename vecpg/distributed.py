@@ -506,7 +506,6 @@ def joined(config: Config) -> Iterator[Ranks]:
             yield Ranks(where, seconds, None, kept)
             return
         store = meet(kept, where, seconds)
-        signals.together = True
         backend = "gloo"
         if torch.cuda.is_available() and distributed.is_nccl_available():
             backend = "cpu:gloo,cuda:nccl"
@@ -567,6 +566,7 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
                 store.set("meeting", json.dumps(names))
             store.set(f"{here}/{place.rank}", "came")
             if store.check([f"{here}/{rank}" for rank in range(place.world_size)]):
+                signals.together = True
                 return PrefixStore(here, store)
         time.sleep(_LOOK)
     names = _names(store, place.world_size) if place.rank == 0 else _meeting(store)
