@@ -236,11 +236,11 @@ CASES = {
     ),
     "gae": ({"baseline": "value", "weights": "gae"}, WITH_VALUES | {"advantages": 2}),
     "full_return": ({"weights": "full_return"}, {"advantages": 19}),
-    "normalized": ({"normalize": True}, {"advantages": 36}),
+    "normalized": ({"normalize": True}, {"advantages": 33}),
     "clipped": ({"max_grad_norm": 0.5}, {"update": 101}),
     "entropy": ({"ent_coef": 0.01}, {}),
     "dropout": ({"dropout": 0.1}, {"collect": 1135, "update": 238}),
-    "observed": ({"normalize_obs": True}, {"collect": 1195, "update": 131, "": 13}),
+    "observed": ({"normalize_obs": True}, {"collect": 1195, "update": 124, "": 13}),
     "target": ({"target_return": 1e9}, {"commit": 8, "": 4}),
     "Pendulum": ({"env_id": "Pendulum-v1"}, PENDULUM),
     "own_log_std": (
