@@ -14,6 +14,7 @@ from ranks import (
     each_its_own,
     evaluating_for,
     flags,
+    in_ranks,
     train_and_die,
     train_and_die_at,
     train_here,
@@ -40,11 +41,10 @@ def whole(tmp_path):
     """What a run leaves that one process makes, and nobody stops."""
 
     def run(**settings):
-        with Agent(tmp_path / "of the whole") as agent:
-            out_dir = tmp_path / "whole"
-            given = BASE | settings | {"out_dir": str(out_dir)}
-            (ended,) = agent.run(None, train_here, given)
-            assert ended.code == 0, ended.stderr
+        out_dir = tmp_path / "whole"
+        given = BASE | settings | {"out_dir": str(out_dir)}
+        (ended,) = in_ranks(None, train_here, given, folder=tmp_path / "of the whole")
+        assert ended.code == 0, ended.stderr
         return left_behind(the_run(out_dir))
 
     return run
@@ -431,4 +431,4 @@ def test_what_ranks_say_has_their_number_and_stdout_has_one_line(tmp_path):
         assert any("close broke" in line for line in said)
     assert "[rank" not in ended[0].stderr
     assert "close broke" in ended[0].stderr
-    assert "24 envs = 3 ranks × 8" in ended[0].stderr
+    assert "24 envs = 3 ranks x 8" in ended[0].stderr
