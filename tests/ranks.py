@@ -440,6 +440,19 @@ def train_and_die(settings, rank, iteration):
     train_here(settings, die)
 
 
+def train_twice(first, second, rank=None, iteration=None):
+    """Two runs, one after the other; the process of a rank is killed in the second."""
+    train_here(first)
+    train_and_die(second, rank, iteration)
+
+
+def train_then_die(settings, rank):
+    """The process of a rank is killed when all is done."""
+    train_here(settings)
+    if my_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train_until_false(settings, rank, iteration):
     """On a rank whoever looks at iterations says that it is enough."""
     train_here(settings, lambda row, _: my_rank() != rank or row["iteration"] < iteration)
