@@ -452,21 +452,23 @@ class Ranks:
 
     def _set_by_first(self, key: str) -> bytes:
         store = cast(Store, self._store)
-        beats, since = 0, time.monotonic()
-        while True:
-            try:
-                store.wait([key], timedelta(seconds=self._seconds / _BEATS))
-                return store.get(key)
-            except distributed.DistStoreError:
-                pass
-            except RuntimeError as error:
-                raise RanksLost(f"torchrun's store is gone: {error}") from error
-            if (now := store.add("alive", 0)) != beats:
-                beats, since = now, time.monotonic()
-            elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
-                raise RanksLost(
-                    f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
-                )
+        beats, since, pause = 0, time.monotonic(), 0.001
+        try:
+            # The store's own wait logs each time it is in vain, and may then come seconds late.
+            while not store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05, self._seconds / _BEATS)
+                if (now := store.add("alive", 0)) != beats:
+                    beats, since = now, time.monotonic()
+                elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
+                    raise RanksLost(
+                        f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
+                    )
+            return store.get(key)
+        except RanksLost:
+            raise
+        except RuntimeError as error:
+            raise RanksLost(f"torchrun's store is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -497,6 +499,8 @@ def joined(config: Config) -> Iterator[Ranks]:
             world_size=where.world_size,
             timeout=timedelta(seconds=seconds),
         )
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
     try:
@@ -548,9 +552,12 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
             if store.check([f"{here}/{rank}" for rank in range(place.world_size)]):
                 return PrefixStore(here, store)
         time.sleep(0.01)
-    names = _names(store, place.world_size) if place.rank == 0 else _meeting(store)
+    names = _names(store, place.world_size)
     here = hashlib.sha256("".join(names).encode()).hexdigest()
-    missing = [str(rank) for rank in range(place.world_size) if not store.check([f"{here}/{rank}"])]
+    others = {rank: f"{here}/{rank}" for rank in range(place.world_size) if rank != place.rank}
+    # Where all have a name, some may be those of an earlier start.
+    missing = [str(rank) for rank in others if not names[rank]]
+    missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
     raise ConfigError(
         f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
         f" {seconds:g} s, and missed {', '.join(missing)}; see what those say, or give more time"
