@@ -526,6 +526,8 @@ def prepare_process() -> None:
     line = f"[rank {rank}] %(message)s" if rank else "%(message)s"
     logging.basicConfig(stream=sys.stderr, format=line, level=logging.WARNING)
     logging.getLogger("vecpg").setLevel(logging.WARNING if rank else logging.INFO)
+    if rank:  # what is said of the run as a whole, rank 0 says
+        logging.getLogger("vecpg.run").setLevel(logging.ERROR)
     sys.path.append(os.getcwd())
 
 

@@ -229,6 +229,7 @@ class Ranks:
             Interrupted: another rank was stopped.
             RanksLost: another rank failed.
         """
+        self._parted = False
         try:
             yield
         except _Over:
