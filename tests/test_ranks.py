@@ -217,7 +217,7 @@ def test_collectives_of_an_iteration_are_counted(tmp_path, name, shards):
     assert len(kinds) == 1
     assert kinds <= ({"allgather", "_allgather_base"} if shards else {"allreduce"})
     assert before_and_first.count("broadcast") == 1  # of the parameters
-    assert len(after) <= 1
+    assert len(after) <= 2
 
 
 @pytest.mark.slow
