@@ -1,7 +1,6 @@
 """Ranks as torchrun starts them, made quickly: forked from a process that has imported everything.
 
-    with Agent(folder) as agent:
-        ended = agent.run(2, train_here, config)
+    ended = in_ranks(2, train_here, settings, folder=folder)
 
 A rank has torchrun's environment variables, a session and a working directory of its own, and the
 store of an agent that outlives it: so it may be started again there, with others. `Torchrun` is the
@@ -314,6 +313,20 @@ class Agent:
         return found
 
 
+def in_ranks(world_size, function, *args, folder, **given):
+    """What came of ranks that were started once.
+
+    Args:
+        world_size: as `Agent.start`, and likewise the others.
+        function: see there.
+        args: see there.
+        folder: the working directory; new.
+        given: see there.
+    """
+    with Agent(folder) as agent:
+        return agent.run(world_size, function, *args, **given)
+
+
 class Torchrun:
     """The real one, on this machine, with `vecpg train`.
 
@@ -427,6 +440,19 @@ def train_and_die(settings, rank, iteration):
     train_here(settings, die)
 
 
+def train_twice(first, second, rank=None, iteration=None):
+    """Two runs, one after the other; the process of a rank is killed in the second."""
+    train_here(first)
+    train_and_die(second, rank, iteration)
+
+
+def train_then_die(settings, rank):
+    """The process of a rank is killed when all is done."""
+    train_here(settings)
+    if my_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train_until_false(settings, rank, iteration):
     """On a rank whoever looks at iterations says that it is enough."""
     train_here(settings, lambda row, _: my_rank() != rank or row["iteration"] < iteration)
@@ -467,24 +493,24 @@ def each_its_own(settings):
 
 
 def train_and_count(settings):
-    """Train; returns how often each collective was called."""
+    """Train; returns what collectives were called, in order; None stands after each iteration."""
     from torch.distributed import ProcessGroup
 
-    counts = {}
+    called = []
 
     def counting(name):
         real = getattr(ProcessGroup, name)
 
         def call(*args, **named):
-            counts[name] = counts.get(name, 0) + 1
+            called.append(name)
             return real(*args, **named)
 
         return call
 
     for name in COLLECTIVES:
         setattr(ProcessGroup, name, counting(name))
-    train_here(settings)
-    return counts
+    train_here(settings, lambda row, policy: called.append(None))
+    return called
 
 
 COLLECTIVES = (

@@ -234,6 +234,7 @@ class Ranks:
             Interrupted: another rank was stopped.
             RanksLost: another rank failed.
         """
+        self._parted = False
         try:
             yield
         except _Over:
@@ -516,6 +517,8 @@ def joined(config: Config) -> Iterator[Ranks]:
             world_size=where.world_size,
             timeout=timedelta(seconds=seconds),
         )
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
     try:
@@ -569,9 +572,12 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
                 signals.together = True
                 return PrefixStore(here, store)
         time.sleep(_LOOK)
-    names = _names(store, place.world_size) if place.rank == 0 else _meeting(store)
+    names = _names(store, place.world_size)
     here = hashlib.sha256("".join(names).encode()).hexdigest()
-    missing = [str(rank) for rank in range(place.world_size) if not store.check([f"{here}/{rank}"])]
+    others = {rank: f"{here}/{rank}" for rank in range(place.world_size) if rank != place.rank}
+    # Where all have a name, some may be those of an earlier start.
+    missing = [str(rank) for rank in others if not names[rank]]
+    missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
     raise ConfigError(
         f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
         f" {seconds:g} s, and missed {', '.join(missing)}; see what those say, or give more time"

@@ -201,7 +201,7 @@ def advance(
                 _as_a_whole(config, run, clock, interrupts, progress, on_iteration, ring)
         final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
-            with clock.evaluation():
+            with run.ranks.together(), clock.evaluation():
                 final = _evaluation(config, run, run.state.policy, run.state.counters.iteration)
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, run.state.counters.env_steps)
