@@ -175,10 +175,8 @@ def tables(result):
     """Markdown: ranks beside threads, and shards."""
     from hour.tables import aligned
 
-    rows = [
-        ["", "one thread, steps/s", "two threads", "two ranks", "two ranks of two threads"]
-        + ["command: one thread", "two ranks"]
-    ]
+    heading = ["", "one thread, steps/s", "two threads", "two ranks", "two ranks of two threads"]
+    rows = [[*heading, "command: one thread", "two ranks"]]
     for case, found in result["ranks"].items():
         base, threads, ranks = (speeds(found[way]) for way in WAYS)
         walls = (

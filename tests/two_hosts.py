@@ -28,8 +28,8 @@ SETTINGS = (
     "--num-envs 16 --shards 4 --total-iterations 40 --target-return none --eval-episodes 4"
     " --save-every 1e-9"
 )
-# How soon torchrun notices that a host is lost, and how long it waits for another.
-SOON = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+# How soon torchrun notices that a host is lost, and how long it waits for one that may come.
+SOON = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=6"
 
 
 def how():
