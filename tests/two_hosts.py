@@ -180,6 +180,7 @@ def main(folder, inside):
         ]
         os.execvp(command[0], command)
     folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(HERE))
     os.environ["PYTHONPATH"] = str(ROOT)
     from test_run_files import left_behind
