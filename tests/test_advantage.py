@@ -16,7 +16,6 @@ from vecpg.advantage import (
     advantages,
     ages,
     cpu,
-    masked_mean,
     normalized,
     sums_by_age,
 )
@@ -195,8 +194,12 @@ def test_a_deviation_beyond_the_largest_number_does_not_make_everything_zero():
     assert result.isnan().all()
 
 
-def test_a_mean_over_nothing_is_zero():
-    assert masked_mean([torch.tensor([math.nan])], [torch.tensor([False])]).item() == 0
+@pytest.mark.parametrize("baseline", ["none", "mean", "timestep_mean", "leave_one_out"])
+def test_where_nothing_counts_everything_is_zero(baseline):
+    rollout = make_rollout([[2], [1]])
+    rollout.mask[:] = False
+    result = advantages(rollout, Config(baseline=baseline, normalize=True))
+    assert torch.equal(result, torch.zeros(2, 2))
 
 
 # -- The expectation is exact --------------------------------------------------------------------

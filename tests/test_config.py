@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 
-from vecpg.config import Config, ConfigError, to_dict
+from vecpg.config import Config, ConfigError, check_ranks, flag, to_dict
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,30 @@ def test_of_numbers_of_any_size_divisors_are_found_at_once():
     ):
         with pytest.raises(ConfigError, match=f"nearest: {nearest}$"):
             Config(num_envs=num_envs, shards=shards)
+
+
+def test_what_ranks_cannot_divide_is_answered_with_the_nearest_that_they_can():
+    """Found by trying every number."""
+    for num_envs, shards, ranks in itertools.product(
+        range(1, 25), (None, *range(1, 25)), (1, 3, 4)
+    ):
+        if num_envs % (shards or 1):
+            continue
+        if num_envs % ranks:
+            name, got = "num_envs", num_envs
+            valid = range(ranks, 100, ranks)
+        elif shards is not None and shards % ranks:
+            name, got = "shards", shards
+            valid = [each for each in range(ranks, 25, ranks) if num_envs % each == 0]
+        else:
+            check_ranks(Config(num_envs=num_envs, shards=shards), ranks)
+            continue
+        below, above = [n for n in valid if n < got][-1:], [n for n in valid if n > got][:1]
+        nearest = " and ".join(map(str, below + above))
+        with pytest.raises(ConfigError) as caught:
+            check_ranks(Config(num_envs=num_envs, shards=shards), ranks)
+        assert str(caught.value).startswith(f"{flag(name)}: expected a ")
+        assert str(caught.value).endswith(f", got {got}; nearest: {nearest}")
 
 
 def test_real_numbers_may_be_given_as_whole_ones_of_any_size():

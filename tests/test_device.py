@@ -5,6 +5,7 @@ import torch
 
 from vecpg import device as device_module
 from vecpg.device import faster_device, resolve_device
+from vecpg.torchrun import Place
 
 
 def measured(**speeds):
@@ -110,3 +111,51 @@ def test_a_cuda_device_that_is_not_there_is_refused():
     assert resolve_device("cuda")[0].type == "cuda"
     with pytest.raises(ValueError, match="expected an index below"):
         resolve_device("cuda:99")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """So many GPUs, and a rank of so many on this machine; CUDA was measured to be faster."""
+    rows = measured(cpu=(100, 100), cuda=(200, 200))
+    (tmp_path / "speeds.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(device_module, "_SPEEDS", tmp_path / "speeds.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T")
+
+    def make(gpus, rank, ranks):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        # As on the second of two machines.
+        place = Place(ranks + rank, 2 * ranks, rank, ranks, 0, 0, "x", "localhost", 1)
+        monkeypatch.setattr(device_module, "place", lambda: place)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["cuda", "auto"])
+def test_each_rank_has_a_gpu_of_its_own(machine, name):
+    for rank in range(4):
+        machine(4, rank, 4)
+        assert resolve_device(name, "tensor", 64)[0] == torch.device("cuda", rank)
+    machine(4, 0, 1)
+    assert resolve_device(name, "tensor", 64)[0] == torch.device("cuda")
+
+
+def test_fewer_gpus_than_ranks_are_refused_and_auto_says_why_it_is_the_cpu(machine):
+    machine(1, 3, 4)
+    lacking = "at least 4 GPUs for 4 ranks on this machine, got 1"
+    message = f"--device cuda: expected {lacking}; start fewer ranks, or use --device cpu"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        resolve_device("cuda")
+    device, reason = resolve_device("auto", "tensor", 64)
+    assert (device, reason) == (torch.device("cpu"), f"CUDA takes {lacking}")
+    assert resolve_device("cpu") == (torch.device("cpu"), "as asked")
+
+
+def test_several_ranks_cannot_share_one_gpu(machine):
+    machine(4, 1, 2)
+    with pytest.raises(
+        ValueError, match=r"^--device cuda:0: expected a GPU for each of 2 ranks on"
+    ):
+        resolve_device("cuda:0")
+    machine(4, 0, 1)
+    assert resolve_device("cuda:3")[0] == torch.device("cuda:3")

@@ -365,6 +365,29 @@ def test_a_vectorized_form_that_serves_is_taken_without_a_word(registered, caplo
     assert [record.message for record in caplog.records] == expected
 
 
+def test_several_ranks_cannot_share_a_vectorized_form(registered, caplog):
+    points = {"entry_point": Single, "vector_entry_point": Vectorized}
+    registered("Both-v0", **points, max_episode_steps=9)
+    both = find_spec("Both-v0")
+    reason = "its copies draw from one generator, which cannot be split over 2 ranks; "
+    with pytest.raises(ValueError, match=f"vector_entry_point: {reason}use sync or async$"):
+        resolve_vectorization(both, "vector_entry_point", ranks=2)
+    with anew(), caplog.at_level(logging.INFO, "vecpg"):
+        assert resolve_vectorization(both, "auto", ranks=2) == "sync"
+        assert resolve_vectorization(both, "auto", ranks=1) == "vector_entry_point"
+        assert resolve_vectorization(both, "async", ranks=2) == "async"
+        assert resolve_vectorization(find_spec("CartPole-v1"), "auto", ranks=2) == "tensor"
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(
+        "Both-v0 is stepped one by one (sync): the copies of its vectorized form"
+    )
+    registered("Alone-v0", vector_entry_point=Vectorized, max_episode_steps=9)
+    alone = find_spec("Alone-v0")
+    for vectorization in ("auto", "vector_entry_point"):
+        with pytest.raises(ValueError, match=f"vector_entry_point: {reason}start one rank$"):
+            resolve_vectorization(alone, vectorization, ranks=2)
+
+
 def test_what_was_not_asked_for_is_not_even_looked_at(registered):
     registered("Both-v0", Single, vector_entry_point="no_such_module:Envs", max_episode_steps=9)
     for vectorization in ("sync", "async"):

@@ -17,6 +17,16 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert cores() == 5
 
 
+def test_ranks_of_torchrun_share_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(9)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores() == 9, "of another launcher"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert cores() == 1
+
+
 def test_asking_loads_no_torch():
     code = "import sys, vecpg.kernels.cores; print('torch' in sys.modules)"
     environ = os.environ | {"PYTHONPATH": str(ROOT)}

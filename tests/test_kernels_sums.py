@@ -39,22 +39,22 @@ class Parts(nn.Module):
 
 @pytest.mark.parametrize("kept", [None, 7.0])
 def test_gradients_of_shards_are_added_in_their_order(kept):
-    module, scales = Parts(), [1.0, 2.0**-24, 2.0**-24]
+    module, scales = Parts().double(), [1.0, 2.0**-53, 2.0**-53]
     if kept is not None:
-        module.always.grad = torch.tensor(kept)  # of an earlier update
+        module.always.grad = torch.tensor(kept, dtype=torch.float64)  # of an earlier update
 
     def differentiate(shard):
         # In two chunks, which autograd itself adds.
         for part in (0.25, 0.75):
             module(shard, scales[shard] * part).backward()
-        return shard
+        return torch.tensor([scales[shard], shard], dtype=torch.float64)
 
-    assert gradient_in_order(module, differentiate, 3) == [0, 1, 2]
-    assert module.always.grad.item() == 1.0  # 1 + 2**-24 is 1, twice
+    assert gradient_in_order(module, differentiate, 3).tolist() == [1.0, 3.0]
+    assert module.always.grad.item() == 1.0  # 1 + 2**-53 is 1, twice
     assert module.first.grad.item() == 1.0
-    assert module.last.grad.item() == 2.0**-24
+    assert module.last.grad.item() == 2.0**-53
     assert module.never.grad is None
     assert module.frozen.grad is None
     scales.reverse()
     gradient_in_order(module, differentiate, 3)
-    assert module.always.grad.item() == 1.0 + 2.0**-23
+    assert module.always.grad.item() == 1.0 + 2.0**-52

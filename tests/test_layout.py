@@ -19,7 +19,7 @@ ALLOWED = {
     "vecpg.adam": set(),
     "vecpg.config": set(),
     "vecpg.images": set(),
-    "vecpg.memory": {"vecpg.config", "vecpg.images"},
+    "vecpg.memory": {"vecpg.config", "vecpg.images", "vecpg.torchrun"},
     "vecpg.recipes": {"vecpg.config"},
     "vecpg.kernels": {"vecpg.kernels"},
     "vecpg.returns": {"vecpg.kernels", "vecpg.returns"},

@@ -30,6 +30,7 @@ from vecpg.rollout.data import Rows
 from vecpg.run.checkpoint import Saver, load_policy
 from vecpg.run.state import TrainState
 from vecpg.run.stopping import Stopping
+from vecpg.torchrun import Place
 from vecpg.train import train
 
 GB = 10**9
@@ -322,6 +323,19 @@ def test_a_container_may_have_less_than_the_machine(monkeypatch):
         assert there_is() == 123456
 
 
+def test_ranks_on_one_machine_share_what_there_is(monkeypatch):
+    alone = there_is()
+    place = Place(5, 8, 1, 4, 0, 0, "x", "localhost", 1)
+    monkeypatch.setattr(memory, "place", lambda: place)
+    assert there_is() == alone / 4
+    with pytest.raises(ConfigError, match=r"expected at most [\d,]+ on each rank, got 1,000,000,"):
+        check_room(Config(num_envs=10**6), "sync", have=GB)
+    monkeypatch.setattr(memory, "place", lambda: place._replace(world_size=1, local_world_size=1))
+    assert there_is() == alone
+    with pytest.raises(ConfigError, match=r"expected at most [\d,]+, got 1,000,000,"):
+        check_room(Config(num_envs=10**6), "sync", have=GB)
+
+
 # -- When it ran out -----------------------------------------------------------------------------
 
 
@@ -405,8 +419,8 @@ def settings(tmp_path, **given):
 # What raises in the third iteration, and how: the name in train.py, the phase, what is lowered.
 PHASES = {
     "collect": ("collect", MemoryError(), "collecting; lower --num-envs"),
-    "statistics": ("episode_statistics", MemoryError(), "collecting; lower --num-envs"),
-    "returns": ("advantages", MemoryError("too large"), "returns: too large; lower --num-envs"),
+    "weights": ("weigh", MemoryError(), "computing returns; lower --num-envs"),
+    "returns": ("advantages_of", MemoryError("too large"), "returns: too large; lower --num-envs"),
     "update": (
         "update",
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -121,6 +121,18 @@ def test_a_signal_that_is_sent_twice_is_one(ended, monkeypatch, signum, name):
     assert ended == []
 
 
+def test_a_terminal_that_closes_reaches_ranks_as_one_signal(ended, monkeypatch):
+    """Torchrun makes SIGTERM of the second SIGHUP."""
+    monkeypatch.setattr(module, "_SAME", 0.0)
+    monkeypatch.setattr(module, "_SAME_HANGUP", 1e6)
+    with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.held():
+        send(signal.SIGHUP)
+        time.sleep(0.01)
+        send(signal.SIGTERM)
+        time.sleep(0.05)
+    assert ended == []
+
+
 def test_other_signals_end_nothing(ended, monkeypatch):
     monkeypatch.setattr(module, "_SAME", 0.0)
     before = signal.signal(signal.SIGUSR2, lambda *args: None)

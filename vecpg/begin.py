@@ -19,6 +19,7 @@ from vecpg.adam import Adam
 from vecpg.advantage import prepare_advantages
 from vecpg.config import Config, ConfigError
 from vecpg.device import resolve_device
+from vecpg.distributed import Ranks
 from vecpg.envs import find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import make_judge, prepare_evaluation
 from vecpg.kernels import threads
@@ -48,16 +49,19 @@ _MANY_ENVS = 1_000_000
 class Settled:
     """What is settled of a run before it has a directory.
 
+    own: the settings of this rank's part of it; without other ranks, of all of it.
+    judge: what evaluation steps; None on all ranks but the first, which evaluates.
     why_step_by_step: why its iterations go by collector and learner, and not as a whole; None: they
         do.
     state: nothing of it has changed.
     """
 
+    own: Config
     spec: EnvSpec
     vectorization: str
     device: torch.device
     envs: VectorEnv[Any, Any, Any]
-    judge: VectorEnv[Any, Any, Any]
+    judge: VectorEnv[Any, Any, Any] | None
     collector: Collector
     learner: Learner
     why_step_by_step: str | None
@@ -70,56 +74,87 @@ class Run(Settled):
     """What is settled before the first step, and the state, which is not.
 
     here:    the working directory; an environment may go elsewhere.
+    ranks:   those of the run.
     closing: saves it, then closes what it has open; what fails keeps no other from being done.
     """
 
     here: Path
+    ranks: Ranks
     files: Files
     closing: ExitStack
 
 
-def begin(config: Config) -> Run:
+def begin(config: Config, ranks: Ranks | None = None) -> Run:
     """Settle, make and check everything; what is wrong by now is a matter of settings.
 
     Raises:
         ConfigError: whatever it is. What was made is closed, and nothing was written.
     """
+    ranks = ranks or Ranks()
     with _refusing(), ExitStack() as unless_all_is_well:
         here = Path.cwd()
-        source = files.find_source(config)
-        if source is not None:
+        source: Source | None = None
+        run_files: Files | None = None
+
+        def look_up() -> dict[str, Any] | None:
+            nonlocal source
+            source = files.find_source(config)
+            if source is None:
+                return None
             unless_all_is_well.callback(source.lock.close)
-        settled = _settle(config, source, unless_all_is_well)
-        about = {
-            "config": files.settings(config),
-            "resolved": {
-                "vectorization": settled.vectorization,
-                "device": str(settled.device),
-                "shards": config.resolved_shards,
-                "target": settled.state.stopping.target,
-            },
-            "versions": versions(),
-            "machine": hardware(),
-            "environment": files.environment(settled.spec, settled.envs),
-        }
-        if source is None:
-            run_files = files.begin(config, about, settled.state)
-        else:
-            run_files = files.go_on(config, about, settled.state, source)
+            return dict(source.checkpoint.manifest["resolved"])
+
+        before = ranks.told(look_up)
+        own = ranks.part_of(config, before)
+        found: dict[str, Any] = {}
+        with ranks.alike(found):
+            settled = _settle(config, own, before, unless_all_is_well, ranks)
+            environment = files.environment(settled.spec, settled.envs)
+            found |= {
+                "the environment": environment,
+                "the vectorization": settled.vectorization,
+                "the device": settled.device.type,
+            }
+
+        def open_files() -> Path:
+            nonlocal run_files
+            about = {
+                "config": files.settings(config),
+                "resolved": {
+                    "vectorization": settled.vectorization,
+                    "device": str(settled.device),
+                    "shards": ranks.shards_of(config, before),
+                    "target": settled.state.stopping.target,
+                },
+                "versions": versions(),
+                "machine": hardware(),
+                "environment": environment,
+            }
+            if source is None:
+                run_files = files.begin(config, about, settled.state)
+            else:
+                run_files = files.go_on(config, about, settled.state, source)
+            return run_files.run_dir
+
+        run_dir = ranks.told(open_files)
+        ranks.share(settled.state)
+        ranks.remember(str(run_dir))
+        run_files = run_files or files.elsewhere(run_dir, settled.state.counters.iteration)
         unless_all_is_well.pop_all()
     closing = ExitStack()
     closing.callback(_close, settled.envs)
-    closing.callback(_close, settled.judge)
+    if settled.judge is not None:
+        closing.callback(_close, settled.judge)
     closing.callback(run_files.metrics.close)
     closing.callback(run_files.saver.save, settled.state)
-    own = {each.name: getattr(settled, each.name) for each in fields(settled)}
-    return Run(here=here, files=run_files, closing=closing, **own)
+    rest = {each.name: getattr(settled, each.name) for each in fields(settled)}
+    return Run(here=here, ranks=ranks, files=run_files, closing=closing, **rest)
 
 
 def check(config: Config) -> None:
     """Raise what `begin` would of a new run, as far as that can be seen without a directory."""
     with _refusing(), ExitStack() as made:
-        _settle(config, None, made)
+        _settle(config, config, None, made, Ranks())
 
 
 def _close(envs: VectorEnv[Any, Any, Any]) -> None:
@@ -141,26 +176,34 @@ def _refusing() -> Iterator[None]:
         raise ConfigError(words) from error
 
 
-def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
+def _settle(
+    config: Config,
+    own: Config,
+    before: dict[str, Any] | None,
+    made: ExitStack,
+    ranks: Ranks,
+) -> Settled:
     """What is said of it is said once for runs of equal settings.
 
     Args:
         config: of the run.
-        source: what it goes on from.
+        own: of this rank's part.
+        before: what was resolved when the run began; None where it begins now.
         made: gets what closes what was made.
+        ranks: of the run.
     """
     spec = find_spec(config.env_id)
-    vectorization, device, reason = _resolve(config, spec, source)
-    _check_room(config, vectorization, device)
+    vectorization, device, reason = _resolve(config, spec, before, ranks.size)
+    _check_room(own, vectorization, device)
     envs = make_envs(
         config.env_id,
-        config.num_envs,
+        own.num_envs,
         vectorization=vectorization,
         device=str(device),
         **_copies(config),
     )
     made.callback(envs.close)
-    _check_room(config, vectorization, device, envs)
+    _check_room(own, vectorization, device, envs)
     if config.capture_video:
         video.check_filming(
             config.env_id,
@@ -169,7 +212,9 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
             wrappers=config.wrappers,
         )
     policy, critic = _make_networks(config, envs, device)
-    once(_log, f"{spec.id} x {envs.num_envs}, {vectorization}, on {device} ({reason})")
+    once(_log, f"{spec.id} x {config.num_envs}, {vectorization}, on {device} ({reason})")
+    if ranks.size > 1:
+        once(_log, f"{config.num_envs} envs = {ranks.size} ranks x {own.num_envs}")
     collector = choose_collector(
         envs,
         policy,
@@ -184,7 +229,9 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
         )
     if device.type == "cpu":  # elsewhere it is said once it is known what graphs can hold
         once(_log, f"collecting: {collector}")
-    why_step_by_step = fused.why_not(config, envs, policy)
+    why_step_by_step = fused.why_not(own, envs, policy)
+    if ranks.size > 1:
+        why_step_by_step = f"it is split over {ranks.size} ranks"
     if why_step_by_step is not None:
         once(_log, f"gradient: {learner}")
     if config.baseline == "leave_one_out" and config.num_envs == 1:
@@ -202,30 +249,34 @@ def _settle(config: Config, source: Source | None, made: ExitStack) -> Settled:
             stepping.prepare()  # evaluation steps
         else:
             if device.type == "cpu":
-                window = config.num_steps, config.resolved_shards
+                window = config.num_steps, own.resolved_shards
                 collector = collector.prepare(envs, policy, *window)
             else:  # again once it is known who acts
                 collector.prepare(envs, policy)
             learner.prepare(policy)
             limit = config.max_episode_steps or spec.max_episode_steps or 1
-            prepare_advantages(device, config, 2 * config.num_steps + limit)
+            ranks.sums_on(device, config.baseline, limit)
+            prepare_advantages(device, own, 2 * config.num_steps + limit)
             prepare_statistics(device)
-        if not config.action_masks:  # what masks them is in torch
+        if ranks.first and not config.action_masks:  # what masks them is in torch
             prepare_evaluation(policy)
-    judge = make_judge(
-        policy,
-        config.env_id,
-        config.eval_episodes,
-        vectorization=vectorization,
-        num_envs=config.num_envs,
-        **_copies(config),
-    )
-    made.callback(judge.close)
+    judge = None
+    if ranks.first:
+        judge = make_judge(
+            policy,
+            config.env_id,
+            config.eval_episodes,
+            vectorization=vectorization,
+            num_envs=config.num_envs,
+            **_copies(config),
+        )
+        made.callback(judge.close)
     target = config.target_return
     target = _threshold_of(spec) if target == "auto" else target
     stopping = Stopping(target, config.return_window)
     optimizer = Adam(policy.parameters(), config.learning_rate)
     return Settled(
+        own=own,
         spec=spec,
         vectorization=vectorization,
         device=device,
@@ -251,10 +302,11 @@ def _copies(config: Config) -> dict[str, Any]:
     }
 
 
-def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str, torch.device, str]:
+def _resolve(
+    config: Config, spec: EnvSpec, before: dict[str, Any] | None, ranks: int
+) -> tuple[str, torch.device, str]:
     """How the copies are stepped, on which device, and why there."""
     # "auto" goes on to mean what it meant.
-    before = None if source is None else source.checkpoint.manifest["resolved"]
     vectorization = resolve_vectorization(
         spec,
         config.vectorization if before is None else before["vectorization"],
@@ -262,6 +314,7 @@ def _resolve(config: Config, spec: EnvSpec, source: Source | None) -> tuple[str,
         max_episode_steps=config.max_episode_steps,
         wrappers=config.wrappers,
         action_masks=config.action_masks,
+        ranks=ranks,
     )
     if before is None:
         return vectorization, *resolve_device(config.device, vectorization, config.num_envs)

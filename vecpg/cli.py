@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vecpg import __version__, signals, streams
-from vecpg.config import Config, ConfigError, flag, to_dict
+from vecpg import __version__, ending, signals, streams
+from vecpg.config import Config, ConfigError, check_ranks, flag, to_dict
 from vecpg.recipes import RECIPES
 from vecpg.run.members import (
     Population,
@@ -41,6 +41,7 @@ from vecpg.run.members import (
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
 from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
+from vecpg.torchrun import Place, place
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -68,6 +69,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Without a command it lists them.
     """
     command, *rest = (sys.argv[1:] if args is None else list(args)) or ["--help"]
+    where = place()
+    if where is not None and where.world_size > 1 and command in COMMANDS and command != "train":
+        fail(
+            f"vecpg {command}: expected one process, got {where.world_size} ranks; only training is"
+            " split over ranks: start it without torchrun"
+        )
     match command:
         case "train":
             train_main(rest)
@@ -115,13 +122,15 @@ def train_main(args: Sequence[str]) -> None:
 
 def _train_one(config: Config) -> None:
     with stdout_kept_clean():
-        check_cheaply(config)
+        check_cheaply(config, place())
         with imports_kept():
             from vecpg.run.interrupts import Interrupts
             from vecpg.train import train
 
         with Interrupts():
             result = train(config)
+    if not signals.speaks():
+        return
     print(json.dumps(result.summary), flush=True)
     run_dir = result.summary["run_dir"]
     typed = flags_to_type(to_dict(config))
@@ -410,7 +419,7 @@ def parse_train(args: Sequence[str]) -> tuple[Config, int]:
         varied.remove("recipe")
         for recipe, (_, what) in RECIPES.items():
             flags = _flags({name: settings[recipe][name] for name in varied})
-            print("\n    ".join([f"{recipe}:", *textwrap.wrap(what, 92), *flags]))
+            _print_all("\n    ".join([f"{recipe}:", *textwrap.wrap(what, 92), *flags]))
         raise SystemExit(0)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
@@ -486,9 +495,9 @@ def parse(
 ) -> _T:
     """Tyro over a dataclass or function, with errors in one line and exit status 2."""
     options: dict[str, Any] = {} if default is None else {"default": default}
-    box = io.StringIO()
+    box, helped = io.StringIO(), sys.stdout if signals.speaks() else io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(helped):
             parsed: _T = tyro.cli(
                 kind,
                 prog=f"vecpg {command}",
@@ -507,10 +516,16 @@ def parse(
 
 
 def prepare_process() -> None:
-    """Log to stderr in plain lines, and find modules beside the user for `module:Id`."""
+    """Log to stderr in plain lines, and find modules beside the user for `module:Id`.
+
+    Of several ranks the first tells what goes on; the others only warn, and say who they are.
+    """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would greet on stdout
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("vecpg").setLevel(logging.INFO)
+    where = place()
+    rank = 0 if where is None else where.rank
+    line = f"[rank {rank}] %(message)s" if rank else "%(message)s"
+    logging.basicConfig(stream=sys.stderr, format=line, level=logging.WARNING)
+    logging.getLogger("vecpg").setLevel(logging.WARNING if rank else logging.INFO)
     sys.path.append(os.getcwd())
 
 
@@ -550,49 +565,62 @@ def imports_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Exit statuses: 2 for what can be known before the first step, 1 after it, 128 + signal."""
+    """Exit statuses: 2 for what can be known before the first step, 1 after it, 128 + signal.
+
+    The last is 0 under torchrun, where it may restart the ranks.
+    """
     try:
         yield
     except ConfigError as error:
         # Of an environment that could not be made.
-        print(getattr(error.__cause__, "trace", ""), end="", file=sys.stderr)
-        fail(str(error))
+        fail(str(error), getattr(error.__cause__, "trace", ""))
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
-        print(f"stopped by {signal.Signals(signum).name}{signals.remark}", file=sys.stderr)
+        if signals.speaks():
+            print(f"stopped by {signal.Signals(signum).name}{signals.remark}", file=sys.stderr)
         signals.said = True
         raise SystemExit(signals.exit_status(signum)) from None
     except (FloatingPointError, MemoryError, OSError) as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {words}", file=sys.stderr)
+        ending.say(f"error: {words}", refusal=False)
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
+        from vecpg.distributed import RanksLost
         from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
 
-        if isinstance(error, EnvironmentFailure | EnvironmentNotMade):
-            print(f"{error.trace}error: {error}", file=sys.stderr)
+        if isinstance(error, EnvironmentFailure | EnvironmentNotMade | RanksLost):
+            ending.say(f"{getattr(error, 'trace', '')}error: {error}", refusal=False)
             raise SystemExit(EXIT_FAILED) from None
         raise
 
 
 def _print_all(*lines: str) -> None:
     with exit_codes():
-        print("\n".join(lines), flush=True)
+        if signals.speaks():
+            print("\n".join(lines), flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, trace: str = "") -> NoReturn:
+    """One line on stderr, after lines of a trace, and exit status 2."""
+    ending.say(f"{trace}error: {' '.join(message.split())}", refusal=True)
     raise SystemExit(EXIT_USAGE)
 
 
-def check_cheaply(config: Config) -> None:
-    """What is wrong with the environment or the directory, before torch is loaded."""
+def check_cheaply(config: Config, where: Place | None = None) -> None:
+    """What is wrong with the environment or the directory, before torch is loaded.
+
+    Args:
+        config: of a run.
+        where: among the ranks over which it is split; None: it is not.
+    """
     from vecpg.envs import check_time_limit, find_spec, load_wrappers, resolve_vectorization
     from vecpg.memory import check_room
 
     if (run_dir := find_run(config)) is not None:
         check_settings(config, read_config(run_dir))
+    elif where is not None and not where.restarts:  # else it goes on, perhaps, as it was begun
+        check_ranks(config, where.world_size)
+    ranks = 1 if where is None else where.world_size
     try:
         spec = find_spec(config.env_id)
         check_time_limit(spec, config.max_episode_steps)
@@ -604,11 +632,13 @@ def check_cheaply(config: Config) -> None:
                 max_episode_steps=config.max_episode_steps,
                 wrappers=config.wrappers,
                 action_masks=config.action_masks,
+                ranks=ranks,
             )
         load_wrappers(config.wrappers)
         # Else on a GPU, perhaps.
         if config.device == "cpu" or config.vectorization in ("sync", "async"):
-            check_room(config, config.vectorization)
+            own = dataclasses.replace(config, num_envs=-(-config.num_envs // ranks), shards=None)
+            check_room(own, config.vectorization)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if run_dir is None:
@@ -622,7 +652,7 @@ def check_writable(name: str) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
         probe = out_dir / f".{os.getpid()}.probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a rank elsewhere may have the same number
     except OSError as error:
         raise ConfigError(
             f"--out-dir {out_dir} cannot be written: {error.strerror}; give another directory"

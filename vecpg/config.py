@@ -285,6 +285,38 @@ class Config:
         return self.shards or 1
 
 
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuse a run that cannot be split over so many ranks, each with as much of it.
+
+    Args:
+        config: of a run that begins now; one that goes on has its shards already.
+        ranks: how many there are. At least 1.
+
+    Raises:
+        ConfigError: with the nearest numbers that would do.
+
+    Example:
+        >>> check_ranks(Config(num_envs=64), 3)
+        Traceback (most recent call last):
+            ...
+        vecpg.config.ConfigError: --num-envs: expected a number that 3 ranks divide, got 64; \
+nearest: 63 and 66
+    """
+    number, shards = config.num_envs, config.shards
+    if number % ranks:
+        below = number // ranks * ranks
+        nearest = f"{below} and {below + ranks}" if below else f"{ranks}"
+        raise ConfigError(
+            f"--num-envs: expected a number that {ranks} ranks divide, got {number}; nearest:"
+            f" {nearest}"
+        )
+    if shards is not None and shards % ranks:
+        raise ConfigError(
+            f"--shards: expected a multiple of the {ranks} ranks that divides --num-envs {number},"
+            f" got {shards}; nearest: {_nearest_divisors(number, shards, ranks)}"
+        )
+
+
 def _shows_a_line() -> bool:
     """Whether stderr is a terminal, or a notebook, where a line can be written anew."""
     notebook = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
@@ -307,14 +339,15 @@ def _names_a_callable(text: str) -> bool:
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
 
 
-def _nearest_divisors(number: int, to: int) -> str:
-    """Of what divides a number, the nearest below and above one that does not."""
-    most = min(math.isqrt(number), _MOST_DIVISOR)
-    small = [divisor for divisor in range(1, most + 1) if number % divisor == 0]
-    divisors = {*small, *(number // divisor for divisor in small)}
-    below = max(divisor for divisor in divisors if divisor <= max(to, 1))
-    above = min((divisor for divisor in divisors if divisor >= to), default=None)
-    return str(below) if above is None else f"{below} and {above}"
+def _nearest_divisors(number: int, to: int, multiples: int = 1) -> str:
+    """Of the multiples that divide a number, the nearest below and above one that is not."""
+    each = number // multiples
+    most = min(math.isqrt(each), _MOST_DIVISOR)
+    small = [divisor for divisor in range(1, most + 1) if each % divisor == 0]
+    divisors = sorted({*small, *(each // divisor for divisor in small)})
+    found = [divisor * multiples for divisor in divisors]
+    below, above = [one for one in found if one < to], [one for one in found if one > to]
+    return " and ".join(map(str, below[-1:] + above[:1]))
 
 
 def _check(name: str, holds: bool, expected: str, got: object) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from vecpg.torchrun import place
+
 # `vecpg benchmark --record` writes it from benchmarks/results: speeds of training.
 _SPEEDS = Path(__file__).with_name("speeds.json")
 
@@ -16,14 +18,20 @@ def resolve_device(
 ) -> tuple[torch.device, str]:
     """The device that `--device` names, and the reason in words.
 
+    Where torchrun started several ranks on this machine, each has a GPU of its own: of its
+    LOCAL_RANK.
+
     Args:
-        device: "auto", "cpu", "cuda" or "cuda:i".
+        device: "auto", "cpu", "cuda" or "cuda:i"; with several ranks no "cuda:i".
         vectorization: how the environments are stepped; only "auto" looks at it.
         num_envs: N; only "auto" looks at it.
 
     Raises:
         ValueError: a device that is unknown or not there.
     """
+    where = place()
+    ranks = 1 if where is None else where.local_world_size
+    own = "cuda" if where is None or ranks == 1 else f"cuda:{where.local_rank}"
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu"), f"torch {torch.__version__} finds no CUDA device here"
@@ -32,7 +40,9 @@ def resolve_device(
         except (OSError, ValueError, KeyError) as error:
             return torch.device("cpu"), f"the measurements cannot be read: {error}"
         name, reason = faster_device(rows, torch.cuda.get_device_name(), vectorization, num_envs)
-        return torch.device(name), reason
+        if name == "cuda" and (lacking := _too_few(ranks)) is not None:
+            return torch.device("cpu"), f"CUDA takes {lacking}"
+        return torch.device(own if name == "cuda" else name), reason
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -49,7 +59,25 @@ def resolve_device(
             raise ValueError(
                 f"--device {device}: expected an index below {torch.cuda.device_count()}"
             )
+        if ranks > 1 and resolved.index is not None:
+            raise ValueError(
+                f"--device {device}: expected a GPU for each of {ranks} ranks on this machine, got"
+                " one for all; use --device cuda, which is each rank's own"
+            )
+        if (lacking := _too_few(ranks)) is not None:
+            raise ValueError(
+                f"--device {device}: expected {lacking}; start fewer ranks, or use --device cpu"
+            )
+        resolved = torch.device(own) if resolved.index is None else resolved
     return resolved, "as asked"
+
+
+def _too_few(ranks: int) -> str | None:
+    """What is expected and what is there, where there is no GPU for every rank."""
+    count = torch.cuda.device_count()
+    if ranks <= max(count, 1):
+        return None
+    return f"at least {ranks} GPUs for {ranks} ranks on this machine, got {count}"
 
 
 def faster_device(

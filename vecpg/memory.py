@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from vecpg.config import Config, ConfigError, flag
 from vecpg.images import UNITS, image_of, num_parameters, resolve_network
+from vecpg.torchrun import place
 
 # What a copy of an environment takes at the very least: objects of an environment with its wrappers
 # (CartPole-v1 takes 5 KB); and a process, forked from one with Gymnasium loaded (6 MB of its own).
@@ -49,13 +50,15 @@ def there_is() -> float:
     """Bytes that this process could have, were nothing else running; infinite where unknown.
 
     That is the machine's memory, or the container's where that is less, and swap space; not more
-    than the process's own limit.
+    than the process's own limit. Ranks on one machine have equal parts of it.
     """
     try:
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # there is no such call, or it does not know
         memory = math.inf
     memory = min([memory, *_limits_of_containers()]) + _swap()
+    if (where := place()) is not None:
+        memory /= where.local_world_size
     try:
         import resource
     except ImportError:  # Windows
@@ -107,7 +110,7 @@ def check_room(
     What passes may still be too much. Nothing is allocated.
 
     Args:
-        config: of the run.
+        config: of the run; of one that is split over ranks, of this rank's part.
         vectorization: as it is resolved.
         observation_space: of one environment; where it is not known yet, an observation counts as
             one number, and no network is looked at.
@@ -185,8 +188,10 @@ def _check(config: Config, name: str, each: int, beside: int, have: float) -> No
     if number * each + beside > have:
         most = int((have - beside) // each)
         expected = f"at most {most:,}" if most >= 1 else "what fits"
+        where = place()
+        ranks = "" if where is None or where.world_size == 1 else " on each rank"
         raise ConfigError(
-            f"{flag(name)}: expected {expected}, got {number:,}, which take at least"
+            f"{flag(name)}: expected {expected}{ranks}, got {number:,}, which take at least"
             f" {in_words(number * each + beside)}; there is {in_words(have)}"
         )
 

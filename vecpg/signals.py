@@ -17,13 +17,22 @@ remark = ""
 said = False
 
 
+def speaks() -> bool:
+    """Whether this process says what its whole command does: under torchrun rank 0 alone."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def exit_status(signum: int) -> int:
     """128 + the number of the signal, as shells have it; SIGHUP ends a run as SIGTERM does.
+
+    It is 0 where torchrun would take anything else for a failure, and start the ranks again.
 
     Example:
         >>> [exit_status(signum) for signum in STOPPING]
         [130, 143, 143]
     """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        return 0
     return 128 + (signal.SIGTERM if signum == signal.SIGHUP else signum)
 
 
@@ -47,7 +56,7 @@ def answer_at_once() -> None:
 
 def end_process(signum: int) -> None:
     """Say which signal it was, and end this process; nothing is finished, flushed or closed."""
-    if not said:
+    if not said and speaks():
         with suppress(OSError):
             os.write(2, f"stopped by {signal.Signals(signum).name}{remark}\n".encode())
     os._exit(exit_status(signum))

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 
 from vecpg import memory
-from vecpg.advantage import advantages
+from vecpg.advantage import advantages_of, weigh
 from vecpg.begin import Run, begin, relative, torch_threads
 from vecpg.config import Config, ConfigError
+from vecpg.distributed import Ranks, joined
 from vecpg.envs import EnvironmentFailure
 from vecpg.envs.tensor import TensorVectorEnv
 from vecpg.evaluate import EvalResult, evaluate_in
@@ -29,7 +31,7 @@ from vecpg.look import video
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect
-from vecpg.rollout.statistics import Episodes, episode_statistics
+from vecpg.rollout.statistics import Tally
 from vecpg.run import files
 from vecpg.run.checkpoint import load_policy
 from vecpg.run.clock import Clock, per_second
@@ -73,6 +75,10 @@ class Ending(NamedTuple):
 def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResult:
     """Train a policy with REINFORCE, and leave a run directory behind.
 
+    Under torchrun the environments are split over its ranks, each of which calls this with the same
+    settings. Rank 0 alone writes and evaluates; what is returned is the same on all. After a
+    restart they go on where they were. See `docs/distributed.md`.
+
     An iteration computes what follows from the state in a draft of it, and commits it at its end:
     whatever fails or interrupts it before, what is saved is the state of the last commit. Nothing
     depends on torch's default dtype, or on whether gradients are on where this is called.
@@ -93,6 +99,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         FloatingPointError: loss, entropy, gradient, an action, or a parameter after a step are not
             finite; of environments on tensors on a GPU an observation or a reward.
         MemoryError: there was no more memory.
+        RanksLost: under torchrun, another rank failed or did not answer.
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint was written.
         OSError: a file of the run could not be written.
 
@@ -107,7 +114,12 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         >>> result.summary["iterations"], result.summary["solved"]
         (3, False)
     """
-    if (finished := finished_run(config)) is not None:
+    with joined(config) as ranks:
+        return _train(ranks.resumed(config), ranks, on_iteration)
+
+
+def _train(config: Config, ranks: Ranks, on_iteration: OnIteration | None) -> TrainResult:
+    if (finished := ranks.told(lambda: finished_run(config))) is not None:
         _log.info(
             "already at its end, after %s iterations, %s steps and %s episodes; to go on, raise %s",
             *(f"{finished.summary[name]:,}" for name in ("iterations", "env_steps", "episodes")),
@@ -116,7 +128,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
             else "--total-timesteps, or what else ended it",
         )
         return finished
-    run = begin(config)
+    run = begin(config, ranks)
     _log.info("run directory: %s", relative(run.files.run_dir, run.here))
 
     def save() -> None:
@@ -126,7 +138,7 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         with (
             threads.using(config.threads or cores()),
             Interrupts(save) as interrupts,
-            Progress(config) as progress,
+            Progress(config, shown=ranks.first) as progress,
         ):
             ending = advance(config, run, interrupts, progress, on_iteration)
     except BaseException:
@@ -143,7 +155,8 @@ def train(config: Config, on_iteration: OnIteration | None = None) -> TrainResul
         ending.evaluation.return_mean,
         len(ending.evaluation.returns),
     )
-    film_if_asked(config, result)
+    if ranks.first:
+        film_if_asked(config, result)
     return result
 
 
@@ -181,14 +194,15 @@ def advance(
     """
     with _running(config, run, interrupts) as clock:
         ring = ring or _fused(config, run)
-        if ring is None:
-            _step_by_step(config, run, clock, interrupts, progress, on_iteration)
-        else:
-            _as_a_whole(config, run, clock, interrupts, progress, on_iteration, ring)
+        with run.ranks.together():
+            if ring is None:
+                _step_by_step(config, run, clock, interrupts, progress, on_iteration)
+            else:
+                _as_a_whole(config, run, clock, interrupts, progress, on_iteration, ring)
         final, wall_seconds = run.state.stopping.evaluation, clock.without_evaluations()
         if final is None:
             with clock.evaluation():
-                final = _evaluated(config, run, run.state.policy, run.state.counters.iteration)
+                final = _evaluation(config, run, run.state.policy, run.state.counters.iteration)
             points = {"eval/episodic_return": final.return_mean}
             run.files.metrics.draw(points, run.state.counters.env_steps)
 
@@ -204,8 +218,9 @@ def _step_by_step(
     on_iteration: OnIteration | None,
 ) -> None:
     """Iterate until the run is at its end."""
-    envs, state, draft = run.envs, run.state, run.state.draft()
-    judge = partial(_evaluated, config, run) if config.confirm else None
+    own, ranks, envs = run.own, run.ranks, run.envs
+    state, draft = run.state, run.state.draft()
+    judge = partial(_evaluation, config, run) if config.confirm else None
     outcomes = Outcomes(state, draft, clock, run.files.metrics, judge)
     run.closing.callback(outcomes.settle)
     on_host = run.device.type == "cpu"
@@ -214,7 +229,7 @@ def _step_by_step(
     acting = draft.policy if ahead else state.policy
     collector = run.collector
     if not on_host:
-        collector = collector.prepare(envs, acting, config.num_steps, config.resolved_shards)
+        collector = collector.prepare(envs, acting, config.num_steps, own.resolved_shards)
         once(_log, f"collecting: {collector}")
         once(_log, f"iterations: step by step: {run.why_step_by_step}")
     ending = _is_over(config, state.counters, state.stopping.solved)
@@ -226,30 +241,41 @@ def _step_by_step(
                 num_steps=config.num_steps,
                 seed=config.seed,
                 iteration=draft.counters.iteration,
-                shards=config.resolved_shards,
+                first_env=ranks.first_env,
+                shards=own.resolved_shards,
                 backend=collector,
                 wait=on_host,
             )
         acted = parameters(acting) if ahead else None
-        with interrupts.held():
-            episodes = episode_statistics(rollout, config.resolved_shards)
-            _count(draft, rollout, episodes)
+        with interrupts.held(), ranks.summing():
             with clock.phase("returns"):  # weights minus baseline, (T, N)
-                values, final_values = predict(draft.critic, rollout, config.resolved_shards)
-                weights = advantages(rollout, config, values, final_values)
+                values, final_values = predict(draft.critic, rollout, own.resolved_shards)
+                weighed = weigh(rollout, own, values, final_values)
+                tally, whole = ranks.tally(rollout, weighed.sums)
+                weights = advantages_of(weighed, own, rollout, tally.sums, whole.combine)
+            _count(config, draft, tally)
             with clock.phase("update"):  # one batched gradient step
                 stats = update(
                     draft.policy,
                     draft.optimizer,
                     rollout,
                     weights,
-                    config,
+                    own,
                     backend=run.learner,
+                    whole=whole,
                     wait=on_host,
                 )
-                fitted = fit(draft.critic, rollout, final_values, config, wait=on_host)
-            outcomes.add(_outcome(draft, rollout, episodes, stats, fitted, clock, acted))
-        del rollout, weights, values  # there is never more than one
+                fitted = fit(
+                    draft.critic,
+                    rollout,
+                    final_values,
+                    own,
+                    whole=whole,
+                    observed=stats.observed,
+                    wait=on_host,
+                )
+            outcomes.add(_outcome(draft, rollout, tally, stats, fitted, clock, acted))
+        del rollout, weighed, weights, values  # there is never more than one
         ending = _is_over(config, draft.counters, False)
         due = progress.is_due() or run.files.saver.is_due() or outcomes.full
         if ahead and not ending and not due:
@@ -279,7 +305,7 @@ def _as_a_whole(
         state,
         clock,
         run.files,
-        partial(_evaluated, config, run) if config.confirm else None,
+        partial(_evaluation, config, run) if config.confirm else None,
         ring=ring,
         num_envs=config.num_envs,
         is_over=partial(_is_over, config),
@@ -311,7 +337,7 @@ def _fused(config: Config, run: Run) -> Fused | None:
     if run.why_step_by_step is not None:
         return None
     state = run.state
-    ring = Fused([config], cast(TensorVectorEnv, run.envs), state.policy)
+    ring = Fused([run.own], cast(TensorVectorEnv, run.envs), state.policy)
     ring.load(0, state.policy, state.optimizer, state.counters.iteration)
     once(_log, f"iterations: {ring}")
     return ring
@@ -320,9 +346,14 @@ def _fused(config: Config, run: Run) -> Fused | None:
 def conclude(config: Config, run: Run, ending: Ending) -> TrainResult:
     """Write the summary, and with it the run is finished."""
     run_dir = run.files.run_dir
-    with run.files.lock:  # until it is finished, nobody else goes on with it
+
+    def finish() -> dict[str, Any]:
         summary = _summary(config, run, ending)
         write_json(run_dir / "summary.json", summary)
+        return summary
+
+    with run.files.lock:  # until it is finished, nobody else goes on with it
+        summary = run.ranks.told(finish)
     return TrainResult(run.state.best_policy(), run_dir, summary)
 
 
@@ -386,16 +417,18 @@ def _running(config: Config, run: Run, interrupts: Interrupts | Told) -> Iterato
                 run.closing.close()
 
 
-def _evaluated(config: Config, run: Run, policy: Policy, iteration: int) -> EvalResult:
+def _evaluation(config: Config, run: Run, policy: Policy, iteration: int) -> EvalResult:
     """The greedy evaluation of an iteration's policy; no two iterations play the same episodes."""
-    return evaluate_in(
-        run.judge,
-        policy,
-        config.eval_episodes,
-        seed=config.seed,
-        purpose=Purpose.CONFIRMATION_RESET,
-        draw=iteration,
-        action_masks=config.action_masks,
+    return run.ranks.told(
+        lambda: evaluate_in(
+            cast(VectorEnv, run.judge),
+            policy,
+            config.eval_episodes,
+            seed=config.seed,
+            purpose=Purpose.CONFIRMATION_RESET,
+            draw=iteration,
+            action_masks=config.action_masks,
+        )
     )
 
 
@@ -419,18 +452,17 @@ def _goes_on(on_iteration: OnIteration, state: TrainState, row: Row) -> bool:
     return not isinstance(answer, bool | np.bool_) or bool(answer)
 
 
-def _count(draft: TrainState, rollout: Rollout, episodes: Episodes) -> None:
-    counted = rollout.mask.sum() if rollout.counted is None else len(rollout.counted)
+def _count(config: Config, draft: TrainState, tally: Tally) -> None:
     draft.counters.iteration += 1
-    draft.counters.env_steps += int(counted)
-    draft.counters.vector_steps += rollout.mask.numel()
-    draft.counters.episodes += len(episodes.returns)
+    draft.counters.env_steps += tally.counted
+    draft.counters.vector_steps += tally.rows * config.num_envs
+    draft.counters.episodes += tally.episodes
 
 
 def _outcome(
     draft: TrainState,
     rollout: Rollout,
-    episodes: Episodes,
+    tally: Tally,
     stats: UpdateStats,
     fitted: FitStats | None,
     clock: Clock,
@@ -443,9 +475,9 @@ def _outcome(
     }
     return Outcome(
         replace(draft.counters),
-        len(episodes.returns),
-        (episodes.return_sum, episodes.returns.min(), episodes.returns.max()),
-        episodes.lengths.to(torch.float64).mean(),
+        tally.episodes,
+        (tally.return_sum, tally.return_low, tally.return_high),
+        tally.length,
         (
             stats.policy_loss,
             None if fitted is None else fitted.value_loss,
@@ -467,7 +499,7 @@ def _summary(config: Config, run: Run, ending: Ending) -> dict[str, Any]:
         "num_envs": config.num_envs,
         "num_steps": config.num_steps,
         "seed": config.seed,
-        "shards": config.resolved_shards,
+        "shards": run.ranks.shards,
         "device": str(run.device),
         "vectorization": run.vectorization,
         "recipe": config.recipe,

@@ -1,7 +1,7 @@
 """One gradient step over a whole rollout, a few rows at a time, so that memory stays flat."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from vecpg.adam import Adam
 from vecpg.kernels import threads
 from vecpg.kernels.finite import all_finite, check_parameters, finite
 from vecpg.kernels.gathered import Gradient, Source, rows_at_once
-from vecpg.kernels.sums import gradient_in_order, in_order
+from vecpg.kernels.sums import Whole, gradient_in_order, here, in_order
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
@@ -48,12 +48,15 @@ class UpdateStats:
     grad_norm:   length of the gradient before any clipping.
     finite:      bool, whether these and all parameters after the step are finite; None where that
                  was looked at, and they are.
+    observed:    each shard's moments of observations, those of other ranks too, as they were taken
+                 into the running ones; none where the policy does not normalize.
     """
 
     policy_loss: Tensor
     entropy: Tensor
     grad_norm: Tensor
     finite: Tensor | None = None
+    observed: Sequence[Tensor] = ()
 
     def total(self) -> Tensor:
         """Their sum, in which NaN and infinity stay."""
@@ -107,11 +110,17 @@ class Learner:
         config: "Config",
         *,
         wait: bool = True,
+        whole: Whole | None = None,
     ) -> UpdateStats:
         """As the function `update`."""
-        count = rollout.mask.sum().clamp(min=1)
+        if whole is None:
+            whole = Whole(rollout.mask.shape[1], rollout.mask.sum())
+        count = whole.counted
+        if not isinstance(count, Tensor):
+            count = torch.full((), count, device=policy.device)
+        count = count.clamp(min=1)
         divisors: dict[str, Tensor | int] = {
-            "episode": rollout.mask.shape[1],
+            "episode": whole.num_envs,
             "step": count,
             "sum": 1,
         }
@@ -123,16 +132,27 @@ class Learner:
             )
         given = policy, rollout, advantages, divisor, config.ent_coef / count.to(torch.float32)
         shards = config.resolved_shards
+        encoder, observed = policy.encoder, list[Tensor]()
+        if encoder.normalizer is not None:
+            parts = rollout.shards(shards)
+            observed = [encoder.moments(each.obs, each.mask, each.counted) for each in parts]
+
+        def add(vectors: Iterable[Tensor]) -> Tensor:
+            total, observed[:] = combine(vectors, observed)
+            return total
+
+        combine = whole.combine
+        options: dict[str, Any] = {"shards": shards, "add": in_order if combine is here else add}
         if self.backend == "cpu":
-            surrogate, entropy = by_machine_code(*given, shards=shards)
+            surrogate, entropy = by_machine_code(*given, **options)
         else:
-            surrogate, entropy = by_autograd(*given, shards=shards, gradient=self._kept(policy))
+            surrogate, entropy = by_autograd(*given, **options, gradient=self._kept(policy))
 
         parameters = list(policy.parameters())  # that walk through all modules takes a while
         gradients = [p.grad for p in parameters if p.grad is not None]
         # What `nn.utils.get_total_norm` computes, without asking of each where it is.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        stats = UpdateStats(surrogate, entropy / count, norm)
+        stats = UpdateStats(surrogate, entropy / count, norm, observed=observed)
         if wait and (wrong := stats.not_finite()) is not None:
             suspect = _suspect(policy, rollout, advantages, config)
             raise FloatingPointError(
@@ -151,8 +171,7 @@ class Learner:
             raise FloatingPointError(
                 f"{error}{when(rollout)}; lower --learning-rate (now {config.learning_rate:g})"
             ) from None
-        for shard in rollout.shards(shards):
-            policy.observe(shard.obs, shard.mask, shard.counted)
+        encoder.merge(observed)
         if wait:
             return stats
         return replace(stats, finite=stats.total().isfinite() & finite(parameters))
@@ -219,6 +238,7 @@ def update(
     *,
     backend: "str | Learner" = "auto",
     wait: bool = True,
+    whole: Whole | None = None,
 ) -> UpdateStats:
     """One step along the policy gradient estimate of a rollout.
 
@@ -242,6 +262,9 @@ def update(
             again.
         wait: for the device, to see whether all is well. If not, nothing is raised for numbers that
             are not finite: `UpdateStats.finite` says it.
+        whole: of which the rollout is a part, with `config.resolved_shards` of its shards. Its
+            num_envs and counted rows are D, and its `combine` is called once. Every rank makes the
+            same step. None: the rollout is the whole.
 
     Returns:
         `UpdateStats`.
@@ -254,7 +277,7 @@ def update(
     chosen = backend
     if not isinstance(chosen, Learner):
         chosen = choose_learner(policy, chosen, action_masks=rollout.action_masks is not None)
-    return chosen.update(policy, optimizer, rollout, advantages, config, wait=wait)
+    return chosen.update(policy, optimizer, rollout, advantages, config, wait=wait, whole=whole)
 
 
 def _suspect(policy: Policy, rollout: Rollout, advantages: Tensor, config: "Config") -> str:
@@ -296,6 +319,7 @@ def by_autograd(
     ent_coef: Tensor | float,
     *,
     shards: int = 1,
+    add: Callable[[Iterable[Tensor]], Tensor] = in_order,
     gradient: Gradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the sum over counted rows of -log pi * advantage / divisor - ent_coef * H.
@@ -310,6 +334,7 @@ def by_autograd(
         divisor: of the sum.
         ent_coef: what one row's entropy is worth.
         shards: groups of environments, each of which has sums of its own.
+        add: gives the sum of vectors over all shards, others too; it is given those at hand.
         gradient: what `gradient_of` made for this policy, to be used again. None: one is made where
             the policy is on CUDA, and none is needed on the CPU.
 
@@ -322,16 +347,15 @@ def by_autograd(
     if gathered is None and policy.device.type != "cpu":
         gathered = gradient_of(policy, chunk_rows_on_cuda(policy))
 
-    def differentiate(shard: int) -> tuple[Tensor, Tensor]:
+    def differentiate(shard: int) -> Tensor:
         part, own = parts[shard], weights[shard]
         if gathered is None:
             return _add_gradient(policy, part, own, divisor, ent_coef)
         gathered.load(part.places(), _sources(policy, part, own), [divisor, ent_coef])
-        _, surrogate, entropy = gathered.add(copied=len(parts) > 1)
-        return surrogate, entropy
+        return gathered.add()[1:]
 
-    surrogates, entropies = zip(*gradient_in_order(policy, differentiate, len(parts)), strict=True)
-    return in_order(surrogates), in_order(entropies)
+    surrogate, entropy = gradient_in_order(policy, differentiate, len(parts), add)
+    return surrogate, entropy
 
 
 def chunk_rows_on_cuda(policy: Policy) -> int:
@@ -384,7 +408,7 @@ def _add_gradient(
     advantages: Tensor,
     divisor: Tensor | int,
     ent_coef: Tensor | float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Add the gradient of a shard to every `.grad`, and return its two sums."""
     rows = rollout.mask.numel()
     mask = rollout.mask.reshape(rows)
@@ -392,8 +416,7 @@ def _add_gradient(
     actions = rollout.actions.reshape(rows, *policy.action_shape)
     masks = [] if rollout.action_masks is None else [rollout.action_masks.reshape(rows, -1)]
     weights = advantages.reshape(rows)
-    surrogate_sum = torch.zeros((), dtype=torch.float64, device=obs.device)
-    entropy_sum = torch.zeros_like(surrogate_sum)
+    sums = torch.zeros(2, dtype=torch.float64, device=obs.device)
     chunk_rows = policy.encoder.rows_at_once(CHUNK_ROWS)
     if policy.dropout_units:
         chunk_rows = max(1, min(chunk_rows, _MOST_DROPOUT // policy.dropout_units))
@@ -413,9 +436,9 @@ def _add_gradient(
         surrogate = -(log_probs * weights[chunk][counted]).sum() / divisor
         entropy = entropies.sum()
         torch.autograd.backward(surrogate - ent_coef * entropy)
-        surrogate_sum += surrogate.detach()
-        entropy_sum += entropy.detach()
-    return surrogate_sum, entropy_sum
+        sums[0] += surrogate.detach()
+        sums[1] += entropy.detach()
+    return sums
 
 
 def _dropout(policy: Policy, rollout: Rollout, index: Tensor) -> Tensor:
@@ -439,6 +462,7 @@ def by_machine_code(
     ent_coef: Tensor | float,
     *,
     shards: int = 1,
+    add: Callable[[Iterable[Tensor]], Tensor] = in_order,
 ) -> tuple[Tensor, Tensor]:
     """As `by_autograd`, in machine code: policies that `vecpg.policy.cpu` serves, on the CPU.
 
@@ -458,9 +482,10 @@ def by_machine_code(
         )
     parts = rollout.shards(shards)
     weights = rollout.split(advantages, parts)
-    total = in_order(sums_by_machine_code(policy, parts, weights, divisor, ent_coef))
-    policy_cpu.set_gradients(policy, total[:-2])
-    surrogate, entropy = torch.from_numpy(total[-2:])
+    sums = sums_by_machine_code(policy, parts, weights, divisor, ent_coef)
+    total = add(map(torch.from_numpy, sums))
+    policy_cpu.set_gradients(policy, total[:-2].numpy())
+    surrogate, entropy = total[-2:]
     return surrogate, entropy
 
 

@@ -1,7 +1,7 @@
 """The learned baseline V(s): predicted before the policy's step, fitted after it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vecpg.adam import Adam
 from vecpg.kernels.finite import check_parameters, finite
 from vecpg.kernels.gathered import Gradient, rows_at_once
-from vecpg.kernels.sums import gradient_in_order, in_order
+from vecpg.kernels.sums import Combine, Whole, gradient_in_order, here, in_order
 from vecpg.policy.network import Encoder, fully_connected
 from vecpg.returns import reward_to_go
 from vecpg.rollout.data import Rollout, when
@@ -147,6 +147,8 @@ def fit(
     config: "Config",
     *,
     wait: bool = True,
+    whole: Whole | None = None,
+    observed: Sequence[Tensor] | None = None,
 ) -> FitStats | None:
     """Fit V to the rewards-to-go of a rollout, by `config.value_steps` steps over all of its rows.
 
@@ -165,6 +167,11 @@ def fit(
         wait: for the device, once at the end (on the CPU, at every step), to see whether all is
             well. If not, nothing is raised for numbers that are not finite: `FitStats.finite` says
             it.
+        whole: of which the rollout is a part, with `config.resolved_shards` of its shards. The mean
+            is over its counted rows, and its `combine` is called once for every step. None: the
+            rollout is the whole.
+        observed: as `UpdateStats` has it, to be taken into the running statistics of observations.
+            None: they are formed of this rollout, which then is to be the whole.
 
     Returns:
         `FitStats`; None without a critic.
@@ -181,7 +188,10 @@ def fit(
     if config.bootstrap_truncations and final_values is not None:
         continued = [*rollout.split(rollout.values_at_truncations(final_values), shards)]
     examples = [_examples(*pair, config.gamma) for pair in zip(shards, continued, strict=True)]
-    rows = sum(len(places) for places, _ in examples)
+    rows: Tensor | int = sum(len(places) for places, _ in examples)
+    combine: Combine = here
+    if whole is not None:
+        rows, combine = whole.counted, whole.combine
     value_function, optimizer = critic.value_function, critic.optimizer
     gradient = critic.gradient(rollout.mask.device)
     chosen = []
@@ -198,11 +208,15 @@ def fit(
             places, targets = examples[shard]
             flat = obs.reshape(len(targets), *value_function.encoder.shape)
             gradient.load(places, [flat, targets], [rows])
-        return gradient.add(copied=len(shards) > 1)[0]
+        return gradient.add()
 
+    def add(vectors: Iterable[Tensor]) -> Tensor:
+        return combine(vectors, ())[0]
+
+    given = value_function, differentiate, len(shards), in_order if combine is here else add
     try:
         for _ in range(config.value_steps):
-            total = in_order(gradient_in_order(value_function, differentiate, len(shards)))
+            (total,) = gradient_in_order(*given)
             if wait and gradient is None:
                 _check([total])
             optimizer.step()
@@ -215,8 +229,10 @@ def fit(
             f"fitting the value function{when(rollout)}: {error}; scale the rewards, or lower"
             f" --value-learning-rate (now {config.value_learning_rate:g})"
         ) from None
-    for shard in shards:
-        value_function.encoder.observe(shard.obs, shard.mask, shard.counted)
+    encoder = value_function.encoder
+    if observed is None and encoder.normalizer is not None:
+        observed = [encoder.moments(each.obs, each.mask, each.counted) for each in shards]
+    encoder.merge(observed or ())
     return FitStats(losses[0], None if wait else _finite(losses, critic))
 
 
@@ -262,10 +278,10 @@ def _add_gradient(
     obs: Tensor,
     at: tuple[Tensor, ...],
     targets: Tensor,
-    divisor: int,
+    divisor: Tensor | int,
 ) -> Tensor:
-    """Add that of the sum of squared errors / `divisor` to every `.grad`, and return the sum."""
-    total = torch.zeros((), dtype=torch.float64, device=obs.device)
+    """Add that of a sum of squared errors / `divisor` to every `.grad`, and return it, (1,)."""
+    total = torch.zeros(1, dtype=torch.float64, device=obs.device)
     chunk_rows = value_function.chunk_rows(obs.device)
     for rows, wanted in zip(
         _chunks(obs, at, chunk_rows), torch.split(targets, chunk_rows), strict=True

@@ -5,7 +5,9 @@ Sums are formed in float64, for each shard by itself, and added in shard order: 
 numbers pass from one shard to another. On a GPU nothing here waits for it, of one shard.
 """
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from vecpg.advantage.ages import add_by_age, on_gpu, subtract_mean_by_age, sums_by_age
 from vecpg.advantage.reference import first_rows
-from vecpg.kernels.sums import in_order
+from vecpg.kernels.sums import Combine, here, merged
 from vecpg.returns import generalized_advantage, reward_to_go
 
 if TYPE_CHECKING:
@@ -21,14 +23,16 @@ if TYPE_CHECKING:
     from vecpg.rollout import Rollout
 
 __all__ = [
+    "Weighed",
     "add_by_age",
     "advantages",
-    "masked_mean",
+    "advantages_of",
     "normalized",
     "prepare_advantages",
     "subtract_mean_by_age",
     "sum_and_count",
     "sums_by_age",
+    "weigh",
 ]
 
 # On the CPU environments are taken in blocks of about this many rows, so that the
@@ -79,6 +83,46 @@ def advantages(
     Source: Williams (1992), section 3; Schulman et al. (2016), section 3, for "gae"; Kool et al.
     (2019), "Buy 4 REINFORCE samples, get a baseline for free!", section 3, for leaving one out.
     """
+    weighed = weigh(rollout, config, values, final_values)
+    return advantages_of(weighed, config, rollout, add_by_age(weighed.sums))
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Rows with their weights w_t, and what a baseline needs of them; of each shard one.
+
+    weights: (T, N).
+    masks:   (T, N) bool, True = counted.
+    dones:   (T, N) bool.
+    sums:    (2, n) float64, sums and numbers: n = T ages for the baselines by age, 1 for "mean", 0
+             for those that need none.
+    """
+
+    weights: list[Tensor]
+    masks: list[Tensor]
+    dones: list[Tensor]
+    sums: list[Tensor]
+
+
+def weigh(
+    rollout: "Rollout",
+    config: "Config",
+    values: Tensor | None = None,
+    final_values: Tensor | None = None,
+) -> Weighed:
+    """The weights w_t that `advantages` begins with, less V(s_t) where that is the baseline.
+
+    The rollout may be a part of the whole: no sum goes beyond a shard of it.
+
+    Args:
+        rollout: as `advantages` has it, and likewise the others.
+        config: see there.
+        values: see there.
+        final_values: see there.
+
+    Raises:
+        ValueError: as `advantages`.
+    """
     if config.baseline == "value" and values is None:
         raise ValueError(
             'values: expected (T, N), got None; baseline="value" needs V of every observation'
@@ -105,18 +149,38 @@ def advantages(
             strict=True,
         )
     ]
+    rows = zip(weights, masks, dones, strict=True)
+    return Weighed(weights, masks, dones, [_sums(config, *own) for own in rows])
+
+
+def advantages_of(
+    weighed: Weighed, config: "Config", rollout: "Rollout", total: Tensor, combine: Combine = here
+) -> Tensor:
+    """What `advantages` makes of weights: baseline subtracted, normalized.
+
+    Args:
+        weighed: as `weigh` gave them; its weights are overwritten.
+        config: as for `weigh`.
+        rollout: the same.
+        total: (2, n) float64, `Weighed.sums` of all shards as `add_by_age` adds them, those of
+            other ranks too; columns of 0 may follow.
+        combine: adds up over the same shards; called once, with `config.normalize`.
+
+    Returns:
+        (T, N) float32, 0 where masked.
+    """
+    weights, masks = weighed.weights, weighed.masks
     if config.baseline == "mean":
-        mean = masked_mean(weights, masks).to(weights[0].dtype)
+        sum_of_all, count = total[:, 0]
+        mean = (sum_of_all / count.clamp(min=1)).to(weights[0].dtype)
         weights = [
             torch.where(mask, own - mean, 0.0) for own, mask in zip(weights, masks, strict=True)
         ]
     if config.baseline in _BY_AGE:
-        rows = list(zip(weights, masks, dones, strict=True))
-        sums = add_by_age([sums_by_age(*own) for own in rows])
-        for own in rows:
-            subtract_mean_by_age(*own, sums, others=config.baseline == "leave_one_out")
+        for own in zip(weights, masks, weighed.dones, strict=True):
+            subtract_mean_by_age(*own, total, others=config.baseline == "leave_one_out")
     if config.normalize:
-        weights = normalized(weights, masks)
+        weights = normalized(weights, masks, combine)
     return rollout.join(weights)
 
 
@@ -204,6 +268,15 @@ def _weigh_block(
     return weights
 
 
+def _sums(config: "Config", weights: Tensor, mask: Tensor, dones: Tensor) -> Tensor:
+    """(2, n), as `Weighed.sums`."""
+    if config.baseline in _BY_AGE:
+        return sums_by_age(weights, mask, dones)
+    if config.baseline == "mean":
+        return sum_and_count(weights, mask)[:, None]
+    return weights.new_empty((2, 0), dtype=torch.float64)
+
+
 # -- Over all rows -------------------------------------------------------------------------------
 
 
@@ -213,36 +286,36 @@ def sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([total, mask.sum().to(torch.float64)])
 
 
-def masked_mean(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """The mean of every shard's `values` where its mask is True, in float64; 0 if nothing counts.
-
-    Example:
-        >>> values, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
-        >>> masked_mean([values], [mask])
-        tensor(2., dtype=torch.float64)
-    """
-    total, count = in_order([sum_and_count(*pair) for pair in zip(values, masks, strict=True)])
-    mean: Tensor = total / count.clamp(min=1)
-    return mean
-
-
-def normalized(values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+def normalized(
+    values: Sequence[Tensor], masks: Sequence[Tensor], combine: Combine = here
+) -> list[Tensor]:
     """Shards' `values` with mean 0 and standard deviation 1 (n - 1) where their mask is True.
 
     Elsewhere they are 0. If the standard deviation is 0, or only one row counts, everything is.
+    Mean and deviation are those of all shards of `combine`, which is called once.
 
     Example:
         >>> values, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
         >>> normalized([values], [mask])
         [tensor([-0.7071,  0.7071,  0.0000])]
     """
-    mean = masked_mean(values, masks)
-    centred = [torch.where(mask, own - mean, 0.0) for own, mask in zip(values, masks, strict=True)]
-    # The square of what float32 holds need not be in it.
-    squares = in_order([own.to(torch.float64).square().sum() for own in centred])
-    count = in_order([mask.sum() for mask in masks])
+    own = [_moments(*pair) for pair in zip(values, masks, strict=True)]
+    _, of_all = combine([each[:0] for each in own], own)
+    count, mean, squares = functools.reduce(merged, of_all)
     deviation = (squares / (count - 1).clamp(min=1)).sqrt()
     # NaN, of what was not finite, stays NaN; what no number can hold would make everything 0.
-    largest = torch.finfo(centred[0].dtype).max
+    largest = torch.finfo(values[0].dtype).max
     deviation = torch.where(deviation <= largest, deviation, torch.nan)
-    return [torch.where(deviation == 0, 0.0, own / deviation) for own in centred]
+    return [
+        torch.where(deviation == 0, 0.0, torch.where(mask, each - mean, 0.0) / deviation)
+        for each, mask in zip(values, masks, strict=True)
+    ]
+
+
+def _moments(values: Tensor, mask: Tensor) -> Tensor:
+    """(3,) float64: number, mean, and sum of squares about it, of `values` where `mask`."""
+    total, count = sum_and_count(values, mask)
+    mean = total / count.clamp(min=1)
+    centred = torch.where(mask, values - mean, 0.0)
+    # The square of what float32 holds need not be in it.
+    return torch.stack([count, mean, centred.to(torch.float64).square().sum()])

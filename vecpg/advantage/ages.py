@@ -58,7 +58,7 @@ def subtract_mean_by_age(
         weights: (T, N); 0 where masked afterwards.
         mask: as in `sums_by_age`.
         dones: the same.
-        sums: of all shards, as `add_by_age` gives them.
+        sums: of all shards, as `add_by_age` gives them: no shorter than T.
         others: leave out the rows of the own environment; where no other has that age, subtract 0.
     """
     if _on_host(weights):

@@ -22,7 +22,8 @@ def subtract_mean_by_age(
 ) -> None:
     """See `vecpg.advantage.ages.subtract_mean_by_age`; float32."""
     rows = weights.detach().numpy(), mask.numpy(), dones.numpy()
-    _subtract(*rows, *sums.numpy(), others, _width(mask))
+    # No episode of these is longer, whatever those are that others have.
+    _subtract(*rows, *sums[:, : len(mask)].numpy(), others, _width(mask))
 
 
 def _width(mask: Tensor) -> int:

@@ -69,7 +69,7 @@ def subtract_mean_by_age(
 ) -> None:
     """See `vecpg.advantage.ages.subtract_mean_by_age`. Nothing waits for the GPU."""
     rows, mask = weights.contiguous(), mask.contiguous()
-    subtract(rows, mask, find(mask, dones.contiguous()), sums, others)
+    subtract(rows, mask, find(mask, dones.contiguous()), sums.contiguous(), others)
     if rows is not weights:
         weights.copy_(rows)
 

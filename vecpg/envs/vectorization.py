@@ -52,8 +52,19 @@ def resolve_vectorization(
     max_episode_steps: int | None = None,
     wrappers: Sequence[str] = (),
     action_masks: bool = False,
+    ranks: int = 1,
 ) -> str:
     """What "auto" stands for, and a refusal of what this environment does not have.
+
+    Args:
+        spec: of the environment.
+        vectorization: what is asked for.
+        env_kwargs: keyword arguments of the environment.
+        max_episode_steps: time limit; None keeps the environment's own.
+        wrappers: as for `make_envs`.
+        action_masks: as for `make_envs`.
+        ranks: over how many the copies are split. With more than one they are not stepped by the
+            environment's own vectorized form, whose copies draw from one generator.
 
     Raises:
         ValueError: a way of stepping that this environment does not have, or whose arguments it
@@ -89,9 +100,19 @@ def resolve_vectorization(
             if changed is None and not env_kwargs:
                 return "tensor"
             once(_log, f"{spec.id} is stepped as it is registered, not on tensors: {reason}")
-        return own_vectorization(
+        own = own_vectorization(
             spec, env_kwargs, max_episode_steps=max_episode_steps, action_masks=action_masks
         )
+        if own == "sync" or ranks == 1:
+            return own
+        if spec.entry_point is not None:
+            once(
+                _log,
+                f"{spec.id} is stepped one by one (sync): the copies of its vectorized form draw"
+                f" from one generator, which cannot be split over {ranks} ranks",
+            )
+            return "sync"
+        vectorization = own
     needed = {
         "sync": spec.entry_point,
         "async": spec.entry_point,
@@ -126,6 +147,12 @@ def resolve_vectorization(
                 f"--vectorization vector_entry_point: the vectorized form of {spec.id} {lacking};"
                 " use sync, async or auto"
             )
+    if vectorization == "vector_entry_point" and ranks > 1:
+        remedy = "start one rank" if spec.entry_point is None else "use sync or async"
+        raise ValueError(
+            "--vectorization vector_entry_point: its copies draw from one generator, which cannot"
+            f" be split over {ranks} ranks; {remedy}"
+        )
     return vectorization
 
 

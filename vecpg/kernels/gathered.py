@@ -153,13 +153,10 @@ class Gradient:
             return _Chunk(padding, rows, graphs.capture(add, index.device, what))
         return _Chunk(padding, rows, add)
 
-    def add(self, *, copied: bool = False) -> Tensor:
+    def add(self) -> Tensor:
         """Leave the gradient of the first term in every `.grad`, and return all sums.
 
-        A parameter on which it does not depend has none.
-
-        Args:
-            copied: what is in `.grad` stays as it is at the next call.
+        A parameter on which it does not depend has none. The next call overwrites them.
 
         Returns:
             (num_terms,) float64.
@@ -175,7 +172,7 @@ class Gradient:
         for parameter, gradient, used in zip(
             self._parameters, self._gradients, self._used, strict=True
         ):
-            parameter.grad = (gradient.clone() if copied else gradient) if used else None
+            parameter.grad = gradient if used else None
         return self._sums.clone()
 
     def _fill(self, chunk: _Chunk, index: Tensor, count: int) -> None:

@@ -5,14 +5,14 @@ Whoever adds up over environments does it here, so that no bit depends on who fo
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Sum = TypeVar("Sum")
-Result = TypeVar("Result")
 
 
 def in_order(parts: Iterable[Sum]) -> Sum:
@@ -29,15 +29,15 @@ def in_order(parts: Iterable[Sum]) -> Sum:
     return functools.reduce(adding, parts)
 
 
-# Adds up over shards, those of other ranks too. It is given the numbers of the shards at hand,
-# float64 of one shape (K,), and what is to be kept apart of each, (M,); it returns the sum over all
-# shards, in their order, and what is kept of all of them, in that order. Every rank calls it at the
-# same times, with the same K and M.
+# Adds up over all shards, those of other ranks too. It is given of each shard at hand, in their
+# order, a vector to be added, (K,), and one to be kept as it is, (M,), both float64; of the latter
+# there may be none at all, and K may be 0. It returns the sum, (K,), and what is kept of all
+# shards, both in shard order. All ranks call it equally often, with the same K and M.
 Combine = Callable[[Iterable[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 def here(added: Iterable[Tensor], kept: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
-    """A `Combine` where all shards are at hand."""
+    """A `Combine` where all shards are at hand. It holds one vector to be added at a time."""
     return in_order(added), list(kept)
 
 
@@ -56,41 +56,112 @@ class Whole:
 
 
 def gradient_in_order(
-    module: nn.Module, differentiate: Callable[[int], Result], shards: int
-) -> list[Result]:
-    """Leave in every parameter's `.grad` the shards' gradients, added in their order.
+    module: nn.Module,
+    differentiate: Callable[[int], Tensor],
+    shards: int,
+    add: Callable[[Iterable[Tensor]], Tensor] = in_order,
+) -> Tensor:
+    """Leave in every parameter's `.grad` the shards' gradients, added in their order, in float64.
+
+    A parameter that no shard used has none.
 
     Args:
         module: whose gradients are overwritten.
-        differentiate: adds the gradient of the shard of that number to every `.grad`.
-        shards: how many there are.
+        differentiate: leaves the gradient of the shard of that number in every `.grad`, where it
+            finds none, and returns sums, (K,) float64.
+        shards: how many are at hand.
+        add: gives the sum of vectors over all shards, others too; it is given those at hand.
 
     Returns:
-        what `differentiate` returned for each.
+        (K,) float64: what `differentiate` returned, added likewise.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
-        >>> gradient_in_order(layer, lambda k: layer(Tensor([[k + 1.0]])).sum().backward(), 3)
-        [None, None, None]
+        >>> def differentiate(shard):
+        ...     loss = layer(torch.tensor([[shard + 1.0]])).sum()
+        ...     loss.backward()
+        ...     return torch.tensor([1.0], dtype=torch.float64)
+        >>> gradient_in_order(layer, differentiate, 3)
+        tensor([3.], dtype=torch.float64)
         >>> layer.weight.grad
         tensor([[6.]])
     """
     parameters = list(module.parameters())
-    results = []
-    total: list[Tensor | None] = []
-    for shard in range(shards):
+
+    def alone(shard: int) -> Tensor:
         for parameter in parameters:
             parameter.grad = None
-        results.append(differentiate(shard))
-        own = [parameter.grad for parameter in parameters]
-        total = [_sum_of(*pair) for pair in zip(total, own, strict=True)] if total else own
-    for parameter, gradient in zip(parameters, total, strict=True):
-        parameter.grad = gradient
-    return results
+        return differentiate(shard)
+
+    if shards == 1 and add is in_order:
+        return alone(0)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    used = [False] * len(trained)
+
+    def vectors() -> Iterator[Tensor]:
+        for shard in range(shards):
+            sums = alone(shard)
+            own = [parameter.grad is not None for parameter in trained]
+            used[:] = map(operator.or_, used, own)
+            flags = sums.new_zeros(1), sums.new_ones(1)  # a list would be waited for on a GPU
+            yield torch.cat([sums, *(flags[each] for each in own), *map(_gradient, trained)])
+
+    total = add(vectors())
+    sizes = [parameter.numel() for parameter in trained]
+    num_sums = len(total) - len(trained) - sum(sizes)
+    sums, flags, *gradients = torch.split(total, [num_sums, len(trained), *sizes])
+    for place, (parameter, gradient) in enumerate(zip(trained, gradients, strict=True)):
+        # Only where no shard at hand has used it one has to ask, and wait for the device.
+        if used[place] or bool(flags[place] > 0):
+            parameter.grad = gradient.reshape(parameter.shape).to(parameter.dtype)
+        else:
+            parameter.grad = None
+    return sums
 
 
-def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """A parameter that a shard did not use has no gradient there."""
-    if one is None or other is None:
-        return one if other is None else other
-    return one + other
+def _gradient(parameter: Tensor) -> Tensor:
+    """(numel,) float64, 0 where there is none."""
+    gradient = parameter.grad
+    found = torch.zeros_like(parameter) if gradient is None else gradient
+    return found.detach().reshape(-1).to(torch.float64)
+
+
+@torch.no_grad()
+def moments(x: Tensor) -> Tensor:
+    """The number of rows, and of every column its mean and the sum of squares about it.
+
+    Args:
+        x: (B, F).
+
+    Returns:
+        (1 + F + F,) float64; 0 of no rows.
+
+    Example:
+        >>> moments(torch.tensor([[1.0], [3.0]]))
+        tensor([2., 2., 2.], dtype=torch.float64)
+    """
+    if len(x) == 0:
+        return x.new_zeros(1 + 2 * x.shape[1], dtype=torch.float64)
+    x = x.to(torch.float64)
+    mean = x.mean(dim=0)
+    return torch.cat([mean.new_full((1,), len(x)), mean, (x - mean).square().sum(dim=0)])
+
+
+@torch.no_grad()
+def merged(one: Tensor, other: Tensor) -> Tensor:
+    """The `moments` of two groups of rows together. Those of no rows change nothing but rounding.
+
+    Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance".
+
+    Example:
+        >>> merged(moments(torch.tensor([[1.0], [3.0]])), moments(torch.tensor([[8.0]])))
+        tensor([ 3.,  4., 26.], dtype=torch.float64)
+    """
+    sizes = [1, len(one) // 2, len(one) // 2]
+    count, mean, squares = torch.split(one, sizes)
+    own, own_mean, own_squares = torch.split(other, sizes)
+    difference = own_mean - mean
+    total = count + own
+    divisor = total.clamp(min=1)
+    between = difference.square() * count * own / divisor
+    return torch.cat([total, mean + difference * own / divisor, squares + (own_squares + between)])

@@ -3,11 +3,12 @@
 The policy and the value function are built of these.
 """
 
+import functools
 import itertools
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vecpg.images import UNITS, image_of, outputs_of, resolve_network
 from vecpg.kernels import threads
+from vecpg.kernels.sums import merged, moments
 from vecpg.policy import own
 from vecpg.policy.convolutions import Convolutions
 
@@ -224,20 +226,29 @@ class Encoder(nn.Module):
         Nothing changes between two calls: an iteration sees one and the same normalization. As
         `Policy.observe` has it.
         """
-        if self.normalizer is None:
-            return
+        if self.normalizer is not None:
+            self.merge([self.moments(obs, mask, counted)])
+
+    def merge(self, observed: Iterable[Tensor]) -> None:
+        """Take groups of rows into the running statistics, where kept, by their `moments`."""
+        if self.normalizer is not None:
+            for own in observed:
+                self.normalizer.merge(own)
+
+    def moments(self, obs: Tensor, mask: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Those of the counted rows, as they enter: see `vecpg.kernels.sums`; else as `observe`."""
         numbers = math.prod(self.shape)
+        every = obs.reshape(-1, numbers)
         if counted is not None:
-            every = obs.reshape(-1, numbers)
-            for places in torch.split(counted, max(1, _MOST_OBSERVED // numbers)):
-                self.normalizer.observe(self._entering(every.index_select(0, places)))
-            return
-        flat, counted = obs.reshape(mask.numel(), numbers), mask.reshape(-1)
-        at_once = max(1, min(_ROWS, _MOST_OBSERVED // numbers))
-        for rows, kept in zip(
-            torch.split(flat, at_once), torch.split(counted, at_once), strict=True
-        ):
-            self.normalizer.observe(self._entering(rows[kept]))
+            places = torch.split(counted, max(1, _MOST_OBSERVED // numbers))
+            rows = (every.index_select(0, own) for own in places)
+        else:
+            at_once = max(1, min(_ROWS, _MOST_OBSERVED // numbers))
+            chunks = zip(
+                torch.split(every, at_once), torch.split(mask.reshape(-1), at_once), strict=True
+            )
+            rows = (chunk[kept] for chunk, kept in chunks)
+        return functools.reduce(merged, (moments(self._entering(chunk)) for chunk in rows))
 
 
 class Normalizer(nn.Module):
@@ -271,32 +282,17 @@ class Normalizer(nn.Module):
 
     def observe(self, x: Tensor) -> None:
         """Take (B, features) into the running statistics."""
-        if x.shape[0] > 0:
-            self.merge(*moments(x))
+        self.merge(moments(x))
 
     @torch.no_grad()
-    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        """Take the `moments` of some rows into the running ones.
-
-        Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample variance".
-        """
-        difference = mean - self.mean
-        total = self.count + count
-        between = difference.square() * self.count * count / total
-        self.squares += squares + between
-        self.mean += difference * count / total
-        self.count += count
-
-
-@torch.no_grad()
-def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The number of rows of (B, features), and of every feature mean and sum of squares about it.
-
-    Both are float64.
-    """
-    x = x.to(torch.float64)
-    mean = x.mean(dim=0)
-    return len(x), mean, (x - mean).square().sum(dim=0)
+    def merge(self, own: Tensor) -> None:
+        """Take the `moments` of some rows into the running ones; of none they change nothing."""
+        before = torch.cat([self.count[None], self.mean, self.squares])
+        sizes = [1, len(self.mean), len(self.mean)]
+        count, mean, squares = torch.split(merged(before, own), sizes)
+        self.count.copy_(count[0])
+        self.mean.copy_(mean)
+        self.squares.copy_(squares)
 
 
 def through(network: nn.Sequential, features: Tensor, dropout: float, uniforms: Tensor) -> Tensor:

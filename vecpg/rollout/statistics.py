@@ -15,14 +15,66 @@ from vecpg.rollout.data import Rollout
 class Episodes:
     """The episodes of a rollout, in order of (environment, start).
 
-    returns:    (episodes,) float64, undiscounted.
-    lengths:    (episodes,) int64.
-    return_sum: float64 without dimensions: each shard's sum, added in shard order.
+    returns:     (episodes,) float64, undiscounted.
+    lengths:     (episodes,) int64.
+    return_sums: each shard's sum of returns, float64 without dimensions.
     """
 
     returns: Tensor
     lengths: Tensor
+    return_sums: list[Tensor]
+
+    @property
+    def return_sum(self) -> Tensor:
+        """Float64 without dimensions: each shard's sum, added in shard order."""
+        return in_order(self.return_sums)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What all environments of an iteration came to together.
+
+    counted:     rows that count.
+    rows:        T, of the longest collection.
+    episodes:    how many ended.
+    return_sum:  of their returns; float64 without dimensions, as the next three.
+    return_low:  the smallest return.
+    return_high: the largest.
+    length:      the mean length of an episode.
+    sums:        what a baseline needs: (2, n) float64, as `vecpg.advantage.add_by_age` gives it.
+    """
+
+    counted: int
+    rows: int
+    episodes: int
     return_sum: Tensor
+    return_low: Tensor
+    return_high: Tensor
+    length: Tensor
+    sums: Tensor
+
+
+def tally(rollout: Rollout, episodes: Episodes, sums: Tensor) -> Tally:
+    """That of a rollout which is the whole.
+
+    On CUDA the host waits only where the rollout does not say which rows count.
+
+    Args:
+        rollout: whole episodes.
+        episodes: of it.
+        sums: as `Tally` has them.
+    """
+    counted = rollout.mask.sum() if rollout.counted is None else len(rollout.counted)
+    return Tally(
+        int(counted),
+        len(rollout.mask),
+        len(episodes.returns),
+        episodes.return_sum,
+        episodes.returns.min(),
+        episodes.returns.max(),
+        episodes.lengths.to(torch.float64).mean(),
+        sums,
+    )
 
 
 def episode_statistics(rollout: Rollout, shards: int = 1) -> Episodes:
@@ -47,9 +99,7 @@ def episode_statistics(rollout: Rollout, shards: int = 1) -> Episodes:
     """
     parts = [_statistics(shard) for shard in rollout.shards(shards)]
     returns, lengths = zip(*parts, strict=True)
-    return Episodes(
-        torch.cat(returns), torch.cat(lengths), in_order([own.sum() for own in returns])
-    )
+    return Episodes(torch.cat(returns), torch.cat(lengths), [own.sum() for own in returns])
 
 
 def _statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ class Files(NamedTuple):
     """What a run writes to. Closing `lock` lets others train in the directory."""
 
     run_dir: Path
-    metrics: Metrics
-    saver: Saver
-    lock: Lock
+    metrics: "Metrics | Elsewhere"
+    saver: "Saver | Elsewhere"
+    lock: "Lock | Elsewhere"
 
 
 class Source(NamedTuple):
@@ -153,6 +153,50 @@ def go_on(config: Config, about: dict[str, Any], state: TrainState, source: Sour
     level = logging.DEBUG if whose() else logging.INFO
     _log.log(level, "%sgoing on after iteration %d", whose(), state.counters.iteration)
     return Files(run_dir, metrics, saver, source.lock)
+
+
+class Elsewhere:
+    """What `metrics`, `saver` and `lock` are of a run whose files another rank writes."""
+
+    def __init__(self, run_dir: Path, iteration: int) -> None:
+        self._run_dir = run_dir
+        self.iteration = iteration
+
+    def __enter__(self) -> "Elsewhere":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def log(self, row: dict[str, float | None]) -> None:
+        """As `Metrics.log`."""
+        self.iteration = int(row["iteration"] or 0)
+
+    def draw(self, points: dict[str, float], env_steps: int) -> None:
+        """As `Metrics.draw`."""
+
+    def save(self, state: TrainState) -> Path:
+        """As `Saver.save`."""
+        return self._run_dir
+
+    def save_again(self) -> None:
+        """As `Saver.save_again`."""
+
+    def is_due(self) -> bool:
+        """As `Saver.is_due`."""
+        return False
+
+    def save_if_due(self, state: TrainState) -> None:
+        """As `Saver.save_if_due`."""
+
+    def close(self) -> None:
+        """As `Metrics.close`, and `Lock.close`."""
+
+
+def elsewhere(run_dir: Path, iteration: int) -> Files:
+    """The files of a run, after this iteration, that another rank writes."""
+    nothing = Elsewhere(run_dir, iteration)
+    return Files(run_dir, nothing, nothing, nothing)
 
 
 def _bits_depend_on(about: dict[str, Any]) -> dict[str, Any]:

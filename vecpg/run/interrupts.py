@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self
 from vecpg import signals
 
 # Seconds within which another signal belongs to the first. `timeout` sends SIGTERM to the process
-# and to its group; a terminal that closes, SIGHUP once from the shell and once from the system.
+# and to its group; a terminal that closes, SIGHUP once from the shell and once from the system: to
+# torchrun, which passes on the first and makes SIGTERM of the second.
 _SAME = 0.02
 _SAME_HANGUP = 1.0
 
@@ -208,13 +209,15 @@ class _Watch:
 
     def _run(self) -> None:
         first: float | None = None
+        same = _SAME
         while signum := os.read(self._reading, 1)[0]:
             now = time.monotonic()
             if signum not in self._signums:
                 continue
             if first is None:
                 first = now
-            elif now - first > (_SAME_HANGUP if signum == signal.SIGHUP else _SAME):
+                same = _SAME_HANGUP if signum == signal.SIGHUP else _SAME
+            elif now - first > (_SAME_HANGUP if signum == signal.SIGHUP else same):
                 signals.end_process(signum)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vecpg.evaluate import EvalResult
 from vecpg.policy import Policy
 from vecpg.run.clock import Clock, Lap, per_second
+from vecpg.run.files import Elsewhere
 from vecpg.run.interrupts import Interrupts, Told
 from vecpg.run.metrics import Metrics
 from vecpg.run.state import Counters, TrainState
@@ -73,7 +74,7 @@ class Outcomes:
         state: TrainState,
         draft: TrainState,
         clock: Clock,
-        metrics: Metrics,
+        metrics: Metrics | Elsewhere,
         judge: Judge | None,
     ) -> None:
         self._state, self._draft, self._clock, self._metrics = state, draft, clock, metrics

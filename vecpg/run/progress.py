@@ -33,12 +33,13 @@ class _Line:
         every: seconds between plain lines.
         unit: of what there is a total.
         total: how much there is to be done.
+        shown: False: by another rank.
     """
 
-    def __init__(self, live: bool, every: float, unit: str, total: int) -> None:
+    def __init__(self, live: bool, every: float, unit: str, total: int, shown: bool = True) -> None:
         self._every = every
         self._next_line = 0.0
-        self._seen = sys.stderr is not None
+        self._seen = shown and sys.stderr is not None
         self._live = live and self._seen
         if self._live:
             self._redirect = logging_redirect_tqdm()
@@ -101,9 +102,14 @@ class _Line:
 
 
 class Progress(_Line):
-    """Shows how far a run is towards the nearest of its limits."""
+    """Shows how far a run is towards the nearest of its limits.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: of the run.
+        shown: False: another rank shows it.
+    """
+
+    def __init__(self, config: Config, *, shown: bool = True) -> None:
         limits = {
             ("steps", "env_steps"): config.total_timesteps,
             ("episodes", "episodes"): config.total_episodes,
@@ -111,7 +117,7 @@ class Progress(_Line):
         }
         self._limits = {names: limit for names, limit in limits.items() if limit is not None}
         (unit, _), total = next(iter(self._limits.items()))
-        super().__init__(config.progress, config.log_every, unit, total)
+        super().__init__(config.progress, config.log_every, unit, total, shown)
 
     def is_due(self) -> bool:
         """Whether what is shown now would be seen."""
