@@ -34,7 +34,7 @@ RANKS = (1, 2, 4, 8, 16, 64)
 # Bytes of a float64: all that is exchanged are.
 NUMBER = 8
 SIZES = tuple(NUMBER * 4**power for power in range(11))  # 8 bytes to 8 MiB
-TURNS = 30
+TURNS = 60
 # CartPole-v1, its numbers of environments timed on one rank, and those that are calculated for.
 LIMIT = 500
 ITERATIONS = 7
@@ -77,24 +77,32 @@ def fitted(amounts: list[float], seconds: list[float]) -> Line:
     return Line(float(fixed), float(each))
 
 
-def statistics_numbers(columns: int) -> int:
-    """Of a shard: 4 sums, 2 for each age, 3 that are kept apart, and 2 of its rank."""
-    return 4 + 2 * columns + 3 + 2
+class Numbers(NamedTuple):
+    """What an exchange has of a shard: numbers that are added, and others that are kept apart."""
+
+    added: int
+    kept: int = 0
+
+    def gathered(self, ranks: int, shards: int) -> float:
+        """Bytes that each rank receives: the numbers of all shards that are not its own."""
+        return NUMBER * (self.added + self.kept) * shards * (ranks - 1) / ranks
+
+    def reduced(self, ranks: int) -> float:
+        """Bytes that each rank receives: parts of sums, and then parts of the total.
+
+        Every rank has a shard. What is kept of each stands in the sums beside zeros.
+        """
+        return 2 * NUMBER * (self.added + self.kept * ranks) * (ranks - 1) / ranks
 
 
-def gradient_numbers(parameters: int) -> int:
-    """Of a shard: its gradient, surrogate and entropy."""
-    return parameters + 2
+def statistics_numbers(columns: int) -> Numbers:
+    """4 sums, and 2 for each age; 3 that are kept apart, and 2 of the rank."""
+    return Numbers(4 + 2 * columns, 5)
 
 
-def received_by_gather(ranks: int, numbers: int, shards: int) -> float:
-    """Bytes that each rank receives: the numbers of all shards that are not its own."""
-    return NUMBER * numbers * shards * (ranks - 1) / ranks
-
-
-def received_by_reduce(ranks: int, numbers: int) -> float:
-    """Bytes that each rank receives: parts of sums, and then parts of the total."""
-    return 2 * NUMBER * numbers * (ranks - 1) / ranks
+def gradient_numbers(parameters: int) -> Numbers:
+    """Gradient, surrogate and entropy."""
+    return Numbers(parameters + 2)
 
 
 class Link(NamedTuple):
@@ -124,9 +132,9 @@ def exchanges(ranks: int, parameters: int, gather: Link | None, reduce: Link | N
     seconds = 0.0
     for numbers in (statistics_numbers(LIMIT), gradient_numbers(parameters)):
         if gather is not None:
-            seconds += gather.gather(ranks, received_by_gather(ranks, numbers, ranks))
+            seconds += gather.gather(ranks, numbers.gathered(ranks, ranks))
         if reduce is not None:
-            seconds += reduce.reduce(ranks, received_by_reduce(ranks, numbers))
+            seconds += reduce.reduce(ranks, numbers.reduced(ranks))
     return seconds
 
 
@@ -264,8 +272,8 @@ def table(seconds: dict[str, dict[int, float]], spent: dict[Net, dict[int, float
             rows.append(
                 [
                     str(ranks),
-                    *(kilobytes(received_by_gather(ranks, each, ranks)) for each in numbers),
-                    *(kilobytes(received_by_reduce(ranks, each)) for each in numbers),
+                    *(kilobytes(each.gathered(ranks, ranks)) for each in numbers),
+                    *(kilobytes(each.reduced(ranks)) for each in numbers),
                     *cells,
                 ]
             )
