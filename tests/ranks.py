@@ -1,0 +1,523 @@
+"""Ranks as torchrun starts them, made quickly: forked from a process that has imported everything.
+
+    with Agent(folder) as agent:
+        ended = agent.run(2, train_here, config)
+
+A rank has torchrun's environment variables, a session and a working directory of its own, and the
+store of an agent that outlives it: so it may be started again there, with others. `Torchrun` is the
+real thing, ten times as slow.
+"""
+
+import io
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import redirect_stderr, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+class Ended(NamedTuple):
+    """What came of a rank.
+
+    code:   its exit status; of a signal's number the negative.
+    result: what the function returned; None where it did not.
+    """
+
+    code: int
+    result: Any
+    stdout: str
+    stderr: str
+
+
+class Hung(AssertionError):
+    """Ranks that had not ended in time; they were killed."""
+
+
+# -- What forks ----------------------------------------------------------------------------------
+
+
+class _Forks:
+    """A process with all modules and one thread; others are forked from it."""
+
+    def __init__(self):
+        ours, theirs = socket.socketpair()
+        path = [str(HERE), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self._process = subprocess.Popen(
+            # Not as a script: workers of its children would import that.
+            [sys.executable, "-c", f"import ranks; ranks._serve({theirs.fileno()})"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._codes = {}
+
+    def _ask(self, *request):
+        self._connection.send(request)
+        return self._connection.recv()
+
+    def fork(self, environment, folder, function, args):
+        """Returns its process id."""
+        return self._ask("fork", environment, str(folder), function, args)
+
+    def ended(self):
+        """Exit statuses by process id, of those that have ended."""
+        self._codes |= self._ask("ended")
+        return self._codes
+
+
+_forks = None
+
+
+def _fork(*given):
+    global _forks
+    _forks = _forks or _Forks()
+    return _forks.fork(*given)
+
+
+def _serve(descriptor):
+    """Fork as asked, until whoever asks is gone."""
+    import environments  # noqa: F401
+    import pytest  # noqa: F401
+
+    from vecpg.config import Config
+    from vecpg.train import train
+
+    connection = Connection(descriptor)
+    # Load the machine code.
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        train(_warm(Config, folder))
+    assert len(os.listdir("/proc/self/task")) == 1
+    alive = set()
+    while True:
+        try:
+            what, *given = connection.recv()
+        except EOFError:
+            break
+        if what == "fork":
+            child = os.fork()
+            if child == 0:
+                connection.close()
+                _be_a_rank(*given)
+            alive.add(child)
+            connection.send(child)
+            continue
+        ended = {}
+        for child in alive:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                ended[child] = os.waitstatus_to_exitcode(status)
+        alive -= ended.keys()
+        connection.send(ended)
+    for child in alive:
+        os.kill(child, signal.SIGKILL)
+
+
+def _warm(config, folder):
+    return config(
+        num_envs=4,
+        shards=2,
+        threads=1,
+        max_episode_steps=5,
+        total_iterations=2,
+        eval_episodes=1,
+        target_return=None,
+        progress=False,
+        out_dir=folder,
+    )
+
+
+def _be_a_rank(environment, folder, function, args):
+    code = 1
+    try:
+        os.setsid()
+        os.environ.update(environment)
+        os.chdir(folder)
+        name = f"rank {environment.get('RANK', 'none')}"
+        for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+            file = os.open(f"{name} {stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, descriptor)
+        result = function(*args)
+        Path(f"{name} result").write_bytes(pickle.dumps(result))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+# -- What torchrun's agent does ------------------------------------------------------------------
+
+
+class Agent:
+    """Starts ranks, again and again if need be, and keeps the store that they share.
+
+    Args:
+        folder: their working directory; new.
+        max_restarts: what they are told.
+        stops_others: whether a rank that fails has the others sent SIGTERM, as those on the same
+            machine are; those on another are not.
+    """
+
+    def __init__(self, folder, *, max_restarts=0, stops_others=False):
+        from torch.distributed import TCPStore
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.max_restarts, self.stops_others = folder, max_restarts, stops_others
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._starts = 0
+        self.pids, self._codes = [], {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill_all()
+
+    def start(self, world_size, function, *args, restarts=0, only=None, **variables):
+        """Start ranks; those of before have ended.
+
+        Args:
+            world_size: how many; None: one process that torchrun did not start.
+            function: what each calls, of a module that can be imported.
+            args: what with.
+            restarts: what they are told.
+            only: the ranks that are started; None: all.
+            variables: others than torchrun's.
+        """
+        self._starts += 1
+        self._now = self.folder / f"start {self._starts}"
+        self._now.mkdir()
+        self._codes = {}
+        self.pids = []
+        ranks = range(world_size or 1) if only is None else only
+        for rank in ranks:
+            torchruns = {
+                "TORCHELASTIC_RUN_ID": "of a test",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "TORCHELASTIC_RESTART_COUNT": str(restarts),
+                "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(self._store.port),
+            }
+            environment = variables if world_size is None else torchruns | variables
+            self.pids.append(_fork(environment, self._now, function, args))
+        self._names = ["none"] if world_size is None else [str(k) for k in ranks]
+
+    def wait(self, seconds=60.0, but=()):
+        """What came of each rank, in their order.
+
+        Args:
+            seconds: how long they may take.
+            but: ranks that are killed when all others have ended.
+
+        Raises:
+            Hung: one had not ended in time.
+        """
+        deadline = time.monotonic() + seconds
+        told = False
+        awaited = {pid for k, pid in enumerate(self.pids) if k not in but}
+        while not self._all_ended() and not awaited <= self._codes.keys():
+            if time.monotonic() > deadline:
+                hung = [k for k, pid in enumerate(self.pids) if pid not in self._codes]
+                self.kill_all()
+                said = "\n".join(f"{k}: {each.stderr}" for k, each in enumerate(self._ended()))
+                raise Hung(f"ranks {hung} had not ended after {seconds} s\n{said}")
+            if self.stops_others and not told and any(self._codes.values()):
+                told = True
+                self.signal(signal.SIGTERM)
+            time.sleep(0.002)
+        self.kill_all()
+        return self._ended()
+
+    def run(self, world_size, function, *args, seconds=60.0, **given):
+        """`start` and `wait`."""
+        self.start(world_size, function, *args, **given)
+        return self.wait(seconds)
+
+    def signal(self, signum, rank=None):
+        """Send a signal to a rank, or to all that have not ended."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            if pid not in self._codes:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+
+    def kill_all(self):
+        """End them, and what they started."""
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        while not self._all_ended():
+            time.sleep(0.002)
+
+    def stderr(self, rank):
+        """What a rank has said so far."""
+        path = self._now / f"rank {self._names[rank]} stderr"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, what, seconds=30.0):
+        """Until a condition holds. A rank that ends before is an error."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            said = [self.stderr(rank) for rank in range(len(self.pids))]
+            assert not self._some_ended(), said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.002)
+
+    def _some_ended(self):
+        self._all_ended()
+        return bool(self._codes)
+
+    def _all_ended(self):
+        if self.pids:
+            ended = _forks.ended()
+            self._codes = {pid: ended[pid] for pid in self.pids if pid in ended}
+        return all(pid in self._codes for pid in self.pids)
+
+    def _ended(self):
+        found = []
+        for pid, name in zip(self.pids, self._names, strict=True):
+            result = self._now / f"rank {name} result"
+            texts = [self._now / f"rank {name} {stream}" for stream in ("stdout", "stderr")]
+            found.append(
+                Ended(
+                    self._codes[pid],
+                    pickle.loads(result.read_bytes()) if result.exists() else None,
+                    *(text.read_text() if text.exists() else "" for text in texts),
+                )
+            )
+        return found
+
+
+class Torchrun:
+    """The real one, on this machine, with `vecpg train`.
+
+    Args:
+        folder: the working directory.
+        args: flags of `vecpg train`.
+        ranks: how many.
+        options: of torchrun.
+    """
+
+    def __init__(self, folder, *args, ranks=2, options=()):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outputs = [open(folder / name, "w+") for name in ("stdout", "stderr")]  # noqa: SIM115
+        path = [str(HERE), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(ranks), *options, "-m", "vecpg", "train", *args]
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            stdout=self._outputs[0],
+            stderr=self._outputs[1],
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in [*self.ranks().values(), self.process]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        self.process.wait()
+        for each in self._outputs:
+            each.close()
+
+    def ranks(self):
+        """Those that are there, by their rank."""
+        found = {}
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(self.process.pid).children():
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                    if each.status() != psutil.STATUS_ZOMBIE:
+                        found[int(each.environ()["RANK"])] = each
+        return found
+
+    def wait(self, seconds=120.0):
+        """What came of torchrun itself; its output is that of all ranks too."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Hung(self._texts()[1]) from None
+        return Ended(code, None, *self._texts())
+
+    def stderr(self):
+        """What was said so far."""
+        return self._texts()[1]
+
+    def _texts(self):
+        return [Path(each.name).read_text() for each in self._outputs]
+
+
+# -- What ranks do -------------------------------------------------------------------------------
+
+
+def command(*args):
+    """`vecpg train` with these flags."""
+    from vecpg.__main__ import main
+
+    main(["train", *args])
+
+
+def flags(**settings):
+    """Settings as the command line has them."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(str, value)]
+        elif isinstance(value, dict):
+            words += [f"--{flag}", json.dumps(value)]
+        else:
+            words += [f"--{flag}", "none" if value is None else str(value)]
+    return words
+
+
+def train_here(settings, on_iteration=None):
+    """Train with these settings, as a script that calls `train` would."""
+    import logging
+
+    from vecpg.config import Config
+    from vecpg.train import train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(Config(progress=False, **settings), on_iteration)
+
+
+def my_rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def train_and_die(settings, rank, iteration):
+    """The process of a rank is killed after so many iterations."""
+
+    def die(row, policy):
+        if my_rank() == rank and row["iteration"] == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_here(settings, die)
+
+
+def train_until_false(settings, rank, iteration):
+    """On a rank whoever looks at iterations says that it is enough."""
+    train_here(settings, lambda row, _: my_rank() != rank or row["iteration"] < iteration)
+
+
+def train_and_die_at(settings, rank, name):
+    """The process of a rank is killed where `vecpg.train` or `vecpg.begin` would call that."""
+    from vecpg import begin, train
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if my_rank() == rank:
+        setattr(train if hasattr(train, name) else begin, name, die)
+    train_here(settings)
+
+
+def evaluating_for(seconds, function, *args):
+    """As `function`, with evaluations that take so long."""
+    from vecpg import train
+
+    real = train.evaluate_in
+
+    def evaluate_in(*given, **named):
+        print("evaluating", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        return real(*given, **named)
+
+    train.evaluate_in = evaluate_in
+    function(*args)
+
+
+def each_its_own(settings):
+    """Train with the settings of the rank, of as many as there are ranks."""
+    train_here(settings[my_rank()])
+
+
+def train_and_count(settings):
+    """Train; returns how often each collective was called."""
+    from torch.distributed import ProcessGroup
+
+    counts = {}
+
+    def counting(name):
+        real = getattr(ProcessGroup, name)
+
+        def call(*args, **named):
+            counts[name] = counts.get(name, 0) + 1
+            return real(*args, **named)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(ProcessGroup, name, counting(name))
+    train_here(settings)
+    return counts
+
+
+COLLECTIVES = (
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "gather",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+)
+
+
+def raising_on_rank_1(env):
+    """A wrapper: some steps into the run, the environment raises."""
+    return _Raising(env) if my_rank() == 1 else env
+
+
+class _Raising(gymnasium.Wrapper):
+    left = 100
+
+    def step(self, action):
+        _Raising.left -= 1
+        if _Raising.left == 0:
+            raise ZeroDivisionError("the pole fell off")
+        return super().step(action)
