@@ -7,6 +7,8 @@ store of an agent that outlives it: so it may be started again there, with other
 real thing, ten times as slow.
 """
 
+import functools
+import importlib
 import io
 import json
 import os
@@ -459,14 +461,15 @@ def train_until_false(settings, rank, iteration):
 
 
 def train_and_die_at(settings, rank, name):
-    """The process of a rank is killed where `vecpg.train` or `vecpg.begin` would call that."""
+    """The process of a rank is killed where a run would call that."""
     from vecpg import begin, train
+    from vecpg.distributed import Ranks
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if my_rank() == rank:
-        setattr(train if hasattr(train, name) else begin, name, die)
+        setattr(next(each for each in (train, begin, Ranks) if hasattr(each, name)), name, die)
     train_here(settings)
 
 
@@ -485,6 +488,35 @@ def evaluating_for(seconds, function, *args):
 
     train.evaluate_in = evaluate_in
     function(*args)
+
+
+def signalled_after(rank, calls, module, name, *words):
+    """As `command`; a rank gets SIGTERM as so many calls of what has that name have returned."""
+    *path, name = name.split(".")
+    where = functools.reduce(getattr, path, importlib.import_module(module))
+    real, left = getattr(where, name), [calls]
+
+    def call(*args, **named):
+        result = real(*args, **named)
+        left[0] -= 1
+        if left[0] == 0 and my_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    setattr(where, name, call)
+    command(*words)
+
+
+def failing(rank, name, *words):
+    """As `command`; what `vecpg.train` or `vecpg.begin` would call raises; rank None: on all."""
+    from vecpg import begin, train
+
+    def fail(*_, **__):
+        raise (RuntimeError if name.startswith("make") else OSError)("no more of it")
+
+    if rank in (None, my_rank()):
+        setattr(train if hasattr(train, name) else begin, name, fail)
+    command(*words)
 
 
 def each_its_own(settings):
@@ -537,6 +569,11 @@ COLLECTIVES = (
 def raising_on_rank_1(env):
     """A wrapper: some steps into the run, the environment raises."""
     return _Raising(env) if my_rank() == 1 else env
+
+
+def unmade(env):
+    """A wrapper that fails."""
+    raise ZeroDivisionError("no pole")
 
 
 class _Raising(gymnasium.Wrapper):

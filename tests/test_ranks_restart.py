@@ -13,8 +13,10 @@ from ranks import (
     command,
     each_its_own,
     evaluating_for,
+    failing,
     flags,
     in_ranks,
+    signalled_after,
     train_and_die,
     train_and_die_at,
     train_here,
@@ -158,7 +160,9 @@ def test_ranks_that_are_started_again_go_on(tmp_path, whole, killed, then, stops
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "collect")])
+@pytest.mark.parametrize(
+    ("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "share"), (1, "collect")]
+)
 def test_ranks_that_are_killed_before_the_first_iteration_begin_again(tmp_path, whole, rank, where):
     """In the directory that was made, if one was."""
     settings = BASE | {"out_dir": str(tmp_path / "runs")}
@@ -378,6 +382,28 @@ def test_a_signal_during_an_evaluation_stops_all(tmp_path, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "calls", "module", "name", "target"),
+    [
+        (0, 1, "vecpg.train", "update", 10.0),
+        (0, 9, "vecpg.run.clock", "Clock.without_evaluations", None),
+        (1, 9, "vecpg.run.clock", "Clock.without_evaluations", None),
+    ],
+    ids=["before it is confirmed", "before the last", "before the last, another"],
+)
+def test_a_signal_just_before_an_evaluation_stops_all(tmp_path, rank, calls, module, name, target):
+    """At once: nobody waits for who has left."""
+    settings = BASE | {"target_return": target, "return_window": 24, "dist_timeout": 60.0}
+    words = flags(**settings, out_dir=str(tmp_path / "runs"), progress=False)
+    with Agent(tmp_path / "ranks", max_restarts=1) as agent:
+        agent.start(2, signalled_after, rank, calls, module, name, *words)
+        ended = agent.wait(20.0)
+    assert [each.code for each in ended] == [0, 0], ended
+    assert "stopped by SIGTERM" in ended[0].stderr
+    assert not (the_run(tmp_path / "runs") / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_the_job_saved(tmp_path):
     settings = ENDLESS | {"progress": False}
     runs = tmp_path / "ranks" / "runs"
@@ -423,6 +449,37 @@ def test_different_settings_on_two_ranks_are_refused(tmp_path):
     assert "0.5" in said
     assert "0.99" in said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "name"), [(None, "make_envs"), (0, "make_judge"), (1, "make_envs"), (None, None)]
+)
+def test_what_fails_before_the_first_step_is_said_once(tmp_path, rank, name):
+    """Whoever has failed, and where there is a trace above it too."""
+    words = flags(**BASE, out_dir=str(tmp_path / "runs"), progress=False)
+    with Agent(tmp_path / "ranks") as agent:
+        if name is None:
+            words += flags(vectorization="sync", wrappers=("ranks:unmade",))
+            ended = agent.run(3, command, *words)
+        else:
+            ended = agent.run(3, failing, rank, name, *words)
+    assert [each.code for each in ended] == [2] * 3, ended
+    assert [each.stderr for each in ended[1:]] == [""] * 2
+    errors = re.findall("^error: .+", ended[0].stderr, re.M)
+    expected = "no pole" if name is None else "no more of it"
+    assert [expected in each for each in errors] == [True]
+    assert ("in unmade" in ended[0].stderr) == (name is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evaluate_in", "write_json"])
+def test_what_fails_rank_0_after_the_first_step_fails_the_others(tmp_path, name):
+    words = flags(**BASE, out_dir=str(tmp_path / "runs"), progress=False)
+    with Agent(tmp_path / "ranks") as agent:
+        ended = agent.run(2, failing, 0, name, *words)
+    assert [each.code for each in ended] == [1, 1], ended
+    assert "rank 0 failed: OSError: no more of it" in ended[1].stderr
 
 
 @pytest.mark.slow

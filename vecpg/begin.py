@@ -96,6 +96,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
         source: Source | None = None
         run_files: Files | None = None
 
+        @_refusing()
         def look_up() -> dict[str, Any] | None:
             nonlocal source
             source = files.find_source(config)
@@ -107,7 +108,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
         before = ranks.told(look_up)
         own = ranks.part_of(config, before)
         found: dict[str, Any] = {}
-        with ranks.alike(found):
+        with ranks.alike(found), _refusing():
             settled = _settle(config, own, before, unless_all_is_well, ranks)
             environment = files.environment(settled.spec, settled.envs)
             found |= {
@@ -116,6 +117,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
                 "the device": settled.device.type,
             }
 
+        @_refusing()
         def open_files() -> Path:
             nonlocal run_files
             about = {
@@ -134,11 +136,11 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
                 run_files = files.begin(config, about, settled.state)
             else:
                 run_files = files.go_on(config, about, settled.state, source)
+            ranks.remember(str(run_files.run_dir))
             return run_files.run_dir
 
         run_dir = ranks.told(open_files)
         ranks.share(settled.state)
-        ranks.remember(str(run_dir))
         run_files = run_files or files.elsewhere(run_dir, settled.state.counters.iteration)
         unless_all_is_well.pop_all()
     closing = ExitStack()
@@ -171,6 +173,8 @@ def _refusing() -> Iterator[None]:
     """Whatever goes wrong before the first step is a matter of settings."""
     try:
         yield
+    except ConfigError:
+        raise
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)
         raise ConfigError(words) from error

@@ -153,7 +153,8 @@ class Ranks:
 
         Raises:
             what `make` raised: `ConfigError` and `Interrupted` on every rank, and of others
-                `RanksLost` where it is not rank 0.
+                `RanksLost` where it is not rank 0. Likewise what has ended rank 0 before it came
+                here.
         """
         if self._store is None:
             return make()
@@ -172,7 +173,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def alike(self, alike: dict[str, Any]) -> Iterator[None]:
-        """Go on where no rank has failed inside, and what they have found is the same for all.
+        """Go on where no rank refuses inside, and what they have found is the same for all.
 
         Args:
             alike: what is to be the same, by name; filled inside.
@@ -180,12 +181,10 @@ class Ranks:
         Raises:
             ConfigError: another rank's, or what differs.
         """
-        error: Exception | Interrupted | None = None
+        error: ConfigError | Interrupted | None = None
         try:
             yield
-        except RanksLost:
-            raise
-        except (ConfigError, ValueError, OSError, RuntimeError, Interrupted) as raised:
+        except (ConfigError, Interrupted) as raised:
             error = raised
         if self.size > 1:
             self._parted = True  # whatever comes of it, all of them know
@@ -221,7 +220,9 @@ class Ranks:
         with self._answering():
             distributed.broadcast(content, 0)
         if not self.first:
-            state.load_state_dict(torch.load(io.BytesIO(content.numpy().tobytes())))
+            # On a GPU of rank 0 it may have been; this rank has another.
+            received = io.BytesIO(content.numpy().tobytes())
+            state.load_state_dict(torch.load(received, map_location="cpu", weights_only=True))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -375,11 +376,12 @@ class Ranks:
         )
         every = torch.stack(kept)
         flags = every[::shards, 3:].tolist()
-        self._parted = any(theirs != _GOES_ON for theirs, _ in flags)
-        for rank, (theirs, _) in enumerate(flags):
+        kinds = [theirs for theirs, _ in flags]
+        self._parted = _LEAVES in kinds
+        for rank, theirs in enumerate(kinds):
             if theirs == _LEAVES and rank != self.rank:
                 raise self._reason() or RanksLost(f"rank {rank} has left")
-        if self._parted:
+        if self._parted or _IS_OVER in kinds:
             raise _Over
         counted, episodes, rows = int(total[0]), int(total[1]), int(every[:, 2].max())
         found = Tally(
@@ -419,10 +421,17 @@ class Ranks:
         ends = time.monotonic() + _LAST_WORDS
         while self._store is not None and time.monotonic() < ends:
             for rank in range(self.size):
-                if rank != self.rank and self._store.check([key := f"left/{rank}"]):
-                    return _raised(_unpacked(self._store.get(key)), rank)
+                if rank != self.rank and (words := self._last_words(rank)) is not None:
+                    return words
             time.sleep(_LOOK)
         return None
+
+    def _last_words(self, rank: int) -> BaseException | None:
+        """Why a rank has left; None where it has not said."""
+        store = cast(Store, self._store)
+        if not store.check([key := f"left/{rank}"]):
+            return None
+        return _raised(_unpacked(store.get(key)), rank)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -477,9 +486,12 @@ class Ranks:
             try:
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
+                left = self._last_words(0)
                 now = store.add("alive", 0)
             except RuntimeError as error:
                 raise RanksLost(f"torchrun's store is gone: {error}") from error
+            if left is not None:
+                raise left
             time.sleep(_LOOK)
             if now != beats:
                 beats, since = now, time.monotonic()
@@ -504,6 +516,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     try:
         kept = agent_store(where, seconds)
         if where.world_size == 1:
+            signals.together = True
             yield Ranks(where, seconds, None, kept)
             return
         store = meet(kept, where, seconds)
@@ -521,19 +534,18 @@ def joined(config: Config) -> Iterator[Ranks]:
         raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+    ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
+    own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
     try:
-        ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
-        own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-        try:
-            with ranks.alike({flag(name): value for name, value in own.items()}):
-                pass
-            yield ranks
-        except BaseException as error:
-            ranks.leave(error)
-            ranks.await_saving(error)
-            raise
-    finally:
-        distributed.destroy_process_group()
+        with ranks.alike({flag(name): value for name, value in own.items()}):
+            pass
+        yield ranks
+    except BaseException as error:
+        ranks.leave(error)
+        distributed.destroy_process_group()  # rank 0 may wait for this one
+        ranks.await_saving(error)
+        raise
+    distributed.destroy_process_group()
 
 
 def agent_store(place: Place, seconds: float) -> Store:
@@ -610,7 +622,7 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
     """What the others are told of an error."""
     if isinstance(error, Interrupted):
         return "stopped", error.signum
-    if isinstance(error, ConfigError | ValueError | OSError):
+    if isinstance(error, ConfigError):
         return "refused", str(error)
     return "failed", _in_words(error)
 
