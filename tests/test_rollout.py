@@ -203,16 +203,19 @@ def test_a_faulty_environment_is_named_with_step_and_seed(fault, message):
     for index, env in enumerate(envs.envs):
         env.unwrapped.guilty = index == 2
     assert Faulty.made
-    seed = Stream(1, 0, 0, 4).reset_seeds(Purpose.TRAINING_RESET)[2]
-    with pytest.raises(EnvironmentFailure, match=message.format(seed=seed)):
-        collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0)
+    # Of a part of the environments as it is named among all.
+    for first_env, index in ((0, 2), (5, 7)):
+        seed = Stream(1, 0, first_env, 4).reset_seeds(Purpose.TRAINING_RESET)[2]
+        expected = message.replace("environment 2", f"environment {index}").format(seed=seed)
+        with pytest.raises(EnvironmentFailure, match=expected):
+            collect(envs, policy_for(envs), num_steps=1, seed=1, iteration=0, first_env=first_env)
 
 
 @pytest.mark.parametrize("what", ["actions", "obs", "rewards", "final_obs"])
 def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
     """Of rows that count, and of final observations, which lie in rows that do not."""
     envs = make_envs("environments:Pay-v0", 3, max_episode_steps=4)
-    rollout = collect(envs, policy_for(envs), num_steps=6, seed=1, iteration=4)
+    rollout = collect(envs, policy_for(envs), num_steps=6, seed=1, iteration=4, first_env=20)
     assert len(rollout.final_rows) == 6
     check_finite(rollout)
     rows = rollout.final_obs if what == "final_obs" else getattr(rollout, what)
@@ -221,6 +224,7 @@ def test_the_first_number_of_a_rollout_that_is_not_finite_is_named(what):
         rows[3, 0] = math.inf
     t, n = rollout.final_rows[5].tolist() if what == "final_obs" else (2, 1)
     named = {"obs": "observation", "rewards": "reward", "final_obs": "final observation"}
+    n += 20  # as it is named among all
     if what == "actions":
         message = rf"^the policy's action in environment {n} at step {t} is \[nan, .* iteration 5;"
         with pytest.raises(FloatingPointError, match=message):

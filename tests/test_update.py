@@ -11,7 +11,7 @@ from gymnasium import spaces
 from vecpg import update as update_module
 from vecpg.config import Config
 from vecpg.envs import make_envs
-from vecpg.noise import Purpose
+from vecpg.noise import Purpose, Stream
 from vecpg.policy import Policy
 from vecpg.policy import network as network_module
 from vecpg.rollout import Rollout, collect
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(advantage):
     ("what", "message"),
     [
         ("advantage", "norm is inf, .*: the largest advantage is 1e.30; scale .* give --normalize"),
-        ("advantage of infinity", "the advantage at step 5 of environment 2 is inf, .* beyond"),
+        ("advantage of infinity", "the advantage at step 5 of environment 42 is inf, .* beyond"),
         ("entropy", "norm is inf, .*: the largest entropy coefficient is 1e.30; lower --ent-coef"),
         ("parameter", "the largest parameter is 3e.38; lower --learning-rate .now 0.012"),
         ("observation", "the largest observation is 2e.38; scale .* or give --normalize-obs"),
@@ -206,6 +206,7 @@ def test_the_setting_to_change_is_that_of_the_largest_number(what, message):
         advantages[5, 2] = -1e30
     elif what == "advantage of infinity":
         advantages[5, 2] = math.inf
+        rollout = dataclasses.replace(rollout, stream=Stream(1, 0, 40, N))
     elif what == "entropy":
         settings = {"ent_coef": 1e30}
     elif what == "parameter":

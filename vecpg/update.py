@@ -18,7 +18,7 @@ from vecpg.kernels.sums import Whole, gradient_in_order, here, in_order
 from vecpg.noise import Purpose
 from vecpg.policy import Policy
 from vecpg.policy import cpu as policy_cpu
-from vecpg.rollout.data import Rollout, when
+from vecpg.rollout.data import Rollout, when, which
 
 if TYPE_CHECKING:
     from vecpg.config import Config
@@ -290,8 +290,8 @@ def _suspect(policy: Policy, rollout: Rollout, advantages: Tensor, config: "Conf
         t, n = wrong[0].tolist()
         values = ", or lower --value-learning-rate" if config.baseline == "value" else ""
         return (
-            f"the advantage at step {t} of environment {n} is {advantages[t, n].item()}, since sums"
-            f" of rewards are beyond float32; scale the rewards{values}"
+            f"the advantage at step {t} of {which(rollout, n)} is {advantages[t, n].item()}, since"
+            f" sums of rewards are beyond float32; scale the rewards{values}"
         )
     largest = {
         "advantage": advantages[rollout.mask].abs().max().item(),

@@ -220,6 +220,12 @@ class Rollout:
         return joined
 
 
+def which(rollout: Rollout, n: int) -> str:
+    """One of its environments, by the index in the whole run, for an error's message."""
+    first_env = 0 if rollout.stream is None else rollout.stream.first_env
+    return f"environment {first_env + n}"
+
+
 def when(rollout: Rollout) -> str:
     """In words, when a rollout was collected, to be put behind what went wrong with it.
 
@@ -357,7 +363,7 @@ def check_finite(rollout: Rollout) -> None:
     if (at := _first_not_finite(rollout.actions, rollout.mask)) is not None:
         t, n = at
         raise FloatingPointError(
-            f"the policy's action in environment {n} at step {t} is"
+            f"the policy's action in {which(rollout, n)} at step {t} is"
             f" {rollout.actions[t, n].tolist()}{when(rollout)}; lower --learning-rate"
         )
     stream = rollout.stream
@@ -365,11 +371,12 @@ def check_finite(rollout: Rollout) -> None:
     for what, rows in (("observation", rollout.obs), ("reward", rollout.rewards)):
         if (at := _first_not_finite(rows, rollout.mask)) is not None:
             t, n = at
-            raise _not_finite(what, rows[t, n], n, t, where)
+            raise _not_finite(what, rows[t, n], which(rollout, n), t, where)
     ends = torch.ones(len(rollout.final_obs), 1, dtype=torch.bool, device=rollout.mask.device)
     if (at := _first_not_finite(rollout.final_obs[:, None], ends)) is not None:
         t, n = rollout.final_rows[at[0]].tolist()
-        raise _not_finite("final observation", rollout.final_obs[at[0]], n, t, where)
+        value, whose = rollout.final_obs[at[0]], which(rollout, n)
+        raise _not_finite("final observation", value, whose, t, where)
 
 
 def _first_not_finite(rows: Tensor, mask: Tensor) -> tuple[int, int] | None:
@@ -385,8 +392,8 @@ def _first_not_finite(rows: Tensor, mask: Tensor) -> tuple[int, int] | None:
     return None if len(bad) == 0 else (int(bad[0, 0]), int(bad[0, 1]))
 
 
-def _not_finite(what: str, value: Tensor, n: int, t: int, where: str) -> EnvironmentFailure:
+def _not_finite(what: str, value: Tensor, whose: str, t: int, where: str) -> EnvironmentFailure:
     return EnvironmentFailure(
-        f"environment {n} returned the {what} {value.tolist()} at step {t}{where};"
+        f"{whose} returned the {what} {value.tolist()} at step {t}{where};"
         " expected finite float32 numbers"
     )

@@ -30,6 +30,32 @@ _LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
 _MOST_BYTES = 2**28
 
 
+class _Copies(NamedTuple):
+    """How messages name copies of an environment, whichever of the run's they are.
+
+    seeds:     as their `reset` has taken them.
+    first_env: the index in the whole run of the first.
+    """
+
+    seeds: int | list[int]
+    first_env: int
+
+    def name(self, index: int) -> str:
+        """Of one of them."""
+        return f"environment {self.first_env + index}"
+
+    def reset(self, index: int) -> str:
+        """How it was reset last."""
+        if isinstance(self.seeds, int):
+            return f"all reset together with seed {self.seeds}"
+        return f"reset with seed {self.seeds[index]}"
+
+    @property
+    def common(self) -> str:
+        """Where it is not known which one it was, only a common seed can be named."""
+        return f" ({self.reset(0)})" if isinstance(self.seeds, int) else ""
+
+
 class Row(NamedTuple):
     """One step of N environments, on the host. Ends are False, and rewards 0, where `mask` is."""
 
@@ -86,7 +112,12 @@ def collect_by_stepping(
     length = 0
     with torch.inference_mode():
         for row, following in play(
-            envs, act, num_steps=num_steps, seeds=seeds, action_masks=action_masks
+            envs,
+            act,
+            num_steps=num_steps,
+            seeds=seeds,
+            first_env=stream.first_env,
+            action_masks=action_masks,
         ):
             host.rewards[length] = row.rewards
             host.terminations[length] = row.terminations
@@ -116,6 +147,7 @@ def play(
     num_steps: int | None = None,
     quotas: NDArray[np.int64] | None = None,
     seeds: int | list[int],
+    first_env: int = 0,
     action_masks: bool = False,
 ) -> Iterator[tuple[Row, NDArray[Any]]]:
     """Reset, then step until every episode that counts has ended.
@@ -130,6 +162,7 @@ def play(
         num_steps: the start window in real steps, counted from the reset. None = no end.
         quotas: (N,) episodes. None = no end.
         seeds: as the environments' `reset` takes them.
+        first_env: the index in the whole run of the first environment, for what is said of them.
         action_masks: whether infos say which actions are allowed. What is ignored, the action after
             an episode's end, may be any.
 
@@ -137,11 +170,12 @@ def play(
         each row, and the observations that follow it (after an end, the final one). A row's arrays
         are written anew at the next one.
     """
+    copies = _Copies(seeds, first_env)
     try:
         # VectorEnv annotates one integer; Sync and Async document the list.
         obs, infos = envs.reset(seed=seeds)  # type: ignore[arg-type]
     except (Exception, SystemExit) as error:
-        raise _failure(error, "its reset", seeds) from error
+        raise _failure(error, "its reset", copies) from error
     num_envs = envs.num_envs
     most = np.iinfo(np.int64).max
     window = most if num_steps is None else num_steps
@@ -151,32 +185,34 @@ def play(
     row = Row(np.empty(num_envs), *np.empty((3, num_envs), np.bool_))
     obs = np.asarray(obs)
     space = envs.single_observation_space
-    _check_observations(obs, state, space, "its reset", seeds)
+    _check_observations(obs, state, space, "its reset", copies)
     masks: tuple[NDArray[np.bool_], ...] = ()
     if action_masks:
         none_ended = np.zeros(num_envs, np.bool_)
-        masks = (_masks(envs, infos, state, none_ended, "its reset", seeds),)
+        masks = (_masks(envs, infos, state, none_ended, "its reset", copies),)
     t, playing = 0, num_envs
     while playing:
         actions = act(t, obs, *masks)
         try:
             obs, rewards, terminations, truncations, infos = envs.step(actions)
         except (Exception, SystemExit) as error:
-            raise _failure(error, f"step {t}", seeds) from error
+            raise _failure(error, f"step {t}", copies) from error
         # Environments on tensors, on the CPU, are stepped like any other.
         obs = np.asarray(obs)
-        _check_observations(obs, state, space, f"step {t}", seeds)
-        rewards = _column("rewards", rewards, np.float64, f"step {t}", seeds, num_envs)
-        terminations = _column("terminations", terminations, np.bool_, f"step {t}", seeds, num_envs)
-        truncations = _column("truncations", truncations, np.bool_, f"step {t}", seeds, num_envs)
+        _check_observations(obs, state, space, f"step {t}", copies)
+        rewards = _column("rewards", rewards, np.float64, f"step {t}", copies, num_envs)
+        terminations = _column(
+            "terminations", terminations, np.bool_, f"step {t}", copies, num_envs
+        )
+        truncations = _column("truncations", truncations, np.bool_, f"step {t}", copies, num_envs)
         playing, bad = _next_row(
             rewards, terminations, truncations, window, quotas, done, state, *row
         )
         if bad >= 0:
-            raise _not_finite("reward", rewards[bad], bad, f"step {t}", seeds)
+            raise _not_finite("reward", rewards[bad], bad, f"step {t}", copies)
         if action_masks:
             ended = terminations | truncations
-            masks = (_masks(envs, infos, state, ended, f"step {t}", seeds),)
+            masks = (_masks(envs, infos, state, ended, f"step {t}", copies),)
         yield row, obs
         t += 1
 
@@ -187,18 +223,18 @@ def _masks(
     state: NDArray[np.int8],
     ended: NDArray[np.bool_],
     when: str,
-    seeds: int | list[int],
+    copies: _Copies,
 ) -> NDArray[np.bool_]:
     """(N, A) of what `infos` allow: where an episode goes on, or begins, that is something."""
     space = envs.single_action_space
     try:
         return read_action_masks(infos, space, needed=state == PLAYING, ended=ended)
     except SubEnvironmentError as error:
-        raise _failure(error, when, seeds) from error
+        raise _failure(error, when, copies) from error
 
 
 def _column(
-    what: str, given: Any, dtype: Any, when: str, seeds: int | list[int], num_envs: int
+    what: str, given: Any, dtype: Any, when: str, copies: _Copies, num_envs: int
 ) -> NDArray[Any]:
     """(N,) of what a step has returned, from (N,) or (N, 1) numbers of any kind."""
     found = np.asarray(given)
@@ -208,7 +244,7 @@ def _column(
         return found.reshape(num_envs).astype(dtype)
     raise EnvironmentFailure(
         f"the environments returned {what} of shape {found.shape} and dtype {found.dtype} at {when}"
-        f"{_common(seeds)}; expected numbers of shape ({num_envs},)"
+        f"{copies.common}; expected numbers of shape ({num_envs},)"
     )
 
 
@@ -267,7 +303,7 @@ def _check_observations(
     state: NDArray[np.int8],
     space: spaces.Space[Any],
     when: str,
-    seeds: int | list[int],
+    copies: _Copies,
 ) -> None:
     """Those of environments that play or reset: a row that resets carries a first observation."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
@@ -282,12 +318,12 @@ def _check_observations(
         if bad.any():
             index = int(bad.argmax())
             raise EnvironmentFailure(
-                f"environment {index} returned the observation {obs[index]} at {when}"
-                f" ({_reset(seeds, index)}); expected one of {space}"
+                f"{copies.name(index)} returned the observation {obs[index]} at {when}"
+                f" ({copies.reset(index)}); expected one of {space}"
             )
         return
     if space.dtype == np.uint8:
-        _check_bytes(obs, state, space, when, seeds)
+        _check_bytes(obs, state, space, when, copies)
         return
     # Whole numbers are finite; a sum of their squares, which wraps around, would say nothing.
     if obs.dtype.kind in "biu":
@@ -302,7 +338,7 @@ def _check_observations(
     bad = ~finite & (state != FINISHED)
     if bad.any():
         index = int(bad.argmax())
-        raise _not_finite("observation", values[index], index, when, seeds)
+        raise _not_finite("observation", values[index], index, when, copies)
 
 
 def _check_bytes(
@@ -310,7 +346,7 @@ def _check_bytes(
     state: NDArray[np.int8],
     space: spaces.Space[Any],
     when: str,
-    seeds: int | list[int],
+    copies: _Copies,
 ) -> None:
     """Of a space of uint8, whose observations stay that: none may be another number in it."""
     if obs.dtype == np.uint8:
@@ -322,38 +358,27 @@ def _check_bytes(
         index = int(bad.argmax())
         value = obs[index].reshape(-1)[outside[index]][0]
         raise EnvironmentFailure(
-            f"environment {index} returned an observation with the number {value} at {when}"
-            f" ({_reset(seeds, index)}); expected whole numbers from 0 to 255, as its space"
+            f"{copies.name(index)} returned an observation with the number {value} at {when}"
+            f" ({copies.reset(index)}); expected whole numbers from 0 to 255, as its space"
             f" has, of shape {space.shape} and uint8"
         )
 
 
 def _not_finite(
-    what: str, value: Any, index: int, when: str, seeds: int | list[int]
+    what: str, value: Any, index: int, when: str, copies: _Copies
 ) -> EnvironmentFailure:
     return EnvironmentFailure(
-        f"environment {index} returned the {what} {value} at {when}"
-        f" ({_reset(seeds, index)}); expected finite float32 numbers"
+        f"{copies.name(index)} returned the {what} {value} at {when}"
+        f" ({copies.reset(index)}); expected finite float32 numbers"
     )
 
 
-def _failure(error: BaseException, when: str, seeds: int | list[int]) -> EnvironmentFailure:
+def _failure(error: BaseException, when: str, copies: _Copies) -> EnvironmentFailure:
     if isinstance(error, SubEnvironmentError):
-        who, verb, detail = f"environment {error.index}", error.verb, error.detail
-        seed, trace = f" ({_reset(seeds, error.index)})", error.trace
+        who, verb, detail = copies.name(error.index), error.verb, error.detail
+        seed, trace = f" ({copies.reset(error.index)})", error.trace
     else:
         who, verb, detail = "the environments", "failed", f"{type(error).__name__}: {error}"
-        seed = _common(seeds)
+        seed = copies.common
         trace = "".join(traceback.format_exception(error))
     return EnvironmentFailure(f"{who} {verb} at {when}{seed}: {detail}", trace)
-
-
-def _common(seeds: int | list[int]) -> str:
-    """Where it is not known which environment it was, only a common seed can be named."""
-    return f" ({_reset(seeds, 0)})" if isinstance(seeds, int) else ""
-
-
-def _reset(seeds: int | list[int], index: int) -> str:
-    if isinstance(seeds, int):
-        return f"all reset together with seed {seeds}"
-    return f"reset with seed {seeds[index]}"
