@@ -591,6 +591,8 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
     """What the others are told of an error."""
     if isinstance(error, Interrupted):
         return "stopped", error.signum
+    if isinstance(error, RanksLost):  # of whoever was lost, not of who tells it
+        return "lost", str(error)
     if isinstance(error, ConfigError | ValueError | OSError):
         return "refused", str(error)
     return "failed", _in_words(error)
@@ -601,6 +603,8 @@ def _raised(told: tuple[str, Any], rank: int) -> BaseException:
     kind, what = told
     if kind == "stopped":
         return Interrupted(what)
+    if kind == "lost":
+        return RanksLost(what)
     if kind == "refused":
         return ConfigError(what if rank == 0 else f"rank {rank}: {what}")
     return RanksLost(f"rank {rank} failed: {what}")
