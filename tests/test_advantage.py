@@ -159,6 +159,39 @@ def test_equal_weights_normalize_to_zero(value):
     assert torch.equal(result, torch.zeros(70, 9))
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e6, 0.1, 1e30])
+@pytest.mark.parametrize("sizes", [(7, 1, 300), (0, 5), (3, 0, 0, 11), (0, 0, 1), (0, 0)])
+def test_equal_weights_of_many_shards_normalize_to_zero(value, sizes):
+    """And those of a shard in which nothing counts, or that has no rows, change nothing."""
+    values = [torch.full((size + 1, 3), value) for size in sizes]
+    masks = [torch.arange(size + 1)[:, None].expand(-1, 3) < size for size in sizes]
+    values.append(torch.empty(0, 3))
+    masks.append(torch.empty(0, 3, dtype=bool))
+    values = [own.masked_fill(~mask, math.nan) for own, mask in zip(values, masks, strict=True)]
+    for own in normalized(values, masks):
+        assert torch.equal(own, torch.zeros(own.shape))
+
+
+@pytest.mark.parametrize("sizes", [(7, 1, 300), (0, 5), (3, 0, 0, 11), (1, 1)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_shards_are_normalized_as_all_of_their_rows(sizes, scale):
+    g = torch.Generator().manual_seed(1)
+    values = [(torch.randn(size, generator=g) + 30) * scale for size in sizes]
+    found = normalized(values, [torch.ones(size, dtype=bool) for size in sizes])
+    whole = torch.cat(values).double()
+    expected = (whole - whole.mean()) / whole.std()
+    torch.testing.assert_close(torch.cat(found).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan, 3.4e38])
+def test_what_one_shard_has_that_is_not_finite_or_too_large_is_seen_by_all(wrong):
+    values = [torch.tensor([1.0]), torch.tensor([wrong, -wrong, 2.0]), torch.tensor([0.0])]
+    for own in normalized(values, [torch.ones(len(each), dtype=bool) for each in values]):
+        assert own.isnan().all() or wrong == 3.4e38
+    alone = normalized([torch.tensor([wrong]), -torch.tensor([wrong])], [torch.tensor([True])] * 2)
+    assert all(own.isnan().all() for own in alone)
+
+
 def test_one_row_normalizes_to_zero():
     rollout = make_rollout([[1]])
     assert advantages(rollout, Config(normalize=True, baseline="none")).tolist() == [[0.0]]
@@ -476,6 +509,30 @@ def test_means_by_age_are_the_same_in_torch_and_on_the_host(monkeypatch, length,
         torch.testing.assert_close(own_sums, sums, rtol=1e-9, atol=1e-9)
         advantage.subtract_mean_by_age(ours, mask, dones, own_sums, others=others)
         torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_episodes_elsewhere_may_be_longer(monkeypatch, dtype, others):
+    """A rank's sums by age are as long as the longest episode of all, and 0 may follow."""
+    rollout = make_rollout(RAGGED)
+    weights = rollout.rewards.to(dtype)
+    rows = rollout.mask, rollout.dones
+    sums = sums_by_age(weights, *rows)
+    expected = weights.clone()
+    advantage.subtract_mean_by_age(expected, *rows, sums, others=others)
+    widths = []
+    real = cpu._subtract
+    monkeypatch.setattr(
+        cpu, "_subtract", lambda *given: widths.append(len(given[3])) or real(*given)
+    )
+    for further in ([], [3.0] * 1000, [0.0] * 1000):
+        more = torch.tensor([further, further], dtype=torch.float64)
+        found = weights.clone()
+        advantage.subtract_mean_by_age(found, *rows, torch.cat([sums, more], dim=1), others=others)
+        assert torch.equal(found, expected)
+    # Memory is for the own rows alone.
+    assert widths == [len(weights)] * 3 * (dtype == torch.float32)
 
 
 @settings(max_examples=60, deadline=None)

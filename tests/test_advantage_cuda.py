@@ -76,6 +76,11 @@ def check_case(device, length, num_envs, dtype, seed, masked=0.1, done=0.1, turn
         assert result.is_contiguous() is not turned
         cuda.subtract_mean_by_age(result, *later[1:], more, others)
         assert not result[length:].any()
+        # Those of longer episodes elsewhere, which lie in the middle of other numbers.
+        elsewhere = torch.nn.functional.pad(sums, (1, 4), value=7.0)[:, 1:-1]
+        again = given[0].clone()
+        cuda.subtract_mean_by_age(again, *given[1:], elsewhere, others)
+        assert torch.equal(again, result[:length])
         expected = torch.zeros(length, num_envs, dtype=torch.float64)
         for by_env in rows.values():
             for n, own in by_env.items():

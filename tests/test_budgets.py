@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="needs triton, which is for Linux")
 
 from twins import twins, without_triton
 
+from vecpg import distributed
 from vecpg.config import Config
 from vecpg.envs import make_envs
 from vecpg.kernels import graphs
@@ -28,6 +29,14 @@ from vecpg.train import train
 
 LOOP: Any = sys.modules[train.__module__]
 PHASES = ("collect", "episode_statistics", "predict", "advantages", "update", "fit", "commit")
+# Each function that is called in one, the phase, and where the loop finds it.
+CALLED = {
+    "weigh": ("advantages", LOOP),
+    "advantages_of": ("advantages", LOOP),
+    "episode_statistics": ("episode_statistics", distributed),
+    "commit": ("commit", LOOP.Outcomes),
+    **{name: (name, LOOP) for name in ("collect", "predict", "update", "fit")},
+}
 ITERATIONS = 4
 BLOCK = 16
 
@@ -88,11 +97,11 @@ def run(tmp_path, *, triton=True, replayed=True, device="cuda", **settings):
                 iterations.append(Iteration(lengths[-1], *tallies))
             on.clear()
 
-        def counting(name, function):
+        def counting(phase, function):
             def call(*args, **kwargs):
-                if name == "collect":
+                if phase == "collect":
                     cut()
-                with on.phase(name):
+                with on.phase(phase):
                     result = function(*args, **kwargs)
                 if isinstance(result, Rollout):
                     lengths.append(len(result.mask))
@@ -100,9 +109,8 @@ def run(tmp_path, *, triton=True, replayed=True, device="cuda", **settings):
 
             return call
 
-        for name in PHASES:
-            owner = LOOP.Outcomes if name == "commit" else LOOP
-            new = counting(name, getattr(owner, name))
+        for name, (phase, owner) in CALLED.items():
+            new = counting(phase, getattr(owner, name))
             undone.enter_context(mock.patch.object(owner, name, new))
         result = train(config)
         cut()
@@ -236,11 +244,11 @@ CASES = {
     ),
     "gae": ({"baseline": "value", "weights": "gae"}, WITH_VALUES | {"advantages": 2}),
     "full_return": ({"weights": "full_return"}, {"advantages": 19}),
-    "normalized": ({"normalize": True}, {"advantages": 33}),
+    "normalized": ({"normalize": True}, {"advantages": 36}),
     "clipped": ({"max_grad_norm": 0.5}, {"update": 101}),
     "entropy": ({"ent_coef": 0.01}, {}),
     "dropout": ({"dropout": 0.1}, {"collect": 1135, "update": 238}),
-    "observed": ({"normalize_obs": True}, {"collect": 1195, "update": 124, "": 13}),
+    "observed": ({"normalize_obs": True}, {"collect": 1195, "update": 131, "": 13}),
     "target": ({"target_return": 1e9}, {"commit": 8, "": 4}),
     "Pendulum": ({"env_id": "Pendulum-v1"}, PENDULUM),
     "own_log_std": (

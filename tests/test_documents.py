@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 from vecpg import Config
 from vecpg.cli import COMMANDS, EvaluateConfig, PlotConfig, parse, parse_config
@@ -70,6 +71,21 @@ def test_every_command_can_be_typed(path, capsys):
         except SystemExit as exit_:
             if exit_.code != 0:
                 pytest.fail(f"{' '.join(args)}: {capsys.readouterr().err}")
+
+
+def test_every_torchrun_command_can_be_typed():
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^.*?\b(torchrun .*)$", text.replace("\\\n", " "), re.M)
+    in_yaml = " ".join(re.findall(r"^ +(?:command|args): \[(.*)\]$", text, re.M))
+    typed = [line for line in [*lines, in_yaml.replace(",", " ")] if "scripts/train.py" in line]
+    assert len(typed) > 6
+    for line in typed:
+        given = get_args_parser().parse_args(shlex.split(line.strip("`"))[1:])
+        assert given.training_script == "scripts/train.py"
+        args = given.training_script_args
+        if "--resume" in args:
+            args[args.index("--resume") + 1] = "auto"
+        PARSERS["train"](args)
 
 
 @every_document

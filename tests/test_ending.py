@@ -1,6 +1,7 @@
 """What ranks say as they end: in one process, one after the other, and as torchrun starts them."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -12,6 +13,9 @@ import torch
 from conftest import ROOT
 
 from vecpg import cli, ending, signals
+from vecpg.distributed import RanksLost
+from vecpg.run.interrupts import Interrupted
+from vecpg.train import TrainResult
 
 
 @pytest.fixture
@@ -201,6 +205,18 @@ def test_what_is_asked_for_is_answered_by_rank_0(rank, capsys, args):
         assert bool(captured.out) == (number == 0)
 
 
+def test_what_a_run_came_to_is_said_by_rank_0(rank, capfd, monkeypatch, tmp_path):
+    result = TrainResult(None, tmp_path, {"run_dir": str(tmp_path), "iterations": 3})
+    monkeypatch.setattr("vecpg.train.train", lambda config: result)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for number in (0, 1):
+        rank(number)
+        cli.main(["train", "--out-dir", str(tmp_path)])
+        out, err = capfd.readouterr()
+        assert out == ("" if number else json.dumps(result.summary) + "\n")
+        assert bool(err) == (number == 0)
+
+
 @pytest.mark.parametrize(("max_restarts", "statuses"), [(0, (130, 143, 143)), (3, (0, 0, 0))])
 def test_a_signal_is_said_by_rank_0_and_restarts_nothing(
     rank, capsys, monkeypatch, max_restarts, statuses
@@ -208,10 +224,11 @@ def test_a_signal_is_said_by_rank_0_and_restarts_nothing(
     monkeypatch.setattr(os, "_exit", lambda status: None)
     for number in (0, 1):
         rank(number, max_restarts=max_restarts)
+        monkeypatch.setattr(signals, "together", True)
         for signum, status in zip(signals.STOPPING, statuses, strict=True):
             monkeypatch.setattr(signals, "said", False)
             with pytest.raises(SystemExit) as caught, cli.exit_codes():
-                raise KeyboardInterrupt if signum == signal.SIGINT else _interrupted(signum)
+                raise KeyboardInterrupt if signum == signal.SIGINT else Interrupted(signum)
             assert caught.value.code == status == signals.exit_status(signum)
             line = f"stopped by {signum.name}{signals.remark}\n"
             assert capsys.readouterr().err == ("" if number else line)
@@ -221,19 +238,12 @@ def test_a_signal_is_said_by_rank_0_and_restarts_nothing(
             signals.end_process(signum)
             monkeypatch.undo()
             rank(number, max_restarts=max_restarts)
+            monkeypatch.setattr(signals, "together", True)
             monkeypatch.setattr(os, "_exit", lambda status: None)
             assert written == ([] if number else [(2, line.encode())])
 
 
-def _interrupted(signum):
-    from vecpg.run.interrupts import Interrupted
-
-    return Interrupted(signum)
-
-
 def test_ranks_that_have_lost_another_end_with_one_line(rank, capsys):
-    from vecpg.distributed import RanksLost
-
     for number in (0, 1):
         rank(number)
         with pytest.raises(SystemExit) as caught, cli.exit_codes():
@@ -309,6 +319,6 @@ def test_a_fault_of_one_rank_is_said_by_it(tmp_path):
         "ending._REFUSAL_SECONDS = 1.0\n"
         "main(['train', '--num-envs', '63'])\n"
     )
-    done = torchrun(str(program), cwd=tmp_path)
+    done = torchrun(str(program), cwd=tmp_path, restarts=0)
     assert done.stderr.count("error: --num-envs") == 1, done.stderr
     assert "\n[rank 1] error: --num-envs: expected" in f"\n{done.stderr}"

@@ -259,6 +259,24 @@ def test_before_anything_was_observed_and_far_away():
     assert normalizer(x)[:, 0].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_groups_of_rows_are_merged_and_one_without_rows_changes_nothing(first):
+    encoder, other = (Encoder(spaces.Box(-1, 1, (2,)), normalize=True) for _ in range(2))
+    if not first:
+        for each in (encoder, other):
+            each.observe(*poisoned((4, 3), 3.0, 2.0, 7))
+    groups = [poisoned((rows, 5), 100.0 * k, 3.0, k) for k, rows in enumerate((7, 1, 30))]
+    none = encoder.moments(torch.empty(0, 5, 2), torch.empty(0, 5, dtype=bool))
+    counted_by_nobody = encoder.moments(groups[0][0], torch.zeros(7, 5, dtype=bool))
+    found = [encoder.moments(*group) for group in groups]
+    encoder.merge([none, found[0], counted_by_nobody, *found[1:], none])
+    for group in groups:
+        other.observe(*group)
+    for name, expected in other.named_buffers():
+        assert torch.equal(encoder.get_buffer(name), expected)
+    assert encoder.normalizer.squares.isfinite().all()
+
+
 def test_it_takes_part_in_no_gradient():
     encoder = Encoder(spaces.Box(-1, 1, (2,)), normalize=True)
     encoder.observe(torch.randn(4, 3, 2, generator=generator()), torch.ones(4, 3, dtype=bool))

@@ -180,6 +180,30 @@ def test_nothing_is_begun_where_a_setting_cannot_work(tmp_path):
     assert train_many([]) == []
 
 
+@pytest.mark.parametrize("vectorization", ["tensor", "sync"])
+def test_it_is_told_when_the_first_has_begun_and_nothing_can_be_refused(tmp_path, vectorization):
+    one = short(tmp_path, vectorization=vectorization, total_iterations=1)
+    told = []
+
+    def on_begun():
+        told.append([len((run / "metrics.jsonl").read_text()) for run in runs(tmp_path)])
+
+    results = train_many(seeds(one, 1, 2), on_begun=on_begun)
+    assert told == [[0]]
+    train_many([stored_config(result.run_dir) for result in results], on_begun=on_begun)
+    with pytest.raises(ConfigError):
+        train_many(seeds(replace(one, device="cuda:99"), 1, 2), on_begun=on_begun)
+    assert told == [[0]]  # none had to begin, and none could
+
+
+def test_where_that_fails_the_run_is_closed(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train_many([short(tmp_path, total_iterations=1)], on_begun=lambda: 1 / 0)
+    (run_dir,) = runs(tmp_path)
+    (result,) = train_many([stored_config(run_dir)])  # nobody holds it
+    assert result.summary["iterations"] == 1
+
+
 def test_so_it_is_where_all_before_it_had_come_to_their_end(tmp_path):
     one = short(tmp_path, total_iterations=1)
     ended, other = (result.run_dir for result in train_many(seeds(one, 1, 2)))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vecpg.envs import make_envs
 from vecpg.policy import Policy
 from vecpg.rollout import Rollout, collect, statistics
-from vecpg.rollout.statistics import episode_statistics
+from vecpg.rollout.statistics import episode_statistics, tally
 
 
 def test_episode_statistics_agree_with_gymnasiums_own_wrapper():
@@ -141,3 +141,19 @@ def test_on_a_gpu_nothing_waits_if_the_number_of_episodes_is_known(num_envs):
     assert not {"scatter_add", "scatter_add_", "index_put_"} & {name for name, _ in noted.calls}
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         episode_statistics(replace(rollout, num_episodes=None))
+
+
+def test_a_tally_is_of_all_rows_and_episodes():
+    rollout = random_rollout(50, 4, after=3)
+    episodes = episode_statistics(rollout)
+    sums = torch.ones(2, 53, dtype=torch.float64)
+    for known in (None, rollout.mask.reshape(-1).nonzero()[:, 0]):
+        found = tally(replace(rollout, counted=known), episodes, sums)
+        ended = int((rollout.dones & rollout.mask).sum())
+        assert (found.counted, found.rows, found.episodes) == (int(rollout.mask.sum()), 53, ended)
+        numbers = episodes.returns.tolist()
+        assert found.return_sum.item() == pytest.approx(math.fsum(numbers))
+        assert (found.return_low.item(), found.return_high.item()) == (min(numbers), max(numbers))
+        assert found.length.item() == pytest.approx(sum(episodes.lengths.tolist()) / ended)
+        assert found.length.dtype == found.return_sum.dtype == torch.float64
+        assert found.sums is sums

@@ -82,12 +82,12 @@ def test_a_line_for_each_run_and_a_table(here, capfd, caplog):
 def test_a_line_goes_out_as_its_run_ends(here, capfd, monkeypatch):
     real, seen = population_module.train_many, []
 
-    def watched(configs, on_result):
+    def watched(configs, on_result, on_begun):
         def say(place, result):
             on_result(place, result)
             seen.append(json.loads(capfd.readouterr().out) == result.summary)
 
-        return real(configs, say)
+        return real(configs, say, on_begun)
 
     monkeypatch.setattr(population_module, "train_many", watched)
     assert vecpg("--num-seeds", 2) == 0

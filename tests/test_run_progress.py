@@ -102,6 +102,14 @@ def test_without_a_stderr_nothing_is_shown(monkeypatch, capfd, live):
     assert not Config().progress
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_what_another_rank_shows_is_not_shown(capfd, live):
+    with PopulationProgress(2, live, 1.0, shown=False) as progress:
+        assert not progress.share(0, 0).show(ROW, last=True)
+        progress.ended(True)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.fixture
 def many(monkeypatch):
     """What three runs show, one of which had made steps before, as a clock goes on."""

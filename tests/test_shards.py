@@ -8,6 +8,8 @@ import copy
 import functools
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -643,6 +645,192 @@ def test_one_shard_and_many_agree_to_rounding(way):
             results.append([values, final_values, weights, *sums, *gradient, *observed, *fitted])
         for many, one in zip(*results, strict=True):
             torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-4)
+
+
+# -- Ranks ---------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """What several ranks, each a thread, add up together: by a plain loop, in shard order."""
+
+    def __init__(self, ranks):
+        self.ranks, self.calls = ranks, 0
+        self._barrier = threading.Barrier(ranks, timeout=60)
+        self._given = [None] * ranks
+
+    def combine_of(self, rank):
+        def combine(vectors, kept=()):
+            self._given[rank] = [*vectors], [*kept]
+            self._barrier.wait()
+            every = [vector for own, _ in self._given for vector in own]
+            assert {(each.dtype, each.shape) for each in every} == {(torch.float64, every[0].shape)}
+            result = (
+                added([torch.zeros_like(every[0]), *every]),
+                [own for _, theirs in self._given for own in theirs],
+            )
+            self._barrier.wait()
+            self.calls += rank == 0
+            return result
+
+        return combine
+
+    def of_each(self, function):
+        """What a function of every rank, and of what combines, returns, in their order."""
+        with ThreadPoolExecutor(self.ranks) as pool:
+            futures = [
+                pool.submit(function, rank, self.combine_of(rank)) for rank in range(self.ranks)
+            ]
+            try:
+                return [each.result() for each in futures]
+            finally:
+                self._barrier.abort()
+
+
+def by_age(weighed, combine, columns):
+    """What all ranks' shards come to, in more columns than the longest has."""
+    padded = [
+        torch.nn.functional.pad(own, (0, columns - own.shape[1])).reshape(-1)
+        for own in weighed.sums
+    ]
+    return combine(padded)[0].reshape(2, columns)
+
+
+def part_of_rank(parts, rank, ranks):
+    """The rank's shards, as one rollout."""
+    own = parts[rank * SHARDS // ranks : (rank + 1) * SHARDS // ranks]
+    length = max(len(part.mask) for part in own)
+
+    def joined(name):
+        rows = [getattr(part, name) for part in own]
+        # What was collected together has rows there too.
+        after = [each.new_zeros(length - len(each), *each.shape[1:]) for each in rows]
+        return torch.cat([torch.cat(pair) for pair in zip(rows, after, strict=True)], dim=1)
+
+    size = own[0].mask.shape[1]
+    final_rows = torch.cat(
+        [part.final_rows + torch.tensor([0, k * size]) for k, part in enumerate(own)]
+    )
+    order = (final_rows[:, 0] * size * len(own) + final_rows[:, 1]).argsort()
+    return Rollout(
+        **{name: joined(name) for name in FIELDS},
+        final_obs=torch.cat([part.final_obs for part in own])[order],
+        final_rows=final_rows[order],
+    )
+
+
+@pairwise(
+    name=BASELINES,
+    normalize=[False, True],
+    dtype=[torch.float32, torch.float64],
+    ranks=[2, 4, 8],
+    way=["sync", "tensor", "tensor, one each"],
+)
+def test_advantages_of_ranks_are_those_of_the_whole(name, normalize, dtype, ranks, way):
+    whole, parts = sensitive(*first_collection(way), dtype)
+    config = Config(
+        num_envs=whole.mask.shape[1],
+        shards=SHARDS,
+        baseline=name.split(",")[0],
+        normalize=normalize,
+        **BASELINES[name],
+    )
+    own = replace(config, num_envs=config.num_envs // ranks, shards=SHARDS // ranks)
+    values, final_values, _, _ = values_for(whole, parts)
+    expected = advantages(whole, config, values, final_values)
+    at = torch.full(whole.mask.shape, math.nan, dtype=dtype)
+    at[tuple(whole.final_rows.t())] = final_values
+    rollouts = [part_of_rank(parts, rank, ranks) for rank in range(ranks)]
+    assert len({len(each.mask) for each in rollouts}) > 1 or ranks == 2
+    envs = own.num_envs
+    meeting = Meeting(ranks)
+
+    def of_rank(rank, combine):
+        rollout = rollouts[rank]
+        own_columns = slice(rank * envs, (rank + 1) * envs)
+        length = len(rollout.mask)
+        weighed = advantage.weigh(
+            rollout,
+            own,
+            values[:length, own_columns],
+            at[:length, own_columns][tuple(rollout.final_rows.t())],
+        )
+        widths = {each.shape[1] for each in weighed.sums}
+        if config.baseline in ("none", "value"):
+            assert widths == {0}
+        elif config.baseline == "mean":
+            assert widths == {1}
+        room = {"none": 0, "value": 0, "mean": 1}.get(config.baseline, len(whole.mask) + 3)
+        total = by_age(weighed, combine, room)
+        return advantage.advantages_of(weighed, own, rollout, total, combine)
+
+    found = meeting.of_each(of_rank)
+    assert meeting.calls == 1 + normalize
+    for rank, result in enumerate(found):
+        own_columns = slice(rank * envs, (rank + 1) * envs)
+        assert bits(result) == bits(expected[: len(result), own_columns])
+
+
+def iterate_as_ranks(runs, way, config, iteration):
+    """An iteration of every rank; what each reports, and how often they exchanged."""
+    ranks = len(runs)
+    own = replace(config, num_envs=config.num_envs // ranks, shards=SHARDS // ranks)
+    meeting = Meeting(ranks)
+
+    def of_rank(rank, combine):
+        run = runs[rank]
+        first = rank * own.num_envs
+        rollout = collect_part(way, run.policy, iteration, first, own.num_envs, own.shards)
+        values, final_values = predict(run.critic, rollout, own.shards)
+        weighed = advantage.weigh(rollout, own, values, final_values)
+        counted = torch.tensor([float(rollout.mask.sum())], dtype=torch.float64)
+        nothing = [torch.zeros_like(counted)] * (own.shards - 1)
+        counted = int(combine([counted, *nothing])[0])
+        total = by_age(weighed, combine, 1 if config.baseline == "mean" else 200)
+        weights = advantage.advantages_of(weighed, own, rollout, total, combine)
+        whole = sums.Whole(config.num_envs, counted, combine)
+        learner = choose_learner(run.policy, action_masks=rollout.action_masks is not None)
+        stats = learner.update(run.policy, run.optimizer, rollout, weights, own, whole=whole)
+        fitted = fit(run.critic, rollout, final_values, own, whole=whole, observed=stats.observed)
+        loss = None if fitted is None else fitted.value_loss
+        return stats.policy_loss, stats.entropy, stats.grad_norm, loss
+
+    return meeting.of_each(of_rank), meeting.calls - 2
+
+
+RANKS = [
+    ("sync", "mean, normalized, by step", 2),
+    ("tensor", "default, entropy", 4),
+    ("tensor, one each", "timestep_mean, clipped", 8),
+    ("Gaussian", "value", 4),
+    ("Gaussian in torch", "value", 2),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("tensor in torch, dropout", "gae", 2),
+            ("Gaussian of six, dropout", "gae", 8),
+            ("MultiDiscrete, dropout", "mean, normalized, by step", 4),
+            ("Discrete observations", "value", 8),
+            ("pictures", "default, entropy", 2),
+            ("masked", "timestep_mean, clipped", 4),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("way", "settings", "ranks"), RANKS)
+def test_iterations_of_ranks_are_those_of_one(way, settings, ranks):
+    """Every bit of policy, value function, optimizers, running statistics and what is reported."""
+    config = Config(num_envs=WAYS[way][1], num_steps=NUM_STEPS, shards=SHARDS, **SETTINGS[settings])
+    alone, runs = Run(way, config), [Run(way, config) for _ in range(ranks)]
+    for iteration in range(2):
+        expected = iterate_together(alone, way, config, iteration)
+        reported, calls = iterate_as_ranks(runs, way, config, iteration)
+        fits = config.value_steps if config.baseline == "value" else 0
+        assert calls == 1 + config.normalize + fits
+        for own, run in zip(reported, runs, strict=True):
+            for one, other in zip(own, expected, strict=True):
+                assert (one is None and other is None) or bits(one) == bits(other)
+            assert states_agree(run, alone)
 
 
 # -- Machine code --------------------------------------------------------------------------

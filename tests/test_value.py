@@ -286,15 +286,13 @@ def test_statistics_of_observations_are_those_of_the_policy():
 def test_it_is_fitted_after_the_step_that_used_it(tmp_path, monkeypatch):
     """A baseline may not have seen the returns that it is subtracted from."""
     events, values = [], []
-    real = {
-        name: getattr(train_module, name) for name in ("predict", "advantages", "update", "fit")
-    }
+    real = {name: getattr(train_module, name) for name in ("predict", "weigh", "update", "fit")}
     for name in real:
 
         def noticed(*args, name=name, **kwargs):
             if name in ("predict", "fit"):
                 values.append([p.detach().clone() for p in args[0].value_function.parameters()])
-            if name == "advantages":
+            if name == "weigh":
                 expected = value_module.predict(critic[0], args[0])[0]
                 assert torch.equal(args[2], expected)
             events.append(name)
@@ -308,7 +306,7 @@ def test_it_is_fitted_after_the_step_that_used_it(tmp_path, monkeypatch):
     )
     settings = {"num_envs": 4, "total_iterations": 3, "eval_episodes": 1, "progress": False}
     train(Config(baseline="value", value_steps=2, out_dir=str(tmp_path), **settings))
-    assert events == ["predict", "advantages", "update", "fit"] * 3
+    assert events == ["predict", "weigh", "update", "fit"] * 3
     for before, after in zip(values[::2], values[1::2], strict=True):
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert not torch.equal(values[0][0], values[2][0])

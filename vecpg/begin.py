@@ -306,6 +306,8 @@ def _resolve(
     config: Config, spec: EnvSpec, before: dict[str, Any] | None, ranks: int
 ) -> tuple[str, torch.device, str]:
     """How the copies are stepped, on which device, and why there."""
+    # What may be split is stepped, also by one rank, as more of them could.
+    parts = max(ranks, config.resolved_shards) if config.vectorization == "auto" else ranks
     # "auto" goes on to mean what it meant.
     vectorization = resolve_vectorization(
         spec,
@@ -314,13 +316,15 @@ def _resolve(
         max_episode_steps=config.max_episode_steps,
         wrappers=config.wrappers,
         action_masks=config.action_masks,
-        ranks=ranks,
+        ranks=parts,
     )
     if before is None:
         return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
     there = before["device"] == "cpu" or torch.cuda.is_available()
     if config.device == "auto" and there:
-        return vectorization, resolve_device(before["device"])[0], "as before"
+        # Each rank has its own; which one was rank 0's says nothing of the others.
+        kind = before["device"] if ranks == 1 else before["device"].partition(":")[0]
+        return vectorization, resolve_device(kind)[0], "as before"
     return vectorization, *resolve_device(config.device, vectorization, config.num_envs)
 
 

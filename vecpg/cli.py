@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -42,6 +42,9 @@ from vecpg.run.resume import check_settings, find_run, read_config, resume_comma
 from vecpg.run.stored import NAMES, config_of, flags_to_type, trusted_names
 from vecpg.shell import how_to_call
 from vecpg.torchrun import Place, place
+
+if TYPE_CHECKING:
+    from vecpg.deal import Deal
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -141,59 +144,91 @@ def _train_one(config: Config) -> None:
 
 
 def _train_many(population: Population) -> None:
-    """A line for each run on stdout as it ends, and a table of all of them on stderr."""
+    """A line for each run on stdout as it ends, and a table of all of them on stderr.
+
+    Under torchrun each rank trains its part of the runs, and rank 0 tells of all of them.
+    """
     config = population.config
     with stdout_kept_clean() as stdout:
-        folder = find_population(population)
-        if folder is None:
+        found = find_population(population)
+        if found is None:
             check_cheaply(dataclasses.replace(config, resume=None))
         with imports_kept():
             from tqdm import tqdm
 
+            from vecpg.deal import Deal
             from vecpg.look.table import closing_table
             from vecpg.population import RunsFailed, train_many
-            from vecpg.run.directory import discard
-            from vecpg.run.interrupts import Interrupts
+            from vecpg.run.interrupts import Interrupted, Interrupts
 
-        def say(place: int, result: Any) -> None:
+        def say(number: int, result: Any) -> None:
             # In a terminal the live line makes room for it.
             with tqdm.external_write_mode(file=sys.stderr):
                 print(json.dumps(result.summary), file=stdout, flush=True)
+            deal.ended(result.summary)
 
-        with Interrupts():
-            before = None if folder is None else read_population(folder)
-            if folder is None:
-                folder = make_population_directory(population)
-            else:
-                write_population(population, folder)
+        with (
+            Interrupts(),
+            Deal(population, place()) as deal,
+            _directory(population, found, deal) as folder,
+        ):
             shown = shlex.quote(os.path.relpath(folder))
-            logging.getLogger("vecpg").info("population: %s", shown)
-            failed = None
+            logging.getLogger("vecpg").info("population: %s%s", shown, deal.over_ranks)
+            runs = deal.own(configs_of(population, folder))
+            failed = []
             try:
-                results = train_many(configs_of(population, folder), say)
+                train_many(runs, say, deal.tell if deal.first else None)
             except RunsFailed as error:
-                failed, results = error, [each for each in error.results if each is not None]
-            except BaseException as error:
-                if before is None and not any(folder.glob("*/config.json")):
-                    discard(folder)
-                elif before is not None and isinstance(error, ConfigError):
-                    write_population(before, folder)
-                else:
-                    command = resume_command(shown, config)
-                    logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
-                raise
-        failures = 0 if failed is None else len(failed.failures)
-        print(closing_table([result.summary for result in results], failures), file=sys.stderr)
-    _print_next(
-        curves=f"{_tensorboard()} --logdir {shown}",
-        plot=_vecpg("plot", shown, "--out curves.png"),
-    )
-    if failed is not None:
-        print(
-            f"error: {failed}; resume: {resume_command(shown, config)}",
-            file=sys.stderr,
+                failed = [runs[number].seed for number in sorted(error.failures)]
+            outcome = deal.outcome(failed)
+    if deal.first:
+        print(closing_table(outcome.summaries, len(outcome.failed)), file=sys.stderr)
+        _print_next(
+            curves=f"{_tensorboard()} --logdir {shown}",
+            plot=_vecpg("plot", shown, "--out curves.png"),
         )
+    if outcome.unfinished:
+        resume = resume_command(shown, config)
+        ending.say(f"error: {outcome.unfinished}; resume: {resume}", refusal=False)
+    if outcome.signum is not None:
+        raise Interrupted(outcome.signum)
+    if outcome.unfinished:
         raise SystemExit(EXIT_FAILED)
+
+
+@contextlib.contextmanager
+def _directory(population: Population, found: Path | None, deal: "Deal") -> Iterator[Path]:
+    """The directory of a population, which rank 0 makes, and leaves as it was if none can begin.
+
+    Args:
+        population: as it is to be.
+        found: where it is to go on; None: in a new one.
+        deal: where it goes on after a restart.
+    """
+    from vecpg.run.directory import discard
+
+    if not deal.first:
+        yield deal.told()
+        return
+    found = deal.remembered() or found
+    before = None if found is None else read_population(found)
+    if found is None:
+        folder = make_population_directory(population)
+    else:
+        folder = found
+        write_population(population, folder)
+    deal.remember(folder)
+    try:
+        yield folder
+    except BaseException as error:
+        if before is None and not any(folder.glob("*/config.json")):
+            discard(folder)
+        elif before is not None and isinstance(error, ConfigError):
+            write_population(before, folder)
+        else:
+            command = resume_command(shlex.quote(os.path.relpath(folder)), population.config)
+            logging.getLogger("vecpg").info("every run was saved; resume: %s", command)
+        raise
 
 
 def _print_next(**commands: str) -> None:
@@ -385,8 +420,9 @@ def plot_main(args: Sequence[str]) -> None:
 class _TrainFlags(Config):
     # What `vecpg train` takes: the settings of a run, and how many of them there are.
     num_seeds: int = 1
-    """So many runs in one process, with seeds from --seed on; each is what it would be alone. A
-    line for each goes to stdout as it ends, and their table to stderr."""
+    """So many runs in one process, with seeds from --seed on; each is what it would be alone. Under
+    torchrun they are dealt to its ranks. A line for each goes to stdout as it ends, and their table
+    to stderr."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -526,8 +562,8 @@ def prepare_process() -> None:
     line = f"[rank {rank}] %(message)s" if rank else "%(message)s"
     logging.basicConfig(stream=sys.stderr, format=line, level=logging.WARNING)
     logging.getLogger("vecpg").setLevel(logging.WARNING if rank else logging.INFO)
-    if rank:  # what is said of the run as a whole, rank 0 says
-        logging.getLogger("vecpg.run").setLevel(logging.ERROR)
+    # What all ranks see of the run as a whole, rank 0 says.
+    logging.getLogger("vecpg.run").setLevel(logging.ERROR if rank else logging.NOTSET)
     sys.path.append(os.getcwd())
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from vecpg import signals
 from vecpg.advantage import add_by_age
 from vecpg.config import Config, ConfigError, check_ranks, flag, to_dict
 from vecpg.kernels.sums import Whole, here, in_order
@@ -40,6 +41,10 @@ _OWN = ("progress", "log_every", "resume")
 # In so many parts of the timeout who is waited for says that it is alive, and who waits looks; in
 # the rest of them another is found dead.
 _BEATS, _SILENT = 20, 18
+# Seconds between looks at what another rank will set.
+_LOOK = 0.01
+# Seconds that rank 0 may take to save, before the others end: torchrun then stops it too.
+_SAVING = 10.0
 # Seconds that another rank's last words are waited for: its connections may close first.
 _LAST_WORDS = 1.0
 # Ages that statistics have at first; more where episodes turn out to be longer.
@@ -189,8 +194,8 @@ class Ranks:
             except RanksLost as lost:
                 raise error or lost from None
             for rank, (failure, _) in enumerate(told):
-                if failure is not None and rank != self.rank and error is None:
-                    raise _raised(failure, rank)
+                if failure is not None and not (error is not None and self.first):
+                    raise _raised(failure, rank) from error
             for rank, (_, theirs) in enumerate(told):
                 for name, value in told[0][1].items():
                     if error is None and theirs[name] != value:
@@ -395,6 +400,20 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # torchrun itself has ended
                 self._store.set(f"left/{self.rank}", _packed(_as_told(error)))
 
+    def await_saving(self, error: BaseException) -> None:
+        """Let rank 0 have saved before any other rank ends, where all of them are stopped.
+
+        Torchrun passes on a signal where one rank ends, and a second signal ends rank 0 at once.
+        """
+        if self._store is None or not isinstance(error, Interrupted):
+            return
+        with contextlib.suppress(RuntimeError):
+            if self.first:
+                self._store.set("saved", "")
+            ends = time.monotonic() + _SAVING
+            while not self._store.check(["saved"]) and time.monotonic() < ends:
+                time.sleep(_LOOK)
+
     def _reason(self) -> BaseException | None:
         """Why the first of the ranks that have left word did so; None where none has."""
         ends = time.monotonic() + _LAST_WORDS
@@ -402,7 +421,7 @@ class Ranks:
             for rank in range(self.size):
                 if rank != self.rank and self._store.check([key := f"left/{rank}"]):
                     return _raised(_unpacked(self._store.get(key)), rank)
-            time.sleep(0.01)
+            time.sleep(_LOOK)
         return None
 
     @contextlib.contextmanager
@@ -453,23 +472,21 @@ class Ranks:
 
     def _set_by_first(self, key: str) -> bytes:
         store = cast(Store, self._store)
-        beats, since, pause = 0, time.monotonic(), 0.001
-        try:
-            # The store's own wait logs each time it is in vain, and may then come seconds late.
-            while not store.check([key]):
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05, self._seconds / _BEATS)
-                if (now := store.add("alive", 0)) != beats:
-                    beats, since = now, time.monotonic()
-                elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
-                    raise RanksLost(
-                        f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
-                    )
-            return store.get(key)
-        except RanksLost:
-            raise
-        except RuntimeError as error:
-            raise RanksLost(f"torchrun's store is gone: {error}") from error
+        beats, since = 0, time.monotonic()
+        while True:
+            try:
+                if store.check([key]):  # its own waiting logs where there is nothing yet
+                    return store.get(key)
+                now = store.add("alive", 0)
+            except RuntimeError as error:
+                raise RanksLost(f"torchrun's store is gone: {error}") from error
+            time.sleep(_LOOK)
+            if now != beats:
+                beats, since = now, time.monotonic()
+            elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
+                raise RanksLost(
+                    f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
+                )
 
 
 @contextlib.contextmanager
@@ -513,6 +530,7 @@ def joined(config: Config) -> Iterator[Ranks]:
             yield ranks
         except BaseException as error:
             ranks.leave(error)
+            ranks.await_saving(error)
             raise
     finally:
         distributed.destroy_process_group()
@@ -551,8 +569,9 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
                 store.set("meeting", json.dumps(names))
             store.set(f"{here}/{place.rank}", "came")
             if store.check([f"{here}/{rank}" for rank in range(place.world_size)]):
+                signals.together = True
                 return PrefixStore(here, store)
-        time.sleep(0.01)
+        time.sleep(_LOOK)
     names = _names(store, place.world_size)
     here = hashlib.sha256("".join(names).encode()).hexdigest()
     others = {rank: f"{here}/{rank}" for rank in range(place.world_size) if rank != place.rank}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # torch first, on few cores; in one they are told of a failure by the exchange in which it ended.
 _REFUSAL_SECONDS = 10.0
 _FAILURE_SECONDS = 2.0
+# How long it may take to be connected to torchrun's store.
+_STORE_SECONDS = 10.0
 
 
 def say(lines: str, *, refusal: bool) -> None:
@@ -44,7 +46,7 @@ def say(lines: str, *, refusal: bool) -> None:
     key = f"said/{key}" if refusal else f"{ended}/{key}"
     store, together, first = None, False, True
     with suppress(RuntimeError):  # torchrun may have ended; then this is said by each
-        store = agent_store(where, seconds)
+        store = agent_store(where, _STORE_SECONDS)
         together = where.rank == 0 or _comes(store, f"{ended}/rank 0", seconds)
         first = store.add(key, 1) == 1
     if first:

@@ -4,8 +4,8 @@ import logging
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -26,12 +26,14 @@ from vecpg.kernels.cores import cores
 from vecpg.run.interrupts import Interrupted, Interrupts, Told
 from vecpg.run.progress import PopulationProgress, Share
 from vecpg.run.resume import check_settings, find_run, read_config, resume_command
+from vecpg.signals import speaks
 from vecpg.train import TrainResult, advance, conclude, film_if_asked, finished_run, save_as_asked
 
 # Failures whose message says all that there is to say.
 _NAMED = (EnvironmentFailure, EnvironmentNotMade, FloatingPointError, MemoryError, OSError)
 
 OnResult = Callable[[int, TrainResult], None]
+OnBegun = Callable[[], None]
 
 _log = logging.getLogger(__name__)
 
@@ -58,20 +60,27 @@ class RunsFailed(RuntimeError):
 @threads.torch_using(1)
 @torch.inference_mode(False)
 @torch.enable_grad()
-def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> list[TrainResult]:
+def train_many(
+    configs: Sequence[Config],
+    on_result: OnResult | None = None,
+    on_begun: OnBegun | None = None,
+) -> list[TrainResult]:
     """Train every configuration, and leave a run directory of each behind, as `train` does.
 
     Parameters, optimizer, metrics.jsonl without the clock, and every count of a run are those of
     `train(config)`. Runs that are collected and learned in machine code go on side by side, one to
     a core, from the first to the last. On a GPU those that follow each other, whose iterations are
     made as a whole, and that have the same shape, have them made together, as many as there is
-    memory for. The others take turns, one after the other.
+    memory for. The others take turns, one after the other. Under torchrun too, all of them are
+    trained in this process: which rank has which runs is the caller's to say.
 
     Args:
         configs: one for each run. A run that is to go on has its `resume`; one that has come to
             its end is not trained again. `progress` and `log_every` of the first say how all of
             them are shown.
         on_result: called as `on_result(place, result)` as each run ends, in this thread.
+        on_begun: called as the first has begun: what is raised later is about single runs. It is
+            not called where none had to.
 
     Returns:
         the results, in the order of the configurations.
@@ -95,11 +104,13 @@ def train_many(configs: Sequence[Config], on_result: OnResult | None = None) -> 
     if not configs:
         return []
     _check(configs)
-    population = _Population(configs, on_result)
+    population = _Population(configs, on_result, on_begun)
     first = configs[0]
     with (
         Interrupts(population.ask_to_save) as interrupts,
-        PopulationProgress(len(configs), first.progress, first.log_every) as progress,
+        PopulationProgress(
+            len(configs), first.progress, first.log_every, shown=speaks()
+        ) as progress,
     ):
         population.train(interrupts, progress)
     results = [population.results.get(place) for place in range(len(configs))]
@@ -149,11 +160,16 @@ class _Population:
     in a thread of its own, or, where the kernels do not serve it, in the main thread too.
     """
 
-    def __init__(self, configs: Sequence[Config], on_result: OnResult | None) -> None:
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        on_result: OnResult | None = None,
+        on_begun: OnBegun | None = None,
+    ) -> None:
         self.names = _names(configs)
         self.results: dict[int, TrainResult] = {}
         self.failures: dict[int, Exception] = {}
-        self._configs, self._on_result = configs, on_result
+        self._configs, self._on_result, self._on_begun = configs, on_result, on_begun
         self._at_once = max(map(_kernel_threads, configs))
         self._one_was_begun = False
         # Begun, on a GPU, and of equal shape: their iterations will be made together.
@@ -202,6 +218,9 @@ class _Population:
         if run is None:
             self._take_in(place, result, progress)
             return
+        with _closed_on_error(run):
+            if not self._one_was_begun and self._on_begun is not None:
+                self._on_begun()
         self._one_was_begun = True
         share = progress.share(place, run.state.counters.env_steps)
         if self._joins(config, run, interrupts, progress):
@@ -219,13 +238,9 @@ class _Population:
                 film_if_asked(config, outcome)
             self._take_in(place, outcome, progress)
             return
-        try:
+        with _closed_on_error(run):
             while len(self._at_work) >= self._at_once:
                 self._wait(progress)
-        except BaseException:
-            run.closing.close()
-            run.files.lock.close()
-            raise
         self._start(place, run, interrupts, share)
 
     def _start(
@@ -364,6 +379,17 @@ class _Population:
         progress.ended(solved)
         if place in self.results and self._on_result is not None:
             self._on_result(place, self.results[place])
+
+
+@contextmanager
+def _closed_on_error(run: Run) -> Iterator[None]:
+    """Save and close a run that is not at work yet, whatever is raised inside."""
+    try:
+        yield
+    except BaseException:
+        run.closing.close()
+        run.files.lock.close()
+        raise
 
 
 def _let_go(error: BaseException) -> None:

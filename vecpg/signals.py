@@ -15,6 +15,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 remark = ""
 # Whether it was said already which signal ends this process.
 said = False
+# Whether the ranks of a run have met: then one that is stopped stops all of them.
+together = False
 
 
 def speaks() -> bool:
@@ -25,13 +27,14 @@ def speaks() -> bool:
 def exit_status(signum: int) -> int:
     """128 + the number of the signal, as shells have it; SIGHUP ends a run as SIGTERM does.
 
-    It is 0 where torchrun would take anything else for a failure, and start the ranks again.
+    It is 0 where all ranks of a run are stopped, and torchrun would take anything else for a
+    failure, and start them again.
 
     Example:
         >>> [exit_status(signum) for signum in STOPPING]
         [130, 143, 143]
     """
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if together and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         return 0
     return 128 + (signal.SIGTERM if signum == signal.SIGHUP else signum)
 

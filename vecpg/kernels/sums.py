@@ -104,6 +104,7 @@ def gradient_in_order(
             own = [parameter.grad is not None for parameter in trained]
             used[:] = map(operator.or_, used, own)
             flags = sums.new_zeros(1), sums.new_ones(1)  # a list would be waited for on a GPU
+            # Together with float64 all become float64.
             yield torch.cat([sums, *(flags[each] for each in own), *map(_gradient, trained)])
 
     total = add(vectors())
@@ -120,10 +121,9 @@ def gradient_in_order(
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """(numel,) float64, 0 where there is none."""
-    gradient = parameter.grad
-    found = torch.zeros_like(parameter) if gradient is None else gradient
-    return found.detach().reshape(-1).to(torch.float64)
+    """(numel,), 0 where there is none."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.detach().reshape(-1)
 
 
 @torch.no_grad()

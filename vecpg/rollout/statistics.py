@@ -15,19 +15,14 @@ from vecpg.rollout.data import Rollout
 class Episodes:
     """The episodes of a rollout, in order of (environment, start).
 
-    returns:     (episodes,) float64, undiscounted.
-    lengths:     (episodes,) int64.
-    return_sums: each shard's sum of returns, float64 without dimensions.
+    returns:    (episodes,) float64, undiscounted.
+    lengths:    (episodes,) int64.
+    return_sum: float64 without dimensions: each shard's sum, added in shard order.
     """
 
     returns: Tensor
     lengths: Tensor
-    return_sums: list[Tensor]
-
-    @property
-    def return_sum(self) -> Tensor:
-        """Float64 without dimensions: each shard's sum, added in shard order."""
-        return in_order(self.return_sums)
+    return_sum: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,9 @@ def episode_statistics(rollout: Rollout, shards: int = 1) -> Episodes:
     """
     parts = [_statistics(shard) for shard in rollout.shards(shards)]
     returns, lengths = zip(*parts, strict=True)
-    return Episodes(torch.cat(returns), torch.cat(lengths), [own.sum() for own in returns])
+    return Episodes(
+        torch.cat(returns), torch.cat(lengths), in_order([own.sum() for own in returns])
+    )
 
 
 def _statistics(rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -147,10 +147,11 @@ class PopulationProgress(_Line):
         total: how many there are.
         live: whether the line is written anew.
         every: seconds between plain lines.
+        shown: False: by another rank, of its own.
     """
 
-    def __init__(self, total: int, live: bool, every: float) -> None:
-        super().__init__(live, every, "runs", total)
+    def __init__(self, total: int, live: bool, every: float, *, shown: bool = True) -> None:
+        super().__init__(live, every, "runs", total, shown)
         self._total = total
         self._lock = threading.Lock()
         self._started = time.monotonic()
