@@ -112,7 +112,7 @@ SETTINGS = {
     "timestep_mean": ({"baseline": "timestep_mean", "reduction": "sum"}, (3,)),
     "of all sizes": ({"max_grad_norm": 0.1, "ent_coef": 0.01}, (4,)),
     "masked": ({"env_id": "environments:Masked-v0", "action_masks": True}, (2,)),
-    "several episodes": ({"num_steps": 60, "baseline": "mean"}, (4,)),
+    "several episodes": ({"num_steps": 60}, (4,)),
     "a network of one's own": ({"network": "networks:small"}, (4,)),
     "numbers for observations": ({"env_id": "FrozenLake-v1", "num_steps": 40}, (2,)),
     "a run that is solved": (
@@ -200,6 +200,7 @@ PER_ITERATION = {
     "normalized": ({"normalize": True}, 3),
     "value": ({"baseline": "value", "value_steps": 4}, 2 + 4),
     "normalized observations": ({"normalize_obs": True}, 2),
+    "several episodes": ({"num_steps": 70}, 2),
     "mean": ({"baseline": "mean"}, 2),
     "timestep_mean": ({"baseline": "timestep_mean"}, 2),
     "no baseline": ({"baseline": "none"}, 2),

@@ -272,7 +272,9 @@ class Ranks:
             return found, Whole(self._num_envs, found.counted)
         parts = rollout.shards(shards)
         own = [(shard, episode_statistics(shard)) for shard in parts]
-        columns = max(each.shape[1] for each in sums)
+        rows = max(each.shape[1] for each in sums)
+        # A window of several episodes has more rows than any of them has ages.
+        columns = max(int(each[1].count_nonzero()) for each in sums)
         while True:
             numbers = [self._numbers(*pair, each) for pair, each in zip(own, sums, strict=True)]
             found, needed = self._say(_GOES_ON, numbers, columns)
@@ -281,6 +283,8 @@ class Ranks:
             # Episodes are longer than any before; all ranks see that, and say it again.
             self._columns = max(needed, 2 * self._columns)
         self._summing = True
+        room = max(0, rows - self._columns)
+        found = replace(found, sums=nn.functional.pad(found.sums, (0, room)))
         return found, Whole(self._num_envs, found.counted, self.combine)
 
     def combine(
