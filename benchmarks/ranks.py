@@ -1,11 +1,12 @@
 """Two ranks on two cores beside one process with two threads and with one; and what shards cost.
 
-    python benchmarks/ranks.py --rounds 7
+    python benchmarks/ranks.py               # tables, in ten minutes
+    python benchmarks/ranks.py --record      # and into benchmarks/README.md
 
 Every run of a case has the same environments and two shards, so all must come to the same bits, and
 each is compared before its time counts. Then one process trains with 1, 2, 4 and 12 shards. All
-goes in turn, again and again. Writes benchmarks/results/<machine>/ranks.json and prints tables:
-medians, and of each round the ratio to one process with one thread, or to one shard.
+goes in turn, again and again. Every figure goes to benchmarks/results/<machine>/ranks.json, and to
+tables: medians, and of each round the ratio to one process with one thread, or to one shard.
 """
 
 import argparse
@@ -23,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+BEGIN = "<!-- ranks: benchmarks/ranks.py --record writes it -->"
+END = "<!-- ranks end -->"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # Words before and after scripts/train.py.
 WAYS = {
@@ -206,8 +209,10 @@ def tables(result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/README.md, too")
     args = parser.parse_args()
     from vecpg.machine import commit, results_folder, system
+    from vecpg.measure.report import between_marks
 
     machine = system()
     result = {
@@ -221,7 +226,15 @@ def main():
     }
     path = results_folder(machine) / "ranks.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"load before: {result['load_before']}\n\n{tables(result)}")
+    text = (
+        f"{machine['cpu']}, {machine['cores']} cores, medians of {args.rounds} rounds (least to most);"
+        f" {result['load_before']} processes at work before.\n\n{tables(result)}"
+    )
+    print(text)
+    if args.record:
+        readme = ROOT / "benchmarks" / "README.md"
+        whole = between_marks(readme.read_text(encoding="utf-8"), BEGIN, END, [text])
+        readme.write_text(whole, encoding="utf-8")
 
 
 if __name__ == "__main__":
