@@ -470,6 +470,22 @@ def train_and_die_at(settings, rank, name):
     train_here(settings)
 
 
+def making_slowly(rank, function, *args):
+    """As `function`, where one rank makes its environments later than the others."""
+    from vecpg import begin
+
+    real = begin.make_envs
+
+    def make_envs(*given, **named):
+        print("making", file=sys.stderr, flush=True)
+        if my_rank() == rank:
+            time.sleep(2.0)
+        return real(*given, **named)
+
+    begin.make_envs = make_envs
+    function(*args)
+
+
 def evaluating_for(seconds, function, *args):
     """As `function`, with evaluations that take so long."""
     from vecpg import train

@@ -160,14 +160,15 @@ class Ranks:
         key, self._told = f"told/{self._told}", self._told + 1
         if not self.first:
             return cast(_Told, self._wait_for(key))
-        with self._beating(self._store):
-            try:
+        try:
+            with self._beating(self._store):
                 made = make()
-            except BaseException as error:
-                self._parted = True
-                self._store.set(key, _packed((False, _as_told(error))))
-                raise
-        self._store.set(key, _packed((True, made)))
+            self._store.set(key, _packed((True, made)))
+        except BaseException as error:
+            # Not where a signal came just after they were told what was made.
+            answer = _packed((False, _as_told(error)))
+            self._parted = self._store.compare_set(key, "", answer) == answer.encode()
+            raise
         return made
 
     @contextlib.contextmanager
@@ -188,24 +189,30 @@ class Ranks:
         except (ConfigError, ValueError, OSError, RuntimeError, Interrupted) as raised:
             error = raised
         if self.size > 1:
-            self._parted = True  # whatever comes of it, all of them know
-            try:
-                told = self._gathered((None if error is None else _as_told(error), alike))
-            except RanksLost as lost:
-                raise error or lost from None
-            for rank, (failure, _) in enumerate(told):
-                if failure is not None and not (error is not None and self.first):
-                    raise _raised(failure, rank) from error
-            for rank, (_, theirs) in enumerate(told):
-                for name, value in told[0][1].items():
-                    if error is None and theirs[name] != value:
-                        raise ConfigError(
-                            f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
-                            f" {theirs[name]!r} on rank {rank}"
-                        )
-            self._parted = error is not None
+            # A signal meanwhile is none of what the others are told here.
+            with Interrupts() as interrupts, interrupts.held():
+                self._agree(error, alike)
         if error is not None:
             raise error
+
+    def _agree(self, error: Exception | Interrupted | None, alike: dict[str, Any]) -> None:
+        """Exchange what every rank has found, and raise what keeps them from going on."""
+        self._parted = True  # whatever comes of it, all of them know
+        try:
+            told = self._gathered((None if error is None else _as_told(error), alike))
+        except RanksLost as lost:
+            raise error or lost from None
+        for rank, (failure, _) in enumerate(told):
+            if failure is not None and not (error is not None and self.first):
+                raise _raised(failure, rank) from error
+        for rank, (_, theirs) in enumerate(told):
+            for name, value in told[0][1].items():
+                if error is None and theirs[name] != value:
+                    raise ConfigError(
+                        f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
+                        f" {theirs[name]!r} on rank {rank}"
+                    )
+        self._parted = error is not None
 
     def share(self, state: TrainState) -> None:
         """Give every rank the state that rank 0 has."""
@@ -477,6 +484,8 @@ class Ranks:
             try:
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
+                if store.check(["left/0"]):
+                    raise _raised(_unpacked(store.get("left/0")), 0)
                 now = store.add("alive", 0)
             except RuntimeError as error:
                 raise RanksLost(f"torchrun's store is gone: {error}") from error
@@ -521,19 +530,18 @@ def joined(config: Config) -> Iterator[Ranks]:
         raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+    ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
+    own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
     try:
-        ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
-        own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-        try:
-            with ranks.alike({flag(name): value for name, value in own.items()}):
-                pass
-            yield ranks
-        except BaseException as error:
-            ranks.leave(error)
-            ranks.await_saving(error)
-            raise
-    finally:
-        distributed.destroy_process_group()
+        with ranks.alike({flag(name): value for name, value in own.items()}):
+            pass
+        yield ranks
+    except BaseException as error:
+        ranks.leave(error)
+        distributed.destroy_process_group()  # who waits for this rank looks why it left
+        ranks.await_saving(error)
+        raise
+    distributed.destroy_process_group()
 
 
 def agent_store(place: Place, seconds: float) -> Store:
