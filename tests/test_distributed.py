@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from vecpg.distributed import Ranks, agent_store
+from vecpg import signals
+from vecpg.begin import begin
+from vecpg.config import Config, ConfigError
+from vecpg.distributed import Ranks, RanksLost, agent_store, joined
+from vecpg.envs import EnvironmentFailure
 from vecpg.run.interrupts import Interrupted
 from vecpg.torchrun import Place
 
@@ -60,3 +64,66 @@ def test_a_signal_to_rank_0_as_it_answers_leaves_nobody_without_an_answer(told):
     # Who was told what was made has still to hear that rank 0 leaves.
     first.leave(stopped.value)
     assert store.check(["left/0"]) == told
+
+
+def test_where_torchrun_has_ended_no_answer_comes():
+    class Gone(HashStore):
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+        check = compare_set = set
+
+    first, second = of_one_store(Gone())
+    for rank in (first, second):
+        with pytest.raises(RanksLost, match="torchrun's store is gone: Broken pipe"):
+            rank.told(lambda: None)
+
+
+def test_that_a_rank_is_lost_is_said_alike_by_all_and_is_no_matter_of_settings():
+    first, second = of_one_store(HashStore())
+    first.leave(RanksLost("rank 7 failed: the pole fell off"))
+    with pytest.raises(RanksLost, match="^rank 7 failed: the pole fell off$"):
+        begin(Config(), second)
+
+
+@pytest.fixture
+def torchruns(monkeypatch):
+    """The environment variables of a rank, of as many as are said, and a store."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(signals, "together", False)
+
+    def be_one_of(ranks):
+        variables = {
+            "TORCHELASTIC_RUN_ID": "of a test",
+            "RANK": "0",
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "3",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(server.port),
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return be_one_of
+
+
+def test_what_fails_on_a_single_rank_is_what_it_is(torchruns):
+    torchruns(1)
+    with pytest.raises(EnvironmentFailure, match="^the pole fell off$"), joined(Config()):
+        raise EnvironmentFailure("the pole fell off")
+
+
+def test_a_single_rank_that_is_stopped_is_not_started_again(torchruns):
+    torchruns(1)
+    with joined(Config()):
+        assert signals.exit_status(signal.SIGTERM) == 0
+
+
+def test_a_process_group_of_the_callers_is_refused(torchruns, monkeypatch):
+    torchruns(2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="destroy_process_group"), joined(Config()):
+        pass

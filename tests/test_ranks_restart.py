@@ -159,7 +159,9 @@ def test_ranks_that_are_started_again_go_on(tmp_path, whole, killed, then, stops
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "collect")])
+@pytest.mark.parametrize(
+    ("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "share"), (1, "collect")]
+)
 def test_ranks_that_are_killed_before_the_first_iteration_begin_again(tmp_path, whole, rank, where):
     """In the directory that was made, if one was."""
     settings = BASE | {"out_dir": str(tmp_path / "runs")}

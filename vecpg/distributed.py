@@ -163,11 +163,13 @@ class Ranks:
         try:
             with self._beating(self._store):
                 made = make()
-            self._store.set(key, _packed((True, made)))
+            with _reachable():
+                self._store.set(key, _packed((True, made)))
         except BaseException as error:
-            # Not where a signal came just after they were told what was made.
             answer = _packed((False, _as_told(error)))
-            self._parted = self._store.compare_set(key, "", answer) == answer.encode()
+            with contextlib.suppress(RuntimeError):  # torchrun itself has ended
+                # Not where a signal came just after they were told what was made.
+                self._parted = self._store.compare_set(key, "", answer) == answer.encode()
             raise
         return made
 
@@ -424,11 +426,12 @@ class Ranks:
     def _reason(self) -> BaseException | None:
         """Why the first of the ranks that have left word did so; None where none has."""
         ends = time.monotonic() + _LAST_WORDS
-        while self._store is not None and time.monotonic() < ends:
-            for rank in range(self.size):
-                if rank != self.rank and self._store.check([key := f"left/{rank}"]):
-                    return _raised(_unpacked(self._store.get(key)), rank)
-            time.sleep(_LOOK)
+        with _reachable():
+            while self._store is not None and time.monotonic() < ends:
+                for rank in range(self.size):
+                    if rank != self.rank and self._store.check([key := f"left/{rank}"]):
+                        return _raised(_unpacked(self._store.get(key)), rank)
+                time.sleep(_LOOK)
         return None
 
     @contextlib.contextmanager
@@ -481,14 +484,13 @@ class Ranks:
         store = cast(Store, self._store)
         beats, since = 0, time.monotonic()
         while True:
-            try:
+            with _reachable():
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
-                if store.check(["left/0"]):
-                    raise _raised(_unpacked(store.get("left/0")), 0)
+                left = store.get("left/0") if store.check(["left/0"]) else None
                 now = store.add("alive", 0)
-            except RuntimeError as error:
-                raise RanksLost(f"torchrun's store is gone: {error}") from error
+            if left is not None:
+                raise _raised(_unpacked(left), 0)
             time.sleep(_LOOK)
             if now != beats:
                 beats, since = now, time.monotonic()
@@ -496,6 +498,15 @@ class Ranks:
                 raise RanksLost(
                     f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
                 )
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Say of what torch raises inside that torchrun, which keeps the store, has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLost(f"torchrun's store is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -512,24 +523,16 @@ def joined(config: Config) -> Iterator[Ranks]:
     seconds = config.dist_timeout
     try:
         kept = agent_store(where, seconds)
-        if where.world_size == 1:
-            yield Ranks(where, seconds, None, kept)
-            return
-        store = meet(kept, where, seconds)
-        backend = "gloo"
-        if torch.cuda.is_available() and distributed.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(
-            backend,
-            store=store,
-            rank=where.rank,
-            world_size=where.world_size,
-            timeout=timedelta(seconds=seconds),
-        )
+        if where.world_size > 1:
+            store = _grouped(kept, where, seconds)
     except ConfigError:
         raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+    if where.world_size == 1:
+        signals.together = True
+        yield Ranks(where, seconds, None, kept)
+        return
     ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
     own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
     try:
@@ -542,6 +545,28 @@ def joined(config: Config) -> Iterator[Ranks]:
         ranks.await_saving(error)
         raise
     distributed.destroy_process_group()
+
+
+def _grouped(kept: Store, where: Place, seconds: float) -> Store:
+    """Make the process group of this start; returns its part of the store."""
+    if distributed.is_initialized():
+        raise ConfigError(
+            "torchrun: expected no process group in this process, since a run over ranks makes its"
+            " own, got one; end it with torch.distributed.destroy_process_group() before, or train"
+            " one run at a time"
+        )
+    store = meet(kept, where, seconds)
+    backend = "gloo"
+    if torch.cuda.is_available() and distributed.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        store=store,
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timedelta(seconds=seconds),
+    )
+    return store
 
 
 def agent_store(place: Place, seconds: float) -> Store:
@@ -618,6 +643,8 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
     """What the others are told of an error."""
     if isinstance(error, Interrupted):
         return "stopped", error.signum
+    if isinstance(error, RanksLost):
+        return "lost", str(error)
     if isinstance(error, ConfigError | ValueError | OSError):
         return "refused", str(error)
     return "failed", _in_words(error)
@@ -630,7 +657,7 @@ def _raised(told: tuple[str, Any], rank: int) -> BaseException:
         return Interrupted(what)
     if kind == "refused":
         return ConfigError(what if rank == 0 else f"rank {rank}: {what}")
-    return RanksLost(f"rank {rank} failed: {what}")
+    return RanksLost(what if kind == "lost" else f"rank {rank} failed: {what}")
 
 
 def _in_words(error: BaseException) -> str:
