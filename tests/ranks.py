@@ -463,13 +463,31 @@ def train_until_false(settings, rank, iteration):
 def train_and_die_at(settings, rank, name):
     """The process of a rank is killed where `vecpg.train` or `vecpg.begin` would call that."""
     from vecpg import begin, train
+    from vecpg.distributed import Ranks
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if my_rank() == rank:
-        setattr(train if hasattr(train, name) else begin, name, die)
+        owner = next(each for each in (train, begin, Ranks) if hasattr(each, name))
+        setattr(owner, name, die)
     train_here(settings)
+
+
+def making_slowly(rank, function, *args):
+    """As `function`, where one rank makes its environments later than the others."""
+    from vecpg import begin
+
+    real = begin.make_envs
+
+    def make_envs(*given, **named):
+        print("making", file=sys.stderr, flush=True)
+        if my_rank() == rank:
+            time.sleep(2.0)
+        return real(*given, **named)
+
+    begin.make_envs = make_envs
+    function(*args)
 
 
 def evaluating_for(seconds, function, *args):

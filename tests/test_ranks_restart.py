@@ -15,6 +15,7 @@ from ranks import (
     evaluating_for,
     flags,
     in_ranks,
+    making_slowly,
     train_and_die,
     train_and_die_at,
     train_here,
@@ -177,7 +178,9 @@ def test_ranks_that_are_started_again_go_on(tmp_path, whole, killed, then, stops
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "collect")])
+@pytest.mark.parametrize(
+    ("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "share"), (1, "collect")]
+)
 def test_ranks_that_are_killed_before_the_first_iteration_begin_again(tmp_path, whole, rank, where):
     """In the directory that was made, if one was."""
     settings = BASE | {"out_dir": str(tmp_path / "runs")}
@@ -379,6 +382,22 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, whole, max_restarts, rank, sig
         ended = agent.run(2, train_here, settings)
     assert [each.code for each in ended] == [0, 0], ended
     assert left_behind(run_dir) == whole(total_iterations=reached + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_who_waits_for_another_to_begin_stops_all(tmp_path, rank):
+    settings = BASE | {"out_dir": str(tmp_path / "runs"), "progress": False}
+    with Agent(tmp_path / "ranks") as agent:
+        agent.start(3, making_slowly, 1 - rank, command, *flags(**settings))
+        agent.wait_for(lambda: all("making" in agent.stderr(each) for each in range(3)))
+        time.sleep(0.5)
+        agent.signal(signal.SIGTERM, rank)
+        ended = agent.wait(10.0)
+    assert [each.code for each in ended] == [143, 143, 143], ended
+    said = "".join(each.stderr for each in ended)
+    assert "error" not in said
+    assert "stopped by SIGTERM" in said
 
 
 @pytest.mark.slow

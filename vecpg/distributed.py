@@ -160,14 +160,17 @@ class Ranks:
         key, self._told = f"told/{self._told}", self._told + 1
         if not self.first:
             return cast(_Told, self._wait_for(key))
-        with self._beating(self._store):
-            try:
+        try:
+            with self._beating(self._store):
                 made = make()
-            except BaseException as error:
-                self._parted = True
-                self._store.set(key, _packed((False, _as_told(error))))
-                raise
-        self._store.set(key, _packed((True, made)))
+            with _reachable():
+                self._store.set(key, _packed((True, made)))
+        except BaseException as error:
+            answer = _packed((False, _as_told(error)))
+            with contextlib.suppress(RuntimeError):  # torchrun itself has ended
+                # Not where a signal came just after they were told what was made.
+                self._parted = self._store.compare_set(key, "", answer) == answer.encode()
+            raise
         return made
 
     @contextlib.contextmanager
@@ -188,24 +191,30 @@ class Ranks:
         except (ConfigError, ValueError, OSError, RuntimeError, Interrupted) as raised:
             error = raised
         if self.size > 1:
-            self._parted = True  # whatever comes of it, all of them know
-            try:
-                told = self._gathered((None if error is None else _as_told(error), alike))
-            except RanksLost as lost:
-                raise error or lost from None
-            for rank, (failure, _) in enumerate(told):
-                if failure is not None and not (error is not None and self.first):
-                    raise _raised(failure, rank) from error
-            for rank, (_, theirs) in enumerate(told):
-                for name, value in told[0][1].items():
-                    if error is None and theirs[name] != value:
-                        raise ConfigError(
-                            f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
-                            f" {theirs[name]!r} on rank {rank}"
-                        )
-            self._parted = error is not None
+            # A signal meanwhile is none of what the others are told here.
+            with Interrupts() as interrupts, interrupts.held():
+                self._agree(error, alike)
         if error is not None:
             raise error
+
+    def _agree(self, error: Exception | Interrupted | None, alike: dict[str, Any]) -> None:
+        """Exchange what every rank has found, and raise what keeps them from going on."""
+        self._parted = True  # whatever comes of it, all of them know
+        try:
+            told = self._gathered((None if error is None else _as_told(error), alike))
+        except RanksLost as lost:
+            raise error or lost from None
+        for rank, (failure, _) in enumerate(told):
+            if failure is not None and not (error is not None and self.first):
+                raise _raised(failure, rank) from error
+        for rank, (_, theirs) in enumerate(told):
+            for name, value in told[0][1].items():
+                if error is None and theirs[name] != value:
+                    raise ConfigError(
+                        f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
+                        f" {theirs[name]!r} on rank {rank}"
+                    )
+        self._parted = error is not None
 
     def share(self, state: TrainState) -> None:
         """Give every rank the state that rank 0 has."""
@@ -421,11 +430,12 @@ class Ranks:
     def _reason(self) -> BaseException | None:
         """Why the first of the ranks that have left word did so; None where none has."""
         ends = time.monotonic() + _LAST_WORDS
-        while self._store is not None and time.monotonic() < ends:
-            for rank in range(self.size):
-                if rank != self.rank and self._store.check([key := f"left/{rank}"]):
-                    return _raised(_unpacked(self._store.get(key)), rank)
-            time.sleep(_LOOK)
+        with _reachable():
+            while self._store is not None and time.monotonic() < ends:
+                for rank in range(self.size):
+                    if rank != self.rank and self._store.check([key := f"left/{rank}"]):
+                        return _raised(_unpacked(self._store.get(key)), rank)
+                time.sleep(_LOOK)
         return None
 
     @contextlib.contextmanager
@@ -478,12 +488,13 @@ class Ranks:
         store = cast(Store, self._store)
         beats, since = 0, time.monotonic()
         while True:
-            try:
+            with _reachable():
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
+                left = store.get("left/0") if store.check(["left/0"]) else None
                 now = store.add("alive", 0)
-            except RuntimeError as error:
-                raise RanksLost(f"torchrun's store is gone: {error}") from error
+            if left is not None:
+                raise _raised(_unpacked(left), 0)
             time.sleep(_LOOK)
             if now != beats:
                 beats, since = now, time.monotonic()
@@ -491,6 +502,15 @@ class Ranks:
                 raise RanksLost(
                     f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
                 )
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Say of what torch raises inside that torchrun, which keeps the store, has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLost(f"torchrun's store is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -507,37 +527,50 @@ def joined(config: Config) -> Iterator[Ranks]:
     seconds = config.dist_timeout
     try:
         kept = agent_store(where, seconds)
-        if where.world_size == 1:
-            yield Ranks(where, seconds, None, kept)
-            return
-        store = meet(kept, where, seconds)
-        backend = "gloo"
-        if torch.cuda.is_available() and distributed.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(
-            backend,
-            store=store,
-            rank=where.rank,
-            world_size=where.world_size,
-            timeout=timedelta(seconds=seconds),
-        )
+        if where.world_size > 1:
+            store = _grouped(kept, where, seconds)
     except ConfigError:
         raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+    if where.world_size == 1:
+        signals.together = True
+        yield Ranks(where, seconds, None, kept)
+        return
+    ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
+    own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
     try:
-        ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
-        own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-        try:
-            with ranks.alike({flag(name): value for name, value in own.items()}):
-                pass
-            yield ranks
-        except BaseException as error:
-            ranks.leave(error)
-            ranks.await_saving(error)
-            raise
-    finally:
-        distributed.destroy_process_group()
+        with ranks.alike({flag(name): value for name, value in own.items()}):
+            pass
+        yield ranks
+    except BaseException as error:
+        ranks.leave(error)
+        distributed.destroy_process_group()  # who waits for this rank looks why it left
+        ranks.await_saving(error)
+        raise
+    distributed.destroy_process_group()
+
+
+def _grouped(kept: Store, where: Place, seconds: float) -> Store:
+    """Make the process group of this start; returns its part of the store."""
+    if distributed.is_initialized():
+        raise ConfigError(
+            "torchrun: expected no process group in this process, since a run over ranks makes its"
+            " own, got one; end it with torch.distributed.destroy_process_group() before, or train"
+            " one run at a time"
+        )
+    store = meet(kept, where, seconds)
+    backend = "gloo"
+    if torch.cuda.is_available() and distributed.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        store=store,
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timedelta(seconds=seconds),
+    )
+    return store
 
 
 def agent_store(place: Place, seconds: float) -> Store:
