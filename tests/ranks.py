@@ -1,7 +1,6 @@
 """Ranks as torchrun starts them, made quickly: forked from a process that has imported everything.
 
-    with Agent(folder) as agent:
-        ended = agent.run(2, train_here, config)
+    ended = in_ranks(2, train_here, settings, folder=folder)
 
 A rank has torchrun's environment variables, a session and a working directory of its own, and the
 store of an agent that outlives it: so it may be started again there, with others. `Torchrun` is the
@@ -74,7 +73,8 @@ class _Forks:
 
     def fork(self, environment, folder, function, args):
         """Returns its process id."""
-        return self._ask("fork", environment, str(folder), function, args)
+        # In bytes: the connection's own way would share the memory of tensors.
+        return self._ask("fork", environment, str(folder), pickle.dumps((function, args)))
 
     def ended(self):
         """Exit statuses by process id, of those that have ended."""
@@ -143,7 +143,7 @@ def _warm(config, folder):
     )
 
 
-def _be_a_rank(environment, folder, function, args):
+def _be_a_rank(environment, folder, called):
     code = 1
     try:
         os.setsid()
@@ -153,6 +153,7 @@ def _be_a_rank(environment, folder, function, args):
         for descriptor, stream in ((1, "stdout"), (2, "stderr")):
             file = os.open(f"{name} {stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, descriptor)
+        function, args = pickle.loads(called)
         result = function(*args)
         Path(f"{name} result").write_bytes(pickle.dumps(result))
         code = 0
@@ -314,6 +315,20 @@ class Agent:
         return found
 
 
+def in_ranks(world_size, function, *args, folder, **given):
+    """What came of ranks that were started once.
+
+    Args:
+        world_size: as `Agent.start`, and likewise the others.
+        function: see there.
+        args: see there.
+        folder: the working directory; new.
+        given: see there.
+    """
+    with Agent(folder) as agent:
+        return agent.run(world_size, function, *args, **given)
+
+
 class Torchrun:
     """The real one, on this machine, with `vecpg train`.
 
@@ -427,6 +442,19 @@ def train_and_die(settings, rank, iteration):
     train_here(settings, die)
 
 
+def train_twice(first, second, rank=None, iteration=None):
+    """Two runs, one after the other; the process of a rank is killed in the second."""
+    train_here(first)
+    train_and_die(second, rank, iteration)
+
+
+def train_then_die(settings, rank):
+    """The process of a rank is killed when all is done."""
+    train_here(settings)
+    if my_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train_until_false(settings, rank, iteration):
     """On a rank whoever looks at iterations says that it is enough."""
     train_here(settings, lambda row, _: my_rank() != rank or row["iteration"] < iteration)
@@ -461,30 +489,42 @@ def evaluating_for(seconds, function, *args):
     function(*args)
 
 
+def combine(settings, added, kept):
+    """What `Ranks.combine` gives of the shards of all ranks, each of which has its part of them."""
+    from vecpg.config import Config
+    from vecpg.distributed import joined
+
+    config = Config(progress=False, **settings)
+    with joined(config) as ranks:
+        mine = ranks.part_of(config, None).resolved_shards
+        first = ranks.rank * mine
+        return ranks.combine(added[first : first + mine], kept[first : first + mine])
+
+
 def each_its_own(settings):
     """Train with the settings of the rank, of as many as there are ranks."""
     train_here(settings[my_rank()])
 
 
 def train_and_count(settings):
-    """Train; returns how often each collective was called."""
+    """Train; returns what collectives were called, in order; None stands after each iteration."""
     from torch.distributed import ProcessGroup
 
-    counts = {}
+    called = []
 
     def counting(name):
         real = getattr(ProcessGroup, name)
 
         def call(*args, **named):
-            counts[name] = counts.get(name, 0) + 1
+            called.append(name)
             return real(*args, **named)
 
         return call
 
     for name in COLLECTIVES:
         setattr(ProcessGroup, name, counting(name))
-    train_here(settings)
-    return counts
+    train_here(settings, lambda row, policy: called.append(None))
+    return called
 
 
 COLLECTIVES = (

@@ -14,9 +14,12 @@ from ranks import (
     each_its_own,
     evaluating_for,
     flags,
+    in_ranks,
     train_and_die,
     train_and_die_at,
     train_here,
+    train_then_die,
+    train_twice,
     train_until_false,
 )
 from test_run_files import left_behind, rows, the_run
@@ -30,7 +33,7 @@ BASE = {
     "target_return": None,
     "eval_episodes": 3,
     "save_every": 1e-9,
-    "dist_timeout": 2.0,
+    "dist_timeout": 20.0,
 }
 ENDLESS = BASE | {"total_iterations": 1_000_000, "total_timesteps": None}
 
@@ -40,11 +43,10 @@ def whole(tmp_path):
     """What a run leaves that one process makes, and nobody stops."""
 
     def run(**settings):
-        with Agent(tmp_path / "of the whole") as agent:
-            out_dir = tmp_path / "whole"
-            given = BASE | settings | {"out_dir": str(out_dir)}
-            (ended,) = agent.run(None, train_here, given)
-            assert ended.code == 0, ended.stderr
+        out_dir = tmp_path / "whole"
+        given = BASE | settings | {"out_dir": str(out_dir)}
+        (ended,) = in_ranks(None, train_here, given, folder=tmp_path / "of the whole")
+        assert ended.code == 0, ended.stderr
         return left_behind(the_run(out_dir))
 
     return run
@@ -57,8 +59,10 @@ def lines(out_dir):
 
 def complaints(ended):
     """What a rank says that is not of every run."""
-    usual = r"^(?!CartPole-v1 x|collecting|gradient|returns on|run directory|iteration|saved)"
-    return re.findall(usual + ".+$", ended.stderr, re.M)
+    usual = (
+        "[a-zA-Z].* x |collecting|gradient|returns on|run directory|iteration|saved|every episode"
+    )
+    return re.findall(rf"^(?!{usual}|24 envs).+$", ended.stderr, re.M)
 
 
 # -- Another number of ranks ---------------------------------------------------------------------
@@ -113,27 +117,51 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_once(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{"num_envs": 9, "shards": None}, {"num_envs": 24, "shards": 8}])
-def test_what_ranks_do_not_divide_is_refused_once(tmp_path, given):
-    with Agent(tmp_path) as agent:
-        settings = BASE | given | {"out_dir": str(tmp_path / "runs"), "progress": False}
-        ended = agent.run(3, command, *flags(**settings))
-        del settings["shards"]
-    if given["shards"] is None:
-        assert [each.code for each in ended] == [0] * 3
-        return
-    assert [each.code for each in ended] == [2] * 3
-    assert [len(each.stderr.splitlines()) for each in ended] == [1, 0, 0]
-    assert "nearest" in ended[0].stderr
-    assert not (tmp_path / "runs").exists()
+def test_without_shards_a_run_keeps_those_of_the_ranks_it_began_with(tmp_path, whole):
+    """So a number of ranks that divides theirs goes on, to rounding, and another is refused."""
+    settings = BASE | {"shards": None, "out_dir": str(tmp_path / "runs"), "total_iterations": 4}
+    ended = in_ranks(2, train_here, settings, folder=tmp_path / "two")
+    assert [each.code for each in ended] == [0, 0], ended
+    run_dir = the_run(tmp_path / "runs")
+    settings = BASE | {"shards": None, "resume": str(run_dir)}
+    for each in in_ranks(3, train_here, settings, folder=tmp_path / "three"):
+        assert "2 shards (1, 2), got 3" in each.stderr
+    (ended,) = in_ranks(1, train_here, settings, folder=tmp_path / "one")
+    assert ended.code == 0, ended.stderr
+    *_, summary = left_behind(run_dir)
+    *_, expected = whole(shards=None)
+    assert summary.pop("shards") == 2
+    assert expected.pop("shards") == 1
+    assert summary == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ({"num_envs": 10, "shards": None}, "9 and 12"),
+        ({"num_envs": 24, "shards": 8}, "6 and 12"),
+    ],
+)
+def test_what_ranks_do_not_divide_is_refused_once(tmp_path, given, nearest):
+    settings = BASE | given | {"out_dir": str(tmp_path / "runs"), "progress": False}
+    with Agent(tmp_path / "ranks", max_restarts=1) as agent:
+        for restarts, said in ((0, [1, 0, 0]), (1, [0, 0, 0])):
+            ended = agent.run(3, command, *flags(**settings), restarts=restarts)
+            assert [each.code for each in ended] == [2] * 3
+            assert [len(each.stderr.splitlines()) for each in ended] == said, ended
+            if restarts == 0:
+                assert f"nearest: {nearest}" in ended[0].stderr
+    assert not list(tmp_path.glob("runs/*"))
 
 
 # -- Started again by torchrun -------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops_others", [False, True])
-@pytest.mark.parametrize(("killed", "then"), [(0, 4), (3, 4), (1, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("killed", "then", "stops_others"), [(0, 4, False), (1, 2, True), (3, 1, False)]
+)
 def test_ranks_that_are_started_again_go_on(tmp_path, whole, killed, then, stops_others):
     """Without a flag; by another number of them too."""
     settings = BASE | {"out_dir": str(tmp_path / "runs")}
@@ -149,9 +177,7 @@ def test_ranks_that_are_started_again_go_on(tmp_path, whole, killed, then, stops
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "collect"), (0, "collect")]
-)
+@pytest.mark.parametrize(("rank", "where"), [(0, "make_envs"), (1, "make_envs"), (1, "collect")])
 def test_ranks_that_are_killed_before_the_first_iteration_begin_again(tmp_path, whole, rank, where):
     """In the directory that was made, if one was."""
     settings = BASE | {"out_dir": str(tmp_path / "runs")}
@@ -187,19 +213,41 @@ def test_ranks_go_on_after_others_joined_or_left_which_torchrun_counts_as_no_res
 
 
 @pytest.mark.slow
-def test_a_second_run_of_the_same_torchrun_is_its_own(tmp_path):
-    """A script may train twice; after a restart it begins at the first again, which is over."""
+def test_ranks_that_are_started_again_find_the_first_of_two_runs_done(tmp_path, whole):
+    """A script may train twice: after a restart it begins with the first again."""
+    first = BASE | {"out_dir": str(tmp_path / "first"), "gamma": 0.9}
+    second = BASE | {"out_dir": str(tmp_path / "runs")}
+    with Agent(tmp_path / "ranks", max_restarts=5) as agent:
+        ended = agent.run(2, train_twice, first, second, 1, 3)
+        assert ended[1].code == -signal.SIGKILL
+        before = left_behind(the_run(tmp_path / "first"))
+        again = agent.run(2, train_twice, first, second, restarts=1)
+        assert [each.code for each in again] == [0, 0], again
+        assert "already at its end" in again[0].stderr
+    assert left_behind(the_run(tmp_path / "first")) == before
+    assert left_behind(the_run(tmp_path / "runs")) == whole()
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_again_after_the_end_leave_it(tmp_path, whole):
+    settings = BASE | {"out_dir": str(tmp_path / "runs")}
+    with Agent(tmp_path / "ranks", max_restarts=5) as agent:
+        ended = agent.run(2, train_then_die, settings, 1)
+        assert [each.code for each in ended] == [0, -signal.SIGKILL]
+        again = agent.run(2, train_here, settings, restarts=1)
+        assert [each.code for each in again] == [0, 0], again
+    assert left_behind(the_run(tmp_path / "runs")) == whole()
 
 
 @pytest.mark.slow
 def test_a_rank_of_torchruns_that_is_killed_is_no_loss(tmp_path, whole):
     """The whole run goes on where it was, without a flag."""
-    settings = BASE | {"total_iterations": 400, "dist_timeout": 20.0, "progress": False}
+    settings = BASE | {"total_iterations": 120, "progress": False}
     options = ["--max-restarts", "5", "--monitor-interval", "0.1"]
     runs = tmp_path / "ranks" / "runs"
     with Torchrun(tmp_path / "ranks", *flags(**settings), options=options) as real:
         deadline = time.monotonic() + 60
-        while lines(runs) < 20:
+        while lines(runs) < 5:
             assert time.monotonic() < deadline, real.stderr()
             time.sleep(0.005)
         real.ranks()[1].kill()
@@ -208,7 +256,7 @@ def test_a_rank_of_torchruns_that_is_killed_is_no_loss(tmp_path, whole):
     assert "saved after iteration" in ended.stderr
     assert len(ended.stdout.splitlines()) == 1
     found = left_behind(the_run(runs))
-    assert found == whole(total_iterations=400)
+    assert found == whole(total_iterations=120)
 
 
 # -- Ranks that die, hang or fail ----------------------------------------------------------------
@@ -218,21 +266,18 @@ def test_a_rank_of_torchruns_that_is_killed_is_no_loss(tmp_path, whole):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_ends_the_others(tmp_path, rank):
     """Within the time-out, with one line."""
-    settings = ENDLESS | {"out_dir": str(tmp_path / "runs"), "progress": False}
+    settings = ENDLESS | {"out_dir": str(tmp_path / "runs"), "progress": False, "dist_timeout": 2.0}
     with Agent(tmp_path / "ranks") as agent:
         agent.start(3, command, *flags(**settings))
         agent.wait_for(lambda: lines(tmp_path / "runs") >= 3)
         agent.signal(signal.SIGSTOP, rank)
         begun = time.monotonic()
         ended = agent.wait(20.0, but=[rank])
-        took = time.monotonic() - begun
-    assert took < 2.0 + 8.0
-    for other in {0, 1, 2} - {rank}:
-        assert ended[other].code == 1, ended[other]
-        said = [line for line in complaints(ended[other]) if "resume" not in line]
-        assert len(said) == 1, said
-        assert "--dist-timeout" in said[0]
-        assert "Traceback" not in ended[other].stderr
+        assert time.monotonic() - begun < 2.0 + 8.0
+    others = [each for k, each in enumerate(ended) if k != rank]
+    assert [each.code for each in others] == [1, 1], others
+    (line,) = [line for each in others for line in complaints(each)]
+    assert "--dist-timeout" in line
     if rank != 0:
         assert last(the_run(tmp_path / "runs"))["counters"]["iteration"] == lines(tmp_path / "runs")
 
@@ -267,7 +312,7 @@ def test_a_rank_whose_environment_raises_ends_all_with_its_words(tmp_path):
 def test_an_evaluation_may_take_longer_than_the_time_out(tmp_path, whole):
     """Nobody cuts it while rank 0 is alive: neither the one that confirms nor the last."""
     settings = BASE | {
-        "dist_timeout": 0.5,
+        "dist_timeout": 1.0,
         "target_return": 20.0,
         "return_window": 24,
         "total_iterations": 30,
@@ -276,13 +321,14 @@ def test_an_evaluation_may_take_longer_than_the_time_out(tmp_path, whole):
         ended = agent.run(
             2,
             evaluating_for,
-            1.5,
+            2.0,
             train_here,
             settings | {"out_dir": str(tmp_path / "runs")},
         )
     assert [each.code for each in ended] == [0, 0], ended
     assert "evaluating" in ended[0].stderr
     assert "evaluating" not in ended[1].stderr
+    assert "time" not in ended[1].stderr  # as torch warns of each of its own
     assert left_behind(the_run(tmp_path / "runs")) == whole(**settings)
 
 
@@ -305,13 +351,17 @@ def test_rank_0_that_is_killed_while_it_evaluates_ends_the_others(tmp_path, targ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_restarts", [0, 3])
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signum", "rank", "max_restarts"),
+    [
+        (signal.SIGTERM, 0, 0),
+        (signal.SIGTERM, 1, 0),
+        (signal.SIGTERM, 2, 3),
+        (signal.SIGINT, 1, 0),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all(tmp_path, whole, max_restarts, rank, signum):
     """At the same iteration, saved; where it may, torchrun would start again what fails."""
-    if (rank, signum) == (0, signal.SIGINT):
-        pytest.skip("the other three say it")
     settings = ENDLESS | {"out_dir": str(tmp_path / "runs"), "progress": False}
     with Agent(tmp_path / "ranks", max_restarts=max_restarts) as agent:
         agent.start(3, command, *flags(**settings))
@@ -348,7 +398,7 @@ def test_a_signal_during_an_evaluation_stops_all(tmp_path, rank):
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_ends_the_job_saved(tmp_path):
-    settings = ENDLESS | {"dist_timeout": 20.0, "progress": False}
+    settings = ENDLESS | {"progress": False}
     runs = tmp_path / "ranks" / "runs"
     with Torchrun(tmp_path / "ranks", *flags(**settings)) as real:
         deadline = time.monotonic() + 60
@@ -395,17 +445,17 @@ def test_different_settings_on_two_ranks_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_for_others_in_vain_says_so(tmp_path):
+def test_ranks_that_wait_for_another_in_vain_say_so(tmp_path):
     settings = BASE | {"out_dir": str(tmp_path / "runs"), "progress": False, "dist_timeout": 1.0}
     with Agent(tmp_path / "ranks") as agent:
-        agent.start(2, command, *flags(**settings), only=[0])
-        begun = time.monotonic()
-        (ended,) = agent.wait(20.0)
-        assert time.monotonic() - begun < 1.0 + 4.0
-    assert ended.code in (1, 2)
-    (line,) = ended.stderr.splitlines()
+        agent.start(3, command, *flags(**settings), only=[0, 1])
+        ended = agent.wait(1.0 + 20.0)
+    assert [each.code for each in ended] == [2, 2]
+    (line,) = ended[0].stderr.splitlines()
     assert "--dist-timeout" in line
-    assert not (tmp_path / "runs").exists()
+    assert "missed 2;" in line
+    assert ended[1].stderr == ""
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.slow
@@ -427,8 +477,7 @@ def test_what_ranks_say_has_their_number_and_stdout_has_one_line(tmp_path):
         assert ended[rank].stdout == ""
         said = ended[rank].stderr.splitlines()
         assert said
-        assert all(line.startswith(f"[rank {rank}] ") for line in said)
-        assert any("close broke" in line for line in said)
+        assert all(line.startswith(f"[rank {rank}] closing") for line in said)
     assert "[rank" not in ended[0].stderr
     assert "close broke" in ended[0].stderr
-    assert "24 envs = 3 ranks × 8" in ended[0].stderr
+    assert "24 envs = 3 ranks x 8" in ended[0].stderr

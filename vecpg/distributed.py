@@ -234,6 +234,7 @@ class Ranks:
             Interrupted: another rank was stopped.
             RanksLost: another rank failed.
         """
+        self._parted = False
         try:
             yield
         except _Over:
@@ -271,7 +272,9 @@ class Ranks:
             return found, Whole(self._num_envs, found.counted)
         parts = rollout.shards(shards)
         own = [(shard, episode_statistics(shard)) for shard in parts]
-        columns = max(each.shape[1] for each in sums)
+        rows = max(each.shape[1] for each in sums)
+        # A window of several episodes has more rows than any of them has ages.
+        columns = max(int(each[1].count_nonzero()) for each in sums)
         while True:
             numbers = [self._numbers(*pair, each) for pair, each in zip(own, sums, strict=True)]
             found, needed = self._say(_GOES_ON, numbers, columns)
@@ -280,6 +283,8 @@ class Ranks:
             # Episodes are longer than any before; all ranks see that, and say it again.
             self._columns = max(needed, 2 * self._columns)
         self._summing = True
+        room = max(0, rows - self._columns)
+        found = replace(found, sums=nn.functional.pad(found.sums, (0, room)))
         return found, Whole(self._num_envs, found.counted, self.combine)
 
     def combine(
@@ -516,6 +521,8 @@ def joined(config: Config) -> Iterator[Ranks]:
             world_size=where.world_size,
             timeout=timedelta(seconds=seconds),
         )
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
     try:
@@ -569,9 +576,12 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
                 signals.together = True
                 return PrefixStore(here, store)
         time.sleep(_LOOK)
-    names = _names(store, place.world_size) if place.rank == 0 else _meeting(store)
+    names = _names(store, place.world_size)
     here = hashlib.sha256("".join(names).encode()).hexdigest()
-    missing = [str(rank) for rank in range(place.world_size) if not store.check([f"{here}/{rank}"])]
+    others = {rank: f"{here}/{rank}" for rank in range(place.world_size) if rank != place.rank}
+    # Where all have a name, some may be those of an earlier start.
+    missing = [str(rank) for rank in others if not names[rank]]
+    missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
     raise ConfigError(
         f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
         f" {seconds:g} s, and missed {', '.join(missing)}; see what those say, or give more time"
@@ -604,6 +614,8 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
     """What the others are told of an error."""
     if isinstance(error, Interrupted):
         return "stopped", error.signum
+    if isinstance(error, RanksLost):  # of whoever was lost, not of who tells it
+        return "lost", str(error)
     if isinstance(error, ConfigError | ValueError | OSError):
         return "refused", str(error)
     return "failed", _in_words(error)
@@ -614,6 +626,8 @@ def _raised(told: tuple[str, Any], rank: int) -> BaseException:
     kind, what = told
     if kind == "stopped":
         return Interrupted(what)
+    if kind == "lost":
+        return RanksLost(what)
     if kind == "refused":
         return ConfigError(what if rank == 0 else f"rank {rank}: {what}")
     return RanksLost(f"rank {rank} failed: {what}")
