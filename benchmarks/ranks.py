@@ -227,8 +227,8 @@ def main():
     path = results_folder(machine) / "ranks.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = (
-        f"{machine['cpu']}, {machine['cores']} cores, medians of {args.rounds} rounds (least to most);"
-        f" {result['load_before']} processes at work before.\n\n{tables(result)}"
+        f"{machine['cpu']}, {machine['cores']} cores; medians of {args.rounds} rounds (least to"
+        f" most); {result['load_before']} processes at work before.\n\n{tables(result)}"
     )
     print(text)
     if args.record:
