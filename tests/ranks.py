@@ -75,7 +75,8 @@ class _Forks:
 
     def fork(self, environment, folder, function, args):
         """Returns its process id."""
-        return self._ask("fork", environment, str(folder), function, args)
+        # In bytes: the connection's own way would share the memory of tensors.
+        return self._ask("fork", environment, str(folder), pickle.dumps((function, args)))
 
     def ended(self):
         """Exit statuses by process id, of those that have ended."""
@@ -144,7 +145,7 @@ def _warm(config, folder):
     )
 
 
-def _be_a_rank(environment, folder, function, args):
+def _be_a_rank(environment, folder, called):
     code = 1
     try:
         os.setsid()
@@ -154,6 +155,7 @@ def _be_a_rank(environment, folder, function, args):
         for descriptor, stream in ((1, "stdout"), (2, "stderr")):
             file = os.open(f"{name} {stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, descriptor)
+        function, args = pickle.loads(called)
         result = function(*args)
         Path(f"{name} result").write_bytes(pickle.dumps(result))
         code = 0
@@ -469,8 +471,25 @@ def train_and_die_at(settings, rank, name):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if my_rank() == rank:
-        setattr(next(each for each in (train, begin, Ranks) if hasattr(each, name)), name, die)
+        owner = next(each for each in (train, begin, Ranks) if hasattr(each, name))
+        setattr(owner, name, die)
     train_here(settings)
+
+
+def making_slowly(rank, function, *args):
+    """As `function`, where one rank makes its environments later than the others."""
+    from vecpg import begin
+
+    real = begin.make_envs
+
+    def make_envs(*given, **named):
+        print("making", file=sys.stderr, flush=True)
+        if my_rank() == rank:
+            time.sleep(2.0)
+        return real(*given, **named)
+
+    begin.make_envs = make_envs
+    function(*args)
 
 
 def evaluating_for(seconds, function, *args):
@@ -517,6 +536,18 @@ def failing(rank, name, *words):
     if rank in (None, my_rank()):
         setattr(train if hasattr(train, name) else begin, name, fail)
     command(*words)
+
+
+def combine(settings, added, kept):
+    """What `Ranks.combine` gives of the shards of all ranks, each of which has its part of them."""
+    from vecpg.config import Config
+    from vecpg.distributed import joined
+
+    config = Config(progress=False, **settings)
+    with joined(config) as ranks:
+        mine = ranks.part_of(config, None).resolved_shards
+        first = ranks.rank * mine
+        return ranks.combine(added[first : first + mine], kept[first : first + mine])
 
 
 def each_its_own(settings):

@@ -3,32 +3,31 @@
 import signal
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+import torch
+from torch.distributed import HashStore
 
 from vecpg import signals
+from vecpg.begin import begin
 from vecpg.config import Config, ConfigError
 from vecpg.distributed import Ranks, RanksLost, agent_store, joined
+from vecpg.envs import EnvironmentFailure
 from vecpg.run.interrupts import Interrupted
 from vecpg.torchrun import Place
 
 
-def place_of(rank, size, port=0, run_id="of a test"):
-    return Place(rank, size, rank, size, 0, 0, run_id, "localhost", port)
-
-
-def two_ranks():
-    """What they tell each other by the store alone."""
-    store = HashStore()
-    return [Ranks(place_of(rank, 2), 60.0, store) for rank in (0, 1)]
-
-
-def a_server():
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def of_one_store(store, seconds=0.5):
+    """Two ranks."""
+    for rank in (0, 1):
+        place = Place(rank, 2, rank, 2, 0, 0, "of a test", "localhost", 0)
+        yield Ranks(place, seconds, store, None)
 
 
 def test_keys_of_another_run_are_not_among_these():
-    server = a_server()
-    mine, other = (agent_store(place_of(0, 1, server.port, run_id), 10.0) for run_id in ("a", "b"))
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    mine, other = (
+        agent_store(Place(0, 1, 0, 1, 0, 0, run_id, "localhost", server.port), 10.0)
+        for run_id in ("a", "b")
+    )
     mine.set("key", "mine")
     assert mine.check(["key"])
     assert not other.check(["key"])
@@ -47,7 +46,7 @@ def test_keys_of_another_run_are_not_among_these():
 )
 def test_who_waits_for_rank_0_learns_why_it_has_ended(error, kind, words, inside):
     """Whether that was in what it makes for all, or before."""
-    first, other = two_ranks()
+    first, second = of_one_store(HashStore())
 
     def fail():
         raise error
@@ -58,28 +57,103 @@ def test_who_waits_for_rank_0_learns_why_it_has_ended(error, kind, words, inside
     else:
         first.leave(error)
     with pytest.raises((Interrupted, RuntimeError, ValueError)) as found:
-        other.told(fail)
+        second.told(fail)
     assert type(found.value) is kind
     assert str(found.value) == words
 
 
 def test_what_rank_0_made_before_it_ended_is_told():
-    first, other = two_ranks()
+    first, second = of_one_store(HashStore())
     assert first.told(lambda: [1, 2]) == [1, 2]
     first.leave(OSError("no room"))
-    assert other.told(lambda: None) == [1, 2]
+    assert second.told(lambda: None) == [1, 2]
     with pytest.raises(RanksLost, match="no room"):
-        other.told(lambda: None)
+        second.told(lambda: None)
 
 
-@pytest.mark.parametrize(("max_restarts", "status"), [("0", 143), ("3", 0)])
-def test_the_only_rank_is_not_started_again_after_a_signal(monkeypatch, max_restarts, status):
-    """It has met all others that there are."""
-    server = a_server()
+@pytest.mark.parametrize("told", [False, True])
+def test_a_signal_to_rank_0_as_it_answers_leaves_nobody_without_an_answer(told):
+    """And not with two."""
+
+    class Stopped(HashStore):
+        def set(self, key, value):
+            if told or not key.startswith("told"):
+                super().set(key, value)
+            if key.startswith("told"):
+                raise Interrupted(signal.SIGTERM)
+
+    store = Stopped()
+    first, second = of_one_store(store)
+    with pytest.raises(Interrupted) as stopped:
+        first.told(lambda: "made")
+    if told:
+        assert second.told(lambda: None) == "made"
+    else:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            second.told(lambda: None)
+    # Who was told what was made has still to hear that rank 0 leaves.
+    first.leave(stopped.value)
+    assert store.check(["left/0"]) == told
+
+
+def test_where_torchrun_has_ended_no_answer_comes():
+    class Gone(HashStore):
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+        check = compare_set = set
+
+    first, second = of_one_store(Gone())
+    for rank in (first, second):
+        with pytest.raises(RanksLost, match="torchrun's store is gone: Broken pipe"):
+            rank.told(lambda: None)
+
+
+def test_that_a_rank_is_lost_is_said_alike_by_all_and_is_no_matter_of_settings():
+    first, second = of_one_store(HashStore())
+    first.leave(RanksLost("rank 7 failed: the pole fell off"))
+    with pytest.raises(RanksLost, match="^rank 7 failed: the pole fell off$"):
+        begin(Config(), second)
+
+
+@pytest.fixture
+def torchruns(monkeypatch):
+    """The environment variables of a rank, of as many as are said, and a store."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(signals, "together", False)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
-    monkeypatch.setattr("vecpg.distributed.place", lambda: place_of(0, 1, server.port))
-    assert signals.exit_status(signal.SIGTERM) == 143
-    with joined(Config()) as ranks:
-        assert ranks.size == 1
-        assert signals.exit_status(signal.SIGTERM) == status
+
+    def be_one_of(ranks):
+        variables = {
+            "TORCHELASTIC_RUN_ID": "of a test",
+            "RANK": "0",
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "3",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(server.port),
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return be_one_of
+
+
+def test_what_fails_on_a_single_rank_is_what_it_is(torchruns):
+    torchruns(1)
+    with pytest.raises(EnvironmentFailure, match="^the pole fell off$"), joined(Config()):
+        raise EnvironmentFailure("the pole fell off")
+
+
+def test_a_single_rank_that_is_stopped_is_not_started_again(torchruns):
+    torchruns(1)
+    with joined(Config()):
+        assert signals.exit_status(signal.SIGTERM) == 0
+
+
+def test_a_process_group_of_the_callers_is_refused(torchruns, monkeypatch):
+    torchruns(2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="destroy_process_group"), joined(Config()):
+        pass

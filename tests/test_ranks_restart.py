@@ -16,6 +16,7 @@ from ranks import (
     failing,
     flags,
     in_ranks,
+    making_slowly,
     signalled_after,
     train_and_die,
     train_and_die_at,
@@ -116,6 +117,25 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_once(tmp_path):
             else:
                 assert said[0] == ""
     assert left_behind(run_dir) == before
+
+
+@pytest.mark.slow
+def test_without_shards_a_run_keeps_those_of_the_ranks_it_began_with(tmp_path, whole):
+    """So a number of ranks that divides theirs goes on, to rounding, and another is refused."""
+    settings = BASE | {"shards": None, "out_dir": str(tmp_path / "runs"), "total_iterations": 4}
+    ended = in_ranks(2, train_here, settings, folder=tmp_path / "two")
+    assert [each.code for each in ended] == [0, 0], ended
+    run_dir = the_run(tmp_path / "runs")
+    settings = BASE | {"shards": None, "resume": str(run_dir)}
+    for each in in_ranks(3, train_here, settings, folder=tmp_path / "three"):
+        assert "2 shards (1, 2), got 3" in each.stderr
+    (ended,) = in_ranks(1, train_here, settings, folder=tmp_path / "one")
+    assert ended.code == 0, ended.stderr
+    *_, summary = left_behind(run_dir)
+    *_, expected = whole(shards=None)
+    assert summary.pop("shards") == 2
+    assert expected.pop("shards") == 1
+    assert summary == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -364,6 +384,22 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, whole, max_restarts, rank, sig
         ended = agent.run(2, train_here, settings)
     assert [each.code for each in ended] == [0, 0], ended
     assert left_behind(run_dir) == whole(total_iterations=reached + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_who_waits_for_another_to_begin_stops_all(tmp_path, rank):
+    settings = BASE | {"out_dir": str(tmp_path / "runs"), "progress": False}
+    with Agent(tmp_path / "ranks") as agent:
+        agent.start(3, making_slowly, 1 - rank, command, *flags(**settings))
+        agent.wait_for(lambda: all("making" in agent.stderr(each) for each in range(3)))
+        time.sleep(0.5)
+        agent.signal(signal.SIGTERM, rank)
+        ended = agent.wait(10.0)
+    assert [each.code for each in ended] == [143, 143, 143], ended
+    said = "".join(each.stderr for each in ended)
+    assert "error" not in said
+    assert "stopped by SIGTERM" in said
 
 
 @pytest.mark.slow

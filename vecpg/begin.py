@@ -19,7 +19,7 @@ from vecpg.adam import Adam
 from vecpg.advantage import prepare_advantages
 from vecpg.config import Config, ConfigError
 from vecpg.device import resolve_device
-from vecpg.distributed import Ranks
+from vecpg.distributed import Ranks, RanksLost
 from vecpg.envs import find_spec, make_envs, resolve_vectorization
 from vecpg.evaluate import make_judge, prepare_evaluation
 from vecpg.kernels import threads
@@ -89,6 +89,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
 
     Raises:
         ConfigError: whatever it is. What was made is closed, and nothing was written.
+        RanksLost: another rank failed or did not answer.
     """
     ranks = ranks or Ranks()
     with _refusing(), ExitStack() as unless_all_is_well:
@@ -170,10 +171,10 @@ def _close(envs: VectorEnv[Any, Any, Any]) -> None:
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever goes wrong before the first step is a matter of settings."""
+    """Whatever goes wrong before the first step is a matter of settings; but not a lost rank."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, RanksLost):
         raise
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)

@@ -161,14 +161,17 @@ class Ranks:
         key, self._told = f"told/{self._told}", self._told + 1
         if not self.first:
             return cast(_Told, self._wait_for(key))
-        with self._beating(self._store):
-            try:
+        try:
+            with self._beating(self._store):
                 made = make()
-            except BaseException as error:
-                self._parted = True
-                self._store.set(key, _packed((False, _as_told(error))))
-                raise
-        self._store.set(key, _packed((True, made)))
+            with _reachable():
+                self._store.set(key, _packed((True, made)))
+        except BaseException as error:
+            answer = _packed((False, _as_told(error)))
+            with contextlib.suppress(RuntimeError):  # torchrun itself has ended
+                # Not where a signal came just after they were told what was made.
+                self._parted = self._store.compare_set(key, "", answer) == answer.encode()
+            raise
         return made
 
     @contextlib.contextmanager
@@ -187,24 +190,30 @@ class Ranks:
         except (ConfigError, Interrupted) as raised:
             error = raised
         if self.size > 1:
-            self._parted = True  # whatever comes of it, all of them know
-            try:
-                told = self._gathered((None if error is None else _as_told(error), alike))
-            except RanksLost as lost:
-                raise error or lost from None
-            for rank, (failure, _) in enumerate(told):
-                if failure is not None and not (error is not None and self.first):
-                    raise _raised(failure, rank) from error
-            for rank, (_, theirs) in enumerate(told):
-                for name, value in told[0][1].items():
-                    if error is None and theirs[name] != value:
-                        raise ConfigError(
-                            f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
-                            f" {theirs[name]!r} on rank {rank}"
-                        )
-            self._parted = error is not None
+            # A signal meanwhile is none of what the others are told here.
+            with Interrupts() as interrupts, interrupts.held():
+                self._agree(error, alike)
         if error is not None:
             raise error
+
+    def _agree(self, error: ConfigError | Interrupted | None, alike: dict[str, Any]) -> None:
+        """Exchange what every rank has found, and raise what keeps them from going on."""
+        self._parted = True  # whatever comes of it, all of them know
+        try:
+            told = self._gathered((None if error is None else _as_told(error), alike))
+        except RanksLost as lost:
+            raise error or lost from None
+        for rank, (failure, _) in enumerate(told):
+            if failure is not None and not (error is not None and self.first):
+                raise _raised(failure, rank) from error
+        for rank, (_, theirs) in enumerate(told):
+            for name, value in told[0][1].items():
+                if error is None and theirs[name] != value:
+                    raise ConfigError(
+                        f"{name}: expected the same on every rank, got {value!r} on rank 0 and"
+                        f" {theirs[name]!r} on rank {rank}"
+                    )
+        self._parted = error is not None
 
     def share(self, state: TrainState) -> None:
         """Give every rank the state that rank 0 has."""
@@ -273,7 +282,9 @@ class Ranks:
             return found, Whole(self._num_envs, found.counted)
         parts = rollout.shards(shards)
         own = [(shard, episode_statistics(shard)) for shard in parts]
-        columns = max(each.shape[1] for each in sums)
+        rows = max(each.shape[1] for each in sums)
+        # A window of several episodes has more rows than any of them has ages.
+        columns = max(int(each[1].count_nonzero()) for each in sums)
         while True:
             numbers = [self._numbers(*pair, each) for pair, each in zip(own, sums, strict=True)]
             found, needed = self._say(_GOES_ON, numbers, columns)
@@ -282,6 +293,8 @@ class Ranks:
             # Episodes are longer than any before; all ranks see that, and say it again.
             self._columns = max(needed, 2 * self._columns)
         self._summing = True
+        room = max(0, rows - self._columns)
+        found = replace(found, sums=nn.functional.pad(found.sums, (0, room)))
         return found, Whole(self._num_envs, found.counted, self.combine)
 
     def combine(
@@ -419,11 +432,12 @@ class Ranks:
     def _reason(self) -> BaseException | None:
         """Why the first of the ranks that have left word did so; None where none has."""
         ends = time.monotonic() + _LAST_WORDS
-        while self._store is not None and time.monotonic() < ends:
-            for rank in range(self.size):
-                if rank != self.rank and (words := self._last_words(rank)) is not None:
-                    return words
-            time.sleep(_LOOK)
+        with _reachable():
+            while self._store is not None and time.monotonic() < ends:
+                for rank in range(self.size):
+                    if rank != self.rank and (words := self._last_words(rank)) is not None:
+                        return words
+                time.sleep(_LOOK)
         return None
 
     def _last_words(self, rank: int) -> BaseException | None:
@@ -483,13 +497,11 @@ class Ranks:
         store = cast(Store, self._store)
         beats, since = 0, time.monotonic()
         while True:
-            try:
+            with _reachable():
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
                 left = self._last_words(0)
                 now = store.add("alive", 0)
-            except RuntimeError as error:
-                raise RanksLost(f"torchrun's store is gone: {error}") from error
             if left is not None:
                 raise left
             time.sleep(_LOOK)
@@ -499,6 +511,15 @@ class Ranks:
                 raise RanksLost(
                     f"rank 0 has not been heard of for --dist-timeout {self._seconds:g} s"
                 )
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Say of what torch raises inside that torchrun, which keeps the store, has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLost(f"torchrun's store is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -515,25 +536,16 @@ def joined(config: Config) -> Iterator[Ranks]:
     seconds = config.dist_timeout
     try:
         kept = agent_store(where, seconds)
-        if where.world_size == 1:
-            signals.together = True
-            yield Ranks(where, seconds, None, kept)
-            return
-        store = meet(kept, where, seconds)
-        backend = "gloo"
-        if torch.cuda.is_available() and distributed.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(
-            backend,
-            store=store,
-            rank=where.rank,
-            world_size=where.world_size,
-            timeout=timedelta(seconds=seconds),
-        )
+        if where.world_size > 1:
+            store = _grouped(kept, where, seconds)
     except ConfigError:
         raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+    if where.world_size == 1:
+        signals.together = True
+        yield Ranks(where, seconds, None, kept)
+        return
     ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
     own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
     try:
@@ -542,10 +554,32 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield ranks
     except BaseException as error:
         ranks.leave(error)
-        distributed.destroy_process_group()  # rank 0 may wait for this one
+        distributed.destroy_process_group()  # who waits for this rank looks why it left
         ranks.await_saving(error)
         raise
     distributed.destroy_process_group()
+
+
+def _grouped(kept: Store, where: Place, seconds: float) -> Store:
+    """Make the process group of this start; returns its part of the store."""
+    if distributed.is_initialized():
+        raise ConfigError(
+            "torchrun: expected no process group in this process, since a run over ranks makes its"
+            " own, got one; end it with torch.distributed.destroy_process_group() before, or train"
+            " one run at a time"
+        )
+    store = meet(kept, where, seconds)
+    backend = "gloo"
+    if torch.cuda.is_available() and distributed.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        store=store,
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timedelta(seconds=seconds),
+    )
+    return store
 
 
 def agent_store(place: Place, seconds: float) -> Store:
@@ -592,7 +626,8 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
     missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
     raise ConfigError(
         f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
-        f" {seconds:g} s, and missed {', '.join(missing)}; see what those say, or give more time"
+        f" {seconds:g} s, and missed {', '.join(missing) or 'each other'}; see what those say, or"
+        " give more time"
     )
 
 
@@ -622,6 +657,8 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
     """What the others are told of an error."""
     if isinstance(error, Interrupted):
         return "stopped", error.signum
+    if isinstance(error, RanksLost):  # of whoever was lost, not of who tells it
+        return "lost", str(error)
     if isinstance(error, ConfigError):
         return "refused", str(error)
     return "failed", _in_words(error)
@@ -632,6 +669,8 @@ def _raised(told: tuple[str, Any], rank: int) -> BaseException:
     kind, what = told
     if kind == "stopped":
         return Interrupted(what)
+    if kind == "lost":
+        return RanksLost(what)
     if kind == "refused":
         return ConfigError(what if rank == 0 else f"rank {rank}: {what}")
     return RanksLost(f"rank {rank} failed: {what}")
