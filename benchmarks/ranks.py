@@ -1,11 +1,12 @@
 """Two ranks on two cores beside one process with two threads and with one; and what shards cost.
 
-    python benchmarks/ranks.py --rounds 7
+    python benchmarks/ranks.py               # tables, in ten minutes
+    python benchmarks/ranks.py --record      # and into benchmarks/README.md
 
 Every run of a case has the same environments and two shards, so all must come to the same bits, and
 each is compared before its time counts. Then one process trains with 1, 2, 4 and 12 shards. All
-goes in turn, again and again. Writes benchmarks/results/<machine>/ranks.json and prints tables:
-medians, and of each round the ratio to one process with one thread, or to one shard.
+goes in turn, again and again. Every figure goes to benchmarks/results/<machine>/ranks.json, and to
+tables: medians, and of each round the ratio to one process with one thread, or to one shard.
 """
 
 import argparse
@@ -23,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+BEGIN = "<!-- ranks: benchmarks/ranks.py --record writes it -->"
+END = "<!-- ranks end -->"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # Words before and after scripts/train.py.
 WAYS = {
@@ -36,7 +39,6 @@ CASES = {
     "tensor, 64": ("--num-envs", "64", "--total-iterations", "200"),
     "tensor, 1024": ("--num-envs", "1024", "--total-iterations", "16"),
     "sync, 64": ("--num-envs", "64", "--total-iterations", "8", "--vectorization", "sync"),
-    "async, 64": ("--num-envs", "64", "--total-iterations", "8", "--vectorization", "async"),
     "computes 0.1 ms, sync, 64": (*COMPUTES, "--num-envs", "64", "--total-iterations", "12"),
     "computes 0.1 ms, async, 64": (
         *(*COMPUTES, "--num-envs", "64", "--total-iterations", "12"),
@@ -100,15 +102,16 @@ def compared(rounds):
     """By case and way, what every round took."""
     found = {case: {way: [] for way in WAYS} for case in CASES}
     for case in CASES:
-        for way in WAYS:  # compiles, and is no round
-            run(case, way)
-        expected = run(case, "one thread")["left"]
-        for turn in range(rounds):
+        expected = None
+        for turn in range(rounds + 1):
             for way in WAYS if turn % 2 else reversed(WAYS):
                 one = run(case, way)
-                if one.pop("left") != expected:
-                    sys.exit(f"error: {case}: {way} did not come to the bits of one thread")
-                found[case][way].append(one)
+                left = one.pop("left")
+                expected = expected or left
+                if left != expected:
+                    sys.exit(f"error: {case}: {way} did not come to the same bits")
+                if turn:  # the first compiles
+                    found[case][way].append(one)
         print(f"{case}: {rounds} rounds", file=sys.stderr, flush=True)
     return found
 
@@ -206,8 +209,10 @@ def tables(result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/README.md, too")
     args = parser.parse_args()
     from vecpg.machine import commit, results_folder, system
+    from vecpg.measure.report import between_marks
 
     machine = system()
     result = {
@@ -219,9 +224,19 @@ def main():
         "shards": sharded(args.rounds),
         "ranks": compared(args.rounds),
     }
+    result["load_after"] = round(os.getloadavg()[1], 2)
     path = results_folder(machine) / "ranks.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"load before: {result['load_before']}\n\n{tables(result)}")
+    text = (
+        f"{machine['cpu']}, {machine['cores']} cores; medians of {args.rounds} rounds (least to"
+        f" most); load {result['load_before']} before, {result['load_after']} in the last five"
+        f" minutes.\n\n{tables(result)}"
+    )
+    print(text)
+    if args.record:
+        readme = ROOT / "benchmarks" / "README.md"
+        whole = between_marks(readme.read_text(encoding="utf-8"), BEGIN, END, [text])
+        readme.write_text(whole, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Expected efficiency against ranks: a model, from what was measured on one machine.
 
-    python benchmarks/scaling.py              # a table, in some minutes
-    python benchmarks/scaling.py --record     # and into benchmarks/README.md
+    python benchmarks/scaling.py              # a table, in a minute
+    python benchmarks/scaling.py --record     # and into benchmarks/README.md, docs/distributed.md
 
 Measured are the exchanges of two processes over loopback, and iterations of one process with one
 thread for several numbers of environments. All else is calculated: no more than two processes run.
@@ -233,24 +233,43 @@ def timed(net: Net, num_envs: int) -> list[float]:
 # -- Showing -------------------------------------------------------------------------------------
 
 
-def links(seconds: dict[str, dict[int, float]]) -> tuple[Link, Link]:
-    """Of gathers and of reductions: with two ranks one message and two, and as many bytes."""
+class Model(NamedTuple):
+    """Two processes, and one, as they were measured."""
+
+    gather: Link
+    reduce: Link
+    iteration: dict[Net, Line]
+
+
+def modelled(seconds: dict[str, dict[int, float]], spent: dict[Net, dict[int, float]]) -> Model:
+    """With two ranks a gather is one message, and a reduction two, of as many bytes together."""
     gather, reduce = (
         fitted(list(seconds[how]), list(seconds[how].values())) for how in ("gather", "reduce")
     )
-    return Link(gather.fixed, gather.each), Link(reduce.fixed / 2, reduce.each)
+    return Model(
+        Link(gather.fixed, gather.each),
+        Link(reduce.fixed / 2, reduce.each),
+        {net: fitted(list(by_envs), list(by_envs.values())) for net, by_envs in spent.items()},
+    )
 
 
-def table(seconds: dict[str, dict[int, float]], spent: dict[Net, dict[int, float]]) -> str:
-    """The measurements as lines, and what the model makes of them."""
-    gather, reduce = links(seconds)
+def efficiencies(ranks: int, net: Net, total: int, model: Model) -> str:
+    """With as many shards as ranks, and without shards."""
+    ways = (
+        efficiency(ranks, total, model.iteration[net], exchanges(ranks, net.parameters, *way))
+        for way in ((model.gather, None), (None, model.reduce))
+    )
+    return " / ".join(f"{each:.0%}" for each in ways)
+
+
+def whole(model: Model) -> str:
+    """What was measured, and a table for each net."""
     words = [
         f"{how}: {1e6 * link.latency:.0f} us a message and {1e-9 / link.byte:.2f} GB/s"
-        for how, link in (("gathers", gather), ("reductions", reduce))
+        for how, link in (("gathers", model.gather), ("reductions", model.reduce))
     ]
     parts = [f"Measured, two processes over loopback: {'; '.join(words)}."]
-    for net in NETS:
-        line = fitted(list(spent[net]), list(spent[net].values()))
+    for net, line in model.iteration.items():
         parts.append(
             f"{net.parameters:,} parameters. Measured, one process with one thread:"
             f" {1e3 * line.fixed:.2f} ms an iteration and {1e3 * line.each:.3f} ms for each"
@@ -262,23 +281,24 @@ def table(seconds: dict[str, dict[int, float]], spent: dict[Net, dict[int, float
         ]
         for ranks in RANKS:
             numbers = statistics_numbers(LIMIT), gradient_numbers(net.parameters)
-            cells = []
-            for total in net.totals:
-                ways = (
-                    efficiency(ranks, total, line, exchanges(ranks, net.parameters, *way))
-                    for way in ((gather, None), (None, reduce))
-                )
-                cells.append(" / ".join(f"{each:.0%}" for each in ways))
             rows.append(
                 [
                     str(ranks),
                     *(kilobytes(each.gathered(ranks, ranks)) for each in numbers),
                     *(kilobytes(each.reduced(ranks)) for each in numbers),
-                    *cells,
+                    *(efficiencies(ranks, net, total, model) for total in net.totals),
                 ]
             )
         parts.append(aligned(rows))
     return "\n\n".join(parts)
+
+
+def in_short(model: Model) -> str:
+    """The efficiencies alone."""
+    cells = [(net, total) for net in model.iteration for total in net.totals]
+    heading = [f"{net.parameters:,} parameters, {total:,} environments" for net, total in cells]
+    rows = [[str(ranks), *(efficiencies(ranks, *cell, model) for cell in cells)] for ranks in RANKS]
+    return aligned([["ranks", *heading], *rows])
 
 
 def kilobytes(size: float) -> str:
@@ -290,12 +310,12 @@ def main() -> None:
     from vecpg.measure.report import between_marks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help="write benchmarks/README.md, too")
+    parser.add_argument("--record", action="store_true", help="write the documents, too")
     args = parser.parse_args()
     seconds = loopback()
     spent = {net: iterations(net) for net in NETS}
-    text = table(seconds, spent)
-    print(text)
+    model = modelled(seconds, spent)
+    print(whole(model))
     if args.record:
         machine = system()
         result = {
@@ -308,9 +328,12 @@ def main() -> None:
         }
         path = results_folder(machine) / "scaling.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        readme = ROOT / "benchmarks" / "README.md"
-        whole = between_marks(readme.read_text(encoding="utf-8"), BEGIN, END, [text])
-        readme.write_text(whole, encoding="utf-8")
+        for name, text in (
+            ("benchmarks/README.md", whole(model)),
+            ("docs/distributed.md", in_short(model)),
+        ):
+            before = (ROOT / name).read_text(encoding="utf-8")
+            (ROOT / name).write_text(between_marks(before, BEGIN, END, [text]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ class _Forks:
 
     def fork(self, environment, folder, function, args):
         """Returns its process id."""
-        return self._ask("fork", environment, str(folder), function, args)
+        # In bytes: the connection's own way would share the memory of tensors.
+        return self._ask("fork", environment, str(folder), pickle.dumps((function, args)))
 
     def ended(self):
         """Exit statuses by process id, of those that have ended."""
@@ -142,7 +143,7 @@ def _warm(config, folder):
     )
 
 
-def _be_a_rank(environment, folder, function, args):
+def _be_a_rank(environment, folder, called):
     code = 1
     try:
         os.setsid()
@@ -152,6 +153,7 @@ def _be_a_rank(environment, folder, function, args):
         for descriptor, stream in ((1, "stdout"), (2, "stderr")):
             file = os.open(f"{name} {stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, descriptor)
+        function, args = pickle.loads(called)
         result = function(*args)
         Path(f"{name} result").write_bytes(pickle.dumps(result))
         code = 0
@@ -503,6 +505,18 @@ def evaluating_for(seconds, function, *args):
 
     train.evaluate_in = evaluate_in
     function(*args)
+
+
+def combine(settings, added, kept):
+    """What `Ranks.combine` gives of the shards of all ranks, each of which has its part of them."""
+    from vecpg.config import Config
+    from vecpg.distributed import joined
+
+    config = Config(progress=False, **settings)
+    with joined(config) as ranks:
+        mine = ranks.part_of(config, None).resolved_shards
+        first = ranks.rank * mine
+        return ranks.combine(added[first : first + mine], kept[first : first + mine])
 
 
 def each_its_own(settings):

@@ -7,8 +7,20 @@ import signal
 import pytest
 import torch
 from conftest import last
-from ranks import Agent, Hung, Torchrun, command, flags, in_ranks, train_and_count, train_here
+from ranks import (
+    Agent,
+    Hung,
+    Torchrun,
+    combine,
+    command,
+    flags,
+    in_ranks,
+    train_and_count,
+    train_here,
+)
 from test_run_files import left_behind, rows, the_run
+
+from vecpg.kernels.sums import in_order
 
 BASE = {
     "num_envs": 24,
@@ -100,7 +112,7 @@ SETTINGS = {
     "timestep_mean": ({"baseline": "timestep_mean", "reduction": "sum"}, (3,)),
     "of all sizes": ({"max_grad_norm": 0.1, "ent_coef": 0.01}, (4,)),
     "masked": ({"env_id": "environments:Masked-v0", "action_masks": True}, (2,)),
-    "several episodes": ({"num_steps": 60, "baseline": "mean"}, (4,)),
+    "several episodes": ({"num_steps": 60}, (4,)),
     "a network of one's own": ({"network": "networks:small"}, (4,)),
     "numbers for observations": ({"env_id": "FrozenLake-v1", "num_steps": 40}, (2,)),
     "a run that is solved": (
@@ -123,6 +135,22 @@ def test_any_number_of_ranks_leaves_the_same_behind(tmp_path, name):
         found = left_behind(run_of(ranks, tmp_path, **settings))
         for one, other in zip(found, alone, strict=True):
             assert one == other, f"{ranks} ranks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 12])
+def test_shards_of_all_ranks_are_added_in_their_order(tmp_path, ranks):
+    """Numbers of all sizes, whose sum depends on it; what a run adds seldom is of such."""
+    numbers = torch.Generator().manual_seed(ranks)
+    sizes = 10.0 ** torch.randint(-12, 12, (12, 500), generator=numbers)
+    added = [*torch.randn(12, 500, generator=numbers, dtype=torch.float64) * sizes]
+    kept = [*torch.randn(12, 3, generator=numbers, dtype=torch.float64)]
+    assert not torch.equal(in_order(added), in_order(added[::-1]))
+    for each in in_ranks(ranks, combine, BASE, added, kept, folder=tmp_path / "ranks"):
+        assert each.code == 0, each.stderr
+        total, every = each.result
+        assert torch.equal(total, in_order(added))
+        assert torch.equal(torch.stack(every), torch.stack(kept))
 
 
 @pytest.mark.slow
@@ -172,6 +200,7 @@ PER_ITERATION = {
     "normalized": ({"normalize": True}, 3),
     "value": ({"baseline": "value", "value_steps": 4}, 2 + 4),
     "normalized observations": ({"normalize_obs": True}, 2),
+    "several episodes": ({"num_steps": 70}, 2),
     "mean": ({"baseline": "mean"}, 2),
     "timestep_mean": ({"baseline": "timestep_mean"}, 2),
     "no baseline": ({"baseline": "none"}, 2),

@@ -118,6 +118,25 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_without_shards_a_run_keeps_those_of_the_ranks_it_began_with(tmp_path, whole):
+    """So a number of ranks that divides theirs goes on, to rounding, and another is refused."""
+    settings = BASE | {"shards": None, "out_dir": str(tmp_path / "runs"), "total_iterations": 4}
+    ended = in_ranks(2, train_here, settings, folder=tmp_path / "two")
+    assert [each.code for each in ended] == [0, 0], ended
+    run_dir = the_run(tmp_path / "runs")
+    settings = BASE | {"shards": None, "resume": str(run_dir)}
+    for each in in_ranks(3, train_here, settings, folder=tmp_path / "three"):
+        assert "2 shards (1, 2), got 3" in each.stderr
+    (ended,) = in_ranks(1, train_here, settings, folder=tmp_path / "one")
+    assert ended.code == 0, ended.stderr
+    *_, summary = left_behind(run_dir)
+    *_, expected = whole(shards=None)
+    assert summary.pop("shards") == 2
+    assert expected.pop("shards") == 1
+    assert summary == pytest.approx(expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "nearest"),
     [

@@ -85,7 +85,7 @@ def test_both_ways_have_their_latency_from_what_two_ranks_do():
         "gather": {size: 7e-5 + 1e-9 * size for size in scaling.SIZES},
         "reduce": {size: 8e-5 + 2e-9 * size for size in scaling.SIZES},
     }
-    gather, reduce = scaling.links(seconds)
+    gather, reduce, _ = scaling.modelled(seconds, {})
     # Of a message of so many bytes two ranks receive as many, in one message or in two.
     assert gather == pytest.approx((7e-5, 1e-9))
     assert reduce == pytest.approx((4e-5, 2e-9))
@@ -104,7 +104,8 @@ def test_the_table_has_every_number_of_ranks_and_says_what_was_measured():
         how: {size: 1e-4 + 1e-9 * size for size in scaling.SIZES} for how in ("gather", "reduce")
     }
     spent = {net: {each: 1e-3 + 1e-4 * each for each in net.timed} for net in scaling.NETS}
-    text = scaling.table(seconds, spent)
+    model = scaling.modelled(seconds, spent)
+    text = scaling.whole(model)
     assert "gathers: 100 us a message and 1.00 GB/s; reductions: 50 us a message" in text
     assert text.count("1.00 ms an iteration and 0.100 ms for each environment") == 2
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
@@ -112,3 +113,6 @@ def test_the_table_has_every_number_of_ranks_and_says_what_was_measured():
         assert sum(row[0].strip() == str(ranks) for row in rows) == len(scaling.NETS)
     (one, *_) = (row for row in rows if row[0].strip() == "1")
     assert [cell.strip() for cell in one[1:]] == ["0 kB"] * 4 + ["100% / 100%"] * 3
+    every = [cell.strip() for row in rows for cell in row if "% /" in cell]
+    short = [cell.strip() for cell in scaling.in_short(model).split("|") if "% /" in cell]
+    assert sorted(short) == sorted(every)

@@ -73,9 +73,9 @@ class Config:
     device: str = "auto"
     """cpu, cuda or cuda:i. auto: cpu until a committed measurement shows CUDA faster."""
     threads: int | None = None
-    """Threads of the kernels, whose results do not depend on it; by default one for every core.
-    Torch gets them only if given here, for policies or values that the kernels do not serve: its
-    last bits may depend on it. 1 to 4096."""
+    """Threads of the kernels, whose results do not depend on it; by default one for every core,
+    which ranks on one machine share. Torch gets them only if given here, for policies or values
+    that the kernels do not serve: its last bits may depend on it. 1 to 4096."""
     activation_memory: int = 128
     """Megabytes of hidden activations, of layers with 64 inputs or more, that collecting keeps for
     the update where both are in machine code; what is beyond is computed again, as is everything
@@ -146,9 +146,9 @@ class Config:
     seed: int = 1
     """Every random number of the run is a function of this. 0 to 2**64 - 1."""
     shards: int | None = None
-    """Groups of environments whose sums are formed apart and added in order, so that the run can be
-    split over as many ranks, or any number that divides theirs, without changing a bit. Divides
-    --num-envs; none = one for each rank."""
+    """Groups of environments whose sums are formed apart and added in order, so that any number of
+    torchrun's ranks that divides this one gives the same bits. Divides --num-envs; none = one for
+    each rank, and bits that depend on their number."""
     dist_timeout: float = 120.0
     """Under torchrun: seconds after which a rank that has not answered counts as dead. Rank 0 may
     evaluate for longer."""

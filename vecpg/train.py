@@ -224,8 +224,10 @@ def _step_by_step(
     outcomes = Outcomes(state, draft, clock, run.files.metrics, judge)
     run.closing.callback(outcomes.settle)
     on_host = run.device.type == "cpu"
-    # Where nobody decides by what an iteration came to, the host need not wait for a GPU.
-    ahead = not on_host and state.stopping.target is None and on_iteration is None
+    # Where nobody decides by what an iteration came to, the host need not wait for a GPU. Ranks are
+    # told in each whether to go on.
+    undecided = state.stopping.target is None and on_iteration is None
+    ahead = not on_host and undecided and ranks.size == 1
     acting = draft.policy if ahead else state.policy
     collector = run.collector
     if not on_host:
