@@ -224,11 +224,13 @@ def main():
         "shards": sharded(args.rounds),
         "ranks": compared(args.rounds),
     }
+    result["load_after"] = round(os.getloadavg()[1], 2)
     path = results_folder(machine) / "ranks.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = (
         f"{machine['cpu']}, {machine['cores']} cores; medians of {args.rounds} rounds (least to"
-        f" most); {result['load_before']} processes at work before.\n\n{tables(result)}"
+        f" most); load {result['load_before']} before, {result['load_after']} in the last five"
+        f" minutes.\n\n{tables(result)}"
     )
     print(text)
     if args.record:

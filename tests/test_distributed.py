@@ -1,17 +1,19 @@
 """Ranks: what they tell each other."""
 
 import signal
+import weakref
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from vecpg import distributed as distributed_module
 from vecpg import signals
 from vecpg.begin import begin
 from vecpg.config import Config, ConfigError
 from vecpg.distributed import Ranks, RanksLost, agent_store, joined
 from vecpg.envs import EnvironmentFailure
-from vecpg.run.interrupts import Interrupted
+from vecpg.run.interrupts import Interrupted, Interrupts
 from vecpg.torchrun import Place
 
 
@@ -157,3 +159,40 @@ def test_a_process_group_of_the_callers_is_refused(torchruns, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ConfigError, match="destroy_process_group"), joined(Config()):
         pass
+
+
+def test_a_signal_while_ranks_connect_is_told(torchruns, monkeypatch):
+    torchruns(2)
+    store = HashStore()
+    monkeypatch.setattr(distributed_module, "meet", lambda *_: store)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda *_, **__: signal.raise_signal(signal.SIGTERM),
+    )
+    with pytest.raises(Interrupted), Interrupts(), joined(Config()):
+        pass
+    assert store.check(["run/left/0"])
+
+
+def test_what_failed_keeps_no_connection_open(monkeypatch):
+    """Others wait at it."""
+
+    class Group:
+        pass
+
+    groups = []
+
+    def all_gather(*_):
+        group = Group()
+        groups.append(weakref.ref(group))
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    first, second = of_one_store(HashStore())
+    first.part_of(Config(shards=2, num_envs=2), None)
+    second.leave(Interrupted(signal.SIGTERM))
+    with pytest.raises(Interrupted) as stopped:
+        first.combine([torch.zeros(1)])
+    assert stopped.value.__cause__ is not None
+    assert groups[0]() is None

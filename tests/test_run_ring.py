@@ -346,7 +346,7 @@ def test_what_comes_after_one_that_could_not_be_judged_is_discarded(tmp_path, mo
     assert max(first, third) < highest
     config = replace(free, target_return=highest, out_dir=str(tmp_path / "one"))
     expected = story.train(replace(config, total_iterations=1, out_dir=str(tmp_path / "other")))
-    monkeypatch.setattr(story, "_evaluated", lambda *given: how())
+    monkeypatch.setattr(story, "_evaluation", lambda *given: how())
     with pytest.raises((Interrupted, KeyError)):
         train_in_ring(monkeypatch, config)
     (run_dir,) = (tmp_path / "one").iterdir()
@@ -426,7 +426,7 @@ def test_a_confirmed_policy_is_the_one_that_collected(tmp_path, monkeypatch):
         returns = (30.0 if len(judged) == 2 else 0.0,) * 4
         return EvalResult(returns, (1,) * 4)
 
-    monkeypatch.setattr(story, "_evaluated", evaluated)
+    monkeypatch.setattr(story, "_evaluation", evaluated)
     expected = story.train(config)
     one, judged = judged, []
     result, _ = train_in_ring(monkeypatch, config)

@@ -136,8 +136,8 @@ def test_what_is_saved_is_all_that_a_run_needs_to_go_on(tmp_path, monkeypatch, s
         given |= {"out_dir": str(tmp_path / name), "progress": False, **settings}
         begin = train_module.begin
 
-        def begun(config):
-            begun = begin(config)
+        def begun(config, ranks):
+            begun = begin(config, ranks)
             if saved_by is not None:
                 begun.state.load_state_dict(last(saved_by.run_dir))
             return begun

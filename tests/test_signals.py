@@ -389,6 +389,7 @@ def test_what_is_ignored_from_the_start_stays_so_and_sigusr1_saves(start, tmp_pa
 
 def test_a_signal_before_the_ranks_have_met_is_a_failure_to_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(signals, "together", False)
     assert signals.exit_status(signal.SIGTERM) == 143  # else the others would wait for this one
     monkeypatch.setattr(signals, "together", True)
     assert signals.exit_status(signal.SIGTERM) == 0

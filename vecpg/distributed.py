@@ -14,6 +14,7 @@ import json
 import pickle
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -110,6 +111,35 @@ class Ranks:
         """Have the ranks go on in this directory, should they be restarted."""
         if self._kept is not None and self.first:
             self._kept.set(f"run/{self._number}", run_dir)
+
+    def connect(self, store: Store) -> None:
+        """Make the process group.
+
+        Args:
+            store: of this start alone.
+
+        Raises:
+            ConfigError: it cannot be made.
+            Interrupted: another rank was stopped meanwhile.
+            RanksLost: another rank failed meanwhile.
+        """
+        backend = "gloo"
+        if torch.cuda.is_available() and distributed.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+        # A signal waits: it would leave half a group.
+        with Interrupts() as interrupts, interrupts.held(), _coming_together():
+            try:
+                distributed.init_process_group(
+                    backend,
+                    store=store,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=timedelta(seconds=self._seconds),
+                )
+            except (RuntimeError, ValueError):
+                if reason := self._reason():
+                    raise reason from None
+                raise
 
     def part_of(self, config: Config, before: dict[str, Any] | None) -> Config:
         """The settings of this rank's part of a run: its environments and its shards.
@@ -258,6 +288,7 @@ class Ranks:
         if self.size > 1:
             with contextlib.suppress(_Over):
                 self._say(_IS_OVER)
+            self._parted = False  # what rank 0 does now, the others wait for
 
     @contextlib.contextmanager
     def summing(self) -> Iterator[None]:
@@ -452,7 +483,11 @@ class Ranks:
         """Say of what torch raises inside that it is another rank's fault."""
         try:
             yield
-        except RuntimeError as error:
+        except BaseException as error:
+            # Torch's frames hold the process group, at whose connections others may wait.
+            traceback.clear_frames(error.__traceback__)
+            if not isinstance(error, RuntimeError):
+                raise
             raise self._reason() or RanksLost(
                 "another rank has ended, or did not answer within --dist-timeout"
                 f" {self._seconds:g} s"
@@ -534,52 +569,49 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield Ranks()
         return
     seconds = config.dist_timeout
-    try:
+    with _coming_together():
         kept = agent_store(where, seconds)
-        if where.world_size > 1:
-            store = _grouped(kept, where, seconds)
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
     if where.world_size == 1:
         signals.together = True
         yield Ranks(where, seconds, None, kept)
         return
-    ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
-    own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-    try:
-        with ranks.alike({flag(name): value for name, value in own.items()}):
-            pass
-        yield ranks
-    except BaseException as error:
-        ranks.leave(error)
-        distributed.destroy_process_group()  # who waits for this rank looks why it left
-        ranks.await_saving(error)
-        raise
-    distributed.destroy_process_group()
-
-
-def _grouped(kept: Store, where: Place, seconds: float) -> Store:
-    """Make the process group of this start; returns its part of the store."""
     if distributed.is_initialized():
         raise ConfigError(
             "torchrun: expected no process group in this process, since a run over ranks makes its"
             " own, got one; end it with torch.distributed.destroy_process_group() before, or train"
             " one run at a time"
         )
-    store = meet(kept, where, seconds)
-    backend = "gloo"
-    if torch.cuda.is_available() and distributed.is_nccl_available():
-        backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(
-        backend,
-        store=store,
-        rank=where.rank,
-        world_size=where.world_size,
-        timeout=timedelta(seconds=seconds),
-    )
-    return store
+    with _coming_together():
+        store = meet(kept, where, seconds)
+    ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
+    try:
+        ranks.connect(store)
+        own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
+        with ranks.alike({flag(name): value for name, value in own.items()}):
+            pass
+        yield ranks
+    except BaseException as error:
+        ranks.leave(error)
+        _disconnect()  # who waits for this rank looks why it left
+        ranks.await_saving(error)
+        raise
+    _disconnect()
+
+
+@contextlib.contextmanager
+def _coming_together() -> Iterator[None]:
+    """What goes wrong inside is refused."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
+
+
+def _disconnect() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def agent_store(place: Place, seconds: float) -> Store:
