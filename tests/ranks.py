@@ -511,6 +511,8 @@ def evaluating_for(seconds, function, *args):
 
 def signalled_after(rank, calls, module, name, *words):
     """As `command`; a rank gets SIGTERM as so many calls of what has that name have returned."""
+    from vecpg import distributed
+
     *path, name = name.split(".")
     where = functools.reduce(getattr, path, importlib.import_module(module))
     real, left = getattr(where, name), [calls]
@@ -523,6 +525,25 @@ def signalled_after(rank, calls, module, name, *words):
         return result
 
     setattr(where, name, call)
+    distributed._SAVING = 60.0
+    command(*words)
+
+
+def saving_slowly(seconds, *words):
+    """As `command`; rank 0 takes so long for the checkpoint that it writes at its end."""
+    from vecpg.run.checkpoint import Saver
+    from vecpg.run.interrupts import Interrupts
+
+    real = Saver.save
+
+    def save(self, state):
+        outermost = Interrupts._outermost
+        if outermost is not None and outermost._first is not None:
+            print("saving", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+        return real(self, state)
+
+    Saver.save = save
     command(*words)
 
 
@@ -548,6 +569,15 @@ def combine(settings, added, kept):
         mine = ranks.part_of(config, None).resolved_shards
         first = ranks.rank * mine
         return ranks.combine(added[first : first + mine], kept[first : first + mine])
+
+
+def failing_and_closing_never(rank, *words):
+    """As `command`; a rank fails in its first iteration, and does not come to its end."""
+    from vecpg import begin
+
+    if my_rank() == rank:
+        begin._close = lambda envs: time.sleep(600)
+    failing(rank, "collect", *words)
 
 
 def each_its_own(settings):

@@ -14,9 +14,11 @@ from ranks import (
     each_its_own,
     evaluating_for,
     failing,
+    failing_and_closing_never,
     flags,
     in_ranks,
     making_slowly,
+    saving_slowly,
     signalled_after,
     train_and_die,
     train_and_die_at,
@@ -314,6 +316,19 @@ def test_a_rank_whose_environment_raises_ends_all_with_its_words(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_fails_says_so_before_it_closes_what_it_has(tmp_path, rank):
+    """An environment's own end may take for ever."""
+    settings = BASE | {"out_dir": str(tmp_path / "runs"), "dist_timeout": 60.0, "progress": False}
+    with Agent(tmp_path / "ranks") as agent:
+        agent.start(3, failing_and_closing_never, rank, *flags(**settings))
+        ended = agent.wait(20.0, but=[rank])
+    others = [each for k, each in enumerate(ended) if k != rank]
+    assert [each.code for each in others] == [1, 1], others
+    assert all("no more of it" in each for end in others for each in complaints(end))
+
+
+@pytest.mark.slow
 def test_an_evaluation_may_take_longer_than_the_time_out(tmp_path, whole):
     """Nobody cuts it while rank 0 is alive: neither the one that confirms nor the last."""
     settings = BASE | {
@@ -369,12 +384,13 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, whole, max_restarts, rank, sig
     """At the same iteration, saved; where it may, torchrun would start again what fails."""
     settings = ENDLESS | {"out_dir": str(tmp_path / "runs"), "progress": False}
     with Agent(tmp_path / "ranks", max_restarts=max_restarts) as agent:
-        agent.start(3, command, *flags(**settings))
+        agent.start(3, evaluating_for, 0.0, command, *flags(**settings))
         agent.wait_for(lambda: lines(tmp_path / "runs") >= 3)
         agent.signal(signum, rank)
         ended = agent.wait(10.0)
     expected = 0 if max_restarts else 128 + signum
     assert [each.code for each in ended] == [expected] * 3, ended
+    assert "evaluating" not in ended[0].stderr
     run_dir = the_run(tmp_path / "runs")
     reached = last(run_dir)["counters"]["iteration"]
     assert reached == lines(tmp_path / "runs") == rows(run_dir)[-1]["iteration"]
@@ -415,6 +431,21 @@ def test_a_signal_during_an_evaluation_stops_all(tmp_path, rank):
     run_dir = the_run(tmp_path / "runs")
     assert last(run_dir)["counters"]["iteration"] == 8
     assert not (run_dir / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_no_rank_ends_before_rank_0_has_saved(tmp_path):
+    """Where one ends torchrun sends another signal to the rest, and a second one is not awaited."""
+    settings = ENDLESS | {"save_every": 1e9, "out_dir": str(tmp_path / "runs"), "progress": False}
+    with Agent(tmp_path / "ranks", stops_others=True) as agent:
+        agent.start(2, saving_slowly, 1.0, *flags(**settings))
+        agent.wait_for(lambda: lines(tmp_path / "runs") >= 3)
+        agent.signal(signal.SIGTERM)
+        ended = agent.wait(20.0)
+    assert [each.code for each in ended] == [143, 143], ended
+    reached = last(the_run(tmp_path / "runs"))["counters"]["iteration"]
+    assert reached == lines(tmp_path / "runs") >= 3
+    assert f"saved after iteration {reached}; resume: " in ended[0].stderr
 
 
 @pytest.mark.slow

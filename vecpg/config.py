@@ -150,8 +150,8 @@ class Config:
     torchrun's ranks that divides this one gives the same bits. Divides --num-envs; none = one for
     each rank, and bits that depend on their number."""
     dist_timeout: float = 120.0
-    """Under torchrun: seconds after which a rank that has not answered counts as dead. Rank 0 may
-    evaluate for longer."""
+    """Under torchrun: seconds after which a rank that has not answered counts as dead; 0.1 to 1e9.
+    Rank 0 may evaluate for longer."""
     out_dir: str = "runs"
     """Run directories are made in here."""
     exp_name: str = "reinforce"
@@ -242,12 +242,13 @@ class Config:
             "learning_rate",
             "value_learning_rate",
             "step_timeout",
-            "dist_timeout",
             "save_every",
             "log_every",
         ):
             value = getattr(self, name)
             _check(name, 0 < value < math.inf, "a finite number greater than 0", value)
+        # Torch counts nanoseconds in 64 bits.
+        _check("dist_timeout", 0.1 <= self.dist_timeout <= 1e9, "0.1 to 1e9", self.dist_timeout)
         _check("ent_coef", 0 <= self.ent_coef < math.inf, "a finite number >= 0", self.ent_coef)
         norm = self.max_grad_norm
         _check("max_grad_norm", norm is None or norm > 0, "greater than 0, or none", norm)
