@@ -97,6 +97,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
         source: Source | None = None
         run_files: Files | None = None
 
+        @_refusing()
         def look_up() -> dict[str, Any] | None:
             nonlocal source
             source = files.find_source(config)
@@ -108,7 +109,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
         before = ranks.told(look_up)
         own = ranks.part_of(config, before)
         found: dict[str, Any] = {}
-        with ranks.alike(found):
+        with ranks.alike(found), _refusing():
             settled = _settle(config, own, before, unless_all_is_well, ranks)
             environment = files.environment(settled.spec, settled.envs)
             found |= {
@@ -117,6 +118,7 @@ def begin(config: Config, ranks: Ranks | None = None) -> Run:
                 "the device": settled.device.type,
             }
 
+        @_refusing()
         def open_files() -> Path:
             nonlocal run_files
             about = {
@@ -172,7 +174,7 @@ def _refusing() -> Iterator[None]:
     """Whatever goes wrong before the first step is a matter of settings; but not a lost rank."""
     try:
         yield
-    except RanksLost:
+    except (ConfigError, RanksLost):
         raise
     except (ValueError, OSError, RuntimeError, MemoryError, gymnasium.error.Error) as error:
         words = memory.explained(error, "begin") if memory.ran_out(error) else str(error)

@@ -153,7 +153,8 @@ class Ranks:
 
         Raises:
             what `make` raised: `ConfigError` and `Interrupted` on every rank, and of others
-                `RanksLost` where it is not rank 0.
+                `RanksLost` where it is not rank 0. Likewise what has ended rank 0 before it came
+                here.
         """
         if self._store is None:
             return make()
@@ -175,7 +176,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def alike(self, alike: dict[str, Any]) -> Iterator[None]:
-        """Go on where no rank has failed inside, and what they have found is the same for all.
+        """Go on where no rank refuses inside, and what they have found is the same for all.
 
         Args:
             alike: what is to be the same, by name; filled inside.
@@ -183,12 +184,10 @@ class Ranks:
         Raises:
             ConfigError: another rank's, or what differs.
         """
-        error: Exception | Interrupted | None = None
+        error: ConfigError | Interrupted | None = None
         try:
             yield
-        except RanksLost:
-            raise
-        except (ConfigError, ValueError, OSError, RuntimeError, Interrupted) as raised:
+        except (ConfigError, Interrupted) as raised:
             error = raised
         if self.size > 1:
             # A signal meanwhile is none of what the others are told here.
@@ -197,7 +196,7 @@ class Ranks:
         if error is not None:
             raise error
 
-    def _agree(self, error: Exception | Interrupted | None, alike: dict[str, Any]) -> None:
+    def _agree(self, error: ConfigError | Interrupted | None, alike: dict[str, Any]) -> None:
         """Exchange what every rank has found, and raise what keeps them from going on."""
         self._parted = True  # whatever comes of it, all of them know
         try:
@@ -230,7 +229,9 @@ class Ranks:
         with self._answering():
             distributed.broadcast(content, 0)
         if not self.first:
-            state.load_state_dict(torch.load(io.BytesIO(content.numpy().tobytes())))
+            # On a GPU of rank 0 it may have been; this rank has another.
+            received = io.BytesIO(content.numpy().tobytes())
+            state.load_state_dict(torch.load(received, map_location="cpu", weights_only=True))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -388,11 +389,12 @@ class Ranks:
         )
         every = torch.stack(kept)
         flags = every[::shards, 3:].tolist()
-        self._parted = any(theirs != _GOES_ON for theirs, _ in flags)
-        for rank, (theirs, _) in enumerate(flags):
+        kinds = [theirs for theirs, _ in flags]
+        self._parted = _LEAVES in kinds
+        for rank, theirs in enumerate(kinds):
             if theirs == _LEAVES and rank != self.rank:
                 raise self._reason() or RanksLost(f"rank {rank} has left")
-        if self._parted:
+        if self._parted or _IS_OVER in kinds:
             raise _Over
         counted, episodes, rows = int(total[0]), int(total[1]), int(every[:, 2].max())
         found = Tally(
@@ -433,10 +435,17 @@ class Ranks:
         with _reachable():
             while self._store is not None and time.monotonic() < ends:
                 for rank in range(self.size):
-                    if rank != self.rank and self._store.check([key := f"left/{rank}"]):
-                        return _raised(_unpacked(self._store.get(key)), rank)
+                    if rank != self.rank and (words := self._last_words(rank)) is not None:
+                        return words
                 time.sleep(_LOOK)
         return None
+
+    def _last_words(self, rank: int) -> BaseException | None:
+        """Why a rank has left; None where it has not said."""
+        store = cast(Store, self._store)
+        if not store.check([key := f"left/{rank}"]):
+            return None
+        return _raised(_unpacked(store.get(key)), rank)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -491,10 +500,10 @@ class Ranks:
             with _reachable():
                 if store.check([key]):  # its own waiting logs where there is nothing yet
                     return store.get(key)
-                left = store.get("left/0") if store.check(["left/0"]) else None
+                left = self._last_words(0)
                 now = store.add("alive", 0)
             if left is not None:
-                raise _raised(_unpacked(left), 0)
+                raise left
             time.sleep(_LOOK)
             if now != beats:
                 beats, since = now, time.monotonic()
@@ -625,7 +634,8 @@ def meet(store: Store, place: Place, config: Config, num_seeds: int = 1) -> Stor
     missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
     raise ConfigError(
         f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
-        f" {seconds:g} s, and missed {', '.join(missing)}; see what those say, or give more time"
+        f" {seconds:g} s, and missed {', '.join(missing) or 'each other'}; see what those say, or"
+        " give more time"
     )
 
 
@@ -668,7 +678,7 @@ def _as_told(error: BaseException) -> tuple[str, Any]:
         return "stopped", error.signum
     if isinstance(error, RanksLost):  # of whoever was lost, not of who tells it
         return "lost", str(error)
-    if isinstance(error, ConfigError | ValueError | OSError):
+    if isinstance(error, ConfigError):
         return "refused", str(error)
     return "failed", _in_words(error)
 
