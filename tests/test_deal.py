@@ -41,8 +41,8 @@ def start():
 
         def be(rank):
             own = population[rank] if isinstance(population, list) else population
-            deal = Deal(own, Place(rank, size, rank, size, 0, 0, "x", "localhost", server.port))
             try:
+                deal = Deal(own, Place(rank, size, rank, size, 0, 0, "x", "localhost", server.port))
                 with deal:
                     try:
                         found[rank] = function(deal)
@@ -200,13 +200,15 @@ def test_rank_0_may_die_too(start, population):
 def test_other_settings_and_another_disk_are_refused(start, population, tmp_path):
     other = dataclasses.replace(population.config, gamma=0.5)
     shown = dataclasses.replace(population.config, progress=True, resume="auto")
-    given = [population, Population(other, 5), Population(population.config, 4)]
-    found = start(4, [*given, Population(shown, 5)], lambda deal: begun(deal, population))
-    assert str(found[1]) == (
-        "--gamma: expected the same on every rank, got 0.99 on rank 0 and 0.5 on rank 1"
-    )
-    assert "--num-seeds: expected the same on every rank, got 5 on rank 0" in str(found[2])
-    assert found[3] == found[0]
+    words = "expected the same on every rank, got"
+    for wrong, refusal in (
+        (Population(other, 5), f"--gamma: {words} 0.99 on rank 0 and 0.5 on rank 2"),
+        (Population(population.config, 4), f"--num-seeds: {words} 5 on rank 0 and 4 on rank 2"),
+    ):
+        found = start(3, [population, Population(shown, 5), wrong], pytest.fail)
+        assert [str(each) for each in found] == [refusal] * 3
+    found = start(2, [population, Population(shown, 5)], lambda deal: begun(deal, population))
+    assert found[1] == found[0]
 
     def rank(deal):
         if not deal.first:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from vecpg.config import ConfigError, flag, to_dict
+from vecpg.config import ConfigError
 from vecpg.distributed import RanksLost, agent_store, meet
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.members import Population, is_population
@@ -19,8 +19,6 @@ from vecpg.torchrun import Place
 
 _Each = TypeVar("_Each")
 
-# Settings in which ranks may differ: how one of them shows what it does, and where it finds a run.
-_OWN = ("progress", "log_every", "resume")
 # The part of the timeout after which a rank says that it is alive.
 _BEATS = 4
 # Seconds between looks at what others have said.
@@ -69,11 +67,11 @@ class Deal:
     As a context it tells the others that this rank is alive, and at its end how it leaves.
 
     Args:
-        population: the same on every rank.
+        population: to be the same on every rank.
         place: of this rank; None: it is the only one.
 
     Raises:
-        ConfigError: not all ranks have come within `dist_timeout`.
+        ConfigError: not all ranks have come within `dist_timeout`, or one has other settings.
     """
 
     def __init__(self, population: Population, place: Place | None) -> None:
@@ -84,7 +82,7 @@ class Deal:
         if place is not None:
             try:
                 self._kept = agent_store(place, self._seconds)
-                self._store = meet(self._kept, place, self._seconds)
+                self._store = meet(self._kept, place, population.config, population.num_seeds)
             except RuntimeError as error:
                 raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
         self._folder: Path | None = None
@@ -125,23 +123,17 @@ class Deal:
 
     def tell(self) -> None:
         """For rank 0: have the others begin in that directory. What all refuse, it has refused."""
-        self._say("told", {"folder": str(self._folder), "settings": self._settings()})
+        self._say("told", {"folder": str(self._folder)})
 
     def told(self) -> Path:
         """For the others: the directory, once rank 0 tells.
 
         Raises:
-            ConfigError: what rank 0 has refused, or it has other settings, or no directory here.
+            ConfigError: what rank 0 has refused, or there is no such directory here.
             Interrupted: rank 0 was stopped.
             RanksLost: it has failed, or is not alive.
         """
         told = self._of_first("told")
-        for name, own in self._settings().items():
-            if (theirs := told["settings"][name]) != own:
-                raise ConfigError(
-                    f"{flag(name)}: expected the same on every rank, got {theirs!r} on rank 0 and"
-                    f" {own!r} on rank {self._rank}"
-                )
         folder = Path(told["folder"])
         if not is_population(folder):
             raise ConfigError(
@@ -235,12 +227,6 @@ class Deal:
 
     def _read(self, key: str) -> dict[str, Any]:
         return json.loads(self._store.get(key))  # type: ignore[no-any-return]
-
-    def _settings(self) -> dict[str, Any]:
-        """What is to be the same on every rank, as JSON has it."""
-        settings = {"num_seeds": self._population.num_seeds, **to_dict(self._population.config)}
-        same = {name: value for name, value in settings.items() if name not in _OWN}
-        return json.loads(json.dumps(same))  # type: ignore[no-any-return]
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # torchrun itself has ended

@@ -582,13 +582,10 @@ def joined(config: Config) -> Iterator[Ranks]:
             " one run at a time"
         )
     with _coming_together():
-        store = meet(kept, where, seconds)
+        store = meet(kept, where, config)
     ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
     try:
         ranks.connect(store)
-        own = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-        with ranks.alike({flag(name): value for name, value in own.items()}):
-            pass
         yield ranks
     except BaseException as error:
         ranks.leave(error)
@@ -627,16 +624,25 @@ def agent_store(place: Place, seconds: float) -> Store:
     return PrefixStore(f"vecpg/{place.run_id}", TCPStore(*given))
 
 
-def meet(store: Store, place: Place, seconds: float) -> Store:
+def meet(store: Store, place: Place, config: Config, num_seeds: int = 1) -> Store:
     """The part of a store that belongs to the ranks of this start alone.
 
     Those of an earlier one have left their keys, which torch itself takes for those of now: after a
     restart it connects to processes that have ended. So each rank has a name that it never had
     before, and where it begins depends on the names of all.
 
+    Args:
+        store: that outlives restarts.
+        place: of this rank.
+        config: its settings, which are to be those of all.
+        num_seeds: likewise.
+
     Raises:
-        ConfigError: not all came in time.
+        ConfigError: not all came within `dist_timeout`, or one has other settings.
     """
+    seconds = config.dist_timeout
+    settings = {"num_seeds": num_seeds, **to_dict(config)}
+    same = json.dumps({name: value for name, value in settings.items() if name not in _OWN})
     ends, name = time.monotonic() + seconds, uuid.uuid4().hex
     store.set(f"here/{place.rank}", name)
     while time.monotonic() < ends:
@@ -645,8 +651,10 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
             here = hashlib.sha256("".join(names).encode()).hexdigest()
             if place.rank == 0:
                 store.set("meeting", json.dumps(names))
-            store.set(f"{here}/{place.rank}", "came")
-            if store.check([f"{here}/{rank}" for rank in range(place.world_size)]):
+            store.set(f"{here}/{place.rank}", same)
+            keys = [f"{here}/{rank}" for rank in range(place.world_size)]
+            if store.check(keys):
+                _check_same([json.loads(store.get(key)) for key in keys])
                 signals.together = True
                 return PrefixStore(here, store)
         time.sleep(_LOOK)
@@ -661,6 +669,17 @@ def meet(store: Store, place: Place, seconds: float) -> Store:
         f" {seconds:g} s, and missed {', '.join(missing) or 'each other'}; see what those say, or"
         " give more time"
     )
+
+
+def _check_same(settings: Sequence[dict[str, Any]]) -> None:
+    """Refuse ranks with different settings, in the same words on all of them."""
+    for rank, theirs in enumerate(settings):
+        for name, value in settings[0].items():
+            if theirs[name] != value:
+                raise ConfigError(
+                    f"{flag(name)}: expected the same on every rank, got {value!r} on rank 0"
+                    f" and {theirs[name]!r} on rank {rank}"
+                )
 
 
 def _names(store: Store, size: int) -> list[str]:
