@@ -2,8 +2,6 @@
 
 import signal
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ from vecpg import distributed as distributed_module
 from vecpg import signals
 from vecpg.begin import begin
 from vecpg.config import Config, ConfigError
-from vecpg.distributed import Ranks, RanksLost, agent_store, joined, meet
+from vecpg.distributed import Ranks, RanksLost, joined
 from vecpg.envs import EnvironmentFailure
 from vecpg.run.interrupts import Interrupted, Interrupts
-from vecpg.torchrun import Place, place
+from vecpg.torchrun import Place
 
 
 def of_one_store(store, seconds=0.5):
@@ -24,18 +22,6 @@ def of_one_store(store, seconds=0.5):
     for rank in (0, 1):
         place = Place(rank, 2, rank, 2, 0, 0, "of a test", "localhost", 0)
         yield Ranks(place, seconds, store, None)
-
-
-def test_keys_of_another_run_are_not_among_these():
-    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    mine, other = (
-        agent_store(Place(0, 1, 0, 1, 0, 0, run_id, "localhost", server.port), 10.0)
-        for run_id in ("a", "b")
-    )
-    mine.set("key", "mine")
-    assert mine.check(["key"])
-    assert not other.check(["key"])
-    assert server.check(["vecpg/a/key"])
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -198,19 +184,3 @@ def test_what_failed_keeps_no_connection_open(monkeypatch):
         first.combine([torch.zeros(1)])
     assert stopped.value.__cause__ is not None
     assert groups[0]() is None
-
-
-def test_settings_are_the_same_on_every_rank_and_so_is_whether_they_are_a_populations(torchruns):
-    torchruns(2)
-    config = Config(dist_timeout=30.0)
-    second = place()._replace(rank=1)
-    words = "expected the same on every rank, got"
-    for settings, refusal in (
-        ((replace(config, gamma=0.5),), f"--gamma: {words} 0.99 on rank 0 and 0.5 on rank 1"),
-        ((config, 2), f"--num-seeds: {words} 1 on rank 0 and 2 on rank 1"),
-    ):
-        with ThreadPoolExecutor() as pool:
-            theirs = pool.submit(meet, agent_store(second, 30.0), second, *settings)
-            with pytest.raises(ConfigError) as ours, joined(config):
-                pass
-        assert str(ours.value) == str(theirs.exception()) == refusal

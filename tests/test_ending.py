@@ -120,7 +120,7 @@ def test_where_torchrun_has_ended_each_says_it(rank, said, monkeypatch, number):
     def unreachable(where, seconds):
         raise torch.distributed.DistNetworkError("the client socket has timed out")
 
-    monkeypatch.setattr("vecpg.distributed.agent_store", unreachable)
+    monkeypatch.setattr("vecpg.rendezvous.agent_store", unreachable)
     rank(number)
     assert said("error: x", True) == ("[rank 1] " if number else "") + "error: x\n"
 

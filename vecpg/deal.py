@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from vecpg.config import ConfigError
-from vecpg.distributed import RanksLost, agent_store, meet
+from vecpg.distributed import RanksLost
+from vecpg.rendezvous import agent_store, meet
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.members import Population, is_population
 from vecpg.torchrun import Place

@@ -7,15 +7,12 @@ step. Rank 0 alone writes and evaluates.
 
 import base64
 import contextlib
-import hashlib
 import io
 import itertools
-import json
 import pickle
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -23,12 +20,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from vecpg import signals
 from vecpg.advantage import add_by_age
-from vecpg.config import Config, ConfigError, check_ranks, flag, to_dict
+from vecpg.config import Config, ConfigError, check_ranks
 from vecpg.kernels.sums import Whole, here, in_order
+from vecpg.rendezvous import LOOK, agent_store, meet
 from vecpg.rollout import Rollout
 from vecpg.rollout.statistics import Episodes, Tally, episode_statistics, tally
 from vecpg.run.interrupts import Interrupted, Interrupts
@@ -37,13 +35,9 @@ from vecpg.torchrun import Place, place
 
 _Told = TypeVar("_Told")
 
-# Settings in which ranks may differ: how one of them shows what it does, and where it finds a run.
-_OWN = ("progress", "log_every", "resume")
 # In so many parts of the timeout who is waited for says that it is alive, and who waits looks; in
 # the rest of them another is found dead.
 _BEATS, _SILENT = 20, 18
-# Seconds between looks at what another rank will set.
-_LOOK = 0.01
 # Seconds that rank 0 may take to save, before the others end: torchrun then stops it too.
 _SAVING = 10.0
 # Seconds that another rank's last words are waited for: its connections may close first.
@@ -458,7 +452,7 @@ class Ranks:
                 self._store.set("saved", "")
             ends = time.monotonic() + _SAVING
             while not self._store.check(["saved"]) and time.monotonic() < ends:
-                time.sleep(_LOOK)
+                time.sleep(LOOK)
 
     def _reason(self) -> BaseException | None:
         """Why the first of the ranks that have left word did so; None where none has."""
@@ -468,7 +462,7 @@ class Ranks:
                 for rank in range(self.size):
                     if rank != self.rank and (words := self._last_words(rank)) is not None:
                         return words
-                time.sleep(_LOOK)
+                time.sleep(LOOK)
         return None
 
     def _last_words(self, rank: int) -> BaseException | None:
@@ -539,7 +533,7 @@ class Ranks:
                 now = store.add("alive", 0)
             if left is not None:
                 raise left
-            time.sleep(_LOOK)
+            time.sleep(LOOK)
             if now != beats:
                 beats, since = now, time.monotonic()
             elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
@@ -609,89 +603,6 @@ def _coming_together() -> Iterator[None]:
 def _disconnect() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def agent_store(place: Place, seconds: float) -> Store:
-    """The key-value store that torchrun keeps; what is set there outlives restarts.
-
-    Keys of another run of torchrun, or another program, are not among these.
-
-    Args:
-        place: of this process.
-        seconds: that connecting, and waiting for a key, may take.
-    """
-    given = place.address, place.port, None, False, timedelta(seconds=seconds)
-    return PrefixStore(f"vecpg/{place.run_id}", TCPStore(*given))
-
-
-def meet(store: Store, place: Place, config: Config, num_seeds: int = 1) -> Store:
-    """The part of a store that belongs to the ranks of this start alone.
-
-    Those of an earlier one have left their keys, which torch itself takes for those of now: after a
-    restart it connects to processes that have ended. So each rank has a name that it never had
-    before, and where it begins depends on the names of all.
-
-    Args:
-        store: that outlives restarts.
-        place: of this rank.
-        config: its settings, which are to be those of all.
-        num_seeds: likewise.
-
-    Raises:
-        ConfigError: not all came within `dist_timeout`, or one has other settings.
-    """
-    seconds = config.dist_timeout
-    settings = {"num_seeds": num_seeds, **to_dict(config)}
-    same = json.dumps({name: value for name, value in settings.items() if name not in _OWN})
-    ends, name = time.monotonic() + seconds, uuid.uuid4().hex
-    store.set(f"here/{place.rank}", name)
-    while time.monotonic() < ends:
-        names = _names(store, place.world_size) if place.rank == 0 else _meeting(store)
-        if len(names) == place.world_size and names[place.rank] == name and all(names):
-            here = hashlib.sha256("".join(names).encode()).hexdigest()
-            if place.rank == 0:
-                store.set("meeting", json.dumps(names))
-            store.set(f"{here}/{place.rank}", same)
-            keys = [f"{here}/{rank}" for rank in range(place.world_size)]
-            if store.check(keys):
-                _check_same([json.loads(store.get(key)) for key in keys])
-                signals.together = True
-                return PrefixStore(here, store)
-        time.sleep(_LOOK)
-    names = _names(store, place.world_size)
-    here = hashlib.sha256("".join(names).encode()).hexdigest()
-    others = {rank: f"{here}/{rank}" for rank in range(place.world_size) if rank != place.rank}
-    # Where all have a name, some may be those of an earlier start.
-    missing = [str(rank) for rank in others if not names[rank]]
-    missing = missing or [str(rank) for rank, key in others.items() if not store.check([key])]
-    raise ConfigError(
-        f"torchrun: expected {place.world_size} ranks to come together within --dist-timeout"
-        f" {seconds:g} s, and missed {', '.join(missing) or 'each other'}; see what those say, or"
-        " give more time"
-    )
-
-
-def _check_same(settings: Sequence[dict[str, Any]]) -> None:
-    """Refuse ranks with different settings, in the same words on all of them."""
-    for rank, theirs in enumerate(settings):
-        for name, value in settings[0].items():
-            if theirs[name] != value:
-                raise ConfigError(
-                    f"{flag(name)}: expected the same on every rank, got {value!r} on rank 0"
-                    f" and {theirs[name]!r} on rank {rank}"
-                )
-
-
-def _names(store: Store, size: int) -> list[str]:
-    """Of every rank the name that it has set last; empty where it has set none."""
-    keys = [f"here/{rank}" for rank in range(size)]
-    return [store.get(key).decode() if store.check([key]) else "" for key in keys]
-
-
-def _meeting(store: Store) -> list[str]:
-    """The names that rank 0 has seen last."""
-    names: list[str] = json.loads(store.get("meeting")) if store.check(["meeting"]) else []
-    return names
 
 
 def _packed(value: Any) -> str:

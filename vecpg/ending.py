@@ -38,7 +38,7 @@ def say(lines: str, *, refusal: bool) -> None:
         print(lines, file=sys.stderr)
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from vecpg.distributed import agent_store
+    from vecpg.rendezvous import agent_store
 
     seconds = _REFUSAL_SECONDS if refusal else _FAILURE_SECONDS
     ended = f"ended/{where.restarts}"
