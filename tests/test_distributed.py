@@ -5,14 +5,20 @@ import weakref
 
 import pytest
 import torch
+from test_shards import Meeting
 from torch.distributed import HashStore
 
 from vecpg import distributed as distributed_module
 from vecpg import signals
+from vecpg.advantage import add_by_age, weigh
 from vecpg.begin import begin
 from vecpg.config import Config, ConfigError
 from vecpg.distributed import Ranks, RanksLost, joined
-from vecpg.envs import EnvironmentFailure
+from vecpg.envs import EnvironmentFailure, make_envs
+from vecpg.kernels.sums import in_order
+from vecpg.policy import Policy
+from vecpg.rollout import collect
+from vecpg.rollout.statistics import episode_statistics
 from vecpg.run.interrupts import Interrupted, Interrupts
 from vecpg.torchrun import Place
 
@@ -184,3 +190,51 @@ def test_what_failed_keeps_no_connection_open(monkeypatch):
         first.combine([torch.zeros(1)])
     assert stopped.value.__cause__ is not None
     assert groups[0]() is None
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
+def test_what_ranks_come_to_is_what_their_environments_do_together(baseline):
+    """The smallest return is one rank's, the largest and the longest collection another's."""
+    config = Config(num_envs=12, shards=6, baseline=baseline)
+    envs = make_envs("CartPole-v1", 12)
+    torch.manual_seed(0)
+    policy = Policy(envs.single_observation_space, envs.single_action_space)
+    with torch.no_grad():
+        policy.network[-1].weight.mul_(20)
+    collected = {"num_steps": 30, "seed": 2, "iteration": 0}
+    whole = collect(envs, policy, **collected)
+    episodes = [episode_statistics(shard) for shard in whole.shards(6)]
+    lows, highs = ([ends(each.returns).item() for each in episodes] for ends in (min, max))
+    assert lows.index(min(lows)) // 2 != highs.index(max(highs)) // 2
+    assert 0 not in (lows.index(min(lows)), highs.index(max(highs)))
+    meeting = Meeting(3)
+
+    def of_rank(rank, combine):
+        ranks = Ranks(Place(rank, 3, rank, 3, 0, 0, "of a test", "localhost", 0), 60.0)
+        own = ranks.part_of(config, None)
+        ranks.combine = combine
+        ranks.sums_on(torch.device("cpu"), baseline, 2)  # that is too short: they find out
+        part = collect(
+            make_envs("CartPole-v1", 4), policy, first_env=ranks.first_env, shards=2, **collected
+        )
+        return len(part.mask), ranks.tally(part, weigh(part, own).sums)
+
+    lengths, found = zip(*meeting.of_each(of_rank), strict=True)
+    assert len(set(lengths)) > 1
+    expected = add_by_age(weigh(whole, config).sums)
+    for length, (tally, whole_of) in zip(lengths, found, strict=True):
+        assert baseline != "leave_one_out" or tally.sums.shape[1] >= length
+        assert (whole_of.num_envs, whole_of.counted) == (12, whole.mask.sum())
+        assert tally.counted == whole.mask.sum()
+        assert tally.rows == max(lengths) == len(whole.mask)
+        assert tally.episodes == whole.dones.sum()
+        assert tally.return_sum == in_order([each.returns.sum() for each in episodes])
+        assert (tally.return_low, tally.return_high) == (min(lows), max(highs))
+        assert tally.length == whole.mask.sum().double() / whole.dones.sum()
+        # Columns of 0 may follow, on either side.
+        wide = max(tally.sums.shape[1], expected.shape[1])
+        found_sums, sums = (
+            torch.nn.functional.pad(each, (0, wide - each.shape[1]))
+            for each in (tally.sums, expected)
+        )
+        assert torch.equal(found_sums, sums)

@@ -535,6 +535,7 @@ def test_what_fails_before_the_first_step_is_said_once(tmp_path, rank, name):
     assert [each.stderr for each in ended[1:]] == [""] * 2
     errors = re.findall("^error: .+", ended[0].stderr, re.M)
     expected = "no pole" if name is None else "no more of it"
+    assert ["rank 1: " in each for each in errors] == [rank == 1]
     assert [expected in each for each in errors] == [True]
     assert ("in unmade" in ended[0].stderr) == (name is None)
 

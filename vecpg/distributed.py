@@ -373,8 +373,7 @@ class Ranks:
                 episodes.lengths.sum().to(torch.float64),
             ]
         )
-        room = self._columns - sums.shape[1]
-        columns = nn.functional.pad(sums, (0, room)) if room >= 0 else sums[:, : self._columns]
+        columns = nn.functional.pad(sums, (0, self._columns - sums.shape[1]))  # or cut
         kept = [
             episodes.returns.min(),
             episodes.returns.max(),
