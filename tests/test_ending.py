@@ -49,8 +49,8 @@ def rank(monkeypatch):
 def said(capsys):
     """What `ending.say` writes to stderr."""
 
-    def say(lines, refusal):
-        ending.say(lines, refusal=refusal)
+    def say(lines, refusal, **more):
+        ending.say(lines, refusal=refusal, **more)
         return capsys.readouterr().err
 
     return say
@@ -101,6 +101,16 @@ def test_a_refusal_is_not_said_again_after_a_restart_and_a_failure_is(rank, said
         assert said("error: x", refusal) == ""
     rank(0, world_size=1, restarts=3)
     assert said("error: x", refusal) == ("" if refusal else "error: x\n")
+
+
+def test_what_became_of_rank_0_it_has_said_itself(rank, said):
+    rank(1)
+    assert said("error: rank 0 left", False, of_another=True) == "[rank 1] error: rank 0 left\n"
+    rank(0)
+    assert said("error: no room", False) == "error: no room\n"
+    rank(1)
+    assert said("error: my own", False) == "[rank 1] error: my own\n"
+    assert said("error: rank 0 failed: no room", False, of_another=True) == ""
 
 
 def test_ranks_that_are_refused_wait_for_all(rank, said, monkeypatch):

@@ -627,7 +627,11 @@ def exit_codes() -> Iterator[None]:
         from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
 
         if isinstance(error, EnvironmentFailure | EnvironmentNotMade | RanksLost):
-            ending.say(f"{getattr(error, 'trace', '')}error: {error}", refusal=False)
+            lines, lost = (
+                f"{getattr(error, 'trace', '')}error: {error}",
+                isinstance(error, RanksLost),
+            )
+            ending.say(lines, refusal=False, of_another=lost)
             raise SystemExit(EXIT_FAILED) from None
         raise
 

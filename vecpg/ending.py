@@ -21,7 +21,7 @@ _FAILURE_SECONDS = 2.0
 _STORE_SECONDS = 10.0
 
 
-def say(lines: str, *, refusal: bool) -> None:
+def say(lines: str, *, refusal: bool, of_another: bool = False) -> None:
     """Write to stderr why this process ends, unless another rank did so for all of them.
 
     Rank 0 writes. Another rank writes only what rank 0 did not within some seconds, since it has no
@@ -32,6 +32,7 @@ def say(lines: str, *, refusal: bool) -> None:
         lines: without the last newline.
         refusal: the run never began, and cannot: it is not said again when torchrun restarts the
             ranks, and they wait for each other, so that all of them can end by themselves.
+        of_another: it is what became of another rank; where rank 0 has spoken, that is enough.
     """
     where = place()
     if where is None or (where.world_size == 1 and not (refusal and where.max_restarts)):
@@ -49,7 +50,7 @@ def say(lines: str, *, refusal: bool) -> None:
     with suppress(RuntimeError):  # torchrun may have ended; then this is said by each
         store = agent_store(where, _STORE_SECONDS)
         together = where.rank == 0 or _comes(store, f"{ended}/rank 0", seconds)
-        first = store.add(key, 1) == 1
+        first = store.add(key, 1) == 1 and not (of_another and where.rank and together)
     if first:
         prefix = f"[rank {where.rank}] " if where.rank else ""
         print(textwrap.indent(lines, prefix), file=sys.stderr, flush=True)
