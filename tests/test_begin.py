@@ -1,13 +1,20 @@
 import json
 import logging
 import math
+from contextlib import ExitStack
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
+from torch.distributed import HashStore
 
+from vecpg import begin as begin_module
 from vecpg.config import Config, ConfigError
+from vecpg.distributed import Ranks
+from vecpg.envs import find_spec
 from vecpg.run.resume import stored_config
+from vecpg.torchrun import Place
 from vecpg.train import train
 
 
@@ -165,3 +172,37 @@ def test_an_environment_that_leaves_python_when_it_is_closed_loses_nothing(tmp_p
         )
     )
     assert (result.run_dir / "summary.json").exists()
+
+
+# -- Ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_of_a_run_goes_step_by_step_and_rank_0_evaluates(monkeypatch, rank):
+    """Also where a GPU would make whole iterations, which know of no other rank."""
+    monkeypatch.setattr(begin_module.fused, "why_not", lambda *_: None)
+    ranks = Ranks(Place(rank, 2, rank, 2, 0, 0, "of a test", "localhost", 0), 60.0, HashStore())
+    config = Config(num_envs=6, progress=False)
+    with ExitStack() as made:
+        settled = begin_module._settle(config, ranks.part_of(config, None), None, made, ranks)
+        assert settled.envs.num_envs == settled.own.num_envs == 3
+        assert settled.why_step_by_step == "it is split over 2 ranks"
+        assert (settled.judge is None) == (rank == 1)
+
+
+@pytest.mark.parametrize(("shards", "vectorization"), [(None, "vector_entry_point"), (2, "sync")])
+def test_one_rank_steps_what_may_be_split_as_several_would(shards, vectorization):
+    config = Config(num_envs=4, env_kwargs={"sutton_barto_reward": True}, shards=shards)
+    found, *_ = begin_module._resolve(config, find_spec("CartPole-v1"), None, 1)
+    assert found == vectorization
+    several, *_ = begin_module._resolve(config, find_spec("CartPole-v1"), None, 2)
+    assert several == "sync"
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(1, "cuda:1"), (2, "cuda")])
+def test_a_run_that_goes_on_over_ranks_takes_each_ranks_own_gpu(monkeypatch, ranks, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(begin_module, "resolve_device", lambda name, *_: (name, ""))
+    before = {"vectorization": "tensor", "device": "cuda:1", "shards": 2}
+    _, found, reason = begin_module._resolve(Config(), find_spec("CartPole-v1"), before, ranks)
+    assert (found, reason) == (device, "as before")
