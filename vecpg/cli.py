@@ -627,11 +627,8 @@ def exit_codes() -> Iterator[None]:
         from vecpg.envs import EnvironmentFailure, EnvironmentNotMade
 
         if isinstance(error, EnvironmentFailure | EnvironmentNotMade | RanksLost):
-            lines, lost = (
-                f"{getattr(error, 'trace', '')}error: {error}",
-                isinstance(error, RanksLost),
-            )
-            ending.say(lines, refusal=False, of_another=lost)
+            lines = f"{getattr(error, 'trace', '')}error: {error}"
+            ending.say(lines, refusal=False, of_another=isinstance(error, RanksLost))
             raise SystemExit(EXIT_FAILED) from None
         raise
 

@@ -38,6 +38,8 @@ _Told = TypeVar("_Told")
 # In so many parts of the timeout who is waited for says that it is alive, and who waits looks; in
 # the rest of them another is found dead.
 _BEATS, _SILENT = 20, 18
+# Seconds between looks at what rank 0 takes long to answer.
+_MOST_PAUSE = 0.1
 # Seconds that rank 0 may take to save, before the others end: torchrun then stops it too.
 _SAVING = 10.0
 # Seconds that another rank's last words are waited for: its connections may close first.
@@ -420,7 +422,8 @@ class Ranks:
                 raise self._reason() or RanksLost(f"rank {rank} has left")
         if self._parted or _IS_OVER in kinds:
             raise _Over
-        counted, episodes, rows = int(total[0]), int(total[1]), int(every[:, 2].max())
+        counts = torch.stack([total[0], total[1], every[:, 2].max()])
+        counted, episodes, rows = map(int, counts.tolist())  # a GPU is waited for once
         found = Tally(
             counted=counted,
             rows=rows,
@@ -523,7 +526,7 @@ class Ranks:
 
     def _set_by_first(self, key: str) -> bytes:
         store = cast(Store, self._store)
-        beats, since = 0, time.monotonic()
+        beats, since, pause = 0, time.monotonic(), 0.001
         while True:
             with _reachable():
                 if store.check([key]):  # its own waiting logs where there is nothing yet
@@ -532,7 +535,9 @@ class Ranks:
                 now = store.add("alive", 0)
             if left is not None:
                 raise left
-            time.sleep(LOOK)
+            time.sleep(pause)
+            # All ranks but one ask one store, perhaps for minutes.
+            pause = min(2 * pause, _MOST_PAUSE, self._seconds / _BEATS)
             if now != beats:
                 beats, since = now, time.monotonic()
             elif time.monotonic() - since > self._seconds * _SILENT / _BEATS:
