@@ -13,7 +13,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from vecpg.config import ConfigError
 from vecpg.distributed import RanksLost
-from vecpg.rendezvous import agent_store, meet
+from vecpg.rendezvous import agent_store, coming_together, meet
 from vecpg.run.interrupts import Interrupted
 from vecpg.run.members import Population, is_population
 from vecpg.torchrun import Place
@@ -81,11 +81,9 @@ class Deal:
         self._kept: Store = HashStore()
         self._store: Store = self._kept
         if place is not None:
-            try:
+            with coming_together():
                 self._kept = agent_store(place, self._seconds)
                 self._store = meet(self._kept, place, population.config, population.num_seeds)
-            except RuntimeError as error:
-                raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
         self._folder: Path | None = None
         self._said: set[str] = set()
         self._ending = threading.Event()

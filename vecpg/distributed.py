@@ -26,7 +26,7 @@ from vecpg import signals
 from vecpg.advantage import add_by_age
 from vecpg.config import Config, ConfigError, check_ranks
 from vecpg.kernels.sums import Whole, here, in_order
-from vecpg.rendezvous import LOOK, agent_store, meet
+from vecpg.rendezvous import LOOK, agent_store, coming_together, meet
 from vecpg.rollout import Rollout
 from vecpg.rollout.statistics import Episodes, Tally, episode_statistics, tally
 from vecpg.run.interrupts import Interrupted, Interrupts
@@ -123,7 +123,7 @@ class Ranks:
         if torch.cuda.is_available() and distributed.is_nccl_available():
             backend = "cpu:gloo,cuda:nccl"
         # A signal waits: it would leave half a group.
-        with Interrupts() as interrupts, interrupts.held(), _coming_together():
+        with Interrupts() as interrupts, interrupts.held(), coming_together():
             try:
                 distributed.init_process_group(
                     backend,
@@ -567,7 +567,7 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield Ranks()
         return
     seconds = config.dist_timeout
-    with _coming_together():
+    with coming_together():
         kept = agent_store(where, seconds)
     if where.world_size == 1:
         signals.together = True
@@ -579,7 +579,7 @@ def joined(config: Config) -> Iterator[Ranks]:
             " own, got one; end it with torch.distributed.destroy_process_group() before, or train"
             " one run at a time"
         )
-    with _coming_together():
+    with coming_together():
         store = meet(kept, where, config)
     ranks = Ranks(where, seconds, PrefixStore("run", store), kept)
     try:
@@ -591,17 +591,6 @@ def joined(config: Config) -> Iterator[Ranks]:
         ranks.await_saving(error)
         raise
     _disconnect()
-
-
-@contextlib.contextmanager
-def _coming_together() -> Iterator[None]:
-    """What goes wrong inside is refused."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
 
 
 def _disconnect() -> None:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,17 @@ from vecpg.torchrun import Place
 LOOK = 0.01
 # Settings in which ranks may differ: how one of them shows what it does, and where it finds a run.
 _OWN = ("progress", "log_every", "resume")
+
+
+@contextmanager
+def coming_together() -> Iterator[None]:
+    """Where ranks look for each other: what goes wrong inside is a refusal, `ConfigError`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"torchrun: the ranks did not come together: {error}") from error
 
 
 def agent_store(place: Place, seconds: float) -> Store:

@@ -109,7 +109,7 @@ def resolve_vectorization(
             once(
                 _log,
                 f"{spec.id} is stepped one by one (sync): the copies of its vectorized form draw"
-                f" from one generator, which cannot be split",
+                " from one generator, which cannot be split",
             )
             return "sync"
         vectorization = own
